@@ -1,0 +1,45 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests. Both install first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-real lint assets bench clean
+
+# Versions are pinned where there is no GPU; with one, your own torch is kept or the newest is taken.
+ifeq ($(shell command -v nvidia-smi),)
+CONSTRAINTS := -c constraints-cpu.txt
+endif
+
+$(VENV)/installed: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "potstill needs Python 3.11 or newer; set PYTHON=python3.11")'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+$(VENV)/installed-real: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev,real]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/potstill demo
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+test-real: $(VENV)/installed-real
+	$(BIN)/pytest -m real
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+assets: $(VENV)/installed
+	$(BIN)/python scripts/make_assets.py
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/sampling.py
+
+clean:
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

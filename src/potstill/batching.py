@@ -1,0 +1,47 @@
+"""Rollouts to batches. The only place that shifts or pads."""
+
+from collections.abc import Sequence
+
+import torch
+
+from potstill.types import Batch, Rollout
+
+
+def make_batches(
+    rollouts: Sequence[Rollout], tokens_per_batch: int, device: torch.device | str = "cpu", num_batches: int = 1
+) -> list[Batch]:
+    """Lay rollouts out, longest first, in at least `num_batches` batches of at most `tokens_per_batch` padded tokens.
+
+    Ranks of a sharded model must take the same number of forward passes, which is what `num_batches` is for; it may not
+    exceed the number of rollouts. A rollout that is longer than the budget gets a batch of its own: a budget for
+    memory is no reason to drop data.
+    """
+    ordered = sorted(rollouts, key=lambda rollout: -_num_inputs(rollout))
+    groups: list[list[Rollout]] = []
+    for i, rollout in enumerate(ordered):
+        full = not groups or (len(groups[-1]) + 1) * _num_inputs(groups[-1][0]) > tokens_per_batch
+        # Start a new batch as well when only as many rollouts are left as there are batches still to be made.
+        if full or len(ordered) - i <= num_batches - len(groups):
+            groups.append([])
+        groups[-1].append(rollout)
+    return [make_batch(group, device) for group in groups]
+
+
+def make_batch(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Batch:
+    """One batch, right-padded. Masks come from lengths, never from token ids: the padding id may be a real token."""
+    num_positions = max(_num_inputs(rollout) for rollout in rollouts)
+    input_ids_BT = torch.zeros(len(rollouts), num_positions, dtype=torch.long)
+    target_ids_BT = torch.zeros_like(input_ids_BT)
+    loss_mask_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    for b, rollout in enumerate(rollouts):
+        ids = torch.tensor(rollout.prompt.token_ids + rollout.completion_ids)
+        length, first = len(ids) - 1, len(rollout.prompt.token_ids) - 1
+        input_ids_BT[b, :length] = ids[:-1]
+        target_ids_BT[b, :length] = ids[1:]
+        loss_mask_BT[b, first:length] = torch.tensor(rollout.trained)
+    return Batch(input_ids_BT.to(device), target_ids_BT.to(device), loss_mask_BT.to(device), tuple(rollouts))
+
+
+def _num_inputs(rollout: Rollout) -> int:
+    # The last token is predicted and predicts nothing.
+    return len(rollout.prompt.token_ids) + len(rollout.completion_ids) - 1

@@ -1,0 +1,80 @@
+"""Checkpoints: safetensors and JSON, visible only when whole.
+
+A checkpoint is a folder `checkpoint/step-000120` with the weights, the optimiser's state and the number of finished
+steps. Randomness needs no state: the data order, the sampling and PyTorch's own generator are all seeded from the
+recipe's seed and the step.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from potstill.distributed import World, wait_for_all
+from potstill.models import LanguageModel
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, or None."""
+    found = sorted((folder / "checkpoint").glob("step-*"))
+    return found[-1] if found else None
+
+
+def save(folder: Path, step: int, student: LanguageModel, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must call this."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
+    if world.is_main:
+        target = folder / "checkpoint" / f"step-{step:06d}"
+        unfinished = target.with_name(f"unfinished-{target.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        is_tensor = {name: isinstance(value, torch.Tensor) for name, value in optimizer_state.items()}
+        tensors: dict[str, Any] = {name: value for name, value in optimizer_state.items() if is_tensor[name]}
+        settings = {name: value for name, value in optimizer_state.items() if not is_tensor[name]}
+        save_file(untied(model_state, student), unfinished / "model.safetensors")
+        save_file(tensors, unfinished / "optimizer.safetensors")
+        (unfinished / "state.json").write_text(json.dumps({"step": step, "optimizer": settings}))
+        for path in unfinished.iterdir():
+            _flush(path)
+        unfinished.rename(target)
+        _flush(target.parent)
+        for old in target.parent.iterdir():
+            if old != target:
+                shutil.rmtree(old)
+    wait_for_all(world)
+
+
+def load(checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights and optimiser; returns the number of finished steps. Every rank must call this."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    optimizer_state = load_file(checkpoint / "optimizer.safetensors") | state["optimizer"]
+    set_state_dict(
+        student,
+        optimizer,
+        model_state_dict={**load_file(checkpoint / "model.safetensors")},
+        optim_state_dict=optimizer_state,
+        # Not strict: a tied head is stored once, under the name of the embedding.
+        options=StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True, strict=False),
+    )
+    return state["step"]
+
+
+def untied(state: dict[str, Any], student: LanguageModel) -> dict[str, torch.Tensor]:
+    """The state without second names of one tensor, as safetensors stores each tensor once."""
+    names = {name for name, _ in student.named_parameters()} | {name for name, _ in student.named_buffers()}
+    return {name: value.contiguous() for name, value in state.items() if name in names}
+
+
+def _flush(path: Path) -> None:
+    """Have the file's bytes on disk before anything refers to them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

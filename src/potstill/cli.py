@@ -1,0 +1,230 @@
+"""The command line: a thin face of the library.
+
+Heavy imports stay inside the commands, so that `--help` answers at once. Bad input prints one line and exits with 2.
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+from tyro.extras import SubcommandApp
+
+from potstill.config import (
+    METHODS,
+    Evaluation,
+    RecipeError,
+    RecipeFields,
+    Sampling,
+    field_names,
+    load_recipe,
+    to_toml,
+)
+
+# Shown as the defaults in help texts.
+MULTIPLICATION = Evaluation(source="multiplication")
+EXACT_SAMPLING = Sampling()
+RECIPE_FIELDS = RecipeFields()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; exits with 2 and one line on standard error for bad input."""
+    try:
+        arguments, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
+        _app(overrides).cli(
+            prog="potstill",
+            description="Distil language models: who writes the prefixes, and which KL is minimised there.",
+            args=arguments,
+        )
+    except (ValueError, ArithmeticError) as error:
+        # The package's own errors are one line for the user; any other error is a bug, whose traceback is wanted.
+        if not type(error).__module__.startswith("potstill"):
+            raise
+        print(f"potstill: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("potstill: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _app(overrides: dict[str, Any]) -> SubcommandApp:
+    app = SubcommandApp()
+
+    @app.command
+    def train(
+        recipe: Positional[str],
+        method: Literal["sft", "dagger", "offline-rl", "opd"] | None = None,
+        dry_run: bool = False,
+        fields: Annotated[RecipeFields, tyro.conf.arg(name="")] = RECIPE_FIELDS,
+    ) -> None:
+        """Train a recipe, or resume it in its run folder. Every field below overrides the recipe's.
+
+        Args:
+            recipe: A TOML file, or the name of a shipped recipe such as demo.
+            method: A corner of the grid; sets objective.prefix and objective.kl.
+            dry_run: Print the resolved recipe and stop.
+        """
+        # `fields` is there for the help text; what was given is in `overrides`, and the schema alone judges it.
+        corner = {}
+        if method is not None:
+            corner = {"objective.prefix": METHODS[method].prefix, "objective.kl": METHODS[method].kl}
+            if clash := sorted(corner.keys() & overrides.keys()):
+                raise RecipeError(f"--method {method} and --{clash[0]} both set {clash[0]}; give one of them")
+        resolved = load_recipe(recipe, corner | overrides)
+        if dry_run:
+            print(to_toml(resolved.resolved()), end="")
+            return
+        from potstill.train import train
+
+        result = train(resolved)
+        print(f"{resolved.method}: the student is in {result.folder / 'model'}")
+        _print_results([result.folder])
+
+    @app.command
+    def evaluate(
+        models: Positional[tuple[str, ...]],
+        settings: OmitArgPrefixes[Evaluation] = MULTIPLICATION,
+        out: Path | None = None,
+    ) -> None:
+        """Evaluate models or finished runs on held-out problems.
+
+        Args:
+            models: Run folders, model folders, hub ids, or potstill:teacher and potstill:base.
+            out: Also write the results to this JSON file (one model). A run's results are added to its folder.
+        """
+        from potstill.evaluate import evaluate_and_store
+
+        _refuse_overrides(overrides)
+        if not models:
+            raise RecipeError("nothing to evaluate; give run folders, model folders, or potstill:base")
+        if out is not None and len(models) > 1:
+            raise RecipeError(f"--out takes the results of one model, and {len(models)} are given")
+        evaluate_and_store(models, settings, out)
+
+    @app.command
+    def sample(
+        model: Positional[str],
+        prompt: tuple[str, ...] = (),
+        source: str = "multiplication",
+        template: Literal["chat", "raw"] | None = None,
+        num: int = 4,
+        max_tokens: int = 128,
+        seed: int = 0,
+        sampling: OmitArgPrefixes[Sampling] = EXACT_SAMPLING,
+    ) -> None:
+        """Show a few responses of a model.
+
+        Args:
+            model: A run folder, a model folder, a hub id, or potstill:teacher or potstill:base.
+            prompt: Prompts; held-out problems of the source when there are none.
+            source: The task to take problems from.
+            template: Render the prompts with the chat template, or take them as they are.
+            num: How many problems, or responses to each given prompt.
+            max_tokens: Completion length cap.
+            seed: Seed of the problems and of sampling.
+        """
+        from potstill.evaluate import show_responses
+
+        _refuse_overrides(overrides)
+        show_responses(model, prompt, source, template, num, max_tokens, seed, sampling)
+
+    @app.command
+    def methods() -> None:
+        """Print the grid of methods."""
+        _refuse_overrides(overrides)
+        _print_grid()
+
+    @app.command
+    def report(paths: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
+        """Write one HTML file that compares runs.
+
+        Args:
+            paths: Run folders, and JSON files that `potstill evaluate --out` wrote.
+            out: The file to write.
+        """
+        from potstill.report import write_report
+
+        _refuse_overrides(overrides)
+        print(f"wrote {write_report(paths, out)}")
+
+    @app.command
+    def demo(out: Path = Path("runs/demo"), jobs: int | None = None, steps: int | None = None) -> None:
+        """Train the four cells on the shipped pair, evaluate them beside base and teacher, and write the report.
+
+        Args:
+            out: Folder of the runs and the report; what is already there is not repeated.
+            jobs: Processes side by side; one a core by default.
+            steps: Steps of each run; those of the demo recipe by default.
+        """
+        from potstill.demo import run_demo
+
+        _refuse_overrides(overrides)
+        run_demo(out, jobs, steps)
+
+    return app
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--section.field VALUE` (and `train`'s `--out`) out of the arguments, with values read as TOML would."""
+    rest: list[str] = []
+    overrides: dict[str, Any] = {}
+    is_train = argv[:1] == ["train"]
+    top_level = {name for name in field_names() if "." not in name} if is_train else set()
+    i = 0
+    while i < len(argv):
+        name, equals, value = argv[i].removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not argv[i].startswith("--") or not ("." in name or name in top_level):
+            rest.append(argv[i])
+            i += 1
+            continue
+        values = [value] if equals else []
+        i += 1
+        while not equals and i < len(argv) and not argv[i].startswith("--"):
+            values.append(argv[i])
+            i += 1
+        if not values:
+            raise RecipeError(f"--{name} has no value")
+        overrides[name] = _literal(values[0]) if len(values) == 1 else [_literal(value) for value in values]
+    return rest, overrides
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _refuse_overrides(overrides: dict[str, Any]) -> None:
+    if overrides:
+        raise RecipeError(f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train` takes")
+
+
+def _print_grid() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title="who writes the prefixes, and which KL is minimised there", show_lines=True)
+    for name in ("", "forward KL(teacher ‖ student)", "reverse KL(student ‖ teacher)"):
+        grid.add_column(name)
+    for prefix in ("teacher", "student"):
+        cells = [
+            (key, m) for kl in ("forward", "reverse") for key, m in METHODS.items() if (m.prefix, m.kl) == (prefix, kl)
+        ]
+        grid.add_row(f"{prefix} prefix", *(f"[bold]{m.name}[/] (--method {key})\n{m.advice}" for key, m in cells))
+    Console().print(grid)
+    print(
+        'Between forward and reverse: objective.kl = "mixed" with objective.forward_weight, their exact linear mixture.'
+    )
+
+
+def _print_results(folders: list[Path]) -> None:
+    """The comparison table of runs and evaluation files, when they hold an evaluation."""
+    from potstill.report import print_table, read_entry
+
+    entries = [entry for entry in map(read_entry, folders) if entry.evals]
+    if entries:
+        print_table(entries)

@@ -1,0 +1,115 @@
+"""The demonstration: the four cells from the shipped pair, side by side, one table and one report."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from potstill.config import METHODS, RecipeError, load_recipe
+from potstill.report import print_table, read_entry, write_report
+from potstill.runlog import read_rows
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of the demo: the arguments of its potstill command, and the file or folder it leaves."""
+
+    name: str
+    arguments: tuple[str, ...]
+    result: Path
+
+
+def run_demo(out: Path, num_jobs: int | None = None, steps: int | None = None) -> None:
+    """Train and evaluate the four cells, evaluate base and teacher, print the table, write `report.html`.
+
+    Finished runs and evaluations found in `out` are reused, unfinished runs are resumed. Raises RecipeError when a
+    process fails, naming its log.
+    """
+    num_steps = steps or load_recipe("demo").train.steps
+    trained = [
+        Job(
+            key,
+            ("train", "demo", "--method", key, "--out", str(out / key), "--train.steps", str(num_steps)),
+            out / key,
+        )
+        for key in ("opd", "dagger", "offline-rl", "sft")
+    ]
+    evaluated = [
+        Job(name, ("evaluate", f"potstill:{name}", "--out", str(out / f"{name}.json")), out / f"{name}.json")
+        for name in ("base", "teacher")
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    run_jobs(
+        trained + [job for job in evaluated if not job.result.exists()], num_jobs or os.cpu_count() or 1, out, num_steps
+    )
+    results = [job.result for job in evaluated] + [out / key for key in METHODS]
+    print_table([read_entry(path) for path in results])
+    report = write_report(results, out / "report.html")
+    print(f"{time.perf_counter() - started:.0f} s in all. Open {report} for the grid, the curves and some rollouts.")
+
+
+def run_jobs(jobs: list[Job], num_parallel: int, out: Path, num_steps: int) -> None:
+    """Run potstill commands as processes of one thread each, at most `num_parallel` at a time, with their progress."""
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    waiting, running, finished = list(jobs), {}, []
+    with _Progress([job.name for job in jobs], num_steps) as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < num_parallel:
+                    job = waiting.pop(0)
+                    log = (out / f"{job.name}.log").open("w")
+                    command = [sys.executable, "-m", "potstill", *job.arguments]
+                    running[job] = subprocess.Popen(command, env=one_thread, stdout=log, stderr=subprocess.STDOUT)
+                time.sleep(POLL_SECONDS)
+                for job, process in list(running.items()):
+                    progress.show(job.name, _num_steps_done(job), "running")
+                    if process.poll() is None:
+                        continue
+                    del running[job]
+                    finished.append(job)
+                    if process.returncode:
+                        raise RecipeError(f"{job.name} failed; its output is in {out / f'{job.name}.log'}")
+                    progress.show(job.name, num_steps, "done")
+        finally:
+            for process in running.values():
+                process.terminate()
+
+
+def _num_steps_done(job: Job) -> int:
+    rows = read_rows(job.result / "metrics.jsonl") if not job.result.suffix else []
+    return rows[-1]["step"] if rows else 0
+
+
+class _Progress:
+    """A bar a job on a terminal, a line when a job ends elsewhere."""
+
+    def __init__(self, names: list[str], num_steps: int):
+        self.live = sys.stderr.isatty()
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=Console(stderr=True))
+            self.tasks = {name: self.progress.add_task(name, total=num_steps, start=False) for name in names}
+
+    def __enter__(self):
+        if self.live:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.live:
+            self.progress.stop()
+
+    def show(self, name: str, num_steps: int, state: str) -> None:
+        if self.live:
+            self.progress.start_task(self.tasks[name])
+            self.progress.update(self.tasks[name], completed=num_steps)
+        elif state == "done":
+            print(f"{name}: done", file=sys.stderr, flush=True)

@@ -1,0 +1,99 @@
+"""One process or many: the few places where they differ.
+
+`torchrun` starts the ranks; each draws its share of a step's prompts. The student is sharded with FSDP2, the teacher is
+whole on every rank. With one process nothing here does anything.
+"""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from potstill.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> World:
+    """Join the process group that torchrun describes, or be alone. NCCL with GPUs, gloo without."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if has_cuda else "gloo", device_id=device if has_cuda else None)
+    return World(rank, size, device)
+
+
+def shard(model: LanguageModel, world: World) -> nn.Module:
+    """Shard the student over all ranks; returns the whole copy that decodes on this rank.
+
+    Decoding with sharded weights would gather every layer for every token, so each rank keeps a whole copy in the
+    student's own type and refreshes it once a step (`refresh`). Alone, the student decodes itself.
+    """
+    if world.size == 1:
+        return model.model
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    decoder = copy.deepcopy(model.model)
+    layer_types = set(model.model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in layer_types:
+            fully_shard(module)
+    fully_shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by a count over all ranks already, so gradients are summed and not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return decoder
+
+
+@torch.no_grad()
+def refresh(decoder: nn.Module, model: LanguageModel) -> None:
+    """Copy the student's weights into the decoding copy, if it is one."""
+    if decoder is model.model:
+        return
+    for mine, sharded in zip(decoder.parameters(), model.model.parameters(), strict=True):
+        mine.copy_(sharded.full_tensor())  # pyright: ignore[reportCallIssue]
+
+
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """Element-wise sums over all ranks, in float64."""
+    if world.size == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def max_over_ranks(value: int, world: World) -> int:
+    if world.size == 1:
+        return value
+    largest = torch.tensor(value, device=world.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor's full value; a plain tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
+
+
+def wait_for_all(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()

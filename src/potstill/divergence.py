@@ -1,0 +1,114 @@
+"""Every divergence in plain PyTorch: the value per token and its gradient with respect to the student's logits.
+
+Works on tensors alone and knows nothing of models, batches or masks. This is the definition that faster versions are
+tested against. Notation: p teacher, q student, z student logits, w the forward weight.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from potstill.types import TokenStats
+
+
+def forward_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, forward_weight: float = 1.0):
+    """KL(p || q), whose gradient is dL/dz = q - p."""
+    p_NV, q_NV = teacher_log_probs_NV.exp(), student_log_probs_NV.exp()
+    value_N = (p_NV * (teacher_log_probs_NV - student_log_probs_NV)).sum(-1)
+    return value_N, q_NV - p_NV
+
+
+def reverse_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, forward_weight: float = 0.0):
+    """KL(q || p), whose gradient is dL/dz = q (log q - log p - KL(q || p))."""
+    q_NV = student_log_probs_NV.exp()
+    log_ratio_NV = student_log_probs_NV - teacher_log_probs_NV
+    value_N = (q_NV * log_ratio_NV).sum(-1)
+    return value_N, q_NV * (log_ratio_NV - value_N[:, None])
+
+
+def mixed_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, forward_weight: float):
+    """w KL(p || q) + (1 - w) KL(q || p), the exact linear mixture (not a JSD), and its gradient."""
+    forward_N, forward_grad_NV = forward_kl(student_log_probs_NV, teacher_log_probs_NV)
+    reverse_N, reverse_grad_NV = reverse_kl(student_log_probs_NV, teacher_log_probs_NV)
+    value_N = forward_weight * forward_N + (1 - forward_weight) * reverse_N
+    return value_N, forward_weight * forward_grad_NV + (1 - forward_weight) * reverse_grad_NV
+
+
+# Each takes (student_log_probs_NV, teacher_log_probs_NV, forward_weight) and gives (value_N, dL/dz_NV).
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+    "forward": forward_kl,
+    "reverse": reverse_kl,
+    "mixed": mixed_kl,
+}
+
+
+def token_divergence(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    kl: str,
+    *,
+    forward_weight: float = 0.5,
+    temperature: float = 1.0,
+    end_ids: Sequence[int] = (),
+) -> tuple[Tensor, TokenStats]:
+    """The divergence at each of N positions, differentiable in the student's logits, and all statistics.
+
+    `kl` is "forward", "reverse" or "mixed"; `forward_weight` in [0, 1] is read by "mixed" alone. `temperature` divides
+    both models' logits. With two or more `end_ids`, these ids count as one class on both sides: the exact divergence of
+    the coarser distributions. Arithmetic is in float32, or float64 for float64 logits. The statistics are those of the
+    tempered, merged distributions. Raises ValueError for shapes that differ or an unknown `kl`.
+    """
+    if student_logits_NV.shape != teacher_logits_NV.shape:
+        raise ValueError(
+            f"student logits are {tuple(student_logits_NV.shape)} and teacher logits {tuple(teacher_logits_NV.shape)}: "
+            "both must be [N, V] over the same vocabulary; cut the heads to the shared rows first"
+        )
+    if kl not in DIVERGENCES:
+        raise ValueError(f"kl is {kl!r}; choose one of {sorted(DIVERGENCES)}")
+    student_NV = merge_end_class(_at_least_float32(student_logits_NV) / temperature, end_ids)
+    with torch.no_grad():
+        teacher_NV = merge_end_class(_at_least_float32(teacher_logits_NV) / temperature, end_ids)
+        student_log_probs_NV = student_NV.log_softmax(-1)
+        teacher_log_probs_NV = teacher_NV.log_softmax(-1)
+        value_N, grad_NV = DIVERGENCES[kl](student_log_probs_NV, teacher_log_probs_NV, forward_weight)
+        stats = TokenStats(
+            student_entropy_N=entropy(student_log_probs_NV).float(),
+            forward_kl_N=forward_kl(student_log_probs_NV, teacher_log_probs_NV)[0].float(),
+            reverse_kl_N=reverse_kl(student_log_probs_NV, teacher_log_probs_NV)[0].float(),
+            teacher_entropy_N=entropy(teacher_log_probs_NV).float(),
+        )
+    return _WithGradient.apply(student_NV, value_N, grad_NV), stats
+
+
+def merge_end_class(logits_NV: Tensor, end_ids: Sequence[int]) -> Tensor:
+    """Logits in which the end ids are one class: the rest in their order, then the log-sum-exp of the end ids."""
+    if len(end_ids) < 2:
+        return logits_NV
+    is_end_V = torch.zeros(logits_NV.shape[-1], dtype=torch.bool, device=logits_NV.device)
+    is_end_V[list(end_ids)] = True
+    end_N1 = logits_NV[:, is_end_V].logsumexp(-1, keepdim=True)
+    return torch.cat([logits_NV[:, ~is_end_V], end_N1], dim=-1)
+
+
+def entropy(log_probs_NV: Tensor) -> Tensor:
+    """Token entropy in nats, [N]."""
+    return -(log_probs_NV.exp() * log_probs_NV).sum(-1)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class _WithGradient(torch.autograd.Function):
+    """`value_N` as a function of the logits whose gradient is the given closed form."""
+
+    @staticmethod
+    def forward(ctx, logits_NV, value_N, grad_NV):
+        ctx.save_for_backward(grad_NV)
+        return value_N
+
+    @staticmethod
+    def backward(ctx, upstream_N):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_NV,) = ctx.saved_tensors
+        return grad_NV * upstream_N[:, None], None, None

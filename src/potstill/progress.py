@@ -1,0 +1,94 @@
+"""What a user sees while something long goes on: a live line on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from potstill.config import Evaluation, Recipe
+
+# Seconds between plain lines where there is no terminal.
+PLAIN_INTERVAL = 5.0
+
+
+class StepDisplay:
+    """Progress of a training run: step, tokens/s, both KLs, entropies, length, window, time left."""
+
+    def __init__(self, recipe: Recipe, start: int, quiet: bool):
+        self.num_steps = recipe.train.steps
+        self.start = start
+        self.quiet = quiet
+        self.live = sys.stderr.isatty() and not quiet
+        self.began = self.last_step = self.last_line = time.perf_counter()
+        self.num_tokens = 0
+
+    def __enter__(self):
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.progress = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=16),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=Console(stderr=True),
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("first step", total=self.num_steps, completed=self.start)
+        return self
+
+    def __exit__(self, *error):
+        if self.live:
+            self.progress.stop()
+
+    def note(self, *lines: str) -> None:
+        """Print lines above the bar."""
+        for line in lines if not self.quiet else ():
+            print(line, file=sys.stderr, flush=True)
+
+    def timing(self, seconds: dict[str, float]) -> dict[str, float]:
+        """Seconds of the step that ends now, whole and by part."""
+        now = time.perf_counter()
+        total, self.last_step = now - self.last_step, now
+        return {"seconds": round(total, 4)} | {f"{part}_seconds": round(value, 4) for part, value in seconds.items()}
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        """Show the metrics of a finished step."""
+        if self.quiet:
+            return
+        now, step = time.perf_counter(), metrics["step"]
+        self.num_tokens += metrics["num_loss_tokens"]
+        shown = _describe(metrics, self.num_tokens / (now - self.began))
+        if self.live:
+            self.progress.update(self.task, completed=step, description=shown)
+        elif now - self.last_line >= PLAIN_INTERVAL or step in (self.start + 1, self.num_steps):
+            self.last_line = now
+            left = (now - self.began) / (step - self.start) * (self.num_steps - step)
+            print(f"step {step}/{self.num_steps}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def _describe(metrics: dict[str, Any], tokens_per_second: float) -> str:
+    parts = [f"{tokens_per_second:,.0f} tok/s", f"loss {metrics['loss']:.4f}"]
+    if "forward_kl" in metrics:
+        parts.append(f"KL fwd {metrics['forward_kl']:.4f} rev {metrics['reverse_kl']:.4f}")
+        parts.append(f"entropy {metrics['student_entropy']:.3f} (teacher {metrics['teacher_entropy']:.3f})")
+    else:
+        parts.append(f"entropy {metrics['student_entropy']:.3f}")
+    parts.append(f"length {metrics['length']:.0f}/{metrics['window']}")
+    return "  ".join(parts)
+
+
+@contextmanager
+def token_bar(title: str, num_rows: int, evaluation: Evaluation, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over decoded responses; yields what the sampler calls after each batch."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda num_tokens: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=num_rows)
+        yield lambda num_tokens: progress.advance(task, evaluation.batch_size)

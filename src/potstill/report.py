@@ -1,0 +1,283 @@
+"""One self-contained HTML file from run folders and evaluation files. Reads files only; needs no torch.
+
+Every number in it is read from a file that it names, and text that a model wrote is escaped.
+"""
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.config import METHODS, Recipe, load_recipe
+from potstill.runlog import RunError, is_done, read_rows
+
+COLOURS = {"sft": "#4477aa", "dagger": "#228833", "offline-rl": "#ccbb44", "opd": "#ee6677"}
+OTHER_COLOURS = ("#66ccee", "#aa3377", "#999933", "#882255", "#44aa99", "#332288")
+CURVES = (
+    ("forward_kl", "forward KL (nats a token)"),
+    ("reverse_kl", "reverse KL (nats a token)"),
+    ("student_entropy_before_answer", "student entropy up to the answer (nats)"),
+    ("length", "completion length (tokens)"),
+    ("truncation", "share of completions cut by the window"),
+    ("grad_norm", "gradient norm before clipping"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the comparison: a finished run, or an evaluated model without one."""
+
+    name: str
+    path: Path
+    evals: list[dict[str, Any]]
+    recipe: Recipe | None = None
+    metrics: tuple[dict[str, Any], ...] = ()
+    samples: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def cell(self) -> str | None:
+        """The key of the grid's corner that this run is in."""
+        if self.recipe is None or self.recipe.objective.signal != "full":
+            return None
+        here = (self.recipe.objective.prefix, self.recipe.objective.kl)
+        return next((key for key, method in METHODS.items() if here == (method.prefix, method.kl)), None)
+
+    @property
+    def num_loss_tokens(self) -> int | None:
+        return sum(row["num_loss_tokens"] for row in self.metrics) or None
+
+    @property
+    def seconds(self) -> float | None:
+        return sum(row["seconds"] for row in self.metrics) or None
+
+
+def read_entry(path: Path) -> Entry:
+    """A finished run folder, or a JSON file that `potstill evaluate --json` wrote. Raises RunError."""
+    if path.is_file():
+        evals = json.loads(path.read_text())
+        return Entry(evals[0]["model"].removeprefix("potstill:"), path, evals)
+    if not (path / "recipe.toml").exists():
+        raise RunError(f"{str(path)!r} is neither a run folder nor an evaluation file")
+    recipe = load_recipe(path / "recipe.toml")
+    if not is_done(path, recipe):
+        raise RunError(f"run {str(path)!r} is not finished; `potstill train {path / 'recipe.toml'}` resumes it")
+    rows = read_rows(path / "evals.jsonl")
+    # The newest evaluation at each temperature is the one that counts.
+    evals = list({row["temperature"]: row for row in rows}.values())
+    metrics, samples = read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl")
+    return Entry(recipe.method, path, evals, recipe, tuple(metrics), tuple(samples))
+
+
+def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison, for the terminal and for the report."""
+    temperatures = sorted({row["temperature"] for entry in entries for row in entry.evals}, reverse=True)
+    num_responses = max((row["num_responses"] for entry in entries for row in entry.evals), default=1)
+    k = min(8, num_responses)
+    header = ["model"]
+    for temperature in temperatures:
+        header += [f"Avg@{num_responses} T={temperature:g}", f"Pass@{k} T={temperature:g}"]
+    header += ["entropy", "length", "truncated", "loss tokens", "seconds"]
+    rows = []
+    for entry in entries:
+        by_temperature = {row["temperature"]: row for row in entry.evals}
+        cells = [entry.name]
+        for temperature in temperatures:
+            row = by_temperature.get(temperature)
+            cells += [_percent(row["avg"]), _percent(row["pass"][str(k)])] if row else ["", ""]
+        first = by_temperature.get(temperatures[0]) if temperatures else None
+        cells += (
+            [_number(first["entropy"], 3), _number(first["length"], 0), _percent(first["truncation"])]
+            if first
+            else [""] * 3
+        )
+        cells += [
+            f"{entry.num_loss_tokens:,}" if entry.num_loss_tokens else "",
+            f"{entry.seconds:.0f}" if entry.seconds else "",
+        ]
+        rows.append(cells)
+    return header, rows
+
+
+def print_table(entries: Sequence[Entry]) -> None:
+    """The comparison on the terminal, one line a model; values with their intervals."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    header, rows = table(entries)
+    shown = Table(padding=(0, 1))
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    for row in rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    # Where output is no terminal, rich would fold the table to 80 columns.
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(shown)
+    print(table_note(entries))
+
+
+def table_note(entries: Sequence[Entry]) -> str:
+    """What the table's numbers are of, in a line."""
+    row = next((row for entry in entries for row in entry.evals), None)
+    if row is None:
+        return "No evaluation was found."
+    return (
+        f"{row['num_problems']} held-out problems, {row['num_responses']} responses each, at most "
+        f"{row['settings']['max_tokens']} tokens; [95 % bootstrap interval over problems]; entropy (nats a token), "
+        "length and truncation at the highest temperature; seconds of training."
+    )
+
+
+def _percent(estimate: Sequence[float]) -> str:
+    value, low, high = (100 * x for x in estimate)
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _number(estimate: Sequence[float], digits: int) -> str:
+    value, low, high = estimate
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Write the report over run folders and evaluation files; returns its path. Raises RunError."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    entries = [read_entry(path) for path in paths]
+    if not entries:
+        raise RunError("a report needs at least one run folder or evaluation file")
+    header, rows = table(entries)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("potstill", "templates"), autoescape=True)
+    runs = [entry for entry in entries if entry.metrics]
+    colours = colour_by_path(entries)
+    text = environment.get_template("report.html").render(
+        grid=grid(entries),
+        header=header,
+        rows=rows,
+        paths=[str(entry.path) for entry in entries],
+        note=table_note(entries),
+        figures=[figure for figure in (curves(runs, colours), trade_off(entries, colours)) if figure],
+        samples=[sample for entry in runs for sample in shown_samples(entry)],
+        plotly=get_plotlyjs(),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    return out
+
+
+def colour_by_path(entries: Sequence[Entry]) -> dict[Path, str]:
+    """One colour an entry: the corner's own for its first run, then others in turn, grey for models without a run."""
+    colours: dict[Path, str] = {}
+    for entry in entries:
+        own = COLOURS.get(entry.cell or "")
+        others = (colour for colour in OTHER_COLOURS * len(entries) if colour not in colours.values())
+        colours[entry.path] = (
+            own if own and own not in colours.values() else next(others, "#777777") if entry.metrics else "#777777"
+        )
+    return colours
+
+
+def grid(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The corners with their runs' first-temperature results, in reading order."""
+    cells = []
+    for key, method in METHODS.items():
+        found = [entry for entry in entries if entry.cell == key and entry.evals]
+        lines = []
+        for entry in found:
+            for row in entry.evals:
+                lines.append(f"T={row['temperature']:g}: Avg@{row['num_responses']} {_percent(row['avg'])} %")
+            lines.append(f"entropy {_number(entry.evals[0]['entropy'], 3)} nats")
+        cells.append({"key": key, "method": method, "lines": lines, "colour": COLOURS[key]})
+    return cells
+
+
+def curves(runs: Sequence[Entry], colours: dict[Path, str]) -> str:
+    """Training curves of all runs, one panel a quantity, as an HTML fragment."""
+    if not runs:
+        return ""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    shown = [(name, title) for name, title in CURVES if any(name in run.metrics[0] for run in runs)]
+    num_rows = math.ceil(len(shown) / 2)
+    figure = make_subplots(rows=num_rows, cols=2, subplot_titles=[title for _, title in shown], vertical_spacing=0.09)
+    for i, (name, _) in enumerate(shown):
+        for run in runs:
+            figure.add_trace(
+                go.Scatter(
+                    x=[row["step"] for row in run.metrics],
+                    y=[row.get(name) for row in run.metrics],
+                    name=html.escape(run.name),
+                    legendgroup=str(run.path),
+                    showlegend=i == 0,
+                    line={"color": colours[run.path], "width": 1.5},
+                ),
+                row=i // 2 + 1,
+                col=i % 2 + 1,
+            )
+    figure.update_layout(height=290 * num_rows, template="plotly_white", margin={"t": 60, "l": 50, "r": 20, "b": 40})
+    figure.update_layout(legend={"orientation": "h", "y": 1.06})
+    figure.update_xaxes(title_text="step", row=num_rows)
+    return figure.to_html(include_plotlyjs=False, full_html=False)
+
+
+def trade_off(entries: Sequence[Entry], colours: dict[Path, str]) -> str:
+    """Accuracy against entropy, a point for each model and temperature, with intervals, as an HTML fragment."""
+    if not any(entry.evals for entry in entries):
+        return ""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for entry in entries:
+        avg = [row["avg"] for row in entry.evals]
+        figure.add_trace(
+            go.Scatter(
+                x=[row["entropy"][0] for row in entry.evals],
+                y=[100 * value for value, _, _ in avg],
+                error_y={
+                    "type": "data",
+                    "array": [100 * (high - value) for value, _, high in avg],
+                    "arrayminus": [100 * (value - low) for value, low, _ in avg],
+                },
+                text=[f"T={row['temperature']:g}" for row in entry.evals],
+                textposition="middle right",
+                mode="markers+text",
+                marker={"size": 10, "color": colours[entry.path]},
+                name=html.escape(entry.name),
+            )
+        )
+    figure.update_layout(
+        height=460,
+        template="plotly_white",
+        title="Accuracy against entropy of the responses",
+        xaxis_title="token entropy (nats)",
+        yaxis_title="Avg (%)",
+    )
+    return figure.to_html(include_plotlyjs=False, full_html=False)
+
+
+def shown_samples(entry: Entry) -> list[dict[str, Any]]:
+    """A first and a last rollout of a run, its tokens shaded by their loss."""
+    picked = [entry.samples[0], entry.samples[-1]] if len(entry.samples) > 1 else list(entry.samples)
+    shown = []
+    for sample in picked:
+        losses = iter(sample["loss"])
+        tokens = [
+            {"text": text, "shade": min(next(losses), 1.0) if trained else None}
+            for text, trained in zip(sample["tokens"], sample["trained"], strict=True)
+        ]
+        prompt = (
+            sample["prompt"] if isinstance(sample["prompt"], str) else json.dumps(sample["prompt"], ensure_ascii=False)
+        )
+        shown.append(
+            {
+                "run": entry.name,
+                "prompt": prompt,
+                "tokens": tokens,
+                **{k: sample[k] for k in ("step", "source", "stop")},
+            }
+        )
+    return shown

@@ -1,0 +1,43 @@
+"""Procedural reasoning tasks of the reasoning-gym package, by name: `reasoning-gym:gsm_symbolic`."""
+
+from potstill.types import Example
+
+
+class ReasoningGym:
+    """A reasoning-gym data set. The splits are different seeds, so a small task can repeat problems between them."""
+
+    def __init__(self, name: str | None):
+        from reasoning_gym.factory import DATASETS
+
+        if name not in DATASETS:
+            import difflib
+
+            nearest = difflib.get_close_matches(str(name), sorted(DATASETS), 3, cutoff=0)
+            raise ValueError(f"reasoning-gym has no task {name!r}; the nearest are {', '.join(nearest)}")
+        self.name = name
+        self._entries: dict[str, tuple] = {}
+
+    def examples(self, split: str, num_examples: int, seed: int) -> list[Example]:
+        import reasoning_gym
+
+        if split not in ("train", "test"):
+            raise ValueError(f'reasoning-gym has no split {split!r}; choose "train" or "test"')
+        dataset = reasoning_gym.create_dataset(self.name, size=num_examples, seed=2 * seed + (split == "test"))
+        examples = []
+        for i, entry in enumerate(dataset):
+            example = Example(id=f"{split}-{seed}-{i}", prompt=entry["question"], answer=str(entry["answer"]))
+            self._entries[example.id] = (dataset, entry)
+            examples.append(example)
+        return examples
+
+    def score(self, example: Example, response: str) -> float:
+        """The data set's own score of the text in `<answer>` tags, or of the whole response when there are none."""
+        from reasoning_gym.utils import extract_answer
+
+        dataset, entry = self._entries[example.id]
+        return float(dataset.score_answer(answer=extract_answer(response) or response.strip(), entry=entry))
+
+    def answer_end(self, response: str) -> int | None:
+        """Just after the first `</answer>`."""
+        end = response.find("</answer>")
+        return end + len("</answer>") if end >= 0 else None

@@ -1,0 +1,336 @@
+"""The training loop: from a recipe to a run folder with a distilled student."""
+
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from potstill import checkpoint, distributed, runlog
+from potstill.batching import make_batches
+from potstill.config import Recipe, Train, is_table
+from potstill.data import DataError, load_examples, make_prompts
+from potstill.distributed import World
+from potstill.evaluate import evaluate
+from potstill.metrics import Stopwatch, num_tokens_to_answer, rollout_sums, step_means, token_sums
+from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
+from potstill.objective import Loss, batch_loss, teacher_logits
+from potstill.prefixes import write_rollouts
+from potstill.progress import StepDisplay
+from potstill.tasks import make_task
+from potstill.types import Example, Prompt, Rollout
+
+# Decoded rollouts with per-token numbers are logged this many at a time, whenever a checkpoint is written.
+NUM_LOGGED_SAMPLES = 2
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite; the weights are those before the step."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, its student, and the metrics of its last step."""
+
+    folder: Path
+    student: LanguageModel
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, loaded and checked before anything is written."""
+
+    student: LanguageModel
+    teacher: LanguageModel | None
+    prompts: list[Prompt]
+    end_ids: tuple[int, ...]
+    loss: Loss
+    answer_end: Callable[[str], int | None]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    student=None,
+    teacher=None,
+    tokenizer=None,
+    prompts: Sequence[str | Example] | None = None,
+    quiet: bool = False,
+) -> RunResult:
+    """Run a recipe, or resume it in its folder, and return the student.
+
+    `student` and `teacher` may be Hugging Face causal LMs that are already loaded (with their `tokenizer`), `prompts` a
+    list of strings or Examples; they then take the place of what the recipe names. Raises RecipeError, ModelError,
+    DataError or RunError for bad input before anything is written, and NonFiniteError before a bad update.
+    """
+    runlog.check_folder(recipe)
+    world = distributed.start()
+    if runlog.is_done(recipe.out, recipe):
+        finished = load_model(str(recipe.out / "model"), dtype=recipe.student.dtype)
+        return RunResult(recipe.out, finished, runlog.read_rows(recipe.out / "metrics.jsonl")[-1])
+    setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts)
+    if not world.is_main:
+        return _run(recipe, setup, world, quiet=True)
+    with runlog.open_run(recipe, _environment(setup, world)):
+        return _run(recipe, setup, world, quiet)
+
+
+def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokenizer=None, prompts=None) -> Setup:
+    """Load models and prompts and check that they fit together. Writes nothing."""
+    spec = recipe.student
+    if student is None:
+        student = load_model(
+            spec.model,
+            dtype=spec.dtype,
+            init=spec.init,
+            seed=recipe.train.seed,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    elif not isinstance(student, LanguageModel):
+        student = LanguageModel(student, tokenizer, type(student).__name__)
+    needs_teacher = recipe.objective.signal == "full" or recipe.objective.prefix == "teacher"
+    if needs_teacher and teacher is None:
+        spec = recipe.teacher
+        teacher = load_model(spec.model, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+    elif teacher is not None and not isinstance(teacher, LanguageModel):
+        teacher = LanguageModel(teacher, tokenizer, type(teacher).__name__)
+    student.to(world.device)
+    if teacher is not None:
+        teacher.to(world.device).eval().requires_grad_(False)
+    end_ids = end_set(student, teacher)
+    ends_differ = teacher is not None and set(student.end_ids) != set(teacher.end_ids)
+    loss = Loss(
+        recipe.objective,
+        recipe.train.normalize,
+        vocab_size=shared_vocab_size(student, teacher) if teacher is not None else None,
+        end_class=end_ids if ends_differ and recipe.objective.end_class == "merged" else (),
+    )
+    if prompts is None:
+        data = recipe.data
+        examples = load_examples(
+            data.source,
+            split=data.split,
+            num_examples=data.num_prompts,
+            prompt_column=data.prompt_column,
+            seed=data.seed,
+        )
+    else:
+        examples = [p if isinstance(p, Example) else Example(str(i), p) for i, p in enumerate(prompts)]
+    lengths = [m.context_length for m in (student, teacher) if m is not None and m.context_length is not None]
+    tokenised = make_prompts(
+        examples,
+        student.tokenizer,
+        template=recipe.data.template,
+        max_completion=recipe.window.tokens,
+        context_length=min(lengths, default=None),
+        end_id=end_ids[0] if recipe.objective.prefix == "dataset" else None,
+    )
+    if recipe.train.prompts_per_step % world.size:
+        raise DataError(
+            f"train.prompts_per_step is {recipe.train.prompts_per_step}, which {world.size} ranks cannot share evenly; "
+            f"use a multiple of {world.size}"
+        )
+    has_task = prompts is None and not is_table(recipe.data.source)
+    answer_end = make_task(recipe.data.source).answer_end if has_task else lambda text: None
+    return Setup(student, teacher, tokenised, end_ids, loss, answer_end)
+
+
+def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
+    """The loop. Position in it is the number of finished steps; all randomness follows from it and the seed."""
+    config, folder = recipe.train, recipe.out
+    student, teacher, loss = setup.student, setup.teacher, setup.loss
+    decoders = {"student": distributed.shard(student, world), "teacher": teacher.model if teacher else None}
+    optimizer = torch.optim.AdamW(student.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
+    start = 0
+    if saved := checkpoint.latest(folder):
+        start = checkpoint.load(saved, student, optimizer)
+    if world.is_main:
+        runlog.rewind(folder, start)
+    metrics: dict[str, Any] = {}
+    with StepDisplay(recipe, start, quiet) as display:
+        display.note(*_opening(recipe, setup, start))
+        for step in range(start, config.steps):
+            clock = Stopwatch(world.device)
+            torch.manual_seed(_seed("step", config.seed, step, world.rank))
+            window = recipe.window.tokens
+            indices = step_indices(len(setup.prompts), config.prompts_per_step, step, config.seed)[
+                world.rank :: world.size
+            ]
+            seeds = [(config.seed, step, world.rank + i * world.size) for i in range(len(indices))]
+            with clock("rollout"):
+                distributed.refresh(decoders["student"], student)
+                student.eval()
+                step_prompts = [setup.prompts[i] for i in indices]
+                source = recipe.objective.prefix
+                rollouts = write_rollouts(source, decoders, step_prompts, seeds, window, setup.end_ids, recipe)
+                student.train()
+
+            batches = make_batches(rollouts, config.tokens_per_batch, world.device)
+            if len(batches) < (num_batches := distributed.max_over_ranks(len(batches), world)):
+                batches = make_batches(rollouts, config.tokens_per_batch, world.device, num_batches)
+            (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
+            texts = student.tokenizer.batch_decode([r.completion_ids for r in rollouts], skip_special_tokens=True)
+            text_of = dict(zip(map(id, rollouts), texts, strict=True))
+
+            sums: Counter[str] = Counter(rollout_sums(rollouts, texts))
+            samples = []
+            for batch in batches:
+                with clock("teacher"):
+                    logits_NV = teacher_logits(teacher, batch, loss)
+                with clock("student"):
+                    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
+                        loss_sum, loss_N, stats = batch_loss(student, logits_NV, batch, loss)
+                    if not torch.isfinite(loss_N).all():
+                        ids = ", ".join(rollout.prompt.example.id for rollout in batch.rollouts[:8])
+                        raise NonFiniteError(
+                            f"the loss of step {step + 1} is not finite, in a batch with the prompts {ids}; nothing "
+                            "was updated. Lower train.lr, or look at these prompts and at both models' logits"
+                        )
+                    (loss_sum / divisor).backward()
+                before_answer_N = _before_answer(batch.rollouts, text_of, student.tokenizer, setup.answer_end)
+                sums.update(token_sums(stats, before_answer_N.to(world.device)) | {"loss": loss_sum.item() / divisor})
+                samples += _samples(
+                    batch.rollouts, loss_N, stats, student.tokenizer, limit=NUM_LOGGED_SAMPLES - len(samples)
+                )
+
+            with clock("student"):
+                grad_norm = distributed.whole(
+                    torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+                ).item()
+                if not math.isfinite(grad_norm):
+                    ids = ", ".join(prompt.example.id for prompt in step_prompts[:8])
+                    raise NonFiniteError(
+                        f"the gradient norm of step {step + 1} is {grad_norm}, with the prompts {ids}; nothing was "
+                        "updated. Lower train.lr or use float32"
+                    )
+                lr = learning_rate(config, step)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            total = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
+            metrics = {"step": step + 1, "prefix": source, "loss": total["loss"], **step_means(total)}
+            metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window}
+            saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+            if world.is_main:
+                runlog.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
+                if saves or step == 0:
+                    for sample in samples:
+                        runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
+            if saves:
+                checkpoint.save(folder, step + 1, student, optimizer, world)
+            display.update(metrics)
+
+    weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    distributed.refresh(decoders["student"], student)
+    student.eval()
+    if world.is_main:
+        weights = {name.removeprefix("model."): value for name, value in checkpoint.untied(weights, student).items()}
+        save_model(student, weights, setup.end_ids, folder / "model")
+        if recipe.evaluation.source is not None:
+            written = LanguageModel(decoders["student"], student.tokenizer, str(folder))
+            for row in evaluate(written, recipe.evaluation, end_ids=setup.end_ids, quiet=quiet):
+                runlog.append(folder / "evals.jsonl", {"step": config.steps, **row})
+        runlog.finish(recipe)
+    distributed.wait_for_all(world)
+    return RunResult(folder, student, metrics)
+
+
+def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[int]:
+    """The prompts of a step: consecutive places in an endless sequence of shuffled epochs."""
+    order: dict[int, list[int]] = {}
+    indices = []
+    for place in range(step * per_step, (step + 1) * per_step):
+        epoch, i = divmod(place, num_prompts)
+        if epoch not in order:
+            order[epoch] = random.Random(f"epoch/{seed}/{epoch}").sample(range(num_prompts), num_prompts)
+        indices.append(order[epoch][i])
+    return indices
+
+
+def learning_rate(config: Train, step: int) -> float:
+    """The rate of step 0, 1, ...: linear warm-up, then constant or a cosine that would reach 0 after the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
+
+
+def _before_answer(rollouts: Sequence[Rollout], text_of: dict[int, str], tokenizer, answer_end) -> torch.Tensor:
+    """Which loss tokens of a batch come up to the first final answer, in the order of the loss tokens, [N]."""
+    before = []
+    for rollout in rollouts:
+        num = num_tokens_to_answer(rollout.completion_ids, text_of[id(rollout)], tokenizer, answer_end)
+        before += [i < num for i, is_trained in enumerate(rollout.trained) if is_trained]
+    return torch.tensor(before, dtype=torch.bool)
+
+
+def _samples(rollouts, loss_N, stats, tokenizer, limit: int) -> list[dict[str, Any]]:
+    """The first rollouts of a batch as text, with the loss and the student's entropy of each loss token."""
+    samples, first = [], 0
+    for rollout in rollouts[: max(limit, 0)]:
+        num = sum(rollout.trained)
+        samples.append(
+            {
+                "prompt_id": rollout.prompt.example.id,
+                "prompt": rollout.prompt.example.prompt,
+                "source": rollout.source,
+                "stop": rollout.stop,
+                "tokens": [tokenizer.decode([i]) for i in rollout.completion_ids],
+                "trained": list(rollout.trained),
+                "loss": [round(x, 5) for x in loss_N[first : first + num].tolist()],
+                "student_entropy": [round(x, 5) for x in stats.student_entropy_N[first : first + num].tolist()],
+            }
+        )
+        first += num
+    return samples
+
+
+def _environment(setup: Setup, world: World) -> dict[str, Any]:
+    models = {"student": setup.student} | ({"teacher": setup.teacher} if setup.teacher else {})
+    return {
+        "world_size": world.size,
+        "device": str(world.device),
+        "end_ids": list(setup.end_ids),
+        "end_class_merged": bool(setup.loss.end_class),
+        "models": {
+            role: {"name": model.name, "weights": fingerprint(model), "end_ids": list(model.end_ids)}
+            for role, model in models.items()
+        },
+    }
+
+
+def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
+    """What a user should see before the first step."""
+    student, teacher = setup.student, setup.teacher
+    names = student.tokenizer.convert_ids_to_tokens(list(setup.end_ids))
+    ends = ", ".join(f"{name} ({i})" for name, i in zip(names, setup.end_ids, strict=True))
+    lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
+    lines.append(f"end set: {ends}")
+    if teacher is not None and set(student.end_ids) != set(teacher.end_ids):
+        treated = "count as one class in the loss" if setup.loss.end_class else "are kept apart in the loss"
+        lines.append(
+            f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}; they {treated}"
+        )
+    if teacher is not None and student.vocab_size != teacher.vocab_size:
+        lines.append(
+            f"heads of {student.vocab_size} (student) and {teacher.vocab_size} (teacher) rows are cut to the "
+            f"{setup.loss.vocab_size} they share"
+        )
+    example = setup.prompts[0]
+    lines.append(f"first prompt: {student.tokenizer.decode(example.token_ids)!r}")
+    return lines
