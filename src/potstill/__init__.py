@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from potstill.config import Recipe, load_recipe
     from potstill.divergence import token_divergence
-    from potstill.evaluate import evaluate
-    from potstill.train import train
+    from potstill.evaluation import evaluate
+    from potstill.training import train
 
 # Imported on first use, so that `potstill --help` does not wait for torch.
 _HOMES = {
     "Recipe": "potstill.config",
     "load_recipe": "potstill.config",
     "token_divergence": "potstill.divergence",
-    "evaluate": "potstill.evaluate",
-    "train": "potstill.train",
+    "evaluate": "potstill.evaluation",
+    "train": "potstill.training",
 }
 __all__ = ["Recipe", "evaluate", "load_recipe", "token_divergence", "train"]
 
@@ -23,7 +23,4 @@ __all__ = ["Recipe", "evaluate", "load_recipe", "token_divergence", "train"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'potstill' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    # Importing potstill.train or potstill.evaluate binds the module of that name here; the function wins.
-    globals()[name] = value
-    return value
+    return getattr(import_module(_HOMES[name]), name)

@@ -27,19 +27,20 @@ def latest(folder: Path) -> Path | None:
 
 def save(folder: Path, step: int, student: LanguageModel, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must call this."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
     if world.is_main:
         target = folder / "checkpoint" / f"step-{step:06d}"
         unfinished = target.with_name(f"unfinished-{target.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        is_tensor = {name: isinstance(value, torch.Tensor) for name, value in optimizer_state.items()}
-        tensors: dict[str, Any] = {name: value for name, value in optimizer_state.items() if is_tensor[name]}
-        settings = {name: value for name, value in optimizer_state.items() if not is_tensor[name]}
+        moments: dict[str, Any] = optimizer_state["state"]
+        tensors = {f"{name}.{key}": value for name, values in moments.items() for key, value in values.items()}
         save_file(untied(model_state, student), unfinished / "model.safetensors")
         save_file(tensors, unfinished / "optimizer.safetensors")
-        (unfinished / "state.json").write_text(json.dumps({"step": step, "optimizer": settings}))
+        (unfinished / "state.json").write_text(
+            json.dumps({"step": step, "param_groups": optimizer_state["param_groups"]})
+        )
         for path in unfinished.iterdir():
             _flush(path)
         unfinished.rename(target)
@@ -52,17 +53,20 @@ def save(folder: Path, step: int, student: LanguageModel, optimizer: torch.optim
 
 def load(checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer) -> int:
     """Restore weights and optimiser; returns the number of finished steps. Every rank must call this."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    optimizer_state = load_file(checkpoint / "optimizer.safetensors") | state["optimizer"]
+    saved = json.loads((checkpoint / "state.json").read_text())
+    moments: dict[str, Any] = {}
+    for name, value in load_file(checkpoint / "optimizer.safetensors").items():
+        parameter, _, key = name.rpartition(".")
+        moments.setdefault(parameter, {})[key] = value
     set_state_dict(
         student,
         optimizer,
         model_state_dict={**load_file(checkpoint / "model.safetensors")},
-        optim_state_dict=optimizer_state,
+        optim_state_dict={"state": moments, "param_groups": saved["param_groups"]},
         # Not strict: a tied head is stored once, under the name of the embedding.
-        options=StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True, strict=False),
+        options=StateDictOptions(full_state_dict=True, strict=False),
     )
-    return state["step"]
+    return saved["step"]
 
 
 def untied(state: dict[str, Any], student: LanguageModel) -> dict[str, torch.Tensor]:

@@ -76,11 +76,15 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         if dry_run:
             print(to_toml(resolved.resolved()), end="")
             return
-        from potstill.train import train
+        from potstill import distributed
+        from potstill.training import train
 
+        world = distributed.start()
         result = train(resolved)
-        print(f"{resolved.method}: the student is in {result.folder / 'model'}")
-        _print_results([result.folder])
+        distributed.stop()
+        if world.is_main:
+            print(f"{resolved.method}: the student is in {result.folder / 'model'}")
+            _print_results([result.folder])
 
     @app.command
     def evaluate(
@@ -94,7 +98,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             models: Run folders, model folders, hub ids, or potstill:teacher and potstill:base.
             out: Also write the results to this JSON file (one model). A run's results are added to its folder.
         """
-        from potstill.evaluate import evaluate_and_store
+        from potstill.evaluation import evaluate_and_store
 
         _refuse_overrides(overrides)
         if not models:
@@ -125,7 +129,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             max_tokens: Completion length cap.
             seed: Seed of the problems and of sampling.
         """
-        from potstill.evaluate import show_responses
+        from potstill.evaluation import show_responses
 
         _refuse_overrides(overrides)
         show_responses(model, prompt, source, template, num, max_tokens, seed, sampling)

@@ -56,6 +56,8 @@ def _read_rows(source: str, split: str) -> list[dict[str, Any]]:
             raise DataError(f"hub data set {source!r} (split {split!r}) cannot be read: {reason}") from None
     if not Path(source).is_file():
         raise DataError(f"data file {source!r} does not exist; give a .jsonl or .parquet file, a task or a hub id")
+    if Path(source).stat().st_size == 0:
+        return []
     kind = datasets.Dataset.from_parquet if source.endswith(".parquet") else datasets.Dataset.from_json
     try:
         return kind(source, keep_in_memory=True).to_list()

@@ -39,6 +39,12 @@ def start() -> World:
     return World(rank, size, device)
 
 
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def shard(model: LanguageModel, world: World) -> nn.Module:
     """Shard the student over all ranks; returns the whole copy that decodes on this rank.
 

@@ -17,7 +17,7 @@ from potstill.batching import make_batches
 from potstill.config import Recipe, Train, is_table
 from potstill.data import DataError, load_examples, make_prompts
 from potstill.distributed import World
-from potstill.evaluate import evaluate
+from potstill.evaluation import evaluate
 from potstill.metrics import Stopwatch, num_tokens_to_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
 from potstill.objective import Loss, batch_loss, teacher_logits

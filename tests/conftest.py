@@ -1,0 +1,69 @@
+import os
+
+# No test may use the network, and one thread is fastest for models this small and gives the same bits everywhere.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from potstill.config import Recipe
+from potstill.models import LanguageModel
+from potstill.tasks.multiplication import build_tokenizer
+from potstill.types import Example, Prompt, Rollout
+
+torch.set_num_threads(1)
+
+
+def make_model(hidden_size: int = 16, seed: int = 0, vocab_size: int = 23, eos_token_id: int = 2) -> LanguageModel:
+    """A random two-layer model over the embedded task's vocabulary."""
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=32,
+        tie_word_embeddings=True,
+        # Large, so that two random models differ by more than rounding.
+        initializer_range=0.5,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=eos_token_id,
+    )
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_token_id)
+    return LanguageModel(Qwen3ForCausalLM(config).eval(), tokenizer, f"model-{seed}")
+
+
+def make_rollout(prompt_ids, completion_ids, trained=None, stop="end", name="p") -> Rollout:
+    prompt = Prompt(Example(name, "prompt"), tuple(prompt_ids))
+    trained = tuple(trained) if trained is not None else (True,) * len(completion_ids)
+    return Rollout(prompt, tuple(completion_ids), trained, "student", stop)
+
+
+def tiny_recipe(out, **sections) -> Recipe:
+    """A few fast steps on the shipped pair; sections are merged over the defaults."""
+    data = {
+        "out": str(out),
+        "data": {"source": "multiplication", "num_prompts": 64},
+        "window": {"tokens": 24},
+        "train": {"steps": 4, "prompts_per_step": 8, "tokens_per_batch": 256, "warmup_steps": 1, "checkpoint_every": 2},
+    }
+    for name, section in sections.items():
+        data[name] = {**data.get(name, {}), **section}
+    return Recipe.model_validate(data)
+
+
+@pytest.fixture
+def student() -> LanguageModel:
+    return make_model(hidden_size=16, seed=0)
+
+
+@pytest.fixture
+def teacher() -> LanguageModel:
+    return make_model(hidden_size=24, seed=1)

@@ -1,0 +1,133 @@
+"""The command line as a user meets it: exit codes, one line for bad input, nothing written."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import tiny_recipe
+
+from potstill.cli import main, split_overrides
+from potstill.config import to_toml
+
+
+def run(capsys, *argv):
+    """Exit code, standard output and standard error of a command in this process."""
+    try:
+        main(list(argv))
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_answers_at_once():
+    for arguments in ([], ["train"], ["evaluate"]):
+        durations = []
+        for _ in range(3):
+            started = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-X", "importtime", "-m", "potstill", *arguments, "--help"],
+                capture_output=True,
+                text=True,
+            )
+            durations.append(time.perf_counter() - started)
+        assert done.returncode == 0 and "usage: potstill" in done.stdout
+        assert " torch" not in done.stderr and " transformers" not in done.stderr
+        assert min(durations) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.toml"], "recipe 'none.toml' does not exist"),
+        (["train", "demo", "--objective.prefx", "student"], "the nearest is objective.prefix"),
+        (["train", "demo", "--train.steps", "x"], "train.steps is 'x'"),
+        (["train", "demo", "--train.steps"], "--train.steps has no value"),
+        (["train", "demo", "--method", "sft", "--objective.kl", "reverse"], "both set objective.kl"),
+        (["train", "demo", "--student.model", "no/such/folder"], "'no/such/folder' does not exist"),
+        (["train", "demo", "--data.source", "none.jsonl"], "data.split is set but not read"),
+        (["train", "demo", "--data.source", "multiplication:genius"], "no writer 'genius'"),
+        (["evaluate", "potstill:nobody"], "is not a shipped model"),
+        (["evaluate", "potstill:base", "--source", "table.jsonl"], "can be scored"),
+        (["evaluate", "potstill:base", "--train.lr", "1"], "--train.lr is a field of a recipe"),
+        (["report", "none"], "neither a run folder nor an evaluation file"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "train":
+        (tmp_path / "demo").write_text('[data]\nsource = "multiplication"\nsplit = "train"\n')
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert message in err and err.startswith("potstill: ") and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_prints_a_recipe_that_runs_the_same(tmp_path, capsys):
+    code, out, _ = run(capsys, "train", "demo", "--method", "dagger", "--train.lr", "1e-3", "--dry-run")
+    assert code == 0
+    (tmp_path / "printed.toml").write_text(out)
+    code, again, _ = run(capsys, "train", str(tmp_path / "printed.toml"), "--dry-run")
+    assert again == out and 'prefix = "student"\nkl = "forward"' in out and "lr = 0.001" in out
+
+
+def test_overrides_are_read_as_toml_would():
+    line = "train r.toml --train.lr 1e-3 --dry-run --objective.kl=mixed --evaluation.temperatures 1.0 0.5"
+    rest, overrides = split_overrides(f"{line} --train.checkpoint-every 5 --out runs/x".split())
+    assert rest == ["train", "r.toml", "--dry-run"]
+    assert overrides == {
+        "train.lr": 1e-3,
+        "objective.kl": "mixed",
+        "evaluation.temperatures": [1.0, 0.5],
+        "train.checkpoint_every": 5,
+        "out": "runs/x",
+    }
+
+
+def test_methods_prints_the_grid(capsys):
+    code, out, _ = run(capsys, "methods")
+    assert code == 0 and all(name in out for name in ("sft", "dagger", "offline-rl", "opd", "teacher prefix"))
+
+
+def test_train_evaluate_sample_report(tmp_path, capsys):
+    """The whole way of a user through small numbers."""
+    evaluation = {"source": "multiplication", "num_problems": 3, "num_responses": 2}
+    recipe = tiny_recipe(tmp_path / "run", evaluation=evaluation)
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
+    code, out, err = run(capsys, "train", str(tmp_path / "recipe.toml"))
+    assert code == 0 and "Avg@2" in out and "step 4/4" in err and "end set: <eos> (2)" in err
+    few = ["--num-problems", "3", "--num-responses", "2"]
+    code, out, _ = run(capsys, "evaluate", str(tmp_path / "run"), "potstill:base", *few)
+    assert code == 0 and "base" in out
+    code, out, _ = run(capsys, "evaluate", "potstill:base", *few, "--out", str(tmp_path / "base.json"))
+    assert code == 0 and (tmp_path / "base.json").exists()
+    code, out, _ = run(capsys, "sample", str(tmp_path / "run"), "--num", "2")
+    assert code == 0 and out.count("stopped by") == 2 and "answer" in out
+    code, out, _ = run(capsys, "sample", "potstill:teacher", "--prompt", "__12*3=", "--num", "1", "--temperature", "0")
+    assert code == 0 and "36" in out
+    code, out, _ = run(
+        capsys, "report", str(tmp_path / "run"), str(tmp_path / "base.json"), "--out", str(tmp_path / "r.html")
+    )
+    assert code == 0 and (tmp_path / "r.html").stat().st_size > 1_000_000
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    import signal
+
+    (tmp_path / "recipe.toml").write_text(to_toml(tiny_recipe(tmp_path / "run", train={"steps": 5000}).resolved()))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "potstill", "train", str(tmp_path / "recipe.toml")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err and "goes on from the last checkpoint" in err

@@ -1,0 +1,76 @@
+"""Two gloo processes with FSDP2 against one process: the same loss, gradients and weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import tiny_recipe
+from safetensors.torch import load_file
+
+from potstill import runlog
+from potstill.config import to_toml
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def write_recipe(folder, **sections):
+    (folder / "recipe.toml").write_text(to_toml(tiny_recipe(folder / "run", **sections).resolved()))
+
+
+def command(folder, name, ranks):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [
+        sys.executable,
+        *launcher,
+        "-m",
+        "potstill",
+        "train",
+        str(folder / "recipe.toml"),
+        "--out",
+        str(folder / name),
+    ]
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+def test_two_ranks_equal_one(tmp_path, normalize):
+    objective = {"prefix": "student", "kl": "mixed", "forward_weight": 0.3}
+    # The rate is tiny, so that the second step's rollouts are the same on both sides to the last token.
+    train = {"steps": 2, "lr": 1e-6, "normalize": normalize, "checkpoint_every": 2, "tokens_per_batch": 128}
+    write_recipe(tmp_path, objective=objective, train=train)
+    for name, ranks in (("one", 1), ("two", 2)):
+        subprocess.run(command(tmp_path, name, ranks), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+    one, two = (runlog.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", "length", "num_loss_tokens"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), key
+    states = [load_file(tmp_path / name / "checkpoint/step-000002/optimizer.safetensors") for name in ("one", "two")]
+    # AdamW's first moment is a mean of the clipped gradients, which shows the gradients themselves.
+    moments = [name for name in states[0] if name.endswith("exp_avg")]
+    assert len(moments) == len(states[0]) / 3
+    for name in moments:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-7)
+    weights = [load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-7)
+
+
+def test_two_ranks_that_are_killed_resume(tmp_path):
+    train = {"steps": 10, "checkpoint_every": 2, "lr": 1e-3}
+    write_recipe(tmp_path, objective={"prefix": "teacher", "kl": "forward"}, train=train)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(tmp_path, "killed", ranks=2), env=ONE_THREAD, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    while len(runlog.read_rows(metrics)) < 4:
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for name in ("killed", "whole"):
+        subprocess.run(command(tmp_path, name, ranks=2), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+    killed, whole = (load_file(tmp_path / name / "model/model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)

@@ -1,0 +1,108 @@
+"""Batch to loss: sums that do not depend on how rollouts are batched, and the cells' meaning."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import make_model, make_rollout
+
+from potstill.batching import make_batches
+from potstill.config import Objective
+from potstill.objective import Loss, batch_loss, teacher_logits
+
+ROLLOUTS = [
+    make_rollout([1, 5, 6], [9, 5, 2]),
+    make_rollout([1, 7], [4, 4, 8, 9, 6, 2], trained=[True, False, False, True, True, True]),
+    make_rollout([1, 5, 6, 8], [3] * 11, stop="length"),
+    make_rollout([1], [2]),
+]
+
+
+def gradients(student, teacher, loss: Loss, tokens_per_batch: int, rollouts=ROLLOUTS):
+    """Loss and gradients of one optimiser step over the rollouts, cut into batches."""
+    student.zero_grad()
+    divisor, total = loss.divisor(rollouts), 0.0
+    for batch in make_batches(rollouts, tokens_per_batch):
+        loss_sum, _, _ = batch_loss(student, teacher_logits(teacher, batch, loss), batch, loss)
+        (loss_sum / divisor).backward()
+        total += loss_sum.item() / divisor
+    return total, [parameter.grad.clone() for parameter in student.parameters()]
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+@pytest.mark.parametrize("signal", ["full", "labels"])
+def test_one_batch_equals_four(student, teacher, normalize, signal):
+    loss = Loss(Objective(kl="reverse", signal=signal), normalize, vocab_size=23)
+    whole = gradients(student, teacher, loss, tokens_per_batch=10_000)
+    parts = gradients(student, teacher, loss, tokens_per_batch=1)
+    assert whole[0] == pytest.approx(parts[0], rel=1e-5)
+    for a, b in zip(whole[1], parts[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_normalisation_weighs_tokens_or_sequences(student, teacher):
+    """Against the two definitions written out from per-rollout losses."""
+    objective = Objective(kl="forward")
+    token_losses = []
+    for rollout in ROLLOUTS:
+        (batch,) = make_batches([rollout], 10_000)
+        loss = Loss(objective, "token", vocab_size=23)
+        token_losses.append(batch_loss(student, teacher_logits(teacher, batch, loss), batch, loss)[1])
+    by_token = torch.cat(token_losses).mean().item()
+    by_sequence = torch.stack([loss_N.mean() for loss_N in token_losses]).mean().item()
+    assert gradients(student, teacher, Loss(objective, "token", 23), 40)[0] == pytest.approx(by_token, rel=1e-5)
+    assert gradients(student, teacher, Loss(objective, "sequence", 23), 40)[0] == pytest.approx(by_sequence, rel=1e-5)
+    assert by_token != pytest.approx(by_sequence, rel=1e-2)
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse", "mixed"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(student, kl):
+    loss_value, grads = gradients(student, student, Loss(Objective(kl=kl), "token", 23), 100)
+    assert abs(loss_value) < 1e-6
+    assert all(grad.abs().max() < 1e-6 for grad in grads)
+
+
+def test_labels_are_the_models_own_language_model_loss(student):
+    rollout = ROLLOUTS[0]
+    value, grads = gradients(student, None, Loss(Objective(signal="labels"), "token"), 100, [rollout])
+    ids = torch.tensor([rollout.prompt.token_ids + rollout.completion_ids])
+    labels = ids.clone()
+    labels[:, : len(rollout.prompt.token_ids)] = -100
+    student.zero_grad()
+    expected = student.model(input_ids=ids, labels=labels).loss
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    for grad, parameter in zip(grads, student.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_the_models_own_logits_at_the_loss_tokens(student, teacher):
+    (batch,) = make_batches([ROLLOUTS[1]], 100)
+    ids = torch.tensor([ROLLOUTS[1].prompt.token_ids + ROLLOUTS[1].completion_ids])
+    own = teacher.model(input_ids=ids).logits[0]
+    # The trained completion tokens sit at 2, 5, 6, 7 of the sequence, so the rows are those just before.
+    rows = teacher_logits(teacher, batch, Loss(Objective(), "token", vocab_size=23))
+    torch.testing.assert_close(rows, own[[1, 4, 5, 6]], rtol=1e-4, atol=1e-4)
+
+
+def test_padded_vocabularies_are_cut_to_the_shared_rows(teacher):
+    wide, narrow = make_model(seed=3, vocab_size=31), make_model(seed=3, vocab_size=23)
+    narrow.model.load_state_dict(
+        {name: value[:23] if value.shape[0] == 31 else value for name, value in wide.model.state_dict().items()}
+    )
+    loss = Loss(Objective(kl="reverse"), "token", vocab_size=23)
+    assert gradients(wide, teacher, loss, 100)[0] == pytest.approx(gradients(narrow, teacher, loss, 100)[0], rel=1e-6)
+
+
+def test_the_end_class_forgives_another_end_token_and_raw_does_not(student):
+    """A teacher that is the student with two end tokens swapped: equal once they are one class."""
+    swapped = make_model(hidden_size=16, seed=0)
+    order = list(range(23))
+    order[2], order[22] = 22, 2
+    head = torch.nn.Linear(16, 23, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(student.head.weight_VD[order])
+    swapped.model.lm_head = head
+    loss = Loss(Objective(kl="reverse"), "token", vocab_size=23, end_class=(2, 22))
+    assert abs(gradients(student, swapped, loss, 100)[0]) < 1e-6
+    assert gradients(student, swapped, dataclasses.replace(loss, end_class=()), 100)[0] > 1e-3

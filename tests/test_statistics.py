@@ -1,0 +1,57 @@
+import itertools
+from math import comb
+
+import numpy as np
+import pytest
+
+from potstill.statistics import mean_over_problems, pass_at_k, ratio_over_problems
+
+
+@pytest.mark.parametrize("num_responses", [1, 4, 6])
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_correct_response(num_responses):
+    for num_correct in range(num_responses + 1):
+        responses = [True] * num_correct + [False] * (num_responses - num_correct)
+        for k in range(1, num_responses + 1):
+            subsets = list(itertools.combinations(responses, k))
+            assert pass_at_k(num_responses, num_correct, k) == pytest.approx(np.mean([any(s) for s in subsets]))
+
+
+def test_pass_at_k_is_unbiased():
+    p, n, k = 0.13, 16, 5
+    chances = [comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+    expected = sum(chance * pass_at_k(n, c, k) for c, chance in enumerate(chances))
+    assert expected == pytest.approx(1 - (1 - p) ** k)
+
+
+def test_pass_at_k_refuses_nonsense():
+    for arguments in [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)]:
+        with pytest.raises(ValueError, match="need 0 <="):
+            pass_at_k(*arguments)
+
+
+def test_interval_of_a_mean_is_near_the_normal_one():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    estimate = mean_over_problems(list(values))
+    half_width = 1.96 * values.std() / 20
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.low == pytest.approx(values.mean() - half_width, abs=0.03)
+    assert estimate.high == pytest.approx(values.mean() + half_width, abs=0.03)
+
+
+def test_interval_covers_the_truth_about_95_percent_of_the_time():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(100):
+        estimate = mean_over_problems(list(rng.random(50)))
+        covered += estimate.low <= 0.5 <= estimate.high
+    assert 85 <= covered <= 100
+
+
+def test_ratio_is_of_sums_and_resamples_problems_together():
+    estimate = ratio_over_problems([2.0, 6.0, 4.0], [1.0, 3.0, 2.0])
+    assert estimate == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_equal_values_have_no_width():
+    assert mean_over_problems([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert mean_over_problems([0.7]) == (0.7, 0.7, 0.7)

@@ -1,0 +1,231 @@
+"""The loop: each cell learns, a killed run resumes to the same bits, and bad input leaves nothing behind."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import make_model, tiny_recipe
+from safetensors.torch import load_file
+
+import potstill
+from potstill import runlog
+from potstill.config import METHODS, to_toml
+from potstill.data import DataError
+from potstill.models import ModelError
+from potstill.training import NonFiniteError, learning_rate, step_indices
+
+TIMES = ("seconds", "rollout_seconds", "teacher_seconds", "student_seconds")
+
+
+def logged(folder):
+    return [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in runlog.read_rows(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_cell_learns(tmp_path, method):
+    corner = {"prefix": METHODS[method].prefix, "kl": METHODS[method].kl}
+    train = {"steps": 30, "lr": 3e-3, "warmup_steps": 4, "checkpoint_every": 30, "prompts_per_step": 24}
+    recipe = tiny_recipe(tmp_path / "run", objective=corner, train=train, window={"tokens": 64})
+    result = potstill.train(recipe, quiet=True)
+    losses = [row["loss"] for row in logged(result.folder)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert result.metrics["prefix"] == METHODS[method].prefix
+    assert runlog.is_done(result.folder, recipe)
+
+
+def test_the_loss_is_the_kl_that_was_asked_for(tmp_path):
+    for kl, weight in (("forward", 1.0), ("reverse", 0.0), ("mixed", 0.25)):
+        objective = {"prefix": "teacher", "kl": kl} | ({"forward_weight": weight} if kl == "mixed" else {})
+        row = potstill.train(tiny_recipe(tmp_path / kl, objective=objective), quiet=True).metrics
+        assert row["loss"] == pytest.approx(weight * row["forward_kl"] + (1 - weight) * row["reverse_kl"], rel=1e-5)
+
+
+def test_dataset_prefix_with_labels_needs_no_teacher(tmp_path):
+    recipe = tiny_recipe(
+        tmp_path / "run",
+        data={"source": "multiplication:persona"},
+        objective={"prefix": "dataset", "signal": "labels"},
+        window={"tokens": 16},
+    )
+    result = potstill.train(recipe, quiet=True)
+    assert "teacher" not in json.loads((result.folder / "environment.json").read_text())["models"]
+    assert "forward_kl" not in result.metrics
+    # Traces are longer than the window, so some are cut, which is logged.
+    assert result.metrics["truncation"] > 0
+
+
+def test_run_folder_and_saved_model(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    recipe = tiny_recipe(
+        tmp_path / "run", evaluation={"source": "multiplication", "num_problems": 3, "num_responses": 2}
+    )
+    result = potstill.train(recipe, quiet=True)
+    names = {path.name for path in result.folder.iterdir() if not path.name.startswith(".")}
+    files = {"recipe.toml", "environment.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl"}
+    assert names == files | {"checkpoint", "model", "DONE"}
+    assert not [path for path in result.folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
+    assert potstill.load_recipe(result.folder / "recipe.toml").hash() == recipe.hash()
+    model = AutoModelForCausalLM.from_pretrained(result.folder / "model")
+    assert AutoTokenizer.from_pretrained(result.folder / "model").decode([5, 6]) == "12"
+    for mine, saved in zip(result.student.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, saved)
+    assert [row["temperature"] for row in runlog.read_rows(result.folder / "evals.jsonl")] == [1.0, 0.6]
+
+
+def test_a_finished_run_is_not_repeated(tmp_path):
+    recipe = tiny_recipe(tmp_path / "run")
+    first = potstill.train(recipe, quiet=True)
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    again = potstill.train(recipe, quiet=True)
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+    assert again.metrics["step"] == 4
+
+
+def test_python_objects_take_the_place_of_names(tmp_path):
+    student, teacher = make_model(seed=0), make_model(hidden_size=24, seed=1)
+    recipe = tiny_recipe(tmp_path / "run")
+    result = potstill.train(
+        recipe,
+        student=student.model,
+        teacher=teacher.model,
+        tokenizer=student.tokenizer,
+        prompts=["__12*3=", "_123*4="],
+        quiet=True,
+    )
+    assert result.student.model is student.model
+    assert {row["prompt"] for row in runlog.read_rows(result.folder / "samples.jsonl")} <= {"__12*3=", "_123*4="}
+
+
+def test_the_end_set_is_the_union_and_is_exported(tmp_path, capsys):
+    student, teacher = make_model(seed=0), make_model(seed=1, eos_token_id=22)
+    result = potstill.train(
+        tiny_recipe(tmp_path / "run"),
+        student=student,
+        teacher=teacher,
+        prompts=["__12*3="],
+    )
+    environment = json.loads((result.folder / "environment.json").read_text())
+    assert environment["end_ids"] == [2, 22] and environment["end_class_merged"]
+    assert "warning: the student ends on (2,), the teacher on (22,)" in capsys.readouterr().err
+    exported = json.loads((result.folder / "model" / "generation_config.json").read_text())
+    assert exported["eos_token_id"] == [2, 22]
+
+
+def test_killed_runs_resume_to_the_same_bits(tmp_path):
+    """SIGKILL at three different moments, against a run that was never killed."""
+    train = {"steps": 40, "checkpoint_every": 3}
+    recipe = tiny_recipe(tmp_path / "killed", objective={"prefix": "student", "kl": "reverse"}, train=train)
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
+    command = [sys.executable, "-m", "potstill", "train", str(tmp_path / "recipe.toml"), "--out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for kill_after in (2, 11, 25):
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
+        while len(runlog.read_rows(metrics)) < kill_after:
+            assert process.poll() is None, "the run ended before it was killed"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed" / "DONE").exists()
+    for name in ("killed", "whole"):
+        subprocess.run([*command, str(tmp_path / name)], env=environment, check=True, capture_output=True)
+    killed, whole = (
+        load_file(tmp_path / "killed/model/model.safetensors"),
+        load_file(tmp_path / "whole/model/model.safetensors"),
+    )
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    assert runlog.read_rows(tmp_path / "killed/samples.jsonl") == runlog.read_rows(tmp_path / "whole/samples.jsonl")
+
+
+def test_a_torn_line_and_an_unfinished_checkpoint_are_ignored(tmp_path):
+    recipe = tiny_recipe(tmp_path / "run")
+    whole = logged(potstill.train(tiny_recipe(tmp_path / "whole"), quiet=True).folder)
+    potstill.train(recipe, quiet=True)
+    (recipe.out / "DONE").unlink()
+    (recipe.out / "checkpoint" / "unfinished-step-000099").mkdir()
+    with (recipe.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    potstill.train(recipe, quiet=True)
+    assert logged(recipe.out) == whole
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    student, teacher = make_model(seed=0), make_model(seed=1)
+    with torch.no_grad():
+        teacher.model.model.norm.weight.fill_(float("nan"))
+    before = [parameter.clone() for parameter in student.parameters()]
+    with pytest.raises(NonFiniteError, match=r"loss of step 1 is not finite.*prompts \d.*nothing was updated"):
+        potstill.train(
+            tiny_recipe(tmp_path / "run"), student=student, teacher=teacher, prompts=["__12*3="] * 9, quiet=True
+        )
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+
+
+def test_bad_input_writes_nothing(tmp_path):
+    student = make_model(seed=0)
+    cases = [
+        (tiny_recipe(tmp_path / "run", student={"model": str(tmp_path / "nowhere")}), {}, ModelError, "does not exist"),
+        (tiny_recipe(tmp_path / "run", window={"tokens": 4000}), {}, DataError, "more than the context of 512"),
+        (tiny_recipe(tmp_path / "run"), {"student": student, "prompts": []}, DataError, "prompt list is empty"),
+        (
+            tiny_recipe(tmp_path / "run"),
+            {"student": student, "prompts": ["1" * 200]},
+            DataError,
+            "more than the context",
+        ),
+        (tiny_recipe(tmp_path / "run", objective={"prefix": "dataset"}), {}, DataError, "has no completion"),
+    ]
+    for recipe, objects, error, message in cases:
+        with pytest.raises(error, match=message):
+            potstill.train(recipe, quiet=True, **objects)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_run_is_left_alone(tmp_path):
+    recipe = tiny_recipe(tmp_path / "run")
+    potstill.train(recipe, quiet=True)
+    before = sorted((path, path.stat().st_mtime_ns) for path in recipe.out.rglob("*"))
+    with pytest.raises(runlog.RunError, match=r"holds another recipe \(train.steps is 4 there and 5 here\)"):
+        potstill.train(tiny_recipe(tmp_path / "run", train={"steps": 5}), quiet=True)
+    assert sorted((path, path.stat().st_mtime_ns) for path in recipe.out.rglob("*")) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(runlog.RunError, match="holds no run"):
+        potstill.train(tiny_recipe(tmp_path / "mine"), quiet=True)
+
+
+def test_two_processes_cannot_share_a_run_folder(tmp_path):
+    recipe = tiny_recipe(tmp_path / "run")
+    with runlog.open_run(recipe, {}), pytest.raises(runlog.RunError, match="in use by another process"):
+        potstill.train(recipe, quiet=True)
+
+
+def test_epochs_visit_every_prompt_once_in_a_new_order():
+    steps = [step_indices(10, 4, step, seed=3) for step in range(10)]
+    places = [i for step in steps for i in step]
+    epochs = [places[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert steps == [step_indices(10, 4, step, seed=3) for step in range(10)]
+    assert steps != [step_indices(10, 4, step, seed=4) for step in range(10)]
+
+
+def test_learning_rate_by_hand(tmp_path):
+    config = tiny_recipe(tmp_path, train={"steps": 10, "warmup_steps": 2, "lr": 1.0, "schedule": "cosine"}).train
+    rates = [learning_rate(config, step) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5)
+    assert all(a > b for a, b in itertools.pairwise(rates[2:])) and rates[-1] > 0
+    constant = config.model_copy(update={"schedule": "constant"})
+    assert [learning_rate(constant, step) for step in range(10)] == [0.5] + [1.0] * 9
