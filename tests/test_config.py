@@ -27,6 +27,10 @@ def test_every_shipped_recipe_is_valid():
             {"objective": {"forward_weight": 0.3}},
             r'objective.forward_weight is set but not read: objective.kl is "forward"',
         ),
+        (
+            {"objective": {"signal": "labels", "prefix": "student"}},
+            "on the student's own tokens has zero expected gradient",
+        ),
         ({"objective": {"signal": "labels", "kl": "reverse"}}, r"objective.kl is set but not read"),
         (
             {"objective": {"prefix": "dataset", "signal": "labels"}, "teacher": {"model": "x/y"}},

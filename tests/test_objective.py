@@ -8,6 +8,7 @@ from conftest import make_model, make_rollout
 
 from potstill.batching import make_batches
 from potstill.config import Objective
+from potstill.divergence import token_divergence
 from potstill.objective import Loss, batch_loss, teacher_logits
 
 ROLLOUTS = [
@@ -106,3 +107,19 @@ def test_the_end_class_forgives_another_end_token_and_raw_does_not(student):
     loss = Loss(Objective(kl="reverse"), "token", vocab_size=23, end_class=(2, 22))
     assert abs(gradients(student, swapped, loss, 100)[0]) < 1e-6
     assert gradients(student, swapped, dataclasses.replace(loss, end_class=()), 100)[0] > 1e-3
+
+
+def test_bfloat16_compute_leaves_logits_and_loss_in_float32(student, teacher):
+    """The loss equals that of float32 heads on bfloat16 hidden states, and not that of rounded logits."""
+    (batch,) = make_batches(ROLLOUTS, 10_000)
+    loss = Loss(Objective(kl="reverse"), "token", compute_dtype="bfloat16", vocab_size=23)
+    teacher_NV = teacher_logits(teacher, batch, loss)
+    value, _, _ = batch_loss(student, teacher_NV, batch, loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT].float()
+    logits_NV = hidden_ND @ student.head.weight_VD.T
+    expected, rounded = (token_divergence(z, teacher_NV, "reverse")[0].sum() for z in (logits_NV, logits_NV.bfloat16()))
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    assert (rounded - expected).abs() > 1e-3
+    value.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in student.parameters())

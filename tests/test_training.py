@@ -205,9 +205,22 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path):
         potstill.train(tiny_recipe(tmp_path / "mine"), quiet=True)
 
 
+def test_a_run_goes_on_only_with_what_it_began_with(tmp_path):
+    recipe = tiny_recipe(tmp_path / "run")
+    given = {"teacher": make_model(seed=1), "quiet": True}
+    potstill.train(recipe, student=make_model(seed=0), prompts=["__12*3="], **given)
+    with pytest.raises(runlog.RunError, match="begun with other models"):
+        potstill.train(recipe, student=make_model(seed=7), prompts=["__12*3="], **given)
+    with pytest.raises(runlog.RunError, match="begun with other prompts"):
+        potstill.train(recipe, student=make_model(seed=0), prompts=["__12*4="], **given)
+
+
 def test_two_processes_cannot_share_a_run_folder(tmp_path):
     recipe = tiny_recipe(tmp_path / "run")
-    with runlog.open_run(recipe, {}), pytest.raises(runlog.RunError, match="in use by another process"):
+    with (
+        runlog.open_run(recipe, {"models": {}, "prompts": ""}),
+        pytest.raises(runlog.RunError, match="in use by another process"),
+    ):
         potstill.train(recipe, quiet=True)
 
 

@@ -34,7 +34,7 @@ def save(folder: Path, step: int, student: LanguageModel, optimizer: torch.optim
         unfinished = target.with_name(f"unfinished-{target.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        moments: dict[str, Any] = optimizer_state["state"]
+        moments: Any = optimizer_state["state"]
         tensors = {f"{name}.{key}": value for name, values in moments.items() for key, value in values.items()}
         save_file(untied(model_state, student), unfinished / "model.safetensors")
         save_file(tensors, unfinished / "optimizer.safetensors")

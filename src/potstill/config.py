@@ -185,6 +185,11 @@ class Recipe(RecipeFields):
             for unread_name, reason in unread.items():
                 if name == unread_name or name.startswith(unread_name + "."):
                     raise ValueError(f"{name} is set but not read: {reason}; remove it or change the mode")
+        if self.objective.signal == "labels" and self.objective.prefix == "student":
+            raise ValueError(
+                "objective.signal = \"labels\" on the student's own tokens has zero expected gradient; use the teacher's "
+                'or a data set\'s prefixes, or signal = "full"'
+            )
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps is {self.train.warmup_steps}, more than train.steps = {self.train.steps}; lower it"

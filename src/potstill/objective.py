@@ -24,6 +24,7 @@ class Loss:
 
     objective: Objective
     normalize: str
+    compute_dtype: str = "float32"
     vocab_size: int | None = None
     end_class: tuple[int, ...] = ()
 
@@ -49,7 +50,10 @@ def batch_loss(student: LanguageModel, teacher_logits_NV: Tensor | None, batch: 
     `signal = "labels"`, whose loss is the cross-entropy of the written token.
     """
     objective = loss.objective
-    hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT]
+    device_type = batch.input_ids_BT.device.type
+    # Only the backbone computes in the lower type: bfloat16 logits would bias the gradient and the entropy.
+    with torch.autocast(device_type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"):
+        hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT]
     student_logits_NV = student.head(hidden_ND, loss.vocab_size)
     if teacher_logits_NV is None:
         labels_N = batch.target_ids_BT[batch.loss_mask_BT]

@@ -4,6 +4,7 @@ Every number in it is read from a file that it names, and text that a model wrot
 """
 
 import html
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from potstill.runlog import RunError, is_done, read_rows
 
 COLOURS = {"sft": "#4477aa", "dagger": "#228833", "offline-rl": "#ccbb44", "opd": "#ee6677"}
 OTHER_COLOURS = ("#66ccee", "#aa3377", "#999933", "#882255", "#44aa99", "#332288")
+GREYS = ("#bbbbbb", "#555555")
+SYMBOLS = ("circle", "diamond", "square", "cross")
 CURVES = (
     ("forward_kl", "forward KL (nats a token)"),
     ("reverse_kl", "reverse KL (nats a token)"),
@@ -101,6 +104,18 @@ def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def level_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of Avg by difficulty level, for tasks that have levels."""
+    levels = sorted({level for entry in entries for row in entry.evals for level in row["levels"] if level})
+    rows = []
+    for entry in entries if levels else ():
+        for row in entry.evals:
+            estimates = [row["levels"].get(level) for level in levels]
+            cells = [_percent(estimate["avg"]) if estimate else "" for estimate in estimates]
+            rows.append([entry.name, f"{row['temperature']:g}", *cells])
+    return ["model", "T", *levels], rows
+
+
 def print_table(entries: Sequence[Entry]) -> None:
     """The comparison on the terminal, one line a model; values with their intervals."""
     from rich.console import Console
@@ -126,7 +141,7 @@ def table_note(entries: Sequence[Entry]) -> str:
         return "No evaluation was found."
     return (
         f"{row['num_problems']} held-out problems, {row['num_responses']} responses each, at most "
-        f"{row['settings']['max_tokens']} tokens; [95 % bootstrap interval over problems]; entropy (nats a token), "
+        f"{row['settings']['max_tokens']} tokens; accuracy and truncation in %; [95 % bootstrap interval over problems]; entropy (nats a token), "
         "length and truncation at the highest temperature; seconds of training."
     )
 
@@ -159,6 +174,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         rows=rows,
         paths=[str(entry.path) for entry in entries],
         note=table_note(entries),
+        levels=level_table(entries),
         figures=[figure for figure in (curves(runs, colours), trade_off(entries, colours)) if figure],
         samples=[sample for entry in runs for sample in shown_samples(entry)],
         plotly=get_plotlyjs(),
@@ -169,14 +185,15 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
 
 
 def colour_by_path(entries: Sequence[Entry]) -> dict[Path, str]:
-    """One colour an entry: the corner's own for its first run, then others in turn, grey for models without a run."""
+    """One colour an entry: a corner's own for its first run, then others in turn; greys for models without a run."""
+    others, greys = itertools.cycle(OTHER_COLOURS), itertools.cycle(GREYS)
     colours: dict[Path, str] = {}
     for entry in entries:
         own = COLOURS.get(entry.cell or "")
-        others = (colour for colour in OTHER_COLOURS * len(entries) if colour not in colours.values())
-        colours[entry.path] = (
-            own if own and own not in colours.values() else next(others, "#777777") if entry.metrics else "#777777"
-        )
+        if not entry.metrics:
+            colours[entry.path] = next(greys)
+        else:
+            colours[entry.path] = own if own and own not in colours.values() else next(others)
     return colours
 
 
@@ -231,6 +248,8 @@ def trade_off(entries: Sequence[Entry], colours: dict[Path, str]) -> str:
     import plotly.graph_objects as go
 
     figure = go.Figure()
+    temperatures = sorted({row["temperature"] for entry in entries for row in entry.evals}, reverse=True)
+    symbols = dict(zip(temperatures, SYMBOLS * len(temperatures), strict=False))
     for entry in entries:
         avg = [row["avg"] for row in entry.evals]
         figure.add_trace(
@@ -242,17 +261,20 @@ def trade_off(entries: Sequence[Entry], colours: dict[Path, str]) -> str:
                     "array": [100 * (high - value) for value, _, high in avg],
                     "arrayminus": [100 * (value - low) for value, low, _ in avg],
                 },
-                text=[f"T={row['temperature']:g}" for row in entry.evals],
-                textposition="middle right",
-                mode="markers+text",
-                marker={"size": 10, "color": colours[entry.path]},
+                mode="markers",
+                marker={
+                    "size": 11,
+                    "color": colours[entry.path],
+                    "symbol": [symbols[row["temperature"]] for row in entry.evals],
+                },
                 name=html.escape(entry.name),
             )
         )
     figure.update_layout(
         height=460,
         template="plotly_white",
-        title="Accuracy against entropy of the responses",
+        title="Accuracy against entropy of the responses: "
+        + ", ".join(f"{symbol} at T={temperature:g}" for temperature, symbol in symbols.items()),
         xaxis_title="token entropy (nats)",
         yaxis_title="Avg (%)",
     )

@@ -28,7 +28,7 @@ def check_folder(recipe: Recipe) -> None:
     folder = recipe.out
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run folder {str(folder)!r} is a file; choose another --out")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return
     if not (folder / "recipe.toml").exists():
         raise RunError(f"folder {str(folder)!r} is not empty and holds no run; choose another --out")
@@ -59,13 +59,25 @@ def is_done(folder: Path, recipe: Recipe) -> bool:
 
 @contextmanager
 def open_run(recipe: Recipe, environment: dict[str, Any]) -> Iterator[None]:
-    """Create the run folder or enter it again, for this process alone."""
+    """Create the run folder or enter it again, for this process alone.
+
+    Raises RunError when another process is in it, or when it was begun with other models or prompts under the same
+    names: what a recipe names can change, and objects may have taken its place.
+    """
     from filelock import FileLock, Timeout
 
     folder = recipe.out
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
+            if (folder / "environment.json").exists():
+                begun = json.loads((folder / "environment.json").read_text())
+                for key in ("models", "prompts"):
+                    if begun[key] != environment[key]:
+                        raise RunError(
+                            f"run folder {str(folder)!r} was begun with other {key} ({json.dumps(begun[key])} there, "
+                            f"{json.dumps(environment[key])} here); choose another --out or remove the folder"
+                        )
             if not (folder / "recipe.toml").exists():
                 write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
             write_atomically(folder / "environment.json", json.dumps(describe_machine() | environment, indent=1) + "\n")

@@ -28,6 +28,8 @@ from potstill.types import Example, Prompt, Rollout
 
 # Decoded rollouts with per-token numbers are logged this many at a time, whenever a checkpoint is written.
 NUM_LOGGED_SAMPLES = 2
+# Of the first prompt, to show that the template is right.
+SHOWN_CHARACTERS = 400
 
 
 class NonFiniteError(ArithmeticError):
@@ -70,10 +72,13 @@ def train(
     list of strings or Examples; they then take the place of what the recipe names. Raises RecipeError, ModelError,
     DataError or RunError for bad input before anything is written, and NonFiniteError before a bad update.
     """
-    runlog.check_folder(recipe)
     world = distributed.start()
-    if runlog.is_done(recipe.out, recipe):
-        finished = load_model(str(recipe.out / "model"), dtype=recipe.student.dtype)
+    if world.is_main:
+        runlog.check_folder(recipe)
+    objects = (student, teacher, tokenizer, prompts)
+    if runlog.is_done(recipe.out, recipe) and all(thing is None for thing in objects):
+        spec = recipe.student
+        finished = load_model(str(recipe.out / "model"), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
         return RunResult(recipe.out, finished, runlog.read_rows(recipe.out / "metrics.jsonl")[-1])
     setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts)
     if not world.is_main:
@@ -109,6 +114,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     loss = Loss(
         recipe.objective,
         recipe.train.normalize,
+        recipe.train.compute_dtype,
         vocab_size=shared_vocab_size(student, teacher) if teacher is not None else None,
         end_class=end_ids if ends_differ and recipe.objective.end_class == "merged" else (),
     )
@@ -185,8 +191,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                 with clock("teacher"):
                     logits_NV = teacher_logits(teacher, batch, loss)
                 with clock("student"):
-                    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
-                        loss_sum, loss_N, stats = batch_loss(student, logits_NV, batch, loss)
+                    loss_sum, loss_N, stats = batch_loss(student, logits_NV, batch, loss)
                     if not torch.isfinite(loss_N).all():
                         ids = ", ".join(rollout.prompt.example.id for rollout in batch.rollouts[:8])
                         raise NonFiniteError(
@@ -196,9 +201,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                     (loss_sum / divisor).backward()
                 before_answer_N = _before_answer(batch.rollouts, text_of, student.tokenizer, setup.answer_end)
                 sums.update(token_sums(stats, before_answer_N.to(world.device)) | {"loss": loss_sum.item() / divisor})
-                samples += _samples(
-                    batch.rollouts, loss_N, stats, student.tokenizer, limit=NUM_LOGGED_SAMPLES - len(samples)
-                )
+                samples += _samples(batch.rollouts, loss_N, stats, student.tokenizer, rollouts[:NUM_LOGGED_SAMPLES])
 
             with clock("student"):
                 grad_norm = distributed.whole(
@@ -279,32 +282,35 @@ def _before_answer(rollouts: Sequence[Rollout], text_of: dict[int, str], tokeniz
     return torch.tensor(before, dtype=torch.bool)
 
 
-def _samples(rollouts, loss_N, stats, tokenizer, limit: int) -> list[dict[str, Any]]:
-    """The first rollouts of a batch as text, with the loss and the student's entropy of each loss token."""
+def _samples(rollouts, loss_N, stats, tokenizer, chosen: Sequence[Rollout]) -> list[dict[str, Any]]:
+    """The chosen rollouts of a batch as text, with the loss and the student's entropy of each loss token."""
     samples, first = [], 0
-    for rollout in rollouts[: max(limit, 0)]:
-        num = sum(rollout.trained)
+    for rollout in rollouts:
+        rows = slice(first, first := first + sum(rollout.trained))
+        if not any(rollout is one for one in chosen):
+            continue
         samples.append(
             {
                 "prompt_id": rollout.prompt.example.id,
                 "prompt": rollout.prompt.example.prompt,
+                "tokens": [tokenizer.decode([i]) for i in rollout.completion_ids],
                 "source": rollout.source,
                 "stop": rollout.stop,
-                "tokens": [tokenizer.decode([i]) for i in rollout.completion_ids],
                 "trained": list(rollout.trained),
-                "loss": [round(x, 5) for x in loss_N[first : first + num].tolist()],
-                "student_entropy": [round(x, 5) for x in stats.student_entropy_N[first : first + num].tolist()],
+                "loss": [round(x, 5) for x in loss_N[rows].tolist()],
+                "student_entropy": [round(x, 5) for x in stats.student_entropy_N[rows].tolist()],
             }
         )
-        first += num
     return samples
 
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:
     models = {"student": setup.student} | ({"teacher": setup.teacher} if setup.teacher else {})
+    prompts = hashlib.sha256(repr([(p.token_ids, p.completion_ids, p.trained) for p in setup.prompts]).encode())
     return {
         "world_size": world.size,
         "device": str(world.device),
+        "prompts": prompts.hexdigest()[:16],
         "end_ids": list(setup.end_ids),
         "end_class_merged": bool(setup.loss.end_class),
         "models": {
@@ -332,5 +338,6 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
             f"{setup.loss.vocab_size} they share"
         )
     example = setup.prompts[0]
-    lines.append(f"first prompt: {student.tokenizer.decode(example.token_ids)!r}")
+    text = student.tokenizer.decode(example.token_ids)
+    lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
     return lines
