@@ -130,8 +130,9 @@ def test_step_means_by_hand():
         "student_entropy": 20.0,
         "student_entropy_before_answer": 5.0,
     }
-    sums |= {"num_rollouts": 2, "length": 12, "truncation": 1, "zlib_ratio": 3.0}
+    sums |= {"loss": 0.5, "num_rollouts": 2, "length": 12, "truncation": 1, "zlib_ratio": 3.0}
     assert step_means(sums) == {
+        "loss": 0.5,
         "student_entropy": 2.0,
         "student_entropy_before_answer": 1.0,
         "length": 6.0,

@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from potstill.distributed import World, wait_for_all
 from potstill.models import LanguageModel
@@ -36,7 +41,7 @@ def save(folder: Path, step: int, student: LanguageModel, optimizer: torch.optim
         unfinished.mkdir(parents=True)
         moments: Any = optimizer_state["state"]
         tensors = {f"{name}.{key}": value for name, values in moments.items() for key, value in values.items()}
-        save_file(untied(model_state, student), unfinished / "model.safetensors")
+        save_file(_untied(model_state, student), unfinished / "model.safetensors")
         save_file(tensors, unfinished / "optimizer.safetensors")
         (unfinished / "state.json").write_text(
             json.dumps({"step": step, "param_groups": optimizer_state["param_groups"]})
@@ -69,7 +74,13 @@ def load(checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimi
     return saved["step"]
 
 
-def untied(state: dict[str, Any], student: LanguageModel) -> dict[str, torch.Tensor]:
+def weights(student: LanguageModel) -> dict[str, torch.Tensor]:
+    """The student's whole weights on the CPU, by their names in the Hugging Face model. Every rank must call this."""
+    state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name.removeprefix("model."): value for name, value in _untied(state, student).items()}
+
+
+def _untied(state: dict[str, Any], student: LanguageModel) -> dict[str, torch.Tensor]:
     """The state without second names of one tensor, as safetensors stores each tensor once."""
     names = {name for name, _ in student.named_parameters()} | {name for name, _ in student.named_buffers()}
     return {name: value.contiguous() for name, value in state.items() if name in names}

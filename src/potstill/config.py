@@ -187,8 +187,8 @@ class Recipe(RecipeFields):
                     raise ValueError(f"{name} is set but not read: {reason}; remove it or change the mode")
         if self.objective.signal == "labels" and self.objective.prefix == "student":
             raise ValueError(
-                "objective.signal = \"labels\" on the student's own tokens has zero expected gradient; use the teacher's "
-                'or a data set\'s prefixes, or signal = "full"'
+                'objective.signal = "labels" on student prefixes has zero expected gradient; use teacher or dataset '
+                'prefixes, or signal = "full"'
             )
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(

@@ -38,7 +38,7 @@ def load_examples(
         raise DataError(
             f"{num_examples} examples are asked of {source!r}, which has {len(rows)}; ask for at most that many"
         )
-    return [_example(row, i, source, prompt_column) for i, row in enumerate(rows[:num_examples])]
+    return [example_from_row(row, i, source, prompt_column) for i, row in enumerate(rows[:num_examples])]
 
 
 def _read_rows(source: str, split: str) -> list[dict[str, Any]]:
@@ -66,7 +66,8 @@ def _read_rows(source: str, split: str) -> list[dict[str, Any]]:
         raise DataError(f"data file {source!r} cannot be read: {' '.join(str(cause).split())[:200]}") from None
 
 
-def _example(row: dict[str, Any], i: int, source: str, prompt_column: str) -> Example:
+def example_from_row(row: dict[str, Any], i: int, source: str, prompt_column: str = "prompt") -> Example:
+    """Row `i` of a data source as an example; raises DataError that names the row."""
     where = f"row {i} of {source!r}"
     if "messages" in row and prompt_column not in row:
         *prompt, last = _messages(row["messages"], where)

@@ -5,10 +5,11 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from potstill.types import Rollout, TokenStats
+from potstill.types import Batch, Rollout, TokenStats
 
 # (statistic, name in the run log) of those that have one value a loss token.
 TOKEN_STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
@@ -87,4 +88,28 @@ def step_means(sums: dict[str, float]) -> dict[str, float]:
     means = {name: sums[name] / sums["num_loss_tokens"] for name in TOKEN_STATISTICS if name in sums}
     means["student_entropy_before_answer"] = sums["student_entropy_before_answer"] / max(sums["num_before_answer"], 1)
     means |= {name: sums[name] / sums["num_rollouts"] for name in ("length", "truncation", "zlib_ratio")}
-    return means | {"num_loss_tokens": int(sums["num_loss_tokens"])}
+    return {"loss": sums["loss"], **means, "num_loss_tokens": int(sums["num_loss_tokens"])}
+
+
+def logged_samples(
+    batch: Batch, loss_N: torch.Tensor, stats: TokenStats, tokenizer, chosen: Sequence[Rollout]
+) -> list[dict[str, Any]]:
+    """The chosen rollouts of a batch, with the loss and the student's entropy of each loss token."""
+    samples, first = [], 0
+    for rollout in batch.rollouts:
+        rows = slice(first, first := first + sum(rollout.trained))
+        if not any(rollout is one for one in chosen):
+            continue
+        samples.append(
+            {
+                "prompt_id": rollout.prompt.example.id,
+                "prompt": rollout.prompt.example.prompt,
+                "tokens": [tokenizer.decode([i]) for i in rollout.completion_ids],
+                "source": rollout.source,
+                "stop": rollout.stop,
+                "trained": list(rollout.trained),
+                "loss": [round(x, 5) for x in loss_N[rows].tolist()],
+                "student_entropy": [round(x, 5) for x in stats.student_entropy_N[rows].tolist()],
+            }
+        )
+    return samples

@@ -141,7 +141,8 @@ def table_note(entries: Sequence[Entry]) -> str:
         return "No evaluation was found."
     return (
         f"{row['num_problems']} held-out problems, {row['num_responses']} responses each, at most "
-        f"{row['settings']['max_tokens']} tokens; accuracy and truncation in %; [95 % bootstrap interval over problems]; entropy (nats a token), "
+        f"{row['settings']['max_tokens']} tokens; accuracy and truncation in %; [95 % bootstrap "
+        "interval over problems]; entropy (nats a token), "
         "length and truncation at the highest temperature; seconds of training."
     )
 

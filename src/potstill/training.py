@@ -10,30 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from potstill import checkpoint, distributed, runlog
 from potstill.batching import make_batches
 from potstill.config import Recipe, Train, is_table
-from potstill.data import DataError, load_examples, make_prompts
+from potstill.data import DataError, example_from_row, load_examples, make_prompts
 from potstill.distributed import World
 from potstill.evaluation import evaluate
-from potstill.metrics import Stopwatch, num_tokens_to_answer, rollout_sums, step_means, token_sums
+from potstill.metrics import Stopwatch, logged_samples, num_tokens_to_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
 from potstill.objective import Loss, batch_loss, teacher_logits
 from potstill.prefixes import write_rollouts
 from potstill.progress import StepDisplay
 from potstill.tasks import make_task
-from potstill.types import Example, Prompt, Rollout
+from potstill.types import Example, NonFiniteError, Prompt, Rollout
 
 # Decoded rollouts with per-token numbers are logged this many at a time, whenever a checkpoint is written.
 NUM_LOGGED_SAMPLES = 2
 # Of the first prompt, to show that the template is right.
 SHOWN_CHARACTERS = 400
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is not finite; the weights are those before the step."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +58,15 @@ def train(
     student=None,
     teacher=None,
     tokenizer=None,
-    prompts: Sequence[str | Example] | None = None,
+    prompts: Sequence[str | dict[str, Any] | Example] | None = None,
     quiet: bool = False,
 ) -> RunResult:
     """Run a recipe, or resume it in its folder, and return the student.
 
     `student` and `teacher` may be Hugging Face causal LMs that are already loaded (with their `tokenizer`), `prompts` a
-    list of strings or Examples; they then take the place of what the recipe names. Raises RecipeError, ModelError,
-    DataError or RunError for bad input before anything is written, and NonFiniteError before a bad update.
+    list of strings, rows as of a data file, or Examples; they take the place of what the recipe names. Raises
+    RecipeError, ModelError, DataError or RunError for bad input before anything is written, and NonFiniteError before a
+    bad update.
     """
     world = distributed.start()
     if world.is_main:
@@ -128,7 +124,11 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             seed=data.seed,
         )
     else:
-        examples = [p if isinstance(p, Example) else Example(str(i), p) for i, p in enumerate(prompts)]
+        rows = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+        examples = [
+            row if isinstance(row, Example) else example_from_row(row, i, "prompts", recipe.data.prompt_column)
+            for i, row in enumerate(rows)
+        ]
     lengths = [m.context_length for m in (student, teacher) if m is not None and m.context_length is not None]
     tokenised = make_prompts(
         examples,
@@ -149,102 +149,117 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
 
 
 def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
-    """The loop. Position in it is the number of finished steps; all randomness follows from it and the seed."""
+    """The loop. Its state is the number of finished steps; all randomness follows from that and the seed."""
     config, folder = recipe.train, recipe.out
-    student, teacher, loss = setup.student, setup.teacher, setup.loss
+    student, teacher = setup.student, setup.teacher
     decoders = {"student": distributed.shard(student, world), "teacher": teacher.model if teacher else None}
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
-    start = 0
-    if saved := checkpoint.latest(folder):
-        start = checkpoint.load(saved, student, optimizer)
+    saved = checkpoint.latest(folder)
+    start = checkpoint.load(saved, student, optimizer) if saved else 0
     if world.is_main:
         runlog.rewind(folder, start)
     metrics: dict[str, Any] = {}
     with StepDisplay(recipe, start, quiet) as display:
         display.note(*_opening(recipe, setup, start))
         for step in range(start, config.steps):
-            clock = Stopwatch(world.device)
             torch.manual_seed(_seed("step", config.seed, step, world.rank))
-            window = recipe.window.tokens
-            indices = step_indices(len(setup.prompts), config.prompts_per_step, step, config.seed)[
-                world.rank :: world.size
-            ]
-            seeds = [(config.seed, step, world.rank + i * world.size) for i in range(len(indices))]
+            clock = Stopwatch(world.device)
+            places = range(world.rank, config.prompts_per_step, world.size)
+            indices = step_indices(len(setup.prompts), config.prompts_per_step, step, config.seed)
+            prompts = [setup.prompts[indices[place]] for place in places]
+            seeds = [(config.seed, step, place) for place in places]
+            window, source = recipe.window.tokens, recipe.objective.prefix
+
             with clock("rollout"):
                 distributed.refresh(decoders["student"], student)
                 student.eval()
-                step_prompts = [setup.prompts[i] for i in indices]
-                source = recipe.objective.prefix
-                rollouts = write_rollouts(source, decoders, step_prompts, seeds, window, setup.end_ids, recipe)
+                rollouts = write_rollouts(source, decoders, prompts, seeds, window, setup.end_ids, recipe)
                 student.train()
 
-            batches = make_batches(rollouts, config.tokens_per_batch, world.device)
-            if len(batches) < (num_batches := distributed.max_over_ranks(len(batches), world)):
-                batches = make_batches(rollouts, config.tokens_per_batch, world.device, num_batches)
-            (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
-            texts = student.tokenizer.batch_decode([r.completion_ids for r in rollouts], skip_special_tokens=True)
-            text_of = dict(zip(map(id, rollouts), texts, strict=True))
-
-            sums: Counter[str] = Counter(rollout_sums(rollouts, texts))
-            samples = []
-            for batch in batches:
-                with clock("teacher"):
-                    logits_NV = teacher_logits(teacher, batch, loss)
-                with clock("student"):
-                    loss_sum, loss_N, stats = batch_loss(student, logits_NV, batch, loss)
-                    if not torch.isfinite(loss_N).all():
-                        ids = ", ".join(rollout.prompt.example.id for rollout in batch.rollouts[:8])
-                        raise NonFiniteError(
-                            f"the loss of step {step + 1} is not finite, in a batch with the prompts {ids}; nothing "
-                            "was updated. Lower train.lr, or look at these prompts and at both models' logits"
-                        )
-                    (loss_sum / divisor).backward()
-                before_answer_N = _before_answer(batch.rollouts, text_of, student.tokenizer, setup.answer_end)
-                sums.update(token_sums(stats, before_answer_N.to(world.device)) | {"loss": loss_sum.item() / divisor})
-                samples += _samples(batch.rollouts, loss_N, stats, student.tokenizer, rollouts[:NUM_LOGGED_SAMPLES])
+            sums, samples = accumulate_gradients(setup, rollouts, config.tokens_per_batch, step, world, clock)
 
             with clock("student"):
-                grad_norm = distributed.whole(
-                    torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-                ).item()
-                if not math.isfinite(grad_norm):
-                    ids = ", ".join(prompt.example.id for prompt in step_prompts[:8])
-                    raise NonFiniteError(
-                        f"the gradient norm of step {step + 1} is {grad_norm}, with the prompts {ids}; nothing was "
-                        "updated. Lower train.lr or use float32"
-                    )
+                norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+                grad_norm = distributed.whole(norm).item()
+                _check_finite(math.isfinite(grad_norm), "gradient", step, rollouts)
                 lr = learning_rate(config, step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-            total = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
-            metrics = {"step": step + 1, "prefix": source, "loss": total["loss"], **step_means(total)}
+            metrics = {"step": step + 1, "prefix": source, **step_means(sums)}
             metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window}
             saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
             if world.is_main:
                 runlog.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
-                if saves or step == 0:
-                    for sample in samples:
-                        runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
+                for sample in samples if saves or step == 0 else ():
+                    runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
             if saves:
                 checkpoint.save(folder, step + 1, student, optimizer, world)
             display.update(metrics)
 
-    weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = checkpoint.weights(student)
     distributed.refresh(decoders["student"], student)
     student.eval()
     if world.is_main:
-        weights = {name.removeprefix("model."): value for name, value in checkpoint.untied(weights, student).items()}
         save_model(student, weights, setup.end_ids, folder / "model")
         if recipe.evaluation.source is not None:
-            written = LanguageModel(decoders["student"], student.tokenizer, str(folder))
-            for row in evaluate(written, recipe.evaluation, end_ids=setup.end_ids, quiet=quiet):
+            finished = LanguageModel(decoders["student"], student.tokenizer, str(folder))
+            for row in evaluate(finished, recipe.evaluation, end_ids=setup.end_ids, quiet=quiet):
                 runlog.append(folder / "evals.jsonl", {"step": config.steps, **row})
         runlog.finish(recipe)
     distributed.wait_for_all(world)
     return RunResult(folder, student, metrics)
+
+
+def accumulate_gradients(
+    setup: Setup, rollouts: list[Rollout], tokens_per_batch: int, step: int, world: World, clock: Stopwatch
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Add this rank's part of the step's gradient, batch by batch; the only division is by one count over all ranks.
+
+    Returns the step's summed statistics over all ranks, and a few of this rank's rollouts for the log.
+    """
+    student, loss = setup.student, setup.loss
+    batches = make_batches(rollouts, tokens_per_batch, world.device)
+    # Sharded ranks must take the same number of forward passes.
+    num_batches = distributed.max_over_ranks(len(batches), world)
+    if len(batches) < num_batches:
+        batches = make_batches(rollouts, tokens_per_batch, world.device, num_batches)
+    (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
+    texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+    text_of = dict(zip(map(id, rollouts), texts, strict=True))
+    sums: Counter[str] = Counter(rollout_sums(rollouts, texts))
+    samples = []
+    for batch in batches:
+        with clock("teacher"):
+            logits_NV = teacher_logits(setup.teacher, batch, loss)
+        with clock("student"):
+            loss_sum, loss_N, stats = batch_loss(student, logits_NV, batch, loss)
+            _check_finite(bool(torch.isfinite(loss_N).all()), "loss", step, batch.rollouts)
+            (loss_sum / divisor).backward()
+        before_answer_N = torch.tensor(
+            [is_before for r in batch.rollouts for is_before in before_answer(r, text_of[id(r)], setup)],
+            device=world.device,
+        )
+        sums.update(token_sums(stats, before_answer_N) | {"loss": loss_sum.item() / divisor})
+        samples += logged_samples(batch, loss_N, stats, student.tokenizer, rollouts[:NUM_LOGGED_SAMPLES])
+    return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)), samples
+
+
+def _check_finite(is_finite: bool, what: str, step: int, rollouts: Sequence[Rollout]) -> None:
+    if not is_finite:
+        ids = ", ".join(rollout.prompt.example.id for rollout in rollouts[:8])
+        raise NonFiniteError(
+            f"the {what} of step {step + 1} is not finite; nothing was updated. Its first prompts are {ids}. Look at "
+            "them and at both models' logits, or lower train.lr"
+        )
+
+
+def before_answer(rollout: Rollout, text: str, setup: Setup) -> list[bool]:
+    """For each loss token of a rollout, whether it comes up to the first final answer."""
+    num = num_tokens_to_answer(rollout.completion_ids, text, setup.student.tokenizer, setup.answer_end)
+    return [i < num for i, is_trained in enumerate(rollout.trained) if is_trained]
 
 
 def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[int]:
@@ -271,37 +286,6 @@ def learning_rate(config: Train, step: int) -> float:
 
 def _seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
-
-
-def _before_answer(rollouts: Sequence[Rollout], text_of: dict[int, str], tokenizer, answer_end) -> torch.Tensor:
-    """Which loss tokens of a batch come up to the first final answer, in the order of the loss tokens, [N]."""
-    before = []
-    for rollout in rollouts:
-        num = num_tokens_to_answer(rollout.completion_ids, text_of[id(rollout)], tokenizer, answer_end)
-        before += [i < num for i, is_trained in enumerate(rollout.trained) if is_trained]
-    return torch.tensor(before, dtype=torch.bool)
-
-
-def _samples(rollouts, loss_N, stats, tokenizer, chosen: Sequence[Rollout]) -> list[dict[str, Any]]:
-    """The chosen rollouts of a batch as text, with the loss and the student's entropy of each loss token."""
-    samples, first = [], 0
-    for rollout in rollouts:
-        rows = slice(first, first := first + sum(rollout.trained))
-        if not any(rollout is one for one in chosen):
-            continue
-        samples.append(
-            {
-                "prompt_id": rollout.prompt.example.id,
-                "prompt": rollout.prompt.example.prompt,
-                "tokens": [tokenizer.decode([i]) for i in rollout.completion_ids],
-                "source": rollout.source,
-                "stop": rollout.stop,
-                "trained": list(rollout.trained),
-                "loss": [round(x, 5) for x in loss_N[rows].tolist()],
-                "student_entropy": [round(x, 5) for x in stats.student_entropy_N[rows].tolist()],
-            }
-        )
-    return samples
 
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the parts of potstill say to each other. No logic, and nothing imported but torch for annotations.
+"""What the parts of potstill say to each other. No logic; torch is imported for annotations alone.
 
 Shapes: B sequences, T positions, N loss tokens (flattened), V shared vocabulary, D student hidden, E teacher hidden.
 Position t of every `_BT` tensor is about predicting token t+1.
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 PrefixSource = Literal["teacher", "student", "dataset"]
 Stop = Literal["end", "length"]
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, gradient or logit that is not finite; raised before any update with it."""
 
 
 @dataclass(frozen=True, slots=True)
