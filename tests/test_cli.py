@@ -99,7 +99,7 @@ def test_train_evaluate_sample_report(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path / "run", evaluation=evaluation)
     (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
     code, out, err = run(capsys, "train", str(tmp_path / "recipe.toml"))
-    assert code == 0 and "Avg@2" in out and "step 4/4" in err and "end set: <eos> (2)" in err
+    assert code == 0 and "Avg@2 T=1" in out and "step 4/4" in err and "end set: <eos> (2)" in err
     few = ["--num-problems", "3", "--num-responses", "2"]
     code, out, _ = run(capsys, "evaluate", str(tmp_path / "run"), "potstill:base", *few)
     assert code == 0 and "base" in out

@@ -51,6 +51,16 @@ def test_parquet_and_column_name(tmp_path):
         load_examples(str(tmp_path / "rows.parquet"), prompt_column="problem", num_examples=3)
 
 
+def test_folders_and_splits_as_on_the_hub(tmp_path):
+    for split, prompt in (("train", "1*2="), ("test", "3*4=")):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": prompt}])
+    for split, prompt in (("train", "1*2="), ("test", "3*4=")):
+        (example,) = load_examples(str(tmp_path), split=split)
+        assert example.prompt == prompt
+    with pytest.raises(DataError, match=r"split 'dev'\) cannot be read"):
+        load_examples(str(tmp_path), split="dev")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -71,7 +81,7 @@ def test_bad_rows_are_named(tmp_path, rows, message):
 def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match=r"'none.jsonl' does not exist"):
         load_examples("none.jsonl")
-    with pytest.raises(DataError, match=r"hub data set 'nobody/nothing' .*cannot be read"):
+    with pytest.raises(DataError, match=r"data set 'nobody/nothing' .*cannot be read"):
         load_examples("nobody/nothing")
     (tmp_path / "rows.jsonl").write_text("{broken")
     with pytest.raises(DataError, match="cannot be read"):

@@ -66,7 +66,7 @@ class TeacherSpec(Section):
 
 class Data(Section):
     source: str = "multiplication"
-    """A task (multiplication, reasoning-gym:NAME), a .jsonl or .parquet file, or a hub data set."""
+    """A task (multiplication, reasoning-gym:NAME), a .jsonl or .parquet file, a hub data set or a folder of one."""
     split: str = "train"
     """Split of a task or hub data set."""
     num_prompts: int | None = Field(default=None, ge=1)
@@ -254,6 +254,7 @@ def is_table(source: str) -> bool:
 
 
 def is_hub_id(source: str) -> bool:
+    """Whether a data source is for `datasets` to find: a hub id, or a folder."""
     return is_table(source) and Path(source).suffix not in (".jsonl", ".json", ".parquet")
 
 

@@ -21,7 +21,7 @@ class DataError(ValueError):
 def load_examples(
     source: str, *, split: str = "train", num_examples: int | None = None, prompt_column: str = "prompt", seed: int = 0
 ) -> list[Example]:
-    """Examples of a task, a .jsonl or .parquet file, or a hub data set.
+    """Examples of a task, a .jsonl or .parquet file, or a data set that `datasets` loads (a hub id or a folder).
 
     A row has `prompt` (a string or chat messages), `prompt` and `completion`, or `messages` whose last one is the
     assistant's; `answer`, `level` and `id` are kept when present. Raises DataError.
@@ -47,13 +47,13 @@ def _read_rows(source: str, split: str) -> list[dict[str, Any]]:
 
     datasets.disable_progress_bars()
     if is_hub_id(source):
-        if Path(source).exists():
+        if Path(source).is_file():
             raise DataError(f"data file {source!r} is of no known kind; give a .jsonl or .parquet file")
         try:
             return datasets.load_dataset(source, split=split).to_list()
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"hub data set {source!r} (split {split!r}) cannot be read: {reason}") from None
+            raise DataError(f"data set {source!r} (split {split!r}) cannot be read: {reason}") from None
     if not Path(source).is_file():
         raise DataError(f"data file {source!r} does not exist; give a .jsonl or .parquet file, a task or a hub id")
     if Path(source).stat().st_size == 0:

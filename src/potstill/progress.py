@@ -46,7 +46,10 @@ class StepDisplay:
     def note(self, *lines: str) -> None:
         """Print lines above the bar."""
         for line in lines if not self.quiet else ():
-            print(line, file=sys.stderr, flush=True)
+            if self.live:
+                self.progress.console.print(line, markup=False, highlight=False)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def timing(self, seconds: dict[str, float]) -> dict[str, float]:
         """Seconds of the step that ends now, whole and by part."""

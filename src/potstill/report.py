@@ -117,20 +117,23 @@ def level_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
 
 
 def print_table(entries: Sequence[Entry]) -> None:
-    """The comparison on the terminal, one line a model; values with their intervals."""
+    """The comparison on the terminal: a column for each model, intervals under the values."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     header, rows = table(entries)
-    shown = Table(padding=(0, 1))
-    for i, name in enumerate(header):
-        shown.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
-    for row in rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    # Where output is no terminal, rich would fold the table to 80 columns.
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(shown)
+    (_, *names), *quantities = zip(header, *rows, strict=True)
+    shown = Table(show_lines=True)
+    shown.add_column(no_wrap=True)
+    for name, *column in zip(names, *(cells for _, *cells in quantities), strict=True):
+        width = max(len(line) for cell in column for line in cell.split(" [", 1))
+        shown.add_column(Text(name), justify="right", min_width=width + 1)
+    for name, *cells in quantities:
+        shown.add_row(name, *(Text(cell.replace(" [", "\n[")) for cell in cells))
+    # A table that is folded to a narrow window cannot be read; a cut one cannot either, so it keeps its width.
+    needed = Console(width=10_000).measure(shown).minimum
+    Console(width=max(Console().width, needed)).print(shown)
     print(table_note(entries))
 
 
