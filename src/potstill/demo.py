@@ -56,24 +56,25 @@ def run_demo(out: Path, num_jobs: int | None = None, steps: int | None = None) -
 def run_jobs(jobs: list[Job], num_parallel: int, out: Path, num_steps: int) -> None:
     """Run potstill commands as processes of one thread each, at most `num_parallel` at a time, with their progress."""
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    waiting, running, finished = list(jobs), {}, []
+    waiting, running = list(jobs), {}
     with _Progress([job.name for job in jobs], num_steps) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < num_parallel:
                     job = waiting.pop(0)
-                    log = (out / f"{job.name}.log").open("w")
                     command = [sys.executable, "-m", "potstill", *job.arguments]
-                    running[job] = subprocess.Popen(command, env=one_thread, stdout=log, stderr=subprocess.STDOUT)
+                    with (out / f"{job.name}.log").open("w") as log:
+                        running[job] = subprocess.Popen(command, env=one_thread, stdout=log, stderr=log)
                 time.sleep(POLL_SECONDS)
                 for job, process in list(running.items()):
                     progress.show(job.name, _num_steps_done(job), "running")
                     if process.poll() is None:
                         continue
                     del running[job]
-                    finished.append(job)
+                    log_file = out / f"{job.name}.log"
                     if process.returncode:
-                        raise RecipeError(f"{job.name} failed; its output is in {out / f'{job.name}.log'}")
+                        last_line = (log_file.read_text().strip().splitlines() or ["no output"])[-1]
+                        raise RecipeError(f"{job.name} failed: {last_line} (all of its output is in {log_file})")
                     progress.show(job.name, num_steps, "done")
         finally:
             for process in running.values():

@@ -4,52 +4,62 @@ Prefixes are constants in every objective: no gradient goes through how they wer
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from potstill.config import Recipe
+from potstill.config import Sampling
 from potstill.sampling import sample
 from potstill.types import PrefixSource, Prompt, Rollout
 
-# From (decoder, prompts, seeds, window, end_ids, recipe) to rollouts; decoder writes for "teacher" and "student".
-Source = Callable[..., list[Rollout]]
+
+@dataclass(frozen=True)
+class Writing:
+    """How completions are written: by which source and model (None for a data set), how far, until what, and how."""
+
+    source: PrefixSource
+    model: Any
+    window: int
+    end_ids: tuple[int, ...]
+    sampling: Sampling
 
 
-def from_model(source: PrefixSource, model, prompts: Sequence[Prompt], seeds, window: int, end_ids, recipe: Recipe):
-    """Let a model write after each prompt, up to `window` tokens. Every token is a loss token."""
+Seed = tuple[int, ...]
+
+
+def from_model(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+    """Let the model write after each prompt, up to the window. Every token is a loss token."""
     completions = sample(
-        model,
+        writing.model,
         [prompt.token_ids for prompt in prompts],
         seeds,
-        max_tokens=window,
-        end_ids=end_ids,
-        sampling=recipe.sampling,
+        max_tokens=writing.window,
+        end_ids=writing.end_ids,
+        sampling=writing.sampling,
     )
     return [
-        Rollout(prompt, completion.token_ids, (True,) * len(completion.token_ids), source, completion.stop)
+        Rollout(prompt, completion.token_ids, (True,) * len(completion.token_ids), writing.source, completion.stop)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
 
-def from_dataset(source: PrefixSource, model, prompts: Sequence[Prompt], seeds, window: int, end_ids, recipe: Recipe):
-    """Take the completions that come with the data, up to `window` tokens of each."""
+def from_dataset(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+    """Take the completions that come with the data, up to the window of each."""
     rollouts = []
     for prompt in prompts:
         assert prompt.completion_ids is not None and prompt.trained is not None, "make_prompts checks this"
-        stop = "end" if len(prompt.completion_ids) <= window else "length"
-        rollouts.append(Rollout(prompt, prompt.completion_ids[:window], prompt.trained[:window], source, stop))
+        stop = "end" if len(prompt.completion_ids) <= writing.window else "length"
+        ids, trained = prompt.completion_ids[: writing.window], prompt.trained[: writing.window]
+        rollouts.append(Rollout(prompt, ids, trained, writing.source, stop))
     return rollouts
 
 
-SOURCES: dict[PrefixSource, Source] = {"teacher": from_model, "student": from_model, "dataset": from_dataset}
+SOURCES: dict[PrefixSource, Callable[[Writing, Sequence[Prompt], Sequence[Seed]], list[Rollout]]] = {
+    "teacher": from_model,
+    "student": from_model,
+    "dataset": from_dataset,
+}
 
 
-def write_rollouts(
-    source: PrefixSource,
-    decoders: dict[str, object],
-    prompts: Sequence[Prompt],
-    seeds,
-    window: int,
-    end_ids,
-    recipe: Recipe,
-) -> list[Rollout]:
-    """One rollout for each prompt by the given source. `decoders` holds the models that can write, by source."""
-    return SOURCES[source](source, decoders.get(source), prompts, seeds, window, end_ids, recipe)
+def write_rollouts(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+    """One rollout for each prompt; `seeds` name the random stream of each."""
+    return SOURCES[writing.source](writing, prompts, seeds)

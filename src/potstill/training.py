@@ -20,7 +20,7 @@ from potstill.evaluation import evaluate
 from potstill.metrics import Stopwatch, logged_samples, num_tokens_to_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
 from potstill.objective import Loss, batch_loss, teacher_logits
-from potstill.prefixes import write_rollouts
+from potstill.prefixes import Writing, write_rollouts
 from potstill.progress import StepDisplay
 from potstill.tasks import make_task
 from potstill.types import Example, NonFiniteError, Prompt, Rollout
@@ -169,11 +169,12 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             prompts = [setup.prompts[indices[place]] for place in places]
             seeds = [(config.seed, step, place) for place in places]
             window, source = recipe.window.tokens, recipe.objective.prefix
+            writing = Writing(source, decoders.get(source), window, setup.end_ids, recipe.sampling)
 
             with clock("rollout"):
                 distributed.refresh(decoders["student"], student)
                 student.eval()
-                rollouts = write_rollouts(source, decoders, prompts, seeds, window, setup.end_ids, recipe)
+                rollouts = write_rollouts(writing, prompts, seeds)
                 student.train()
 
             sums, samples = accumulate_gradients(setup, rollouts, config.tokens_per_batch, step, world, clock)
