@@ -161,18 +161,20 @@ def test_a_torn_line_and_an_unfinished_checkpoint_are_ignored(tmp_path):
     assert logged(recipe.out) == whole
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
-    student, teacher = make_model(seed=0), make_model(seed=1)
+@pytest.mark.parametrize(
+    ("broken", "prefix", "what"),
+    [("teacher", "student", "the loss is not finite"), ("teacher", "teacher", "the logits of the model that writes")],
+)
+def test_what_is_not_finite_stops_before_the_update(tmp_path, broken, prefix, what):
+    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     with torch.no_grad():
-        teacher.model.model.norm.weight.fill_(float("nan"))
-    before = [parameter.clone() for parameter in student.parameters()]
-    with pytest.raises(
-        NonFiniteError, match=r"loss of step 1 is not finite; nothing was updated. Its first prompts are \d"
-    ):
-        potstill.train(
-            tiny_recipe(tmp_path / "run"), student=student, teacher=teacher, prompts=["__12*3="] * 9, quiet=True
-        )
-    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+        models[broken].model.model.norm.weight.fill_(float("nan"))
+    before = [parameter.clone() for parameter in models["student"].parameters()]
+    recipe = tiny_recipe(tmp_path / "run", objective={"prefix": prefix})
+    with pytest.raises(NonFiniteError, match=rf"step 1: {what}.*; nothing was updated. The first prompts are \d"):
+        potstill.train(recipe, prompts=["__12*3="] * 9, quiet=True, **models)
+    assert all(torch.equal(a, b) for a, b in zip(before, models["student"].parameters(), strict=True))
+    assert runlog.read_rows(recipe.out / "metrics.jsonl") == []
 
 
 def test_bad_input_writes_nothing(tmp_path):

@@ -1,22 +1,26 @@
 """Completions by decoding with a model's own weights: token ids in, completions out. No text, no data sets.
 
-It drives transformers' forward and cache, so any causal LM works. Rows are decoded together in batches of similar
-length, and a finished row leaves its batch. Each row draws from a random stream of its own, so a completion depends on
-its seed and not on what else is in the batch, on how many ranks there are, or on what was sampled before.
+It drives transformers' forward and cache, so any causal LM with `past_key_values` works. Rows are decoded together in
+batches of similar length, and a finished row leaves its batch. Each row draws from a random stream of its own, so a
+completion depends on its seed and not on what else is in the batch, on how many ranks there are, or on what was sampled
+before.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from potstill.config import Sampling
-from potstill.types import Completion
+from potstill.types import Completion, NonFiniteError
 
 # Rows are dropped when the rest is at most this share of the batch: dropping copies the cache, keeping wastes compute.
-COMPACT_AT = 0.9
+COMPACT_AT = 0.85
+# Tokens that a full cache gets room for: making room copies it, and dropping rows copies the unused room as well.
+ROOM = 32
 
 
 @torch.inference_mode()
@@ -34,6 +38,7 @@ def sample(
 
     `model` is a Hugging Face causal LM, `seeds` holds integers that name each row's random stream, and decoding stops
     after any of `end_ids`, which is then part of the completion. `on_tokens` is told how many tokens each batch wrote.
+    Raises NonFiniteError when the model gives no distribution to draw from.
     With temperature 1 and no truncation this is exact ancestral sampling, by inversion of the cumulative distribution.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -48,92 +53,136 @@ def sample(
 
 
 def _decode(model, prompts, seeds, max_tokens: int, end_ids: Sequence[int], sampling: Sampling) -> list[Completion]:
-    """Decode one batch. B is the number of prompts, R the number of rows still in the batch, L is `max_tokens`."""
+    """Decode one batch. R is the number of rows still in it, L is `max_tokens`."""
     device = next(model.parameters()).device
-    ends = torch.tensor(list(end_ids), device=device)
-    uniforms_BL = torch.from_numpy(np.stack([np.random.default_rng(seed).random(max_tokens) for seed in seeds])).to(
-        device
-    )
-    inputs = _left_pad(prompts, device)
-    ids_BL = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
-    log_probs_BL = torch.zeros(len(prompts), max_tokens, device=device)
-    entropies_BL = torch.zeros(len(prompts), max_tokens, device=device)
-    rows_R = torch.arange(len(prompts), device=device)
-    running_R = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for position in range(max_tokens):
-        output = model(**inputs, use_cache=True, logits_to_keep=1)
-        ids_R, log_probs_R, entropies_R = draw(output.logits[:, -1], uniforms_BL[rows_R, position], sampling)
-        # Rows that have finished but not left yet write past their end, where nothing is read.
-        ids_BL[rows_R, position] = ids_R
-        log_probs_BL[rows_R, position] = log_probs_R
-        entropies_BL[rows_R, position] = entropies_R
-        running_R = running_R & ~torch.isin(ids_R, ends)
-        num_running = int(running_R.sum())
-        if num_running == 0:
-            break
-        mask_RT, positions_R1 = inputs.get("attention_mask"), inputs["position_ids"][:, -1:] + 1
-        cache = output.past_key_values
-        if num_running <= COMPACT_AT * len(rows_R):
-            kept = running_R.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
-            ids_R, rows_R, running_R, positions_R1 = ids_R[kept], rows_R[kept], running_R[kept], positions_R1[kept]
-            mask_RT = None if mask_RT is None else mask_RT[kept]
-        inputs = {"input_ids": ids_R[:, None], "position_ids": positions_R1, "past_key_values": cache}
+    ends = frozenset(end_ids)
+    streams = [np.random.default_rng(seed).random(max_tokens) for seed in seeds]
+    uniforms_LR = torch.from_numpy(np.stack(streams, axis=1)).to(device)
+    ids_RT, positions_RT, mask_RT = _left_pad(prompts, max_tokens, device)
+    rows = list(range(len(prompts)))
+    running = set(rows)
+    written: list[tuple[list[int], list[float], list[float]]] = [([], [], []) for _ in prompts]
+    cache, start, end = None, 0, ids_RT.shape[1]
+    for step in range(max_tokens):
+        inputs = {"input_ids": ids_RT, "position_ids": positions_RT[:, start:end], "past_key_values": cache}
         if mask_RT is not None:
-            inputs["attention_mask"] = torch.cat([mask_RT, mask_RT.new_ones(len(rows_R), 1)], dim=1)
-    is_end_BL = torch.isin(ids_BL, ends)
-    # Zeros after the last step could be an end id; only the first end of a row counts, and unwritten rows have one.
-    lengths = torch.where(is_end_BL.any(1), is_end_BL.int().argmax(1) + 1, max_tokens).tolist()
-    stopped = is_end_BL.any(1).tolist()
-    ids, log_probs, entropies = ids_BL.tolist(), log_probs_BL.tolist(), entropies_BL.tolist()
+            inputs["attention_mask"] = mask_RT[:, :end]
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        ids_R, log_probs_R, entropies_R = draw(output.logits[:, -1], uniforms_LR[step], sampling)
+        drawn = zip(rows, ids_R.tolist(), log_probs_R.tolist(), entropies_R.tolist(), strict=True)
+        # What rows draw that have finished but not left yet is thrown away.
+        for row, token_id, log_prob, entropy in drawn:
+            if row in running:
+                token_ids, log_probs, entropies = written[row]
+                token_ids.append(token_id)
+                log_probs.append(log_prob)
+                entropies.append(entropy)
+                if token_id in ends:
+                    running.remove(row)
+        if not running:
+            break
+        if cache is None:
+            cache = _with_room(output.past_key_values)
+        if len(running) <= COMPACT_AT * len(rows):
+            kept = torch.tensor([i for i, row in enumerate(rows) if row in running], device=device)
+            rows = [row for row in rows if row in running]
+            # Not batch_select_indices, which layers with recurrent states do not have.
+            cache.reorder_cache(kept)
+            ids_R, uniforms_LR = ids_R[kept], uniforms_LR[:, kept]
+            if mask_RT is not None:
+                positions_RT, mask_RT = positions_RT[kept], mask_RT[kept]
+        ids_RT, start, end = ids_R[:, None], end, end + 1
+    if not all(math.isfinite(log_prob) for _, log_probs, _ in written for log_prob in log_probs):
+        raise NonFiniteError("the logits of the model that writes are not finite, so nothing can be drawn from them")
     return [
-        Completion(
-            tuple(ids[b][:n]), "end" if stopped[b] else "length", tuple(log_probs[b][:n]), tuple(entropies[b][:n])
-        )
-        for b, n in enumerate(lengths)
+        Completion(tuple(token_ids), "end" if token_ids[-1] in ends else "length", tuple(log_probs), tuple(entropies))
+        for token_ids, log_probs, entropies in written
     ]
 
 
-def _left_pad(prompts, device) -> dict[str, Any]:
-    """Inputs of the first forward pass; no mask where all prompts are equally long, as attention is faster without."""
+def _left_pad(prompts, max_tokens: int, device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The prompts' ids, and positions and mask over prompts and completions.
+
+    Where all prompts are equally long there is no mask, as attention is faster without, and one row of positions.
+    """
     longest = max(len(prompt) for prompt in prompts)
     padding = [longest - len(prompt) for prompt in prompts]
-    ids_BT = torch.tensor(
+    ids_RT = torch.tensor(
         [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device
     )
-    positions_BT = torch.arange(longest, device=device) - torch.tensor(padding, device=device)[:, None]
+    positions_1T = torch.arange(longest + max_tokens, device=device)[None]
     if not any(padding):
-        return {"input_ids": ids_BT, "position_ids": positions_BT}
-    mask_BT = (positions_BT >= 0).long()
-    return {"input_ids": ids_BT, "position_ids": positions_BT.clamp(min=0), "attention_mask": mask_BT}
+        return ids_RT, positions_1T, None
+    positions_RT = positions_1T - torch.tensor(padding, device=device)[:, None]
+    return ids_RT, positions_RT.clamp(min=0), (positions_RT >= 0).long()
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room to write the next ones into; transformers' own layer copies them all at every token."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        vars(self).update(vars(layer))
+        self.key_room, self.value_room = self.keys, self.values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start, num_new = self.keys.shape[-2], key_states.shape[-2]
+        if start + num_new > self.key_room.shape[-2]:
+            self.key_room = nn.functional.pad(self.keys, (0, 0, 0, num_new + ROOM))
+            self.value_room = nn.functional.pad(self.values, (0, 0, 0, num_new + ROOM))
+        self.key_room.narrow(-2, start, num_new).copy_(key_states)
+        self.value_room.narrow(-2, start, num_new).copy_(value_states)
+        self.keys = self.key_room.narrow(-2, 0, start + num_new)
+        self.values = self.value_room.narrow(-2, 0, start + num_new)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        length = self.keys.shape[-2]
+        self.key_room, self.value_room = self.key_room[beam_idx], self.value_room[beam_idx]
+        self.keys, self.values = self.key_room.narrow(-2, 0, length), self.value_room.narrow(-2, 0, length)
+
+
+def _with_room(cache):
+    """The cache with its plain layers made roomy; others, such as sliding windows, stay as the model made them."""
+    cache.layers = [
+        _RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
+    ]
+    return cache
 
 
 def draw(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids [R], their log-probabilities and the entropies of the distribution they are drawn from (nats).
 
-    `uniforms_R` are float64 in [0, 1). At temperature 0 the likeliest token is taken, with log-probability and entropy 0.
+    `uniforms_R` are float64 in [0, 1). At temperature 0 the likeliest token is taken; both numbers are then 0.
     """
     if sampling.temperature == 0:
         ids_R = logits_RV.argmax(-1)
         zeros_R = torch.zeros(len(ids_R), device=logits_RV.device)
         return ids_R, zeros_R, zeros_R
-    log_probs_RV = (logits_RV.float() / sampling.temperature).log_softmax(-1)
+    scaled_RV = logits_RV.float() / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
-        log_probs_RV = truncate(log_probs_RV, sampling.top_k, sampling.top_p).log_softmax(-1)
-    probs_RV = log_probs_RV.exp()
+        scaled_RV = truncate(scaled_RV, sampling.top_k, sampling.top_p)
+    probs_RV = scaled_RV.softmax(-1)
     # Float64, so that the sum over a large vocabulary does not round small probabilities away.
-    cumulative_RV = probs_RV.double().cumsum(-1)
-    ids_R = torch.searchsorted(cumulative_RV, uniforms_R[:, None] * cumulative_RV[:, -1:], right=True)[:, 0]
+    cumulative_RV = probs_RV.cumsum(-1, dtype=torch.float64)
+    ids_R1 = torch.searchsorted(cumulative_RV, uniforms_R[:, None] * cumulative_RV[:, -1:], right=True)
+    # Only NaN has no place in the sum. It gets an id that exists, and its log-probability, NaN too, tells of it.
+    ids_R1 = ids_R1.clamp(max=logits_RV.shape[-1] - 1)
+    log_probs_R1 = probs_RV.gather(-1, ids_R1).log()
     entropies_R = torch.special.entr(probs_RV).sum(-1)
-    return ids_R, log_probs_RV.gather(-1, ids_R[:, None])[:, 0], entropies_R
+    return ids_R1.squeeze(-1), log_probs_R1.squeeze(-1), entropies_R
 
 
 def truncate(log_probs_RV: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set all but the `top_k` likeliest (0: all) tokens, then all outside the `top_p` nucleus of the rest, to -inf.
 
+    A constant added to a row, such as that between logits and log-probabilities, changes nothing but the row itself.
     The nucleus is the smallest set of likeliest tokens with at least `top_p` of the mass; it holds at least one token.
     """
-    sorted_RV, order_RV = log_probs_RV.sort(-1, descending=True, stable=True)
+    sorted_RV, order_RV = log_probs_RV.sort(dim=-1, descending=True, stable=True)
     if top_k:
         sorted_RV[:, top_k:] = -torch.inf
     if top_p < 1:

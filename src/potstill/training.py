@@ -174,7 +174,10 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             with clock("rollout"):
                 distributed.refresh(decoders["student"], student)
                 student.eval()
-                rollouts = write_rollouts(writing, prompts, seeds)
+                try:
+                    rollouts = write_rollouts(writing, prompts, seeds)
+                except NonFiniteError as error:
+                    raise _not_finite(str(error), step, prompts) from None
                 student.train()
 
             sums, samples = accumulate_gradients(setup, rollouts, config.tokens_per_batch, step, world, clock)
@@ -182,7 +185,8 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             with clock("student"):
                 norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
                 grad_norm = distributed.whole(norm).item()
-                _check_finite(math.isfinite(grad_norm), "gradient", step, rollouts)
+                if not math.isfinite(grad_norm):
+                    raise _not_finite("the gradient is not finite", step, prompts)
                 lr = learning_rate(config, step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -237,7 +241,8 @@ def accumulate_gradients(
             logits_NV = teacher_logits(setup.teacher, batch, loss)
         with clock("student"):
             loss_sum, loss_N, stats = batch_loss(student, logits_NV, batch, loss)
-            _check_finite(bool(torch.isfinite(loss_N).all()), "loss", step, batch.rollouts)
+            if not torch.isfinite(loss_N).all():
+                raise _not_finite("the loss is not finite", step, [rollout.prompt for rollout in batch.rollouts])
             (loss_sum / divisor).backward()
         before_answer_N = torch.tensor(
             [is_before for r in batch.rollouts for is_before in before_answer(r, text_of[id(r)], setup)],
@@ -248,13 +253,12 @@ def accumulate_gradients(
     return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)), samples
 
 
-def _check_finite(is_finite: bool, what: str, step: int, rollouts: Sequence[Rollout]) -> None:
-    if not is_finite:
-        ids = ", ".join(rollout.prompt.example.id for rollout in rollouts[:8])
-        raise NonFiniteError(
-            f"the {what} of step {step + 1} is not finite; nothing was updated. Its first prompts are {ids}. Look at "
-            "them and at both models' logits, or lower train.lr"
-        )
+def _not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteError:
+    ids = ", ".join(prompt.example.id for prompt in prompts[:8])
+    return NonFiniteError(
+        f"step {step + 1}: {what}; nothing was updated. The first prompts are {ids}. Look at them and at both models' "
+        "logits, or lower train.lr"
+    )
 
 
 def before_answer(rollout: Rollout, text: str, setup: Setup) -> list[bool]:
