@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_recipe
 
 import potstill
-from potstill.report import read_entry, table, write_report
+from potstill.report import read_entry, table, table_note, write_report
 from potstill.runlog import RunError, append
 
 
@@ -50,6 +50,17 @@ def test_numbers_are_those_of_the_files(runs):
     value, low, high = entry.evals[0]["avg"]
     assert cells[header.index("Avg@2 T=1")] == f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     assert entry.cell == "opd"
+
+
+def test_evaluations_of_different_problems_are_not_compared_silently(runs, tmp_path):
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(runs / "opd"), str(folder)], check=True)
+    row = json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])
+    row["settings"] |= {"seed": 5, "num_problems": 9}
+    append(folder / "evals.jsonl", row)
+    assert "WARNING" not in table_note([read_entry(runs / "opd"), read_entry(runs / "dagger")])
+    note = table_note([read_entry(runs / "dagger"), read_entry(folder)])
+    assert "WARNING: the evaluations differ in num_problems, seed" in note
 
 
 def test_what_models_and_users_write_is_escaped(runs, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from potstill.config import METHODS, RecipeError, load_recipe
 from potstill.report import print_table, read_entry, write_report
-from potstill.runlog import read_rows
+from potstill.runlog import check_folder, is_done, read_rows
 
 POLL_SECONDS = 0.5
 
@@ -26,28 +26,27 @@ class Job:
 def run_demo(out: Path, num_jobs: int | None = None, steps: int | None = None) -> None:
     """Train and evaluate the four cells, evaluate base and teacher, print the table, write `report.html`.
 
-    Finished runs and evaluations found in `out` are reused, unfinished runs are resumed. Raises RecipeError when a
-    process fails, naming its log.
+    Finished runs and evaluations found in `out` are reused, unfinished runs are resumed. Raises RunError when `out`
+    holds other runs, and RecipeError when a process fails, naming its log.
     """
-    num_steps = steps or load_recipe("demo").train.steps
-    trained = [
-        Job(
-            key,
-            ("train", "demo", "--method", key, "--out", str(out / key), "--train.steps", str(num_steps)),
-            out / key,
-        )
-        for key in ("opd", "dagger", "offline-rl", "sft")
-    ]
-    evaluated = [
-        Job(name, ("evaluate", f"potstill:{name}", "--out", str(out / f"{name}.json")), out / f"{name}.json")
-        for name in ("base", "teacher")
-    ]
-    out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    run_jobs(
-        trained + [job for job in evaluated if not job.result.exists()], num_jobs or os.cpu_count() or 1, out, num_steps
-    )
-    results = [job.result for job in evaluated] + [out / key for key in METHODS]
+    num_steps = steps or load_recipe("demo").train.steps
+    jobs = []
+    # The slowest first, so that both ends of the queue finish together.
+    for key in ("dagger", "opd", "offline-rl", "sft"):
+        corner = {"objective.prefix": METHODS[key].prefix, "objective.kl": METHODS[key].kl}
+        recipe = load_recipe("demo", corner | {"out": str(out / key), "train.steps": num_steps})
+        check_folder(recipe)
+        arguments = ("train", "demo", "--method", key, "--out", str(out / key), "--train.steps", str(num_steps))
+        if not is_done(out / key, recipe):
+            jobs.append(Job(key, arguments, out / key))
+    for name in ("base", "teacher"):
+        result = out / f"{name}.json"
+        if not result.exists():
+            jobs.append(Job(name, ("evaluate", f"potstill:{name}", "--out", str(result)), result))
+    out.mkdir(parents=True, exist_ok=True)
+    run_jobs(jobs, num_jobs or os.cpu_count() or 1, out, num_steps)
+    results = [out / "base.json", out / "teacher.json", *(out / key for key in METHODS)]
     print_table([read_entry(path) for path in results])
     report = write_report(results, out / "report.html")
     print(f"{time.perf_counter() - started:.0f} s in all. Open {report} for the grid, the curves and some rollouts.")

@@ -6,7 +6,6 @@ Loading, saving, and the checks that two models can be compared token by token a
 import contextlib
 import copy
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +225,3 @@ def fingerprint(model: LanguageModel) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def offline() -> bool:
-    """Whether the user has told Hugging Face libraries not to use the network."""
-    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")

@@ -138,16 +138,21 @@ def print_table(entries: Sequence[Entry]) -> None:
 
 
 def table_note(entries: Sequence[Entry]) -> str:
-    """What the table's numbers are of, in a line."""
-    row = next((row for entry in entries for row in entry.evals), None)
-    if row is None:
+    """What the table's numbers are of, in a line; a warning when they are not of the same thing."""
+    rows = [row for entry in entries for row in entry.evals]
+    if not rows:
         return "No evaluation was found."
-    return (
-        f"{row['num_problems']} held-out problems, {row['num_responses']} responses each, at most "
-        f"{row['settings']['max_tokens']} tokens; accuracy and truncation in %; [95 % bootstrap "
-        "interval over problems]; entropy (nats a token), "
-        "length and truncation at the highest temperature; seconds of training."
+    first = rows[0]
+    note = (
+        f"{first['num_problems']} held-out problems, {first['num_responses']} responses each, at most "
+        f"{first['settings']['max_tokens']} tokens; accuracy and truncation in %; [95 % bootstrap interval over "
+        "problems]; entropy (nats a token), length and truncation at the highest temperature; seconds of training."
     )
+    compared = ("source", "split", "template", "num_problems", "num_responses", "max_tokens", "seed")
+    differing = [name for name in compared if any(row["settings"][name] != first["settings"][name] for row in rows)]
+    if differing:
+        note += f" WARNING: the evaluations differ in {', '.join(differing)}, so their numbers cannot be compared."
+    return note
 
 
 def _percent(estimate: Sequence[float]) -> str:
