@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_recipe
 
 import potstill
-from potstill.report import read_entry, table, table_note, write_report
+from potstill.report import print_table, read_entry, table, table_note, write_report
 from potstill.runlog import RunError, append
 
 
@@ -61,6 +61,17 @@ def test_evaluations_of_different_problems_are_not_compared_silently(runs, tmp_p
     assert "WARNING" not in table_note([read_entry(runs / "opd"), read_entry(runs / "dagger")])
     note = table_note([read_entry(runs / "dagger"), read_entry(folder)])
     assert "WARNING: the evaluations differ in num_problems, seed" in note
+
+
+def test_the_terminal_table_is_whole_however_narrow_the_window(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    entries = [read_entry(runs / "opd"), read_entry(runs / "dagger")] * 3
+    print_table(entries)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line and line[0] in "┏┃┡│├└"]
+    assert len({len(line) for line in printed}) == 1 and all(line[-1] in "┓┃┩│┤┘" for line in printed)
+    header, _ = table(entries)
+    _, low, high = entries[0].evals[0]["entropy"]
+    assert f"[{low:.3f}, {high:.3f}]" in "".join(printed) and all(name in "".join(printed) for name in header[1:])
 
 
 def test_what_models_and_users_write_is_escaped(runs, tmp_path):

@@ -125,10 +125,10 @@ def print_table(entries: Sequence[Entry]) -> None:
     header, rows = table(entries)
     (_, *names), *quantities = zip(header, *rows, strict=True)
     shown = Table(show_lines=True)
-    shown.add_column(no_wrap=True)
+    shown.add_column(min_width=max(len(name) for name, *_ in quantities))
     for name, *column in zip(names, *(cells for _, *cells in quantities), strict=True):
-        width = max(len(line) for cell in column for line in cell.split(" [", 1))
-        shown.add_column(Text(name), justify="right", min_width=width + 1)
+        width = max(len(line) for cell in column for line in cell.replace(" [", "\n[").split("\n"))
+        shown.add_column(Text(name), justify="right", min_width=width)
     for name, *cells in quantities:
         shown.add_row(name, *(Text(cell.replace(" [", "\n[")) for cell in cells))
     # A table that is folded to a narrow window cannot be read; a cut one cannot either, so it keeps its width.
