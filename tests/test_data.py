@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import make_model
 
-from potstill.data import DataError, load_examples, make_prompts
+from potstill.data import DataError, load_examples, make_prompts, template_warning
 from potstill.tasks.multiplication import build_tokenizer
 from potstill.types import Example
 
@@ -104,6 +104,9 @@ def test_templates():
     assert tokenizer.decode(prompts([chat], tokenizer=tokenizer)[0].token_ids) == "12=#"
     assert tokenizer.decode(prompts([raw], "chat", tokenizer=tokenizer)[0].token_ids) == "12=#"
     assert tokenizer.decode(prompts([raw], tokenizer=tokenizer)[0].token_ids) == "<bos>12"
+    assert "taken as they are" in template_warning(prompts([raw], tokenizer=tokenizer), tokenizer, None)
+    assert template_warning(prompts([raw], "raw", tokenizer=tokenizer), tokenizer, "raw") is None
+    assert template_warning(prompts([chat], tokenizer=tokenizer), tokenizer, None) is None
     with pytest.raises(DataError, match=r'data.template is "raw"'):
         prompts([chat], "raw", tokenizer=tokenizer)
 
@@ -133,9 +136,10 @@ def test_reasoning_gym_by_name():
 
     task = make_task("reasoning-gym:basic_arithmetic")
     example = task.examples("train", 3, 0)[1]
-    assert task.score(example, example.answer) == 1
+    assert task.score(example, example.answer) == 0
     assert task.score(example, f"so <answer>{example.answer}</answer> it is") == 1
-    assert task.score(example, "no idea") < 1
+    assert task.score(example, f"first 1, then <answer>{example.answer}1</answer>") < 1
+    assert all(e.prompt.endswith("between <answer> and </answer>.") for e in examples)
     assert task.answer_end("x <answer>3</answer> y") == 20
 
 

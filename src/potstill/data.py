@@ -151,6 +151,13 @@ def make_prompts(
     return prompts
 
 
+def template_warning(prompts: list[Prompt], tokenizer, template: str | None) -> str | None:
+    """A line for the user when string prompts are taken as they are by a model that has a chat template."""
+    if template is None and tokenizer.chat_template and any(isinstance(p.example.prompt, str) for p in prompts):
+        return 'warning: the prompts are taken as they are; template = "chat" would render them with the chat template'
+    return None
+
+
 def _prompt_ids(example: Example, tokenizer, template: str | None) -> tuple[int, ...]:
     is_chat = not isinstance(example.prompt, str)
     if template == "raw" and is_chat:

@@ -1,6 +1,7 @@
 """Evaluation: n responses a problem, graded up to their first end token; Avg@n, Pass@k, entropy, length, truncation."""
 
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import Evaluation, RecipeError, Sampling, is_table, load_recipe
-from potstill.data import make_prompts
+from potstill.data import make_prompts, template_warning
 from potstill.metrics import num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, end_set, load_model
 from potstill.progress import token_bar
@@ -50,6 +51,8 @@ def evaluate(
         max_completion=evaluation.max_tokens,
         context_length=model.context_length,
     )
+    if (warning := template_warning(prompts, model.tokenizer, evaluation.template)) and not quiet:
+        print(warning, file=sys.stderr)
     end_ids = end_ids or end_set(model, None)
     model.eval()
     rows = []
@@ -179,6 +182,8 @@ def show_responses(
     prompts = make_prompts(
         examples, model.tokenizer, template=template, max_completion=max_tokens, context_length=model.context_length
     )
+    if warning := template_warning(prompts, model.tokenizer, template):
+        print(warning, file=sys.stderr)
     completions = sample(
         model.model,
         [prompt.token_ids for prompt in prompts],

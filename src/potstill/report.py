@@ -124,6 +124,7 @@ def print_table(entries: Sequence[Entry]) -> None:
 
     header, rows = table(entries)
     (_, *names), *quantities = zip(header, *rows, strict=True)
+    quantities = [(name, *cells) for name, *cells in quantities if any(cells)]
     shown = Table(show_lines=True)
     shown.add_column(min_width=max(len(name) for name, *_ in quantities))
     for name, *column in zip(names, *(cells for _, *cells in quantities), strict=True):

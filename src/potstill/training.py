@@ -14,7 +14,7 @@ import torch
 from potstill import checkpoint, distributed, runlog
 from potstill.batching import make_batches
 from potstill.config import Recipe, Train, is_table
-from potstill.data import DataError, example_from_row, load_examples, make_prompts
+from potstill.data import DataError, example_from_row, load_examples, make_prompts, template_warning
 from potstill.distributed import World
 from potstill.evaluation import evaluate
 from potstill.metrics import Stopwatch, logged_samples, num_tokens_to_answer, rollout_sums, step_means, token_sums
@@ -328,5 +328,7 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
         )
     example = setup.prompts[0]
     text = student.tokenizer.decode(example.token_ids)
+    if warning := template_warning(setup.prompts, student.tokenizer, recipe.data.template):
+        lines.append(warning)
     lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
     return lines

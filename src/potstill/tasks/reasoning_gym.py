@@ -2,6 +2,9 @@
 
 from potstill.types import Example
 
+# The data sets' scorers take the answer alone: of a whole response, some would score the first number in it.
+INSTRUCTION = "\n\nEnd with the final answer alone between <answer> and </answer>."
+
 
 class ReasoningGym:
     """A reasoning-gym data set. The splits are different seeds, so a small task can repeat problems between them."""
@@ -25,17 +28,19 @@ class ReasoningGym:
         dataset = reasoning_gym.create_dataset(self.name, size=num_examples, seed=2 * seed + (split == "test"))
         examples = []
         for i, entry in enumerate(dataset):
-            example = Example(id=f"{split}-{seed}-{i}", prompt=entry["question"], answer=str(entry["answer"]))
+            example = Example(
+                id=f"{split}-{seed}-{i}", prompt=entry["question"] + INSTRUCTION, answer=str(entry["answer"])
+            )
             self._entries[example.id] = (dataset, entry)
             examples.append(example)
         return examples
 
     def score(self, example: Example, response: str) -> float:
-        """The data set's own score of the text in `<answer>` tags, or of the whole response when there are none."""
+        """The data set's own score of the last text in `<answer>` tags; 0 when there is none."""
         from reasoning_gym.utils import extract_answer
 
         dataset, entry = self._entries[example.id]
-        return float(dataset.score_answer(answer=extract_answer(response) or response.strip(), entry=entry))
+        return float(dataset.score_answer(answer=extract_answer(response), entry=entry))
 
     def answer_end(self, response: str) -> int | None:
         """Just after the first `</answer>`."""
