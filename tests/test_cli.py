@@ -52,6 +52,8 @@ def test_help_answers_at_once():
         (["train", "demo", "--data.source", "multiplication:genius"], "no writer 'genius'"),
         (["evaluate", "potstill:nobody"], "is not a shipped model"),
         (["evaluate", "potstill:base", "--source", "table.jsonl"], "can be scored"),
+        (["evaluate", "potstill:base", "--num-problems", "391"], "at most 390 are distinct"),
+        (["sample", "potstill:base", "--source", "nothing"], "can be scored"),
         (["evaluate", "potstill:base", "--train.lr", "1"], "--train.lr is a field of a recipe"),
         (["report", "none"], "neither a run folder nor an evaluation file"),
     ],

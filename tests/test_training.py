@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import potstill
 from potstill import runlog
-from potstill.config import METHODS, to_toml
+from potstill.config import METHODS, RecipeError, to_toml
 from potstill.data import DataError
 from potstill.models import ModelError
 from potstill.training import learning_rate, step_indices
@@ -190,6 +190,8 @@ def test_bad_input_writes_nothing(tmp_path):
             "more than the context",
         ),
         (tiny_recipe(tmp_path / "run", objective={"prefix": "dataset"}), {}, DataError, "has no completion"),
+        (tiny_recipe(tmp_path / "run", evaluation={"source": "a.jsonl"}), {}, RecipeError, "can be scored"),
+        (tiny_recipe(tmp_path / "run", evaluation={"source": "multiplication:x"}), {}, DataError, "no writer 'x'"),
     ]
     for recipe, objects, error, message in cases:
         with pytest.raises(error, match=message):

@@ -146,7 +146,7 @@ class Evaluation(Section):
     """Split of a task or hub data set."""
     template: Literal["chat", "raw"] | None = None
     """As in data.template."""
-    num_problems: int = Field(default=60, ge=2)
+    num_problems: int = Field(default=60, ge=1)
     """Problems, held out from training."""
     num_responses: int = Field(default=16, ge=1)
     """Responses per problem; Pass@k is reported for every k up to it, at powers of two."""

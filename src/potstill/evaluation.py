@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import Evaluation, RecipeError, Sampling, is_table, load_recipe
-from potstill.data import make_prompts, template_warning
+from potstill.data import DataError, make_prompts, template_warning
 from potstill.metrics import num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, end_set, load_model
 from potstill.progress import token_bar
@@ -17,8 +17,8 @@ from potstill.report import Entry, print_table
 from potstill.runlog import append, write_atomically
 from potstill.sampling import sample
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
-from potstill.tasks import make_task
-from potstill.types import Example
+from potstill.tasks import Task, make_task
+from potstill.types import Example, Prompt
 
 
 def evaluate(
@@ -35,22 +35,11 @@ def evaluate(
     95 % bootstrap interval over problems, and `avg` and `pass` for each difficulty level. Two calls with one seed
     sample the same responses.
     """
-    if evaluation.source is None or is_table(evaluation.source):
-        raise RecipeError(
-            f"evaluation.source is {evaluation.source!r}; only the responses of a task can be scored: choose "
-            "multiplication or reasoning-gym:NAME"
-        )
+    # Before the model is loaded, which can take long.
+    make_problems(evaluation)
     if not isinstance(model, LanguageModel):
         model = load_model(str(find_model(model)))
-    task = make_task(evaluation.source)
-    examples = task.examples(evaluation.split, evaluation.num_problems, evaluation.seed)
-    prompts = make_prompts(
-        examples,
-        model.tokenizer,
-        template=evaluation.template,
-        max_completion=evaluation.max_tokens,
-        context_length=model.context_length,
-    )
+    task, examples, prompts = prepare_problems(model, evaluation)
     if (warning := template_warning(prompts, model.tokenizer, evaluation.template)) and not quiet:
         print(warning, file=sys.stderr)
     end_ids = end_ids or end_set(model, None)
@@ -74,8 +63,9 @@ def evaluate(
         for (i, _), completion, text in zip(repeated, completions, texts, strict=True):
             before = num_tokens_to_answer(completion.token_ids, text, model.tokenizer, task.answer_end)
             problem = per_problem[i]
-            problem["score"] += task.score(examples[i], text)
-            problem["correct"] += task.score(examples[i], text) >= 1
+            score = task.score(examples[i], text)
+            problem["score"] += score
+            problem["correct"] += score >= 1
             problem["entropy"] += sum(completion.entropies)
             problem["entropy_before_answer"] += sum(completion.entropies[:before])
             problem["tokens"] += len(completion.token_ids)
@@ -95,6 +85,33 @@ def evaluate(
         row["settings"] = evaluation.model_dump(mode="json", exclude={"temperatures"})
         rows.append(row)
     return rows
+
+
+def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
+    """The task of an evaluation and its problems. Raises RecipeError or DataError when there is no such task."""
+    if evaluation.source is None or is_table(evaluation.source):
+        raise RecipeError(
+            f"evaluation.source is {evaluation.source!r}; only the responses of a task can be scored: choose "
+            "multiplication or reasoning-gym:NAME"
+        )
+    try:
+        task = make_task(evaluation.source)
+        return task, task.examples(evaluation.split, evaluation.num_problems, evaluation.seed)
+    except ValueError as error:
+        raise DataError(f"evaluation source {evaluation.source!r}: {error}") from None
+
+
+def prepare_problems(model: LanguageModel, evaluation: Evaluation) -> tuple[Task, list[Example], list[Prompt]]:
+    """The problems of an evaluation as prompts for a model, checked to fit its context; errors as make_problems."""
+    task, examples = make_problems(evaluation)
+    prompts = make_prompts(
+        examples,
+        model.tokenizer,
+        template=evaluation.template,
+        max_completion=evaluation.max_tokens,
+        context_length=model.context_length,
+    )
+    return task, examples, prompts
 
 
 def accuracy(per_problem: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
@@ -172,13 +189,10 @@ def show_responses(
     from rich.console import Console
     from rich.text import Text
 
+    task, examples = None, [Example(str(i), p) for i, p in enumerate(given) for _ in range(num)]
+    if not given:
+        task, examples = make_problems(Evaluation(source=source, num_problems=num, seed=seed))
     model = load_model(str(find_model(model_name)))
-    task = None if given else make_task(source)
-    examples = (
-        task.examples("test", num, seed)
-        if task
-        else [Example(str(i), p) for i, p in enumerate(given) for _ in range(num)]
-    )
     prompts = make_prompts(
         examples, model.tokenizer, template=template, max_completion=max_tokens, context_length=model.context_length
     )

@@ -16,7 +16,7 @@ from potstill.batching import make_batches
 from potstill.config import Recipe, Train, is_table
 from potstill.data import DataError, example_from_row, load_examples, make_prompts, template_warning
 from potstill.distributed import World
-from potstill.evaluation import evaluate
+from potstill.evaluation import evaluate, prepare_problems
 from potstill.metrics import Stopwatch, logged_samples, num_tokens_to_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
 from potstill.objective import Loss, batch_loss, teacher_logits
@@ -143,6 +143,9 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             f"train.prompts_per_step is {recipe.train.prompts_per_step}, which {world.size} ranks cannot share evenly; "
             f"use a multiple of {world.size}"
         )
+    if recipe.evaluation.source is not None:
+        # Its prompts are made again when the run ends; here a bad one is refused before any work is done.
+        prepare_problems(student, recipe.evaluation)
     has_task = prompts is None and not is_table(recipe.data.source)
     answer_end = make_task(recipe.data.source).answer_end if has_task else lambda text: None
     return Setup(student, teacher, tokenised, end_ids, loss, answer_end)
