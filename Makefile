@@ -42,6 +42,7 @@ assets: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/divergence.py
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

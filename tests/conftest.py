@@ -6,6 +6,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton then runs its kernels in Python; it looks when they are defined.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from potstill.config import Recipe

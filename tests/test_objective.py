@@ -9,7 +9,7 @@ from conftest import make_model, make_rollout
 from potstill.batching import make_batches
 from potstill.config import Objective
 from potstill.divergence import token_divergence
-from potstill.objective import Loss, batch_loss, teacher_logits
+from potstill.objective import Loss, batch_loss, teacher_rows
 
 ROLLOUTS = [
     make_rollout([1, 5, 6], [9, 5, 2]),
@@ -24,9 +24,9 @@ def gradients(student, teacher, loss: Loss, tokens_per_batch: int, rollouts=ROLL
     student.zero_grad()
     divisor, total = loss.divisor(rollouts), 0.0
     for batch in make_batches(rollouts, tokens_per_batch):
-        loss_sum, _, _ = batch_loss(student, teacher_logits(teacher, batch, loss), batch, loss)
-        (loss_sum / divisor).backward()
-        total += loss_sum.item() / divisor
+        loss_sum, _, _ = batch_loss(student, teacher, teacher_rows(teacher, batch, loss), batch, loss, divisor)
+        loss_sum.backward()
+        total += loss_sum.item()
     return total, [parameter.grad.clone() for parameter in student.parameters()]
 
 
@@ -48,7 +48,7 @@ def test_normalisation_weighs_tokens_or_sequences(student, teacher):
     for rollout in ROLLOUTS:
         (batch,) = make_batches([rollout], 10_000)
         loss = Loss(objective, "token", vocab_size=23)
-        token_losses.append(batch_loss(student, teacher_logits(teacher, batch, loss), batch, loss)[1])
+        token_losses.append(batch_loss(student, teacher, teacher_rows(teacher, batch, loss), batch, loss)[1])
     by_token = torch.cat(token_losses).mean().item()
     by_sequence = torch.stack([loss_N.mean() for loss_N in token_losses]).mean().item()
     assert gradients(student, teacher, Loss(objective, "token", 23), 40)[0] == pytest.approx(by_token, rel=1e-5)
@@ -82,7 +82,7 @@ def test_rows_are_the_models_own_logits_at_the_loss_tokens(student, teacher):
     ids = torch.tensor([ROLLOUTS[1].prompt.token_ids + ROLLOUTS[1].completion_ids])
     own = teacher.model(input_ids=ids).logits[0]
     # The trained completion tokens sit at 2, 5, 6, 7 of the sequence, so the rows are those just before.
-    rows = teacher_logits(teacher, batch, Loss(Objective(), "token", vocab_size=23))
+    rows = teacher.head(teacher_rows(teacher, batch, Loss(Objective(), "token", vocab_size=23)))
     torch.testing.assert_close(rows, own[[1, 4, 5, 6]], rtol=1e-4, atol=1e-4)
 
 
@@ -113,8 +113,9 @@ def test_bfloat16_compute_leaves_logits_and_loss_in_float32(student, teacher):
     """The loss equals that of float32 heads on bfloat16 hidden states, and not that of rounded logits."""
     (batch,) = make_batches(ROLLOUTS, 10_000)
     loss = Loss(Objective(kl="reverse"), "token", compute_dtype="bfloat16", vocab_size=23)
-    teacher_NV = teacher_logits(teacher, batch, loss)
-    value, _, _ = batch_loss(student, teacher_NV, batch, loss)
+    teacher_NE = teacher_rows(teacher, batch, loss)
+    teacher_NV = teacher.head(teacher_NE)
+    value, _, _ = batch_loss(student, teacher, teacher_NE, batch, loss)
     with torch.autocast("cpu", torch.bfloat16):
         hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT].float()
     logits_NV = hidden_ND @ student.head.weight_VD.T

@@ -163,7 +163,10 @@ def test_a_torn_line_and_an_unfinished_checkpoint_are_ignored(tmp_path):
 
 @pytest.mark.parametrize(
     ("broken", "prefix", "what"),
-    [("teacher", "student", "the loss is not finite"), ("teacher", "teacher", "the logits of the model that writes")],
+    [
+        ("teacher", "student", "the teacher's logits are NaN"),
+        ("teacher", "teacher", "the logits of the model that writes"),
+    ],
 )
 def test_what_is_not_finite_stops_before_the_update(tmp_path, broken, prefix, what):
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}

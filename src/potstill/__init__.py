@@ -7,7 +7,10 @@ if TYPE_CHECKING:
     from potstill.config import Recipe, load_recipe
     from potstill.divergence import token_divergence
     from potstill.evaluation import evaluate
+    from potstill.fused import fused_loss, fused_statistics
+    from potstill.heads import Head
     from potstill.training import train
+    from potstill.types import LossTerms
 
 # Imported on first use, so that `potstill --help` does not wait for torch.
 _HOMES = {
@@ -15,9 +18,23 @@ _HOMES = {
     "load_recipe": "potstill.config",
     "token_divergence": "potstill.divergence",
     "evaluate": "potstill.evaluation",
+    "fused_loss": "potstill.fused",
+    "fused_statistics": "potstill.fused",
+    "Head": "potstill.heads",
+    "LossTerms": "potstill.types",
     "train": "potstill.training",
 }
-__all__ = ["Recipe", "evaluate", "load_recipe", "token_divergence", "train"]
+__all__ = [
+    "Head",
+    "LossTerms",
+    "Recipe",
+    "evaluate",
+    "fused_loss",
+    "fused_statistics",
+    "load_recipe",
+    "token_divergence",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

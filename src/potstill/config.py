@@ -133,6 +133,10 @@ class Train(Section):
     """token: the mean over the loss tokens of the step; sequence: the mean of per-sequence means."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the student's forward pass; the loss is always float32."""
+    loss_memory: int = Field(default=256, ge=0)
+    """MiB for logits kept between the loss's two passes; 0 computes them twice. Changes speed, not results."""
+    loss_backend: Literal["auto", "eager", "compiled", "triton", "plain"] = "auto"
+    """How the loss is computed; auto: triton on a GPU, else eager. plain holds all logits in memory."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints; one is also written at the end."""
     seed: int = 0
@@ -243,6 +247,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     elif not is_hub_id(recipe.data.source):
         unread["data.split"] = f"data.source is the file {recipe.data.source!r}, which has no splits"
         unread["data.seed"] = "only a task makes problems from a seed"
+    if recipe.train.loss_backend == "plain":
+        unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
     if recipe.evaluation.source is None:
         unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
     return unread

@@ -4,6 +4,8 @@ Works on tensors alone and knows nothing of models, batches or masks. This is th
 tested against. Notation: p teacher, q student, z student logits, w the forward weight.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -72,13 +74,56 @@ def token_divergence(
         student_log_probs_NV = student_NV.log_softmax(-1)
         teacher_log_probs_NV = teacher_NV.log_softmax(-1)
         value_N, grad_NV = DIVERGENCES[kl](student_log_probs_NV, teacher_log_probs_NV, forward_weight)
-        stats = TokenStats(
-            student_entropy_N=entropy(student_log_probs_NV).float(),
-            forward_kl_N=forward_kl(student_log_probs_NV, teacher_log_probs_NV)[0].float(),
-            reverse_kl_N=reverse_kl(student_log_probs_NV, teacher_log_probs_NV)[0].float(),
-            teacher_entropy_N=entropy(teacher_log_probs_NV).float(),
-        )
+        stats = token_statistics(student_NV, teacher_NV)
     return _WithGradient.apply(student_NV, value_N, grad_NV), stats
+
+
+def token_statistics(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor | None = None,
+    *,
+    labels_N: Tensor | None = None,
+    temperature: float = 1.0,
+    end_ids: Sequence[int] = (),
+    jsd_weight: float | None = None,
+) -> TokenStats:
+    """Every statistic of N positions from whole logits, by their definitions and differentiable by autograd.
+
+    `jsd_weight` b asks for the JSD too: b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q. The other arguments
+    are those of `token_divergence`; the log-sum-exps are those of the tempered logits.
+    """
+
+    def log_prob(logits_NV: Tensor, log_sum_exp_N: Tensor) -> Tensor | None:
+        if labels_N is None:
+            return None
+        picked_N = logits_NV.gather(1, labels_N[:, None]).squeeze(1)
+        if len(end_ids) > 1:
+            is_end_N = torch.isin(labels_N, torch.tensor(end_ids, device=labels_N.device))
+            picked_N = torch.where(is_end_N, logits_NV[:, list(end_ids)].logsumexp(-1), picked_N)
+        return picked_N - log_sum_exp_N
+
+    z_NV = _at_least_float32(student_logits_NV) / temperature
+    z_sum_N, ls_NV = z_NV.logsumexp(-1), merge_end_class(z_NV, end_ids).log_softmax(-1)
+    stats = TokenStats(entropy(ls_NV), z_sum_N, student_log_prob_N=log_prob(z_NV, z_sum_N))
+    if teacher_logits_NV is None:
+        return stats
+    y_NV = _at_least_float32(teacher_logits_NV) / temperature
+    y_sum_N, lt_NV = y_NV.logsumexp(-1), merge_end_class(y_NV, end_ids).log_softmax(-1)
+    p_NV, q_NV = lt_NV.exp(), ls_NV.exp()
+    jsd_N = None
+    if jsd_weight is not None:
+        lm_NV = torch.logaddexp(lt_NV + math.log(jsd_weight), ls_NV + math.log1p(-jsd_weight))
+        jsd_NV = jsd_weight * p_NV * (lt_NV - lm_NV) + (1 - jsd_weight) * q_NV * (ls_NV - lm_NV)
+        jsd_N = jsd_NV.sum(-1)
+    return dataclasses.replace(
+        stats,
+        forward_kl_N=(p_NV * (lt_NV - ls_NV)).sum(-1),
+        reverse_kl_N=(q_NV * (ls_NV - lt_NV)).sum(-1),
+        jsd_N=jsd_N,
+        teacher_entropy_N=entropy(lt_NV),
+        teacher_log_sum_exp_N=y_sum_N,
+        teacher_log_prob_N=log_prob(y_NV, y_sum_N),
+    )
 
 
 def merge_end_class(logits_NV: Tensor, end_ids: Sequence[int]) -> Tensor:

@@ -7,12 +7,13 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from potstill.heads import Head
 
 ASSETS = Path(__file__).parent / "assets"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -20,25 +21,6 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 class ModelError(ValueError):
     """A model that cannot be used as asked; the message is one line and says what to do."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """The LM head: hidden states [N, D] to logits [N, V] over the first `vocab_size` rows."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    scale: float
-    softcap: float | None
-
-    def __call__(self, hidden_ND: Tensor, vocab_size: int | None = None) -> Tensor:
-        """Float32 logits, scaled and soft-capped as the architecture does it."""
-        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size].float()
-        # The product is taken in float32: logits rounded to bfloat16 bias both the gradient and the entropy.
-        logits_NV = nn.functional.linear(hidden_ND.float(), self.weight_VD[:vocab_size].float(), bias_V) * self.scale
-        if self.softcap is not None:
-            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
-        return logits_NV
 
 
 class LanguageModel(nn.Module):

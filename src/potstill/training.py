@@ -17,9 +17,11 @@ from potstill.config import Recipe, Train, is_table
 from potstill.data import DataError, example_from_row, load_examples, make_prompts, template_warning
 from potstill.distributed import World
 from potstill.evaluation import evaluate, prepare_problems
+from potstill.fused import MIB
 from potstill.metrics import Stopwatch, logged_samples, num_tokens_to_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
-from potstill.objective import Loss, batch_loss, teacher_logits
+from potstill.objective import Loss, batch_loss, teacher_rows
+from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
 from potstill.progress import StepDisplay
 from potstill.tasks import make_task
@@ -113,7 +115,12 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         recipe.train.compute_dtype,
         vocab_size=shared_vocab_size(student, teacher) if teacher is not None else None,
         end_class=end_ids if ends_differ and recipe.objective.end_class == "merged" else (),
+        budget=recipe.train.loss_memory * MIB,
+        backend=recipe.train.loss_backend,
     )
+    # Before any work: a backend that cannot run here.
+    if loss.backend != "plain":
+        find_backend(loss.backend, world.device)
     if prompts is None:
         data = recipe.data
         examples = load_examples(
@@ -241,17 +248,18 @@ def accumulate_gradients(
     samples = []
     for batch in batches:
         with clock("teacher"):
-            logits_NV = teacher_logits(setup.teacher, batch, loss)
+            hidden_NE = teacher_rows(setup.teacher, batch, loss)
         with clock("student"):
-            loss_sum, loss_N, stats = batch_loss(student, logits_NV, batch, loss)
-            if not torch.isfinite(loss_N).all():
-                raise _not_finite("the loss is not finite", step, [rollout.prompt for rollout in batch.rollouts])
-            (loss_sum / divisor).backward()
+            try:
+                loss_sum, loss_N, stats = batch_loss(student, setup.teacher, hidden_NE, batch, loss, divisor)
+            except NonFiniteError as error:
+                raise _not_finite(str(error), step, [rollout.prompt for rollout in batch.rollouts]) from None
+            loss_sum.backward()
         before_answer_N = torch.tensor(
             [is_before for r in batch.rollouts for is_before in before_answer(r, text_of[id(r)], setup)],
             device=world.device,
         )
-        sums.update(token_sums(stats, before_answer_N) | {"loss": loss_sum.item() / divisor})
+        sums.update(token_sums(stats, before_answer_N) | {"loss": loss_sum.item()})
         samples += logged_samples(batch, loss_N, stats, student.tokenizer, rollouts[:NUM_LOGGED_SAMPLES])
     return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)), samples
 

@@ -7,10 +7,11 @@ Position t of every `_BT` tensor is about predicting token t+1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Union
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 Message = dict[str, str]
 PrefixSource = Literal["teacher", "student", "dataset"]
@@ -86,9 +87,43 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Detached float32 statistics of N loss tokens, in nats. The teacher's are None when there is no teacher."""
+    """Statistics [N] of the loss tokens, in nats; None where there is no teacher, no label or no JSD asked for."""
 
     student_entropy_N: Tensor
+    student_log_sum_exp_N: Tensor
     forward_kl_N: Tensor | None = None
     reverse_kl_N: Tensor | None = None
+    jsd_N: Tensor | None = None
     teacher_entropy_N: Tensor | None = None
+    teacher_log_sum_exp_N: Tensor | None = None
+    student_log_prob_N: Tensor | None = None
+    teacher_log_prob_N: Tensor | None = None
+
+
+# Of a term in the loss: one number, or one a token [N].
+Weight = Union[float, "Tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """The loss of a token as a sum of terms. Each weight is a number or a tensor [N], so that it can differ by token.
+
+    `forward` weighs KL(p || q), `reverse` KL(q || p), `jsd` the generalised Jensen-Shannon divergence
+    b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q and b = `jsd_weight` strictly between 0 and 1, `entropy`
+    the student's entropy (negative: a bonus) and `cross_entropy` minus the log-probability of the label.
+    """
+
+    forward: Weight = 0.0
+    reverse: Weight = 0.0
+    jsd: Weight = 0.0
+    entropy: Weight = 0.0
+    cross_entropy: Weight = 0.0
+    jsd_weight: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """The rows of both heads that this rank holds: those from `start` on. Ids of labels and end tokens stay global."""
+
+    start: int
+    group: ProcessGroup | None = None

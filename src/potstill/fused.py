@@ -1,0 +1,242 @@
+"""The exact divergence of two language models from hidden states and heads, with no [N, V] tensor in sight.
+
+The vocabulary is walked in tiles, once for the statistics and once more for the gradient. A budget of bytes says how
+many tiles stay in memory between the two; the rest are computed again. Neither value nor gradient depends on it.
+
+    statistics   m, S and four first moments a token, merged tile by tile, the end class as one more column
+    gradient     dz = q (c - h ls + r (ls - lt) + j (ls - lm)) - f p for any mixture of terms (tiles.tile_gradient)
+
+Shapes: N loss tokens, V shared vocabulary, D student hidden, E teacher hidden. `divergence.token_statistics` is the
+plain version of all this.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from potstill import divergence
+from potstill.heads import Head
+from potstill.passes import Gradients, Problem, Walk, is_there
+from potstill.types import LossTerms, NonFiniteError, TokenStats, VocabShard
+
+MIB = 2**20
+DEFAULT_BUDGET = 256 * MIB
+
+
+def fused_loss(
+    hidden_ND: Tensor,
+    head: Head,
+    teacher_hidden_NE: Tensor | None,
+    teacher_head: Head | None,
+    terms: LossTerms,
+    *,
+    labels_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    scale: float = 1.0,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    end_ids: Sequence[int] = (),
+    budget: int = DEFAULT_BUDGET,
+    backend: str = "auto",
+    tile: tuple[int, int] | None = None,
+    shard: VocabShard | None = None,
+) -> tuple[Tensor, Tensor, TokenStats]:
+    """The training loss `scale * sum_i weights_i loss_i`, with its gradient computed on the way forward.
+
+    Returns `(loss_sum, loss_N, stats)`: a scalar with a gradient for the student's hidden states, head weight and bias
+    (those that require one); the loss of each token before weights and scale; and detached statistics [N] in nats.
+
+    Without a teacher (`teacher_hidden_NE` and `teacher_head` None) only entropy and cross-entropy can be asked for.
+    `labels_N` holds the written tokens; cross-entropy and the log-probabilities in the statistics need it. `vocab_size`
+    cuts both heads to their shared rows. `temperature` divides both models' logits; statistics are those of the
+    tempered distributions. Two or more `end_ids` count as one class on both sides. Arithmetic is in float32 (float64
+    for float64 hidden states), whatever the inputs' type. `budget` is the memory in bytes for tiles that stay between
+    the passes; 0 computes every tile twice. `backend` is "eager", "compiled", "triton", "plain" (whole logits and
+    autograd, any amount of memory) or "auto" (Triton on GPUs, eager elsewhere). `tile` fixes a tile's (rows, columns).
+
+    The value comes from the gradient pass where there is one, in the Bregman form: a KL of 2e-6 nats is right to 1 %.
+    Raises ValueError for shapes, ids and options that do not fit, NonFiniteError for logits that are NaN or infinite.
+    """
+    sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
+    jsd_weight = terms.jsd_weight if is_there(terms.jsd) else None
+    problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), jsd_weight, shard)
+    _check_terms(terms, weights_N, problem)
+    if backend == "plain":
+        stats = _plain_statistics(problem, sides, labels_N, end_ids, temperature)
+        loss_N = _token_loss(terms, stats)
+        if not torch.isfinite(loss_N).all():
+            raise NonFiniteError("the loss is NaN or infinite, or a model's logits are")
+        return scale * (loss_N if weights_N is None else loss_N * weights_N).sum(), loss_N.detach(), _detached(stats)
+    inputs = (hidden_ND, head.weight_VD, head.bias_V)
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    trained = tuple(wants_gradient and t is not None and t.requires_grad for t in inputs)
+    walk = Walk(problem, budget if wants_gradient else 0, backend, tile, trains_head=trained[1])
+    loss_sum, loss_N, *values = _Loss.apply(*inputs, terms, weights_N, scale, walk, trained)  # pyright: ignore
+    return loss_sum, loss_N, _stats(values)
+
+
+def fused_statistics(
+    hidden_ND: Tensor,
+    head: Head,
+    teacher_hidden_NE: Tensor | None = None,
+    teacher_head: Head | None = None,
+    *,
+    labels_N: Tensor | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    end_ids: Sequence[int] = (),
+    jsd_weight: float | None = None,
+    backend: str = "auto",
+    tile: tuple[int, int] | None = None,
+    shard: VocabShard | None = None,
+) -> TokenStats:
+    """All statistics [N] in nats, differentiable in the student: its KLs, entropy, log-probs, log-sum-exps and JSD.
+
+    The gradient pass runs in `backward`, for whatever gradients arrive there, and computes every tile again. Values
+    come from the statistics pass alone: a KL carries an absolute error of about 2e-6 nats in float32. `jsd_weight` asks
+    for the JSD, which takes one more pass. Arguments and errors are those of `fused_loss`.
+    """
+    sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
+    problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), jsd_weight, shard)
+    if backend == "plain":
+        return _plain_statistics(problem, sides, labels_N, end_ids, temperature)
+    walk = Walk(problem, 0, backend, tile, trains_head=True)
+    return _stats(_Statistics.apply(hidden_ND, head.weight_VD, head.bias_V, walk))  # pyright: ignore
+
+
+class _Loss(torch.autograd.Function):
+    """The scalar loss, whose gradient is known when its value is."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, terms, weights_N, scale, walk, trained):  # pyright: ignore[reportIncompatibleMethodOverride]
+        problem: Problem = walk.problem
+        into = Gradients(walk, hidden, weight, bias, trained)
+        values, kls = [], []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for group in walk.groups():
+                found = walk.statistics(group)
+                values.append(found.values(problem))
+                if any(trained):
+                    kls.append(walk.gradient(found, terms, 0.0, weights_N, scale, into))
+            stats = _joined(values, problem)
+            loss_N = _token_loss(terms, _stats(stats), torch.cat(kls) if kls else None)
+            ctx.gradients = into.finish(problem, [None if t is None else t.dtype for t in (hidden, weight, bias)])
+        loss_sum = scale * (loss_N if weights_N is None else loss_N * weights_N).sum()
+        ctx.mark_non_differentiable(loss_N, *(t for t in stats if t is not None))
+        ctx.set_materialize_grads(False)
+        return loss_sum, loss_N, *stats
+
+    @staticmethod
+    def backward(ctx, upstream, *unused):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradient of fused_loss was used already; call fused_loss again for a second backward"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        if upstream is None:
+            return (None,) * 8
+        # On a CPU a look is cheaper than a multiplication of [V, D] by one.
+        if upstream.is_cuda or upstream.item() != 1:
+            gradients = [None if g is None else g.mul_(upstream) for g in gradients]
+        return (*gradients, None, None, None, None, None)
+
+
+class _Statistics(torch.autograd.Function):
+    """Statistics per token; the gradient pass waits for the gradients of those that are used."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, walk):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.autocast(hidden.device.type, enabled=False):
+            ctx.found = [walk.statistics(group) for group in walk.groups()]
+            values = _joined([found.values(walk.problem) for found in ctx.found], walk.problem)
+        ctx.walk = walk
+        ctx.save_for_backward(hidden, weight, bias)
+        names = TokenStats.__slots__
+        constant = [v for name, v in zip(names, values, strict=True) if name.startswith("teacher") and v is not None]
+        ctx.mark_non_differentiable(*constant)
+        ctx.set_materialize_grads(False)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, *upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
+        walk, (hidden, weight, bias) = ctx.walk, ctx.saved_tensors
+        into = Gradients(walk, hidden, weight, bias, ctx.needs_input_grad[:3])
+        h, lse, f, r, j, _, _, log_prob, _ = (0.0 if g is None else g for g in upstream)
+        problem = walk.problem
+        terms = LossTerms(f, r, j, h, -log_prob, jsd_weight=problem.jsd_weight or 0.5)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for found in ctx.found:
+                walk.gradient(found, terms, lse, None, 1.0, into)
+            gradients = into.finish(problem, [None if t is None else t.dtype for t in (hidden, weight, bias)])
+        return *gradients, None
+
+
+def _plain_statistics(
+    problem: Problem,
+    sides: tuple[Tensor, Head, Tensor | None, Head | None],
+    labels_N: Tensor | None,
+    end_ids: Sequence[int],
+    temperature: float,
+) -> TokenStats:
+    """By the definitions, from whole logits and with autograd's own graph."""
+    if problem.shard is not None:
+        raise ValueError("the plain backend needs the whole vocabulary on each rank; choose another backend")
+    hidden_ND, head, teacher_hidden_NE, teacher_head = sides
+    teacher_NV = None
+    if teacher_hidden_NE is not None and teacher_head is not None:
+        with torch.no_grad():
+            teacher_NV = teacher_head(teacher_hidden_NE, problem.vocab_size)
+    return divergence.token_statistics(
+        head(hidden_ND, problem.vocab_size),
+        teacher_NV,
+        labels_N=labels_N,
+        temperature=temperature,
+        end_ids=end_ids,
+        jsd_weight=problem.jsd_weight,
+    )
+
+
+def _token_loss(terms: LossTerms, stats: TokenStats, kl_N: Tensor | None = None) -> Tensor:
+    """The loss of each token from its statistics; `kl_N` is a better value of the two KL terms."""
+    parts = [] if kl_N is None else [kl_N]
+    weighted = [(terms.jsd, stats.jsd_N), (terms.entropy, stats.student_entropy_N)]
+    if kl_N is None:
+        weighted += [(terms.forward, stats.forward_kl_N), (terms.reverse, stats.reverse_kl_N)]
+    parts += [weight * value_N for weight, value_N in weighted if is_there(weight) and value_N is not None]
+    if is_there(terms.cross_entropy) and stats.student_log_prob_N is not None:
+        parts.append(-terms.cross_entropy * stats.student_log_prob_N)
+    return torch.stack(parts).sum(0)
+
+
+def _joined(values: list[list[Tensor | None]], problem: Problem) -> list[Tensor | None]:
+    """The statistics of all groups, one after the other."""
+    if not values:
+        empty = torch.zeros(0, dtype=problem.dtype, device=problem.device)
+        is_there = [True, True, *[problem.teacher is not None] * 5, *[problem.labels is not None] * 2]
+        return [empty.clone() if there else None for there in is_there]
+    return [None if parts[0] is None else torch.cat(parts) for parts in zip(*values, strict=True)]  # pyright: ignore
+
+
+def _stats(values: Sequence[Tensor | None]) -> TokenStats:
+    return TokenStats(**dict(zip(TokenStats.__slots__, values, strict=True)))  # pyright: ignore[reportArgumentType]
+
+
+def _detached(stats: TokenStats) -> TokenStats:
+    values = [getattr(stats, name) for name in TokenStats.__slots__]
+    return _stats([None if value is None else value.detach() for value in values])
+
+
+def _check_terms(terms: LossTerms, weights_N: Tensor | None, problem: Problem) -> None:
+    weights = {name: getattr(terms, name) for name in ("forward", "reverse", "jsd", "entropy", "cross_entropy")}
+    there = [name for name, weight in weights.items() if is_there(weight)]
+    if not there:
+        raise ValueError("every term of the loss has weight 0; give at least one another weight")
+    needing = [name for name in there if name in ("forward", "reverse", "jsd")]
+    if problem.teacher is None and needing:
+        raise ValueError(f"the term {needing[0]} needs a teacher's hidden states and head")
+    if "cross_entropy" in there and problem.labels is None:
+        raise ValueError("the term cross_entropy needs labels_N")
+    for name, weight in [*weights.items(), ("weights_N", weights_N)]:
+        if isinstance(weight, Tensor) and weight.shape != (problem.num_rows,):
+            raise ValueError(f"{name} is a tensor {list(weight.shape)}; give [{problem.num_rows}], one number a row")

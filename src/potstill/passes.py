@@ -1,0 +1,597 @@
+"""The two passes over tiles of logits: statistics, then the gradient. What `potstill.fused` is made of.
+
+    for each group of rows
+        statistics   for each strip of columns, for each block of rows: both models' tile -> the rows' state
+        gradient     the same tiles, from memory or computed again: dL/dz -> gradients of hidden states, head and bias
+
+The end class is one more column, whose logit is the log-sum-exp of its members; in the tiles its members are masked.
+"""
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from potstill import tiles
+from potstill.heads import Head
+from potstill.tiles import MASKED, Backend, Terms
+from potstill.types import LossTerms, NonFiniteError, VocabShard, Weight
+
+# Rows: fewer make matrix products 5 to 20 % slower on the CPU measured (docs/performance.md), more gain nothing.
+# Columns: as many as leave a pair of tiles in 6 MiB.
+CPU_TILE = (256, 3072)
+# A pair of tiles then fills the cache between the matrix products that write and read it.
+GPU_ROWS = 2048
+
+
+class Plan(NamedTuple):
+    """How the work is cut: tiles of `rows` x `columns`, `group_rows` between the passes, `num_resident` tiles kept."""
+
+    rows: int
+    columns: int
+    group_rows: int
+    num_resident: int
+
+
+def make_plan(
+    num_rows: int,
+    vocab_size: int,
+    budget: int,
+    *,
+    itemsize: int = 4,
+    device: torch.device | None = None,
+    one_group: bool = False,
+    tile: tuple[int, int] | None = None,
+) -> Plan:
+    """Cut N x V logits into tiles that fit the cache and groups of rows whose tiles fit the budget of bytes.
+
+    `one_group` keeps all rows together, so that each tile of the head's gradient is finished at once; `tile` fixes the
+    rows and columns of a tile.
+    """
+    if budget < 0:
+        raise ValueError(f"the memory budget is {budget} bytes; give 0 (compute every tile twice) or more")
+    if tile is not None:
+        rows, columns = tile
+        if rows < 1 or columns < 1:
+            raise ValueError(f"tile is {tile}; give at least one row and one column")
+    elif device is not None and device.type == "cuda":
+        elements = torch.cuda.get_device_properties(device).L2_cache_size // (2 * itemsize)
+        rows, columns = GPU_ROWS, elements // GPU_ROWS
+    else:
+        rows, columns = CPU_TILE
+    if tile is None:
+        # A small vocabulary leaves room for more rows.
+        rows = rows * max(columns // max(vocab_size, 1), 1)
+    columns = min(columns, vocab_size)
+    fitting = budget // (2 * itemsize * rows * vocab_size)
+    num_blocks = math.ceil(num_rows / rows)
+    # Groups no larger than stay whole; with little memory all rows at once, which reads the head just once a pass.
+    blocks = num_blocks if one_group or 4 * budget < itemsize * rows * vocab_size else min(max(fitting, 1), num_blocks)
+    num_tiles = 2 * blocks * math.ceil(vocab_size / columns)
+    return Plan(rows, columns, max(blocks, 1) * rows, min(budget // (itemsize * rows * columns), num_tiles))
+
+
+def find_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
+    """The tile functions of a backend. Raises ValueError for one that is unknown or cannot run on the device."""
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "eager"
+    if name == "eager":
+        return tiles.EAGER
+    if name == "compiled":
+        return tiles.compiled()
+    if name == "triton":
+        try:
+            from potstill import kernels
+        except ImportError:
+            raise ValueError('backend is "triton", which is not installed; install triton or choose eager') from None
+        if dtype != torch.float32:
+            raise ValueError(
+                f'backend is "triton", which computes in float32, and the inputs are {dtype}; choose eager'
+            )
+        return kernels.load(device.type)
+    raise ValueError(f"backend is {name!r}; choose auto, eager, compiled, triton or plain")
+
+
+class Side:
+    """One model's rows and head, cut to the shared vocabulary, without gradients."""
+
+    def __init__(self, hidden: Tensor, head: Head, vocab_size: int, temperature: float, dtype: torch.dtype):
+        self.hidden = hidden.detach()
+        self.weight = head.weight_VD.detach()[:vocab_size]
+        self.dtype = dtype
+        # Products of 16-bit numbers with 32-bit sums lose nothing and, in hardware, are several times faster.
+        is_16bit = hidden.dtype == self.weight.dtype != dtype
+        self.is_cuda_16bit = is_16bit and hidden.is_cuda
+        self.is_cpu_16bit = is_16bit and hidden.dtype == torch.bfloat16 and not hidden.is_cuda and _has_amx()
+        self.gain = head.scale / temperature
+        self.softcap = None if head.softcap is None else head.softcap / temperature
+        self.alpha = self.gain if self.softcap is None else self.gain / self.softcap
+        bias = None if head.bias_V is None else head.bias_V.detach()[:vocab_size]
+        self.bias = None if bias is None else bias.to(dtype) * self.alpha
+
+    def rows(self, block: slice) -> Tensor:
+        return self.hidden[block] if self.is_cuda_16bit else self.hidden[block].to(self.dtype)
+
+    def weights(self, columns: slice | Tensor) -> Tensor:
+        weight = self.weight[columns]
+        return weight if self.is_cuda_16bit else weight.to(self.dtype)
+
+    def logits(self, rows: Tensor, weight: Tensor, columns: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        """Tempered logits of some rows and columns."""
+        out = rows.new_empty(len(rows), len(weight), dtype=self.dtype) if out is None else out
+        self.multiply(rows, weight.T, out, self.alpha)
+        if self.bias is not None:
+            out.add_(self.bias[columns])
+        return out if self.softcap is None else out.tanh_().mul_(self.softcap)
+
+    def picked(self, block: slice, ids: Tensor) -> Tensor:
+        """Tempered logits [rows] of one id a row."""
+        logits = (self.hidden[block].to(self.dtype) * self.weight[ids].to(self.dtype)).sum(-1) * self.alpha
+        if self.bias is not None:
+            logits = logits + self.bias[ids]
+        return logits if self.softcap is None else logits.tanh() * self.softcap
+
+    def pieces(self, g: Tensor) -> list[Tensor]:
+        """Gradients as numbers that 16-bit products do not round: one tensor, or two that add up to it to 2^-17."""
+        if not (self.is_cuda_16bit or self.is_cpu_16bit):
+            return [g]
+        high = g.to(self.weight.dtype)
+        low = g - high
+        return [high, low.to(high.dtype)] if self.is_cuda_16bit else [high.to(g.dtype), low]
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, alpha: float, add: bool = False) -> None:
+        """out = alpha a b, or out += alpha a b, with sums in the type of `out`."""
+        if self.is_cuda_16bit:
+            product = torch.mm(a, b, out_dtype=out.dtype)
+            out.add_(product, alpha=alpha) if add else torch.mul(product, alpha, out=out)
+        else:
+            with _bfloat16_products() if self.is_cpu_16bit else contextlib.nullcontext():
+                torch.addmm(out, a, b, beta=float(add), alpha=alpha, out=out)
+
+
+def _has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+@contextlib.contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Let float32 matrices that hold bfloat16 numbers be multiplied as such: the same products, float32 sums."""
+    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+class Problem:
+    """What is asked, checked: both sides, labels, the end class, and which rows of the vocabulary are here."""
+
+    def __init__(
+        self,
+        hidden_ND: Tensor,
+        head: Head,
+        teacher_hidden_NE: Tensor | None,
+        teacher_head: Head | None,
+        labels_N: Tensor | None,
+        vocab_size: int | None,
+        temperature: float,
+        end_ids: tuple[int, ...],
+        jsd_weight: float | None,
+        shard: VocabShard | None,
+    ):
+        _check_side("student", hidden_ND, head)
+        sizes = [len(head.weight_VD)]
+        if (teacher_hidden_NE is None) != (teacher_head is None):
+            raise ValueError("give both the teacher's hidden states and its head, or neither")
+        if teacher_hidden_NE is not None and teacher_head is not None:
+            _check_side("teacher", teacher_hidden_NE, teacher_head)
+            sizes.append(len(teacher_head.weight_VD))
+            if len(teacher_hidden_NE) != len(hidden_ND):
+                raise ValueError(
+                    f"there are {len(hidden_ND)} student rows and {len(teacher_hidden_NE)} teacher rows; row i of both "
+                    "must be about the same token"
+                )
+        if vocab_size is None and len(set(sizes)) > 1:
+            raise ValueError(f"heads of {sizes[0]} and {sizes[1]} rows; give vocab_size, the number of rows they share")
+        self.vocab_size = min(sizes) if vocab_size is None else vocab_size
+        if not 1 <= self.vocab_size <= min(sizes):
+            raise ValueError(f"vocab_size is {vocab_size}; the heads have {sizes} rows")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0")
+        if jsd_weight is not None and not 0 < jsd_weight < 1:
+            raise ValueError(f"jsd_weight is {jsd_weight}; it must be strictly between 0 and 1: the JSD vanishes there")
+        if jsd_weight is not None and teacher_head is None:
+            raise ValueError("the term jsd needs a teacher's hidden states and head")
+        if len(set(end_ids)) != len(end_ids):
+            raise ValueError(f"end_ids {list(end_ids)} name an id twice")
+        self.num_rows, self.shard, self.jsd_weight = len(hidden_ND), shard, jsd_weight
+        self.device, self.dtype = hidden_ND.device, torch.promote_types(hidden_ND.dtype, torch.float32)
+        if labels_N is not None and (labels_N.shape != (self.num_rows,) or labels_N.dtype != torch.long):
+            raise ValueError(
+                f"labels are {labels_N.dtype} {list(labels_N.shape)}; give int64 [{self.num_rows}], one id a row"
+            )
+        limit = None if shard else self.vocab_size
+        if labels_N is not None and self.num_rows:
+            _check_ids("a label", int(labels_N.amin()), int(labels_N.amax()), limit)
+        if end_ids:
+            _check_ids("an end id", min(end_ids), max(end_ids), limit)
+
+        # From here on ids are those of this rank's rows; the ids of other ranks are negative or too large.
+        start = shard.start if shard else 0
+        self.merges_ends = len(end_ids) > 1
+        ends = torch.tensor(end_ids if self.merges_ends else (), dtype=torch.long, device=self.device) - start
+        self.labels = None if labels_N is None else labels_N - start
+        self.label_is_end = None if self.labels is None or not self.merges_ends else torch.isin(self.labels, ends)
+        self.member_list = [i - start for i in end_ids if self.merges_ends and 0 <= i - start < self.vocab_size]
+        self.members = torch.tensor(self.member_list, dtype=torch.long, device=self.device)
+        self.student = Side(hidden_ND, head, self.vocab_size, temperature, self.dtype)
+        self.teacher = None
+        if teacher_hidden_NE is not None and teacher_head is not None:
+            self.teacher = Side(teacher_hidden_NE, teacher_head, self.vocab_size, temperature, self.dtype)
+
+    @property
+    def sides(self) -> list[Side]:
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+
+class Tile(NamedTuple):
+    block: slice
+    columns: slice
+    z: Tensor
+    y: Tensor | None
+    rows: Tensor
+    weight: Tensor
+
+
+class Arena(threading.local):
+    """The memory of resident tiles, kept for the thread's next call.
+
+    Getting it anew from the system costs a CPU as much as the arithmetic on a tile. A GPU's allocator keeps it anyway.
+    """
+
+    flat: Tensor | None = None
+
+    def buffers(self, count: int, size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        if device.type != "cpu":
+            return [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
+        num_bytes = count * size * dtype.itemsize
+        if self.flat is None or len(self.flat) < num_bytes:
+            # The old one goes first, so that the two are never there together.
+            self.flat = None
+            self.flat = torch.empty(num_bytes, dtype=torch.uint8)
+        return list(self.flat[:num_bytes].view(dtype).view(count, size))
+
+
+ARENA = Arena()
+
+
+class Walk:
+    """The two passes over the tiles of a problem."""
+
+    def __init__(self, problem: Problem, budget: int, backend: str, tile, trains_head: bool):
+        self.problem = problem
+        self.backend = find_backend(backend, problem.device, problem.dtype)
+        itemsize = problem.dtype.itemsize
+        # The gradient of a 16-bit head is summed in float32: all rows at once for each tile, or else [V, D] of float32.
+        one_group = problem.shard is not None or (trains_head and problem.student.weight.dtype.itemsize < itemsize)
+        self.plan = make_plan(
+            problem.num_rows,
+            problem.vocab_size,
+            budget,
+            itemsize=itemsize,
+            device=problem.device,
+            one_group=one_group,
+            tile=tile,
+        )
+        size = min(self.plan.rows, problem.num_rows) * self.plan.columns
+        num_sides = len(problem.sides)
+        num_resident = min(self.plan.num_resident, num_sides * self.num_tiles())
+
+        self.resident = ARENA.buffers(num_resident, size, problem.dtype, problem.device)
+        self.current = [torch.empty(size, dtype=problem.dtype, device=problem.device) for _ in range(num_sides)]
+        scratch_size = max(tiles.SCRATCH_ELEMENTS, self.plan.columns)
+        self.scratch = list(self.current[0].new_empty(self.backend.num_scratch, scratch_size))
+
+    def num_tiles(self) -> int:
+        plan = self.plan
+        return math.ceil(plan.group_rows / plan.rows) * math.ceil(self.problem.vocab_size / plan.columns)
+
+    def groups(self) -> list[range]:
+        n, step = self.problem.num_rows, self.plan.group_rows
+        return [range(start, min(start + step, n)) for start in range(0, n, step)]
+
+    def blocks(self, group: range) -> list[slice]:
+        step = self.plan.rows
+        return [slice(start, min(start + step, group.stop)) for start in range(group.start, group.stop, step)]
+
+    def tiles(self, group: range, again: bool = False, with_teacher: bool = True) -> Iterator[Tile]:
+        """Every tile of a group, one strip of columns after the other; `again` takes resident tiles as they are."""
+        problem, blocks = self.problem, self.blocks(group)
+        # One resident tile of the side with the wider hidden states saves the most work.
+        order = sorted(range(len(problem.sides)), key=lambda i: -problem.sides[i].hidden.shape[1])
+        per_side = self.num_tiles()
+        for j, start in enumerate(range(0, problem.vocab_size, self.plan.columns)):
+            columns = slice(start, min(start + self.plan.columns, problem.vocab_size))
+            masked = [i - start for i in problem.member_list if columns.start <= i < columns.stop]
+            weights: list[Tensor | None] = [problem.student.weights(columns), None]
+            for k, block in enumerate(blocks):
+                shape = (block.stop - block.start, columns.stop - columns.start)
+                found: list[Tensor | None] = [None, None]
+                for i, side in enumerate(problem.sides):
+                    if i == 1 and not with_teacher:
+                        continue
+                    slot = order.index(i) * per_side + j * len(blocks) + k
+                    is_resident = slot < len(self.resident)
+                    buffer = self.resident[slot] if is_resident else self.current[i]
+                    out = found[i] = buffer[: shape[0] * shape[1]].view(shape)
+                    if again and is_resident:
+                        continue
+                    if weights[i] is None:
+                        weights[i] = side.weights(columns)
+                    side.logits(side.rows(block), weights[i], columns, out)  # pyright: ignore[reportArgumentType]
+                    if masked:
+                        out[:, masked] = MASKED
+                assert found[0] is not None and weights[0] is not None
+                yield Tile(block, columns, found[0], found[1], problem.student.rows(block), weights[0])
+
+    def statistics(self, group: range) -> "Group":
+        """The first pass over a group, and the JSD's own where it is asked for."""
+        problem, num = self.problem, len(group)
+        state = tiles.empty_state(num, problem.student.hidden.new_empty(0, dtype=problem.dtype))
+        for tile in self.tiles(group):
+            here = _shifted(tile.block, group)
+            part = self.backend.statistics(tile.z, tile.y, self.scratch)
+            state[..., here] = tiles.merge(state[..., here], part)
+        # Of each side: the logit of the label, and the log-sum-exp of the end class.
+        singles = state.new_full((2, 2, num), MASKED)
+        for block in self.blocks(group):
+            here = _shifted(block, group)
+            for i, side in enumerate(problem.sides):
+                if problem.labels is not None:
+                    ids = problem.labels[block]
+                    is_here = (ids >= 0) & (ids < problem.vocab_size)
+                    picked = side.picked(block, ids.clamp(0, problem.vocab_size - 1))
+                    singles[0, i, here] = torch.where(is_here, picked, MASKED)
+                if len(problem.members):
+                    singles[1, i, here] = self.member_logits(side, block).logsumexp(-1)
+        if problem.shard is not None:
+            state, singles = _over_ranks(state, singles, problem.shard)
+        labels, classes = singles
+        if problem.merges_ends:
+            column = tiles.tile_statistics(
+                classes[0][:, None], None if problem.teacher is None else classes[1][:, None]
+            )
+            state = tiles.merge(state, column)
+            if problem.label_is_end is not None:
+                labels = torch.where(problem.label_is_end[group.start : group.stop], classes, labels)
+        _check_finite(state, group)
+        moments = tiles.finish(state)
+        log_sums = torch.stack([moments.student_log_sum_exp, moments.teacher_log_sum_exp])
+        mixture = state.new_zeros(2, num)
+        if problem.jsd_weight is not None:
+            for tile in self.tiles(group, again=True):
+                here = _shifted(tile.block, group)
+                mixture[:, here] += self.backend.jsd(tile.z, tile.y, log_sums[:, here], problem.jsd_weight)
+            if problem.shard is not None:
+                dist.all_reduce(mixture, group=problem.shard.group)
+            if problem.merges_ends:
+                mixture += tiles.tile_jsd(classes[0][:, None], classes[1][:, None], log_sums, problem.jsd_weight)
+        return Group(group, moments, log_sums, labels, classes, mixture)
+
+    def member_logits(self, side: Side, block: slice) -> Tensor:
+        members = self.problem.members
+        return side.logits(side.rows(block), side.weights(members), members)
+
+    def gradient(
+        self, found: "Group", terms: LossTerms, lse: Weight, weights_N: Tensor | None, scale: float, into: "Gradients"
+    ) -> Tensor:
+        """The second pass: add a group's gradients of `scale * sum_i weights_i loss_i`; returns the KL terms [n].
+
+        The loss of a token is that of `terms` plus `lse` times the student's log-sum-exp.
+        """
+        problem, group = self.problem, found.rows
+        student, b = problem.student, terms.jsd_weight
+        has = Terms(is_there(terms.forward), is_there(terms.reverse), is_there(terms.entropy), is_there(terms.jsd))
+        others = (terms.reverse, terms.jsd, terms.entropy, terms.cross_entropy, lse)
+        is_plain_forward = has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
+        num, factor = len(group), 1.0
+        label_weight = _row(terms.cross_entropy, found, group)
+        if is_plain_forward:
+            coefficients, factor = None, float(terms.forward)
+        else:
+            f, r, h, e = (_row(w, found, group) for w in (terms.forward, terms.reverse, terms.entropy, lse))
+            j = (1 - b) * _row(terms.jsd, found, group)
+            moments = found.moments
+            c = f + label_weight + e - h * moments.student_entropy - j * found.mixture[1]
+            # Without a teacher the reverse KL is not a number.
+            c = c - r * moments.reverse_kl if has.reverse else c
+            coefficients = torch.stack([f, r, h, j, c])
+        value = found.log_sums.new_zeros(num)
+        gain = scale * factor * student.gain
+        blocks = self.blocks(group)
+        for tile in self.tiles(group, again=True, with_teacher=has.teacher):
+            here = _shifted(tile.block, group)
+            g, columns = tile.z, tile.columns
+            slope = None if student.softcap is None else 1 - (g / student.softcap).clamp_(min=-1).square_()
+            value[here] += self.backend.gradient(
+                g,
+                tile.y,
+                found.log_sums[:, here],
+                None if coefficients is None else coefficients[:, here],
+                has,
+                b,
+                self.scratch,
+            )
+            if is_there(terms.cross_entropy):
+                ids = problem.labels[tile.block] - columns.start  # pyright: ignore[reportOptionalSubscript]
+                is_here = (ids >= 0) & (ids < g.shape[1])
+                if problem.label_is_end is not None:
+                    is_here &= ~problem.label_is_end[tile.block]
+                amount = torch.where(is_here, -label_weight[here], 0)
+                g.scatter_add_(1, ids.clamp(0, g.shape[1] - 1)[:, None], amount[:, None])
+            if slope is not None:
+                g.mul_(slope)
+            if weights_N is not None:
+                g.mul_(weights_N[tile.block][:, None])
+            into.add(tile, g, gain, is_last=tile.block == blocks[-1])
+        if problem.merges_ends:
+            y = None if problem.teacher is None else found.classes[1][:, None].clone()
+            g = found.classes[0][:, None].clone()
+            class_value = tiles.tile_gradient(g, y, found.log_sums, coefficients, has, b)  # pyright: ignore
+            if problem.shard is None or dist.get_rank(problem.shard.group) == 0:
+                value += class_value
+            if is_there(terms.cross_entropy):
+                g -= (label_weight * problem.label_is_end[group.start : group.stop])[:, None]  # pyright: ignore
+            if weights_N is not None:
+                g *= weights_N[group.start : group.stop, None]
+            for block in blocks if len(problem.members) else ():
+                here = _shifted(block, group)
+                logits = self.member_logits(student, block)
+                share = (logits - found.classes[0][here, None]).exp_()
+                if student.softcap is not None:
+                    share *= 1 - (logits / student.softcap) ** 2
+                into.add_members(block, problem.members, g[here] * share, gain)
+        if problem.shard is not None:
+            dist.all_reduce(value, group=problem.shard.group)
+        return value * factor
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the first pass found out about a group of rows. Second index of labels and classes: student, teacher."""
+
+    rows: range
+    moments: tiles.Moments
+    log_sums: Tensor
+    labels: Tensor
+    classes: Tensor
+    mixture: Tensor
+
+    def values(self, problem: Problem) -> list[Tensor | None]:
+        """In the order of TokenStats."""
+        m, b = self.moments, problem.jsd_weight
+        log_probs = list(self.labels - self.log_sums) if problem.labels is not None else [None, None]
+        jsd = None if b is None else b * self.mixture[0] + (1 - b) * self.mixture[1]
+        of_student, of_teacher = [m.student_entropy, m.student_log_sum_exp], [m.teacher_entropy, m.teacher_log_sum_exp]
+        if problem.teacher is None:
+            return [*of_student, None, None, None, None, None, log_probs[0], None]
+        return [*of_student, m.forward_kl, m.reverse_kl, jsd, *of_teacher, *log_probs]
+
+
+class Gradients:
+    """The gradients of the student's hidden states, head weight and bias, as they add up over tiles."""
+
+    def __init__(self, walk: Walk, hidden: Tensor, weight: Tensor, bias: Tensor | None, trained: Sequence[bool]):
+        problem = walk.problem
+        self.student = problem.student
+        self.hidden = self.weight = self.bias = self.strip = None
+        if trained[0]:
+            self.hidden = torch.zeros(hidden.shape, dtype=problem.dtype, device=hidden.device)
+        if trained[1]:
+            self.weight = torch.empty_like(weight)
+            # Rows beyond the shared vocabulary; all of them when there is no token.
+            self.weight[problem.vocab_size if problem.num_rows else 0 :] = 0
+            if weight.dtype != problem.dtype:
+                self.strip = weight.new_empty(walk.plan.columns, weight.shape[1], dtype=problem.dtype)
+        if trained[2]:
+            assert bias is not None
+            self.bias = torch.zeros(bias.shape, dtype=problem.dtype, device=bias.device)
+
+    def add(self, tile: Tile, g: Tensor, gain: float, is_last: bool) -> None:
+        """Add the products of one tile of logit gradients; `is_last` when its strip of columns is then complete."""
+        starts_anew = tile.block.start == 0
+        strip = None
+        if self.weight is not None:
+            strip = self.weight[tile.columns] if self.strip is None else self.strip[: g.shape[1]]
+        for i, piece in enumerate(self.student.pieces(g)):
+            if self.hidden is not None:
+                self.student.multiply(piece, tile.weight, self.hidden[tile.block], gain, add=True)
+            if strip is not None:
+                self.student.multiply(piece.T, tile.rows, strip, gain, add=not starts_anew or i > 0)
+        if self.weight is not None and self.strip is not None and is_last:
+            self.weight[tile.columns] = self.strip[: g.shape[1]]
+        if self.bias is not None:
+            self.bias[tile.columns] += gain * g.sum(0)
+
+    def add_members(self, block: slice, members: Tensor, g: Tensor, gain: float) -> None:
+        """Add the products of the end class's members, whose columns of the tiles were empty."""
+        student = self.student
+        if self.hidden is not None:
+            self.hidden[block] += gain * (g @ student.weight[members].to(g.dtype))
+        if self.weight is not None:
+            self.weight[members] += (gain * (g.T @ student.hidden[block].to(g.dtype))).to(self.weight.dtype)
+        if self.bias is not None:
+            self.bias[members] += gain * g.sum(0)
+
+    def finish(self, problem: Problem, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+        """The gradients, in the types of what they are for."""
+        if self.hidden is not None and problem.shard is not None:
+            dist.all_reduce(self.hidden, group=problem.shard.group)
+        gradients = (self.hidden, self.weight, self.bias)
+        return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+
+
+def _over_ranks(state: Tensor, singles: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Merge what the ranks found on their shards: twelve floats a token, in one collective."""
+    num = state.shape[-1]
+    mine = torch.cat([state.reshape(8, num), singles.reshape(4, num)])
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(parts, mine, group=shard.group)
+    merged = tiles.merge(*(part[:8].view_as(state) for part in parts))
+    # One rank has the label's logit; each has some members of the end class.
+    each = torch.stack([part[8:].view_as(singles) for part in parts])
+    return merged, torch.stack([each[:, 0].amax(0), each[:, 1].logsumexp(0)])
+
+
+def is_there(weight: Weight) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _row(weight: Weight, found: Group, group: range) -> Tensor:
+    """A term's weight for each row of a group."""
+    like = found.log_sums[0]
+    if isinstance(weight, Tensor):
+        return weight[group.start : group.stop].detach().to(like.dtype)
+    return torch.full_like(like, weight)
+
+
+def _shifted(block: slice, group: range) -> slice:
+    return slice(block.start - group.start, block.stop - group.start)
+
+
+def _check_side(who: str, hidden: Tensor, head: Head) -> None:
+    if hidden.dim() != 2 or head.weight_VD.dim() != 2 or hidden.shape[1] != head.weight_VD.shape[1]:
+        raise ValueError(
+            f"{who}: hidden states are {list(hidden.shape)} and the head {list(head.weight_VD.shape)}; they must be "
+            "[N, D] and [V, D]"
+        )
+    if hidden.device != head.weight_VD.device:
+        raise ValueError(f"{who}: hidden states are on {hidden.device} and the head on {head.weight_VD.device}")
+
+
+def _check_ids(what: str, smallest: int, largest: int, limit: int | None) -> None:
+    if smallest < 0 or (limit is not None and largest >= limit):
+        wrong = smallest if smallest < 0 else largest
+        allowed = "0 or more" if limit is None else f"between 0 and {limit - 1}, a row that both heads have"
+        raise ValueError(f"{what} is {wrong}; it must be {allowed}")
+
+
+def _check_finite(state: Tensor, group: range) -> None:
+    # The fourth moment is about both models.
+    is_bad = ~torch.isfinite(state[:, :3]).all(1)
+    if is_bad.any():
+        who = "student" if is_bad[0].any() else "teacher"
+        rows = [group.start + i for i in is_bad.any(0).nonzero().flatten()[:5].tolist()]
+        raise NonFiniteError(
+            f"the {who}'s logits are NaN or infinite in rows {rows} of the loss tokens; a vocabulary is cut with "
+            "vocab_size, not masked with -inf"
+        )
