@@ -306,7 +306,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axes[0][0].set_ylabel("CPU time / necessary products")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=8, fontsize=8, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=9, fontsize=7, frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(file)
 
