@@ -45,10 +45,10 @@ def make_model(hidden_size: int = 16, seed: int = 0, vocab_size: int = 23, eos_t
     return LanguageModel(Qwen3ForCausalLM(config).eval(), tokenizer, f"model-{seed}")
 
 
-def make_rollout(prompt_ids, completion_ids, trained=None, stop="end", name="p") -> Rollout:
+def make_rollout(prompt_ids, completion_ids, trained=None, stop="end", name="p", writer="student") -> Rollout:
     prompt = Prompt(Example(name, "prompt"), tuple(prompt_ids))
     trained = tuple(trained) if trained is not None else (True,) * len(completion_ids)
-    return Rollout(prompt, tuple(completion_ids), trained, "student", stop)
+    return Rollout(prompt, tuple(completion_ids), trained, (writer,) * len(completion_ids), stop)
 
 
 def tiny_recipe(out, **sections) -> Recipe:

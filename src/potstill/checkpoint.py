@@ -1,13 +1,14 @@
 """Checkpoints: safetensors and JSON, visible only when whole.
 
-A checkpoint is a folder `checkpoint/step-000120` with the weights, the optimiser's state and the number of finished
-steps. Randomness needs no state: the data order, the sampling and PyTorch's own generator are all seeded from the
-recipe's seed and the step.
+A checkpoint is a folder `checkpoint/step-000120` with the weights, the optimiser's state, the number of finished steps,
+and the rollouts that the next step uses again, if it does. Randomness needs no state: the data order, the sampling and
+PyTorch's own generator are all seeded from the recipe's seed and the step.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from potstill.distributed import World, wait_for_all
+from potstill.distributed import World, gather, wait_for_all
 from potstill.models import LanguageModel
+from potstill.runlog import RunError
+from potstill.types import Prompt, Rollout
 
 
 def latest(folder: Path) -> Path | None:
@@ -30,10 +33,21 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(folder: Path, step: int, student: LanguageModel, optimizer: torch.optim.Optimizer, world: World) -> None:
-    """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must call this."""
+def save(
+    folder: Path,
+    step: int,
+    student: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    rollouts: Sequence[Rollout] = (),
+) -> None:
+    """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must call this.
+
+    `rollouts` are this rank's, if they are to be used again.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
+    written = gather([_without_prompt(rollout) for rollout in rollouts], world)
     if world.is_main:
         target = folder / "checkpoint" / f"step-{step:06d}"
         unfinished = target.with_name(f"unfinished-{target.name}")
@@ -44,7 +58,7 @@ def save(folder: Path, step: int, student: LanguageModel, optimizer: torch.optim
         save_file(_untied(model_state, student), unfinished / "model.safetensors")
         save_file(tensors, unfinished / "optimizer.safetensors")
         (unfinished / "state.json").write_text(
-            json.dumps({"step": step, "param_groups": optimizer_state["param_groups"]})
+            json.dumps({"step": step, "param_groups": optimizer_state["param_groups"], "rollouts": written})
         )
         for path in unfinished.iterdir():
             _flush(path)
@@ -72,6 +86,24 @@ def load(checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimi
         options=StateDictOptions(full_state_dict=True, strict=False),
     )
     return saved["step"]
+
+
+def load_rollouts(checkpoint: Path, prompts: Sequence[Prompt], world: World) -> list[Rollout]:
+    """This rank's stored rollouts, which answer `prompts`. Raises RunError for those of another number of ranks."""
+    stored = json.loads((checkpoint / "state.json").read_text())["rollouts"]
+    if len(stored) != world.size:
+        raise RunError(
+            f"checkpoint {str(checkpoint)!r} holds rollouts of {len(stored)} ranks that are to be used again, and now "
+            f"there are {world.size}; resume with as many"
+        )
+    return [
+        Rollout(prompt, tuple(completion_ids), tuple(trained), tuple(writers), stop)
+        for prompt, (completion_ids, trained, writers, stop) in zip(prompts, stored[world.rank], strict=True)
+    ]
+
+
+def _without_prompt(rollout: Rollout) -> list[Any]:
+    return [rollout.completion_ids, rollout.trained, rollout.writers, rollout.stop]
 
 
 def weights(student: LanguageModel) -> dict[str, torch.Tensor]:

@@ -80,8 +80,16 @@ class Data(Section):
 
 
 class Objective(Section):
-    prefix: Literal["teacher", "student", "dataset"] = "teacher"
+    prefix: Literal["teacher", "student", "dataset", "mixed"] = "teacher"
     """Who writes the tokens that both models are conditioned on. No gradient goes through them."""
+    mix_unit: Literal["sequence", "handoff", "token"] = "sequence"
+    """prefix = mixed: whole rollouts by one model each; one model begins and the other goes on; or token by token."""
+    student_share: float = Field(default=0.5, ge=0, le=1)
+    """mixed by sequence: the exact share of rollouts by the student; mixed by token: the weight of its distribution."""
+    first_writer: Literal["teacher", "student"] = "teacher"
+    """mixed by handoff: who begins."""
+    handoff_tokens: tuple[int, int] = (8, 64)
+    """mixed by handoff: the first writer's tokens, drawn evenly from this range (both ends included)."""
     kl: Literal["forward", "reverse", "mixed"] = "forward"
     """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: their linear mixture."""
     forward_weight: float = Field(default=0.5, ge=0, le=1)
@@ -103,6 +111,11 @@ class Sampling(Section):
     """Keep the k likeliest tokens; 0 keeps all."""
     batch_size: int = Field(default=64, ge=1)
     """Rows decoded together. Results do not depend on it, but for rounding."""
+
+
+class Rollouts(Section):
+    reuse: int = Field(default=1, ge=1)
+    """Optimiser steps that each set of rollouts serves. Their age in steps is logged."""
 
 
 class Window(Section):
@@ -174,6 +187,7 @@ class RecipeFields(Section):
     data: Data = Data()
     objective: Objective = Objective()
     sampling: Sampling = Sampling()
+    rollouts: Rollouts = Rollouts()
     window: Window = Window()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
@@ -189,11 +203,18 @@ class Recipe(RecipeFields):
             for unread_name, reason in unread.items():
                 if name == unread_name or name.startswith(unread_name + "."):
                     raise ValueError(f"{name} is set but not read: {reason}; remove it or change the mode")
-        if self.objective.signal == "labels" and self.objective.prefix == "student":
+        if self.objective.signal == "labels" and self.objective.prefix in ("student", "mixed"):
             raise ValueError(
-                'objective.signal = "labels" on student prefixes has zero expected gradient; use teacher or dataset '
-                'prefixes, or signal = "full"'
+                f'objective.signal = "labels" on {self.objective.prefix} prefixes has zero expected gradient where the '
+                'student wrote; use teacher or dataset prefixes, or signal = "full"'
             )
+        if self.objective.prefix == "mixed" and self.objective.mix_unit == "handoff":
+            low, high = self.objective.handoff_tokens
+            if not 1 <= low <= high < self.window.tokens:
+                raise ValueError(
+                    f"objective.handoff_tokens is {[low, high]}; both must be at least 1, in order, and below "
+                    f"window.tokens = {self.window.tokens}, so that the second writer has something to write"
+                )
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps is {self.train.warmup_steps}, more than train.steps = {self.train.steps}; lower it"
@@ -233,6 +254,16 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     """Fields (or whole sections) that the recipe's mode does not read, with the reason."""
     objective = recipe.objective
     unread: dict[str, str] = {}
+    if objective.prefix != "mixed":
+        reason = f'objective.prefix is "{objective.prefix}" and only "mixed" has two writers'
+        unread |= {
+            f"objective.{name}": reason for name in ("mix_unit", "student_share", "first_writer", "handoff_tokens")
+        }
+    elif objective.mix_unit == "handoff":
+        unread["objective.student_share"] = 'objective.mix_unit is "handoff", whose share follows from the lengths'
+    else:
+        reason = f'objective.mix_unit is "{objective.mix_unit}" and only "handoff" has a first writer'
+        unread |= {f"objective.{name}": reason for name in ("first_writer", "handoff_tokens")}
     if objective.kl != "mixed":
         unread["objective.forward_weight"] = f'objective.kl is "{objective.kl}" and only "mixed" has a weight'
     if objective.signal == "labels":
@@ -241,7 +272,7 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         if objective.prefix != "teacher":
             unread["teacher"] = reason
     if objective.prefix == "dataset":
-        unread["sampling"] = 'objective.prefix is "dataset", so nothing is sampled in training'
+        unread["sampling"] = unread["rollouts"] = 'objective.prefix is "dataset", so nothing is sampled in training'
     if not is_table(recipe.data.source):
         unread["data.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
     elif not is_hub_id(recipe.data.source):

@@ -8,6 +8,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,15 @@ def max_over_ranks(value: int, world: World) -> int:
     largest = torch.tensor(value, device=world.device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def gather(value: Any, world: World) -> list[Any]:
+    """One plain value of each rank, in the order of ranks."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def whole(tensor: Tensor) -> Tensor:

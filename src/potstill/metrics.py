@@ -1,5 +1,6 @@
 """From rollouts and token statistics to the numbers of a step. Sums first, so that ranks and batches add up."""
 
+import itertools
 import time
 import zlib
 from collections import defaultdict
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from potstill.types import Batch, Rollout, TokenStats
+from potstill.types import Batch, Rollout, TokenStats, Writer
 
 # (statistic, name in the run log) of those that have one value a loss token.
 TOKEN_STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
@@ -62,33 +63,65 @@ def num_tokens_to_answer(
     return low
 
 
-def token_sums(stats: TokenStats, before_answer_N: torch.Tensor) -> dict[str, float]:
-    """Sums over a batch's loss tokens, of all and of those up to the first final answer."""
+def token_sums(
+    stats: TokenStats, before_answer_N: torch.Tensor, rollouts: Sequence[Rollout], split_by: Sequence[Writer] = ()
+) -> dict[str, float]:
+    """Sums over a batch's loss tokens, of all, of those up to the first final answer, and of each writer's."""
+    device = before_answer_N.device
     sums = {"num_loss_tokens": float(len(before_answer_N)), "num_before_answer": float(before_answer_N.sum())}
-    for name in TOKEN_STATISTICS:
-        values_N = getattr(stats, f"{name}_N")
-        if values_N is not None:
-            sums[name] = float(values_N.double().sum())
+    per_token = {name: getattr(stats, f"{name}_N") for name in TOKEN_STATISTICS}
+    per_token = {name: values_N.double() for name, values_N in per_token.items() if values_N is not None}
+    sums |= {name: float(values_N.sum()) for name, values_N in per_token.items()}
     sums["student_entropy_before_answer"] = float(stats.student_entropy_N.double()[before_answer_N].sum())
+    writers = [w for r in rollouts for w, is_trained in zip(r.writers, r.trained, strict=True) if is_trained]
+    for writer in split_by:
+        is_theirs_N = torch.tensor([w == writer for w in writers], dtype=torch.bool, device=device)
+        sums[f"num_loss_tokens/{writer}"] = float(is_theirs_N.sum())
+        sums |= {f"{name}/{writer}": float(values_N[is_theirs_N].sum()) for name, values_N in per_token.items()}
     return sums
 
 
-def rollout_sums(rollouts: Sequence[Rollout], texts: Sequence[str]) -> dict[str, float]:
-    """Sums over rollouts: how many, how long, how many cut by the window, how repetitive."""
-    return {
-        "num_rollouts": float(len(rollouts)),
-        "length": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
-        "truncation": float(sum(rollout.stop == "length" for rollout in rollouts)),
-        "zlib_ratio": float(sum(zlib_ratio(text) for text in texts)),
-    }
+def rollout_sums(
+    rollouts: Sequence[Rollout], texts: Sequence[str], split_by: Sequence[Writer] = ()
+) -> dict[str, float]:
+    """Sums over rollouts: how many, how long, how many cut by the window, how repetitive; and of each last writer's."""
+    sums: dict[str, float] = {}
+    for suffix, writer in (("", None), *((f"/{writer}", writer) for writer in split_by)):
+        chosen = [
+            (r, text) for r, text in zip(rollouts, texts, strict=True) if writer is None or r.writers[-1] == writer
+        ]
+        sums[f"num_rollouts{suffix}"] = float(len(chosen))
+        sums[f"length{suffix}"] = float(sum(len(rollout.completion_ids) for rollout, _ in chosen))
+        sums[f"truncation{suffix}"] = float(sum(rollout.stop == "length" for rollout, _ in chosen))
+        sums[f"zlib_ratio{suffix}"] = float(sum(zlib_ratio(text) for _, text in chosen))
+    return sums
 
 
-def step_means(sums: dict[str, float]) -> dict[str, float]:
-    """Means per loss token (nats) and per rollout from the summed numbers of a step."""
-    means = {name: sums[name] / sums["num_loss_tokens"] for name in TOKEN_STATISTICS if name in sums}
-    means["student_entropy_before_answer"] = sums["student_entropy_before_answer"] / max(sums["num_before_answer"], 1)
-    means |= {name: sums[name] / sums["num_rollouts"] for name in ("length", "truncation", "zlib_ratio")}
-    return {"loss": sums["loss"], **means, "num_loss_tokens": int(sums["num_loss_tokens"])}
+def step_means(sums: dict[str, float], split_by: Sequence[Writer] = ()) -> dict[str, Any]:
+    """Means per loss token (nats) and per rollout from the summed numbers of a step.
+
+    `by_writer` holds the same for the tokens that each writer wrote, and for the rollouts that it wrote last in; None
+    where it wrote none. `student_share` is the share of the loss tokens that the student wrote.
+    """
+
+    def means(suffix: str) -> dict[str, float | None]:
+        kinds = [("num_loss_tokens", TOKEN_STATISTICS), ("num_rollouts", ("length", "truncation", "zlib_ratio"))]
+        return {
+            name: sums[name + suffix] / sums[count + suffix] if sums[count + suffix] else None
+            for count, names in kinds
+            for name in names
+            if name + suffix in sums
+        }
+
+    row: dict[str, Any] = {"loss": sums["loss"], **means("")}
+    row["student_entropy_before_answer"] = sums["student_entropy_before_answer"] / max(sums["num_before_answer"], 1)
+    row["num_loss_tokens"] = int(sums["num_loss_tokens"])
+    if split_by:
+        row["student_share"] = sums["num_loss_tokens/student"] / sums["num_loss_tokens"]
+        row["by_writer"] = {
+            w: {"num_loss_tokens": int(sums[f"num_loss_tokens/{w}"]), **means(f"/{w}")} for w in split_by
+        }
+    return row
 
 
 def logged_samples(
@@ -105,7 +138,7 @@ def logged_samples(
                 "prompt_id": rollout.prompt.example.id,
                 "prompt": rollout.prompt.example.prompt,
                 "tokens": [tokenizer.decode([i]) for i in rollout.completion_ids],
-                "source": rollout.source,
+                "writers": [[writer, len(list(run))] for writer, run in itertools.groupby(rollout.writers)],
                 "stop": rollout.stop,
                 "trained": list(rollout.trained),
                 "loss": [round(x, 5) for x in loss_N[rows].tolist()],

@@ -1,35 +1,44 @@
 """Prefix sources: who writes the completions that both models are conditioned on.
 
-Prefixes are constants in every objective: no gradient goes through how they were written.
+Prefixes are constants in every objective: no gradient goes through how they were written. So a mixture of writers needs
+no importance weights: it chooses the states at which the divergence is minimised, and the divergence at a state does
+not depend on how one got there. (MiniLLM, arXiv 2306.08543, weighs its teacher-mixed samples because they stand in for
+the student's in a policy gradient, which differentiates how states are reached.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.config import Sampling
+import numpy as np
+
+from potstill.config import Objective, Sampling
 from potstill.sampling import sample
-from potstill.types import PrefixSource, Prompt, Rollout
+from potstill.types import Prompt, Rollout, Stop, Writer
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How completions are written: by which source and model (None for a data set), how far, until what, and how."""
+    """How completions are written: by which source, with which models, how far, until what, and how."""
 
-    source: PrefixSource
-    model: Any
+    objective: Objective
+    models: Mapping[Writer, Any]
     window: int
     end_ids: tuple[int, ...]
     sampling: Sampling
+    rollouts_per_step: int
 
 
-Seed = tuple[int, ...]
+# (seed of the run, which set of rollouts, place in the set): names the random stream of a rollout.
+Seed = tuple[int, int, int]
+# Ends the seed of what a second writer draws, and of where it takes over.
+SECOND_WRITER, HANDOFF = 2, 3
 
 
-def from_model(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
-    """Let the model write after each prompt, up to the window. Every token is a loss token."""
+def from_one(writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+    """Let one model write after each prompt, up to the window. Every token is a loss token."""
     completions = sample(
-        writing.model,
+        writing.models[writer],
         [prompt.token_ids for prompt in prompts],
         seeds,
         max_tokens=writing.window,
@@ -37,7 +46,7 @@ def from_model(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed
         sampling=writing.sampling,
     )
     return [
-        Rollout(prompt, completion.token_ids, (True,) * len(completion.token_ids), writing.source, completion.stop)
+        _rollout(prompt, completion.token_ids, (writer,) * len(completion.token_ids), completion.stop)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
@@ -49,17 +58,96 @@ def from_dataset(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Se
         assert prompt.completion_ids is not None and prompt.trained is not None, "make_prompts checks this"
         stop = "end" if len(prompt.completion_ids) <= writing.window else "length"
         ids, trained = prompt.completion_ids[: writing.window], prompt.trained[: writing.window]
-        rollouts.append(Rollout(prompt, ids, trained, writing.source, stop))
+        rollouts.append(Rollout(prompt, ids, trained, ("dataset",) * len(ids), stop))
     return rollouts
 
 
-SOURCES: dict[PrefixSource, Callable[[Writing, Sequence[Prompt], Sequence[Seed]], list[Rollout]]] = {
-    "teacher": from_model,
-    "student": from_model,
+def by_sequence(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+    """An exact share of each set of rollouts is the student's, in shuffled places; the rest is the teacher's."""
+    share = writing.objective.student_share
+    rollouts: dict[int, Rollout] = {}
+    writers: tuple[Writer, Writer] = ("teacher", "student")
+    for writer in writers:
+        mine = [
+            i
+            for i, (seed, round_, place) in enumerate(seeds)
+            if (place in student_places(writing.rollouts_per_step, share, seed, round_)) == (writer == "student")
+        ]
+        if mine:
+            written = from_one(writer, writing, [prompts[i] for i in mine], [seeds[i] for i in mine])
+            rollouts |= dict(zip(mine, written, strict=True))
+    return [rollouts[i] for i in range(len(prompts))]
+
+
+def student_places(num_places: int, share: float, seed: int, round_: int) -> frozenset[int]:
+    """Which places of a set the student writes: as many as bring the total of all sets so far to its share, rounded."""
+    before, after = (round(share * num_places * (round_ + done)) for done in (0, 1))
+    order = np.random.default_rng((seed, round_)).permutation(num_places)
+    return frozenset(order[: after - before].tolist())
+
+
+def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+    """One model writes the first m tokens, m drawn evenly from a range, and the other goes on unless it has ended."""
+    objective = writing.objective
+    first: Writer = objective.first_writer
+    second: Writer = "student" if first == "teacher" else "teacher"
+    low, high = objective.handoff_tokens
+    options: dict[str, Any] = {"end_ids": writing.end_ids, "sampling": writing.sampling}
+    caps = [int(np.random.default_rng((*seed, HANDOFF)).integers(low, high + 1)) for seed in seeds]
+    texts = [prompt.token_ids for prompt in prompts]
+    begun = sample(writing.models[first], texts, seeds, max_tokens=caps, **options)
+    open_rows = [i for i, part in enumerate(begun) if part.stop == "length"]
+    ended = sample(
+        writing.models[second],
+        [texts[i] + begun[i].token_ids for i in open_rows],
+        [(*seeds[i], SECOND_WRITER) for i in open_rows],
+        max_tokens=[writing.window - caps[i] for i in open_rows],
+        **options,
+    )
+    rest = dict(zip(open_rows, ended, strict=True))
+    rollouts = []
+    for i, (prompt, part) in enumerate(zip(prompts, begun, strict=True)):
+        tail = rest[i].token_ids if i in rest else ()
+        writers = (first,) * len(part.token_ids) + (second,) * len(tail)
+        rollouts.append(_rollout(prompt, part.token_ids + tail, writers, rest[i].stop if i in rest else part.stop))
+    return rollouts
+
+
+def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+    """Each token is drawn from the mixture of both models' distributions."""
+    completions = sample(
+        writing.models["teacher"],
+        [prompt.token_ids for prompt in prompts],
+        seeds,
+        max_tokens=writing.window,
+        end_ids=writing.end_ids,
+        sampling=writing.sampling,
+        other_model=writing.models["student"],
+        other_share=writing.objective.student_share,
+    )
+    names: tuple[Writer, Writer] = ("teacher", "student")
+    return [
+        _rollout(prompt, completion.token_ids, tuple(names[m] for m in completion.models), completion.stop)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def _rollout(prompt: Prompt, token_ids: tuple[int, ...], writers: tuple[Writer, ...], stop: Stop) -> Rollout:
+    return Rollout(prompt, token_ids, (True,) * len(token_ids), writers, stop)
+
+
+SOURCES: dict[str, Callable[[Writing, Sequence[Prompt], Sequence[Seed]], list[Rollout]]] = {
+    "teacher": lambda *given: from_one("teacher", *given),
+    "student": lambda *given: from_one("student", *given),
     "dataset": from_dataset,
+    "mixed/sequence": by_sequence,
+    "mixed/handoff": by_handoff,
+    "mixed/token": by_token,
 }
 
 
 def write_rollouts(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
     """One rollout for each prompt; `seeds` name the random stream of each."""
-    return SOURCES[writing.source](writing, prompts, seeds)
+    objective = writing.objective
+    name = f"mixed/{objective.mix_unit}" if objective.prefix == "mixed" else objective.prefix
+    return SOURCES[name](writing, prompts, seeds)

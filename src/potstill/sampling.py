@@ -8,6 +8,7 @@ before.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from potstill.types import Completion, NonFiniteError
 COMPACT_AT = 0.85
 # Tokens that a full cache gets room for: making room copies it, and dropping rows copies the unused room as well.
 ROOM = 32
+# Ends the seed of the random stream that says which of two models writes.
+TURNS = 1
 
 
 @torch.inference_mode()
@@ -29,75 +32,118 @@ def sample(
     prompts: Sequence[tuple[int, ...]],
     seeds: Sequence[tuple[int, ...]],
     *,
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     end_ids: Sequence[int],
     sampling: Sampling,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
+    other_model=None,
+    other_share: float = 0.0,
 ) -> list[Completion]:
-    """Draw one completion of 1 to `max_tokens` tokens for each prompt, in the order of the prompts.
+    """Draw one completion of 1 to `max_tokens` tokens (one number, or one a prompt) for each prompt, in their order.
 
     `model` is a Hugging Face causal LM, `seeds` holds integers that name each row's random stream, and decoding stops
     after any of `end_ids`, which is then part of the completion. `on_tokens` is told how many tokens each batch wrote.
-    Raises NonFiniteError when the model gives no distribution to draw from.
-    With temperature 1 and no truncation this is exact ancestral sampling, by inversion of the cumulative distribution.
+    With an `other_model`, each token comes from it with probability `other_share`: an exact draw from the mixture of
+    both distributions, of which it is also known whose it was. Raises NonFiniteError when a model gives no distribution
+    to draw from. With temperature 1 and no truncation this is exact ancestral sampling, by inversion of the cumulative
+    distribution.
     """
+    caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    models = [model] if other_model is None else [model, other_model]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[Completion | None] = [None] * len(prompts)
     for start in range(0, len(order), sampling.batch_size):
         rows = order[start : start + sampling.batch_size]
-        decoded = _decode(model, [prompts[i] for i in rows], [seeds[i] for i in rows], max_tokens, end_ids, sampling)
+        decoded = _decode(
+            models,
+            [prompts[i] for i in rows],
+            [seeds[i] for i in rows],
+            [caps[i] for i in rows],
+            end_ids,
+            sampling,
+            other_share,
+        )
         for i, completion in zip(rows, decoded, strict=True):
             completions[i] = completion
         on_tokens(sum(len(completion.token_ids) for completion in decoded))
     return completions  # pyright: ignore[reportReturnType]
 
 
-def _decode(model, prompts, seeds, max_tokens: int, end_ids: Sequence[int], sampling: Sampling) -> list[Completion]:
-    """Decode one batch. R is the number of rows still in it, L is `max_tokens`."""
-    device = next(model.parameters()).device
+def _decode(
+    models, prompts, seeds, caps: list[int], end_ids: Sequence[int], sampling: Sampling, other_share: float
+) -> list[Completion]:
+    """Decode one batch. R is the number of rows still in it, L the largest cap."""
+    device = next(models[0].parameters()).device
     ends = frozenset(end_ids)
+    max_tokens = max(caps)
     streams = [np.random.default_rng(seed).random(max_tokens) for seed in seeds]
     uniforms_LR = torch.from_numpy(np.stack(streams, axis=1)).to(device)
+    # Whose turn it is comes from streams of its own, so that the other draws are those of one model alone.
+    is_others_LR = torch.zeros(uniforms_LR.shape, dtype=torch.bool, device=device)
+    if len(models) > 1:
+        turns = [np.random.default_rng((*seed, TURNS)).random(max_tokens) < other_share for seed in seeds]
+        is_others_LR = torch.from_numpy(np.stack(turns, axis=1)).to(device)
     ids_RT, positions_RT, mask_RT = _left_pad(prompts, max_tokens, device)
     rows = list(range(len(prompts)))
     running = set(rows)
-    written: list[tuple[list[int], list[float], list[float]]] = [([], [], []) for _ in prompts]
-    cache, start, end = None, 0, ids_RT.shape[1]
+    written: list[_Written] = [_Written([], [], [], []) for _ in prompts]
+    caches: list[Any] = [None] * len(models)
+    start, end = 0, ids_RT.shape[1]
     for step in range(max_tokens):
-        inputs = {"input_ids": ids_RT, "position_ids": positions_RT[:, start:end], "past_key_values": cache}
-        if mask_RT is not None:
-            inputs["attention_mask"] = mask_RT[:, :end]
-        output = model(**inputs, use_cache=True, logits_to_keep=1)
-        ids_R, log_probs_R, entropies_R = draw(output.logits[:, -1], uniforms_LR[step], sampling)
-        drawn = zip(rows, ids_R.tolist(), log_probs_R.tolist(), entropies_R.tolist(), strict=True)
+        draws = []
+        for m, model in enumerate(models):
+            inputs = {"input_ids": ids_RT, "position_ids": positions_RT[:, start:end], "past_key_values": caches[m]}
+            if mask_RT is not None:
+                inputs["attention_mask"] = mask_RT[:, :end]
+            output = model(**inputs, use_cache=True, logits_to_keep=1)
+            if caches[m] is None:
+                caches[m] = _with_room(output.past_key_values)
+            draws.append(draw(output.logits[:, -1], uniforms_LR[step], sampling))
+        ids_R, log_probs_R, entropies_R = draws[0]
+        if len(models) > 1:
+            drawn = (torch.where(is_others_LR[step], theirs, mine) for mine, theirs in zip(*draws, strict=True))
+            ids_R, log_probs_R, entropies_R = drawn
+        columns = (ids_R.tolist(), log_probs_R.tolist(), entropies_R.tolist(), is_others_LR[step].tolist())
         # What rows draw that have finished but not left yet is thrown away.
-        for row, token_id, log_prob, entropy in drawn:
+        for row, token_id, log_prob, entropy, is_others in zip(rows, *columns, strict=True):
             if row in running:
-                token_ids, log_probs, entropies = written[row]
-                token_ids.append(token_id)
-                log_probs.append(log_prob)
-                entropies.append(entropy)
-                if token_id in ends:
+                written[row].token_ids.append(token_id)
+                written[row].log_probs.append(log_prob)
+                written[row].entropies.append(entropy)
+                written[row].models.append(int(is_others))
+                if token_id in ends or step + 1 == caps[row]:
                     running.remove(row)
         if not running:
             break
-        if cache is None:
-            cache = _with_room(output.past_key_values)
         if len(running) <= COMPACT_AT * len(rows):
             kept = torch.tensor([i for i, row in enumerate(rows) if row in running], device=device)
             rows = [row for row in rows if row in running]
-            # Not batch_select_indices, which layers with recurrent states do not have.
-            cache.reorder_cache(kept)
-            ids_R, uniforms_LR = ids_R[kept], uniforms_LR[:, kept]
+            for cache in caches:
+                # Not batch_select_indices, which layers with recurrent states do not have.
+                cache.reorder_cache(kept)
+            ids_R, uniforms_LR, is_others_LR = ids_R[kept], uniforms_LR[:, kept], is_others_LR[:, kept]
             if mask_RT is not None:
                 positions_RT, mask_RT = positions_RT[kept], mask_RT[kept]
         ids_RT, start, end = ids_R[:, None], end, end + 1
-    if not all(math.isfinite(log_prob) for _, log_probs, _ in written for log_prob in log_probs):
+    if not all(math.isfinite(log_prob) for each in written for log_prob in each.log_probs):
         raise NonFiniteError("the logits of the model that writes are not finite, so nothing can be drawn from them")
     return [
-        Completion(tuple(token_ids), "end" if token_ids[-1] in ends else "length", tuple(log_probs), tuple(entropies))
-        for token_ids, log_probs, entropies in written
+        Completion(
+            tuple(each.token_ids),
+            "end" if each.token_ids[-1] in ends else "length",
+            tuple(each.log_probs),
+            tuple(each.entropies),
+            tuple(each.models),
+        )
+        for each in written
     ]
+
+
+class _Written(NamedTuple):
+    token_ids: list[int]
+    log_probs: list[float]
+    entropies: list[float]
+    models: list[int]
 
 
 def _left_pad(prompts, max_tokens: int, device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -25,7 +25,7 @@ from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
 from potstill.progress import StepDisplay
 from potstill.tasks import make_task
-from potstill.types import Example, NonFiniteError, Prompt, Rollout
+from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
 
 # Decoded rollouts with per-token numbers are logged this many at a time, whenever a checkpoint is written.
 NUM_LOGGED_SAMPLES = 2
@@ -98,7 +98,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         )
     elif not isinstance(student, LanguageModel):
         student = LanguageModel(student, tokenizer, type(student).__name__)
-    needs_teacher = recipe.objective.signal == "full" or recipe.objective.prefix == "teacher"
+    needs_teacher = recipe.objective.signal == "full" or recipe.objective.prefix in ("teacher", "mixed")
     if needs_teacher and teacher is None:
         spec = recipe.teacher
         teacher = load_model(spec.model, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
@@ -162,10 +162,14 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     """The loop. Its state is the number of finished steps; all randomness follows from that and the seed."""
     config, folder = recipe.train, recipe.out
     student, teacher = setup.student, setup.teacher
-    decoders = {"student": distributed.shard(student, world), "teacher": teacher.model if teacher else None}
+    decoders: dict[Writer, Any] = {"student": distributed.shard(student, world)}
+    if teacher is not None:
+        decoders["teacher"] = teacher.model
+    split_by: tuple[Writer, ...] = ("teacher", "student") if recipe.objective.prefix == "mixed" else ()
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
     saved = checkpoint.latest(folder)
     start = checkpoint.load(saved, student, optimizer) if saved else 0
+    rollouts: list[Rollout] = []
     if world.is_main:
         runlog.rewind(folder, start)
     metrics: dict[str, Any] = {}
@@ -175,22 +179,29 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             torch.manual_seed(_seed("step", config.seed, step, world.rank))
             clock = Stopwatch(world.device)
             places = range(world.rank, config.prompts_per_step, world.size)
-            indices = step_indices(len(setup.prompts), config.prompts_per_step, step, config.seed)
+            # A round is one set of rollouts, for one step or several.
+            round_, age = divmod(step, recipe.rollouts.reuse)
+            indices = step_indices(len(setup.prompts), config.prompts_per_step, round_, config.seed)
             prompts = [setup.prompts[indices[place]] for place in places]
-            seeds = [(config.seed, step, place) for place in places]
-            window, source = recipe.window.tokens, recipe.objective.prefix
-            writing = Writing(source, decoders.get(source), window, setup.end_ids, recipe.sampling)
+            seeds = [(config.seed, round_, place) for place in places]
+            window = recipe.window.tokens
+            writing = Writing(
+                recipe.objective, decoders, window, setup.end_ids, recipe.sampling, config.prompts_per_step
+            )
 
             with clock("rollout"):
-                distributed.refresh(decoders["student"], student)
-                student.eval()
-                try:
-                    rollouts = write_rollouts(writing, prompts, seeds)
-                except NonFiniteError as error:
-                    raise _not_finite(str(error), step, prompts) from None
-                student.train()
+                if age == 0:
+                    distributed.refresh(decoders["student"], student)
+                    student.eval()
+                    try:
+                        rollouts = write_rollouts(writing, prompts, seeds)
+                    except NonFiniteError as error:
+                        raise _not_finite(str(error), step, prompts) from None
+                    student.train()
+                elif step == start and saved is not None:
+                    rollouts = checkpoint.load_rollouts(saved, prompts, world)
 
-            sums, samples = accumulate_gradients(setup, rollouts, config.tokens_per_batch, step, world, clock)
+            sums, samples = accumulate_gradients(setup, rollouts, config.tokens_per_batch, step, world, clock, split_by)
 
             with clock("student"):
                 norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
@@ -203,15 +214,16 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-            metrics = {"step": step + 1, "prefix": source, **step_means(sums)}
-            metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window}
+            metrics = {"step": step + 1, "prefix": recipe.objective.prefix, **step_means(sums, split_by)}
+            metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window, "rollout_age": age}
             saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
             if world.is_main:
                 runlog.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
                 for sample in samples if saves or step == 0 else ():
                     runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
             if saves:
-                checkpoint.save(folder, step + 1, student, optimizer, world)
+                is_last_use = (step + 1) % recipe.rollouts.reuse == 0
+                checkpoint.save(folder, step + 1, student, optimizer, world, () if is_last_use else rollouts)
             display.update(metrics)
 
     weights = checkpoint.weights(student)
@@ -229,7 +241,13 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
 
 
 def accumulate_gradients(
-    setup: Setup, rollouts: list[Rollout], tokens_per_batch: int, step: int, world: World, clock: Stopwatch
+    setup: Setup,
+    rollouts: list[Rollout],
+    tokens_per_batch: int,
+    step: int,
+    world: World,
+    clock: Stopwatch,
+    split_by: Sequence[Writer] = (),
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one count over all ranks.
 
@@ -244,7 +262,7 @@ def accumulate_gradients(
     (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
     texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
     text_of = dict(zip(map(id, rollouts), texts, strict=True))
-    sums: Counter[str] = Counter(rollout_sums(rollouts, texts))
+    sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
     samples = []
     for batch in batches:
         with clock("teacher"):
@@ -259,7 +277,7 @@ def accumulate_gradients(
             [is_before for r in batch.rollouts for is_before in before_answer(r, text_of[id(r)], setup)],
             device=world.device,
         )
-        sums.update(token_sums(stats, before_answer_N) | {"loss": loss_sum.item()})
+        sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
         samples += logged_samples(batch, loss_N, stats, student.tokenizer, rollouts[:NUM_LOGGED_SAMPLES])
     return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)), samples
 

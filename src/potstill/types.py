@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Message = dict[str, str]
-PrefixSource = Literal["teacher", "student", "dataset"]
+Writer = Literal["teacher", "student", "dataset"]
 Stop = Literal["end", "length"]
 
 
@@ -51,23 +51,25 @@ class Prompt:
 class Completion:
     """What a model wrote after a prompt, its stop token included.
 
-    `log_probs` and `entropies` (nats, one a token) are those of the distribution that each token was drawn from.
+    `log_probs` and `entropies` (nats, one a token) are those of the distribution that each token was drawn from;
+    `models` says which of the models that write by turns it was, 0 where there is one.
     """
 
     token_ids: tuple[int, ...]
     stop: Stop
     log_probs: tuple[float, ...]
     entropies: tuple[float, ...]
+    models: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One prompt, one completion, and who wrote it. `trained[i]` is false where token i is no loss token."""
+    """One prompt, one completion, and who wrote each token. `trained[i]` is false where token i is no loss token."""
 
     prompt: Prompt
     completion_ids: tuple[int, ...]
     trained: tuple[bool, ...]
-    source: PrefixSource
+    writers: tuple[Writer, ...]
     stop: Stop
 
 
