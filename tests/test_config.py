@@ -111,3 +111,33 @@ def test_the_four_corners_have_their_names():
         recipe = make_recipe({"objective": {"prefix": method.prefix, "kl": method.kl}})
         assert recipe.method == method.name
     assert make_recipe({"objective": {"kl": "mixed", "forward_weight": 0.8}}).method == "teacher prefix, mixed KL 0.8"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": {"prefix": "teacher", "kl": "reverse"}}, "means over tokens that the student drew"),
+        ({"objective": {"prefix": "student", "kl": "forward"}}, "'k1' has the gradient of the reverse KL"),
+        (
+            {"objective": {"prefix": "student", "kl": "reverse", "estimator": "k3"}},
+            "'k3' has the gradient",
+        ),
+        ({"objective": {"prefix": "student", "kl": "mixed"}}, "'k1' has the gradient of the reverse KL"),
+        (
+            {"objective": {"prefix": "student", "kl": "reverse"}, "sampling": {"top_k": 5}},
+            "drawn exactly from",
+        ),
+        ({"objective": {"prefix": "student", "kl": "reverse", "temperature": 2.0}}, "set sampling.temperature to it"),
+        ({"objective": {"prefix": "student", "kl": "reverse"}, "rollouts": {"reuse": 2}}, "no longer is who drew"),
+        (
+            {"objective": {"prefix": "student", "kl": "reverse", "estimator": "k2", "baseline": "exact"}},
+            "baseline is set but not read",
+        ),
+    ],
+)
+def test_sampled_signals_with_another_gradient_are_refused(sections, message):
+    sections["objective"]["signal"] = "sampled"
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(sections)
+    with pytest.raises(RecipeError, match="estimator is set but not read"):
+        make_recipe({"objective": {"estimator": "k1"}})

@@ -297,6 +297,11 @@ def test_properties(seed, spread, forward_weight):
     with_bias = dataclasses.replace(inputs.head, bias_V=bias)
     fused_loss(inputs.hidden, with_bias, *inputs.args()[2:], TERMS["all"], labels_N=inputs.labels)[0].backward()
     assert abs(bias.grad.sum()) < 1e-9
+    bias.grad = None
+    weights = torch.linspace(-1, 2, 9, dtype=torch.float64)
+    stats = fused_statistics(inputs.hidden, with_bias, *inputs.args()[2:])
+    (weights * (stats.student_log_sum_exp_N + stats.reverse_kl_N)).sum().backward()
+    assert abs(bias.grad.sum() - weights.sum()) < 1e-9
     # An order of the vocabulary means nothing.
     order = torch.randperm(131, generator=torch.Generator().manual_seed(seed))
     shuffled = [dataclasses.replace(h, weight_VD=h.weight_VD[order]) for h in (inputs.head, inputs.teacher_head)]

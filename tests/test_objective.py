@@ -9,7 +9,7 @@ from conftest import make_model, make_rollout
 from potstill.batching import make_batches
 from potstill.config import Objective
 from potstill.divergence import token_divergence
-from potstill.objective import Loss, batch_loss, teacher_rows
+from potstill.objective import Loss, batch_loss, sampled_loss, teacher_rows
 
 ROLLOUTS = [
     make_rollout([1, 5, 6], [9, 5, 2]),
@@ -124,3 +124,52 @@ def test_bfloat16_compute_leaves_logits_and_loss_in_float32(student, teacher):
     assert (rounded - expected).abs() > 1e-3
     value.backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in student.parameters())
+
+
+def every_token(student, teacher):
+    """One prefix whose next token is each of the vocabulary in turn, as a batch; the student's probability of each."""
+    rollouts = [make_rollout([1, 5, 6], [token]) for token in range(23)]
+    (batch,) = make_batches(rollouts, 10_000)
+    with torch.no_grad():
+        q_N = student.model(input_ids=torch.tensor([[1, 5, 6]])).logits[0, -1].softmax(-1)
+    return batch, q_N
+
+
+@pytest.mark.parametrize("end_class", [(), (2, 7)], ids=["raw", "merged"])
+@pytest.mark.parametrize(
+    ("estimator", "baseline", "kl"),
+    [("k1", "none", "reverse"), ("k1", "exact", "reverse"), ("k2", "none", "reverse"), ("k3", "none", "forward")],
+)
+def test_sampled_estimators_have_the_gradient_they_are_named_for(student, teacher, estimator, baseline, kl, end_class):
+    """By enumeration: the mean over all tokens under the student's probabilities, against the exact KL's gradient."""
+    batch, q_N = every_token(student, teacher)
+    hidden = student(batch.input_ids_BT)[batch.loss_mask_BT]
+    objective = Objective(prefix="student", kl=kl, signal="sampled", estimator=estimator, baseline=baseline)
+    loss = Loss(objective, "token", vocab_size=23, end_class=end_class)
+    rows = teacher_rows(teacher, batch, loss)
+    labels = batch.target_ids_BT[batch.loss_mask_BT]
+    loss_N, value_N, _ = sampled_loss(hidden, student.head, rows, teacher.head, labels, loss)
+    found = torch.autograd.grad((q_N * loss_N).sum(), list(student.parameters()))
+    z, y = student.head(student(batch.input_ids_BT[:1])[0, -1:]), teacher.head(rows[:1])
+    exact, _ = token_divergence(z, y, kl, end_ids=end_class)
+    for a, b in zip(found, torch.autograd.grad(exact.sum(), list(student.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
+    if estimator != "k2":
+        reverse_kl = token_divergence(z, y, "reverse", end_ids=end_class)[0].item()
+        assert (q_N * value_N).sum().item() == pytest.approx(reverse_kl, rel=1e-3)
+
+
+def test_the_exact_baseline_lowers_the_variance(student, teacher):
+    batch, q_N = every_token(student, teacher)
+    spread = {}
+    for baseline in ("none", "exact"):
+        objective = Objective(prefix="student", kl="reverse", signal="sampled", baseline=baseline)
+        loss = Loss(objective, "token", vocab_size=23)
+        spread[baseline] = 0.0
+        for i in range(23):
+            hidden = student(batch.input_ids_BT[i : i + 1])[:, -1].detach().requires_grad_()
+            rows = teacher_rows(teacher, batch, loss)[i : i + 1]
+            loss_N, _, _ = sampled_loss(hidden, student.head, rows, teacher.head, torch.tensor([i]), loss)
+            (grad,) = torch.autograd.grad(loss_N.sum(), hidden)
+            spread[baseline] += (q_N[i] * grad.square().sum()).item()
+    assert spread["exact"] < 0.9 * spread["none"]

@@ -17,7 +17,7 @@ from potstill.models import LanguageModel, end_set, load_model, shared_vocab_siz
 from potstill.objective import Loss, batch_loss, teacher_rows
 from potstill.sampling import sample
 from potstill.training import train
-from potstill.types import Batch, Example, PrefixSource, Prompt, Rollout
+from potstill.types import Batch, Example, Prompt, Rollout, Writer
 
 pytestmark = pytest.mark.real
 
@@ -59,7 +59,7 @@ def tokenise(model: LanguageModel, examples: list[Example], max_completion: int)
 def held_out(teacher, student) -> dict[str, Batch]:
     """Problems that no run trains on, continued by the teacher and by the untrained student."""
     prompts = tokenise(teacher, load_examples("reasoning-gym:gsm_symbolic", split="test", num_examples=6), 48)
-    writers: dict[PrefixSource, LanguageModel] = {"teacher": teacher, "student": student}
+    writers: dict[Writer, LanguageModel] = {"teacher": teacher, "student": student}
     batches = {}
     for source, model in writers.items():
         completions = sample(
@@ -72,7 +72,7 @@ def held_out(teacher, student) -> dict[str, Batch]:
         )
         batches[source] = make_batch(
             [
-                Rollout(prompt, c.token_ids, (True,) * len(c.token_ids), source, c.stop)
+                Rollout(prompt, c.token_ids, (True,) * len(c.token_ids), (source,) * len(c.token_ids), c.stop)
                 for prompt, c in zip(prompts, completions, strict=True)
             ]
         )

@@ -96,8 +96,14 @@ class Objective(Section):
     """Weight of the forward KL in kl = mixed."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both models' logits in the loss; sampling has its own."""
-    signal: Literal["full", "labels"] = "full"
-    """full: the exact KL over the whole vocabulary; labels: cross-entropy on the written tokens, without a teacher."""
+    signal: Literal["full", "sampled", "labels"] = "full"
+    """full: the exact KL over the whole vocabulary; sampled: an estimate from the teacher's log-probability of each
+    token that the student wrote; labels: cross-entropy on the written tokens, without a teacher."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """signal = sampled: k1 = log q/p as a constant reward and k2 = (log q/p)^2 / 2 have the reverse KL's gradient in
+    expectation, k3 = p/q - 1 - log p/q has the forward KL's."""
+    baseline: Literal["none", "exact"] = "none"
+    """estimator = k1: subtract the reward's exact mean, minus the reverse KL; that needs the teacher's whole output."""
     end_class: Literal["merged", "raw"] = "merged"
     """merged: where the two models end differently, all end tokens count as one class in the loss."""
 
@@ -215,11 +221,39 @@ class Recipe(RecipeFields):
                     f"objective.handoff_tokens is {[low, high]}; both must be at least 1, in order, and below "
                     f"window.tokens = {self.window.tokens}, so that the second writer has something to write"
                 )
+        if self.objective.signal == "sampled":
+            self._check_sampled_signal()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps is {self.train.warmup_steps}, more than train.steps = {self.train.steps}; lower it"
             )
         return self
+
+    def _check_sampled_signal(self) -> None:
+        """Refuse what would follow the gradient of something else (the table is in objective.sampled_loss)."""
+        objective, sampling = self.objective, self.sampling
+        direction = {"k1": "reverse", "k2": "reverse", "k3": "forward"}[objective.estimator]
+        if objective.prefix != "student":
+            raise ValueError(
+                f'objective.signal = "sampled" on {objective.prefix} prefixes: the estimators are means over tokens '
+                'that the student drew and follow another gradient on others; use prefix = "student" or '
+                'signal = "full"'
+            )
+        if objective.kl != direction:
+            raise ValueError(
+                f"objective.estimator = {objective.estimator!r} has the gradient of the {direction} KL, and "
+                f'objective.kl is {objective.kl!r}; set objective.kl = "{direction}" or choose another estimator'
+            )
+        if (sampling.temperature, sampling.top_p, sampling.top_k) != (objective.temperature, 1.0, 0):
+            raise ValueError(
+                'objective.signal = "sampled" needs tokens drawn exactly from the student at objective.temperature = '
+                f"{objective.temperature:g}: set sampling.temperature to it, top_p = 1 and top_k = 0"
+            )
+        if self.rollouts.reuse > 1:
+            raise ValueError(
+                f"rollouts.reuse is {self.rollouts.reuse}: after one update the student no longer is who drew the "
+                'tokens, and signal = "sampled" has no importance weights; use reuse = 1 or signal = "full"'
+            )
 
     @property
     def method(self) -> str:
@@ -227,6 +261,8 @@ class Recipe(RecipeFields):
         objective = self.objective
         if objective.signal == "labels":
             return f"hard-label SFT ({objective.prefix} prefix)"
+        if objective.signal == "sampled":
+            return f"sampled {objective.kl} KL ({objective.estimator}, {objective.prefix} prefix)"
         for method in METHODS.values():
             if (objective.prefix, objective.kl) == (method.prefix, method.kl):
                 return method.name
@@ -266,6 +302,11 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread |= {f"objective.{name}": reason for name in ("first_writer", "handoff_tokens")}
     if objective.kl != "mixed":
         unread["objective.forward_weight"] = f'objective.kl is "{objective.kl}" and only "mixed" has a weight'
+    if objective.signal != "sampled":
+        reason = f'objective.signal is "{objective.signal}" and only "sampled" is estimated'
+        unread |= {"objective.estimator": reason, "objective.baseline": reason}
+    elif objective.estimator != "k1":
+        unread["objective.baseline"] = f'objective.estimator is "{objective.estimator}" and only "k1" has a reward'
     if objective.signal == "labels":
         reason = 'objective.signal is "labels", which has no KL and needs no teacher\'s distribution'
         unread |= {f"objective.{field}": reason for field in ("kl", "forward_weight", "temperature", "end_class")}

@@ -67,7 +67,7 @@ def fused_loss(
         loss_N = _token_loss(terms, stats)
         if not torch.isfinite(loss_N).all():
             raise NonFiniteError("the loss is NaN or infinite, or a model's logits are")
-        return scale * (loss_N if weights_N is None else loss_N * weights_N).sum(), loss_N.detach(), _detached(stats)
+        return scale * (loss_N if weights_N is None else loss_N * weights_N).sum(), loss_N.detach(), detached(stats)
     inputs = (hidden_ND, head.weight_VD, head.bias_V)
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     trained = tuple(wants_gradient and t is not None and t.requires_grad for t in inputs)
@@ -222,7 +222,8 @@ def _stats(values: Sequence[Tensor | None]) -> TokenStats:
     return TokenStats(**dict(zip(TokenStats.__slots__, values, strict=True)))  # pyright: ignore[reportArgumentType]
 
 
-def _detached(stats: TokenStats) -> TokenStats:
+def detached(stats: TokenStats) -> TokenStats:
+    """The same numbers without a gradient."""
     values = [getattr(stats, name) for name in TokenStats.__slots__]
     return _stats([None if value is None else value.detach() for value in values])
 

@@ -4,12 +4,14 @@ Losses are sums. The one divisor, a count over the whole optimiser step, comes f
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from potstill.config import Objective
-from potstill.fused import DEFAULT_BUDGET, fused_loss
+from potstill.fused import DEFAULT_BUDGET, detached, fused_loss, fused_statistics
+from potstill.heads import Head
 from potstill.models import LanguageModel
 from potstill.types import Batch, LossTerms, Rollout, TokenStats
 
@@ -35,6 +37,15 @@ class Loss:
         """This rank's part of the step's one divisor: its loss tokens, or its sequences that have any."""
         counts = [sum(rollout.trained) for rollout in rollouts]
         return sum(counts) if self.normalize == "token" else sum(count > 0 for count in counts)
+
+    def shared_options(self) -> dict[str, Any]:
+        """What every call of the fused divergence is given."""
+        return {
+            "vocab_size": self.vocab_size,
+            "temperature": self.objective.temperature,
+            "end_ids": self.end_class,
+            "backend": self.backend,
+        }
 
     def terms(self) -> LossTerms:
         """The weight of each term in a token's loss."""
@@ -75,18 +86,60 @@ def batch_loss(
     if loss.normalize == "sequence":
         num_tokens_B1 = batch.loss_mask_BT.sum(1, keepdim=True).expand_as(batch.loss_mask_BT)
         weights_N = 1 / num_tokens_B1[batch.loss_mask_BT]
+    labels_N = batch.target_ids_BT[batch.loss_mask_BT]
+    teacher_head = None if teacher_hidden_NE is None or teacher is None else teacher.head
+    sides = (hidden_ND, student.head, teacher_hidden_NE, teacher_head)
+    if loss.objective.signal == "sampled":
+        loss_N, value_N, stats = sampled_loss(*sides, labels_N, loss)
+        loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
+        return loss_sum, value_N, stats
     return fused_loss(
-        hidden_ND,
-        student.head,
-        teacher_hidden_NE,
-        None if teacher_hidden_NE is None or teacher is None else teacher.head,
+        *sides,
         loss.terms(),
-        labels_N=batch.target_ids_BT[batch.loss_mask_BT],
+        labels_N=labels_N,
         weights_N=weights_N,
         scale=1 / divisor,
-        vocab_size=loss.vocab_size,
-        temperature=loss.objective.temperature,
-        end_ids=loss.end_class,
         budget=loss.budget,
-        backend=loss.backend,
+        **loss.shared_options(),
     )
+
+
+def sampled_loss(
+    hidden_ND: Tensor,
+    head: Head,
+    teacher_hidden_NE: Tensor | None,
+    teacher_head: Head | None,
+    labels_N: Tensor,
+    loss: Loss,
+) -> tuple[Tensor, Tensor, TokenStats]:
+    """An estimate of a KL from the log-probability that each model gives to the token which the student drew.
+
+    Returns `(loss_N, value_N, stats)`: what is differentiated, the estimates, and statistics. With k = log q/p at y ~ q
+    (paper.md, section 3.4; Tang & Munos, arXiv 2506.09477), the expected gradient is that of
+
+        k1 = k as a constant reward     -(-k - b) log q(y), the local reverse KL, with any baseline b that ignores y
+        k2 = k^2 / 2, differentiated    the local reverse KL
+        k3 = e^-k - 1 + k, differentiated    the forward KL, whatever it is called elsewhere
+        k1, differentiated              zero; not offered
+    """
+    assert teacher_hidden_NE is not None and teacher_head is not None, "prepare loads a teacher for this signal"
+    options: dict[str, Any] = {"labels_N": labels_N} | loss.shared_options()
+    if loss.objective.baseline == "exact":
+        stats = fused_statistics(hidden_ND, head, teacher_hidden_NE, teacher_head, **options)
+        teacher_log_prob_N = stats.teacher_log_prob_N
+    else:
+        stats = fused_statistics(hidden_ND, head, **options)
+        with torch.no_grad():
+            teacher_log_prob_N = fused_statistics(teacher_hidden_NE, teacher_head, **options).student_log_prob_N
+    log_prob_N = stats.student_log_prob_N
+    assert log_prob_N is not None and teacher_log_prob_N is not None, "labels are given"
+    k_N = log_prob_N - teacher_log_prob_N
+    if loss.objective.estimator == "k1":
+        # The reward is -k and its mean -KL(q || p), so that what is left of it is KL(q || p) - k.
+        mean_N = 0.0 if stats.reverse_kl_N is None else stats.reverse_kl_N.detach()
+        loss_N, value_N = (k_N.detach() - mean_N) * log_prob_N, k_N
+    elif loss.objective.estimator == "k2":
+        loss_N = value_N = k_N**2 / 2
+    else:
+        loss_N = value_N = (-k_N).exp() - 1 + k_N
+    return loss_N, value_N.detach(), detached(stats)

@@ -309,7 +309,8 @@ def shown_samples(entry: Entry) -> list[dict[str, Any]]:
                 "run": entry.name,
                 "prompt": prompt,
                 "tokens": tokens,
-                **{k: sample[k] for k in ("step", "source", "stop")},
+                "writers": ", then ".join(f"{writer} ({num})" for writer, num in sample["writers"]),
+                **{k: sample[k] for k in ("step", "stop")},
             }
         )
     return shown

@@ -98,7 +98,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         )
     elif not isinstance(student, LanguageModel):
         student = LanguageModel(student, tokenizer, type(student).__name__)
-    needs_teacher = recipe.objective.signal == "full" or recipe.objective.prefix in ("teacher", "mixed")
+    needs_teacher = recipe.objective.signal != "labels" or recipe.objective.prefix in ("teacher", "mixed")
     if needs_teacher and teacher is None:
         spec = recipe.teacher
         teacher = load_model(spec.model, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
