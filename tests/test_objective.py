@@ -31,9 +31,9 @@ def gradients(student, teacher, loss: Loss, tokens_per_batch: int, rollouts=ROLL
 
 
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
-@pytest.mark.parametrize("signal", ["full", "labels"])
+@pytest.mark.parametrize("signal", ["full", "topk", "sampled", "labels"])
 def test_one_batch_equals_four(student, teacher, normalize, signal):
-    loss = Loss(Objective(kl="reverse", signal=signal), normalize, vocab_size=23)
+    loss = Loss(Objective(kl="reverse", signal=signal, top_k=5), normalize, vocab_size=23)
     whole = gradients(student, teacher, loss, tokens_per_batch=10_000)
     parts = gradients(student, teacher, loss, tokens_per_batch=1)
     assert whole[0] == pytest.approx(parts[0], rel=1e-5)
@@ -173,3 +173,12 @@ def test_the_exact_baseline_lowers_the_variance(student, teacher):
             (grad,) = torch.autograd.grad(loss_N.sum(), hidden)
             spread[baseline] += (q_N[i] * grad.square().sum()).item()
     assert spread["exact"] < 0.9 * spread["none"]
+
+
+def test_every_token_kept_is_the_whole_signal(student, teacher):
+    whole = gradients(student, teacher, Loss(Objective(kl="mixed"), "token", vocab_size=23, end_class=(2, 7)), 100)
+    objective = Objective(kl="mixed", signal="topk", top_k=23)
+    kept = gradients(student, teacher, Loss(objective, "token", vocab_size=23, end_class=(2, 7)), 100)
+    assert whole[0] == pytest.approx(kept[0], rel=1e-5)
+    for a, b in zip(whole[1], kept[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

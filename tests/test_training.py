@@ -252,3 +252,20 @@ def test_learning_rate_by_hand(tmp_path):
     assert all(a > b for a, b in itertools.pairwise(rates[2:])) and rates[-1] > 0
     constant = config.model_copy(update={"schedule": "constant"})
     assert [learning_rate(constant, step) for step in range(10)] == [0.5] + [1.0] * 9
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"prefix": "teacher", "kl": "forward", "signal": "topk", "top_k": 4},
+        {"prefix": "student", "kl": "reverse", "signal": "sampled", "estimator": "k1", "baseline": "exact"},
+        {"prefix": "student", "kl": "reverse", "signal": "sampled", "estimator": "k2"},
+        {"prefix": "student", "kl": "forward", "signal": "sampled", "estimator": "k3"},
+    ],
+)
+def test_signals_of_less_than_the_whole_vocabulary_train(tmp_path, objective, capsys):
+    result = potstill.train(tiny_recipe(tmp_path / "run", objective=objective))
+    rows = runlog.read_rows(tmp_path / "run/metrics.jsonl")
+    assert len(rows) == 4 and all(row["grad_norm"] > 0 for row in rows)
+    assert (result.folder / "DONE").exists() and result.metrics["loss"] == rows[-1]["loss"]
+    assert "step 4/4" in capsys.readouterr().err

@@ -96,9 +96,12 @@ class Objective(Section):
     """Weight of the forward KL in kl = mixed."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both models' logits in the loss; sampling has its own."""
-    signal: Literal["full", "sampled", "labels"] = "full"
-    """full: the exact KL over the whole vocabulary; sampled: an estimate from the teacher's log-probability of each
-    token that the student wrote; labels: cross-entropy on the written tokens, without a teacher."""
+    signal: Literal["full", "topk", "sampled", "labels"] = "full"
+    """full: the exact KL over the whole vocabulary; topk: the exact KL between the teacher's top_k tokens and one class
+    for the rest; sampled: an estimate from the teacher's log-probability of each token that the student wrote; labels:
+    cross-entropy on the written tokens, without a teacher."""
+    top_k: int = Field(default=64, ge=1)
+    """signal = topk: how many of the teacher's likeliest tokens are kept apart."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """signal = sampled: k1 = log q/p as a constant reward and k2 = (log q/p)^2 / 2 have the reverse KL's gradient in
     expectation, k3 = p/q - 1 - log p/q has the forward KL's."""
@@ -263,11 +266,12 @@ class Recipe(RecipeFields):
             return f"hard-label SFT ({objective.prefix} prefix)"
         if objective.signal == "sampled":
             return f"sampled {objective.kl} KL ({objective.estimator}, {objective.prefix} prefix)"
+        signal = f", top {objective.top_k} tokens" if objective.signal == "topk" else ""
         for method in METHODS.values():
             if (objective.prefix, objective.kl) == (method.prefix, method.kl):
-                return method.name
+                return method.name + signal
         weight = f" {objective.forward_weight:g}" if objective.kl == "mixed" else ""
-        return f"{objective.prefix} prefix, {objective.kl} KL{weight}"
+        return f"{objective.prefix} prefix, {objective.kl} KL{weight}{signal}"
 
     def resolved(self) -> dict[str, Any]:
         """Every field that is read, defaults included, as plain data."""
@@ -302,6 +306,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread |= {f"objective.{name}": reason for name in ("first_writer", "handoff_tokens")}
     if objective.kl != "mixed":
         unread["objective.forward_weight"] = f'objective.kl is "{objective.kl}" and only "mixed" has a weight'
+    if objective.signal != "topk":
+        unread["objective.top_k"] = f'objective.signal is "{objective.signal}" and only "topk" keeps some tokens apart'
     if objective.signal != "sampled":
         reason = f'objective.signal is "{objective.signal}" and only "sampled" is estimated'
         unread |= {"objective.estimator": reason, "objective.baseline": reason}

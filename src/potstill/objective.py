@@ -13,6 +13,7 @@ from potstill.config import Objective
 from potstill.fused import DEFAULT_BUDGET, detached, fused_loss, fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel
+from potstill.topk import top_k_loss, top_k_of
 from potstill.types import Batch, LossTerms, Rollout, TokenStats
 
 
@@ -93,6 +94,22 @@ def batch_loss(
         loss_N, value_N, stats = sampled_loss(*sides, labels_N, loss)
         loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
         return loss_sum, value_N, stats
+    if loss.objective.signal == "topk":
+        assert teacher_hidden_NE is not None and teacher_head is not None, "prepare loads a teacher for this signal"
+        options = loss.shared_options()
+        given = {name: options[name] for name in ("vocab_size", "temperature", "end_ids")}
+        known = top_k_of(teacher_hidden_NE, teacher_head, loss.objective.top_k, **given)
+        loss_N, stats = top_k_loss(
+            hidden_ND,
+            student.head,
+            known,
+            loss.objective.kl,
+            forward_weight=loss.objective.forward_weight,
+            labels_N=labels_N,
+            **options,
+        )
+        loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
+        return loss_sum, loss_N.detach(), stats
     return fused_loss(
         *sides,
         loss.terms(),
