@@ -140,10 +140,10 @@ def test_rollouts_are_used_again_and_survive_a_resume(tmp_path, monkeypatch):
     real = training.learning_rate
     for stop_at in (2, 4, 6):
         # After checkpoints in the middle of a round and at its end.
-        def broken(config, step, stop_at=stop_at):
+        def broken(config, step, spent, stop_at=stop_at):
             if step == stop_at:
                 raise KeyboardInterrupt
-            return real(config, step)
+            return real(config, step, spent)
 
         monkeypatch.setattr(training, "learning_rate", broken)
         with pytest.raises(KeyboardInterrupt):

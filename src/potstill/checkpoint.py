@@ -40,10 +40,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     world: World,
     rollouts: Sequence[Rollout] = (),
+    flops: float = 0.0,
 ) -> None:
     """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must call this.
 
-    `rollouts` are this rank's, if they are to be used again.
+    `rollouts` are this rank's, if they are to be used again; `flops` is what the run has spent.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
@@ -58,7 +59,9 @@ def save(
         save_file(_untied(model_state, student), unfinished / "model.safetensors")
         save_file(tensors, unfinished / "optimizer.safetensors")
         (unfinished / "state.json").write_text(
-            json.dumps({"step": step, "param_groups": optimizer_state["param_groups"], "rollouts": written})
+            json.dumps(
+                {"step": step, "flops": flops, "param_groups": optimizer_state["param_groups"], "rollouts": written}
+            )
         )
         for path in unfinished.iterdir():
             _flush(path)
@@ -70,8 +73,8 @@ def save(
     wait_for_all(world)
 
 
-def load(checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer) -> int:
-    """Restore weights and optimiser; returns the number of finished steps. Every rank must call this."""
+def load(checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Restore weights and optimiser; returns the finished steps and the FLOPs spent. Every rank must call this."""
     saved = json.loads((checkpoint / "state.json").read_text())
     moments: dict[str, Any] = {}
     for name, value in load_file(checkpoint / "optimizer.safetensors").items():
@@ -85,7 +88,7 @@ def load(checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimi
         # Not strict: a tied head is stored once, under the name of the embedding.
         options=StateDictOptions(full_state_dict=True, strict=False),
     )
-    return saved["step"]
+    return saved["step"], saved["flops"]
 
 
 def load_rollouts(checkpoint: Path, prompts: Sequence[Prompt], world: World) -> list[Rollout]:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.config import Evaluation, RecipeError, Sampling, is_table, load_recipe
+from potstill.config import Evaluation, RecipeError, Sampling, is_table
 from potstill.data import DataError, make_prompts, template_warning
 from potstill.metrics import num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, end_set, load_model
 from potstill.progress import token_bar
 from potstill.report import Entry, print_table
-from potstill.runlog import append, write_atomically
+from potstill.runlog import append, read_rows, write_atomically
 from potstill.sampling import sample
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import Task, make_task
@@ -165,9 +165,9 @@ def evaluate_and_store(models: Sequence[str], evaluation: Evaluation, out: Path 
     for target, model in found:
         rows = evaluate(model, evaluation)
         if target != Path(model):
-            recipe = load_recipe(target / "recipe.toml")
+            num_steps = read_rows(target / "metrics.jsonl")[-1]["step"]
             for row in rows:
-                append(target / "evals.jsonl", {"step": recipe.train.steps, **row})
+                append(target / "evals.jsonl", {"step": num_steps, **row})
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out, json.dumps(rows, indent=1) + "\n")

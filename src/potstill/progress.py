@@ -1,5 +1,6 @@
 """What a user sees while something long goes on: a live line on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ class StepDisplay:
     """Progress of a training run: step, tokens/s, both KLs, entropies, length, window, time left."""
 
     def __init__(self, recipe: Recipe, start: int, quiet: bool):
-        self.num_steps = recipe.train.steps
+        self.train = recipe.train
+        self.num_steps = recipe.train.steps if recipe.train.budget == "steps" else None
         self.start = start
         self.quiet = quiet
         self.live = sys.stderr.isatty() and not quiet
@@ -62,14 +64,20 @@ class StepDisplay:
         if self.quiet:
             return
         now, step = time.perf_counter(), metrics["step"]
+        num_steps = self.num_steps
+        if num_steps is None:
+            assert self.train.flops is not None, "the schema asks for it"
+            # As many as the operations so far promise.
+            num_steps = max(step, math.ceil(step * self.train.flops / metrics["total_flops"]))
+            num_steps = step if metrics["total_flops"] >= self.train.flops else max(num_steps, step + 1)
         self.num_tokens += metrics["num_loss_tokens"]
         shown = _describe(metrics, self.num_tokens / (now - self.began))
         if self.live:
-            self.progress.update(self.task, completed=step, description=shown)
-        elif now - self.last_line >= PLAIN_INTERVAL or step in (self.start + 1, self.num_steps):
+            self.progress.update(self.task, completed=step, total=num_steps, description=shown)
+        elif now - self.last_line >= PLAIN_INTERVAL or step in (self.start + 1, num_steps):
             self.last_line = now
-            left = (now - self.began) / (step - self.start) * (self.num_steps - step)
-            print(f"step {step}/{self.num_steps}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
+            left = (now - self.began) / (step - self.start) * (num_steps - step)
+            print(f"step {step}/{num_steps}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def _describe(metrics: dict[str, Any], tokens_per_second: float) -> str:

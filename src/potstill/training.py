@@ -17,6 +17,7 @@ from potstill.config import Recipe, Train, is_table
 from potstill.data import DataError, example_from_row, load_examples, make_prompts, template_warning
 from potstill.distributed import World
 from potstill.evaluation import evaluate, prepare_problems
+from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
 from potstill.metrics import Stopwatch, logged_samples, num_tokens_to_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
@@ -52,6 +53,13 @@ class Setup:
     end_ids: tuple[int, ...]
     loss: Loss
     answer_end: Callable[[str], int | None]
+    student_flops: ModelFlops
+    teacher_flops: ModelFlops | None
+
+    @property
+    def scoring_flops(self) -> ModelFlops | None:
+        """The teacher's, if it gives the signal and does not only write."""
+        return None if self.loss.objective.signal == "labels" else self.teacher_flops
 
 
 def train(
@@ -155,7 +163,16 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         prepare_problems(student, recipe.evaluation)
     has_task = prompts is None and not is_table(recipe.data.source)
     answer_end = make_task(recipe.data.source).answer_end if has_task else lambda text: None
-    return Setup(student, teacher, tokenised, end_ids, loss, answer_end)
+    return Setup(
+        student,
+        teacher,
+        tokenised,
+        end_ids,
+        loss,
+        answer_end,
+        model_flops(student),
+        model_flops(teacher) if teacher is not None else None,
+    )
 
 
 def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
@@ -168,17 +185,23 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     split_by: tuple[Writer, ...] = ("teacher", "student") if recipe.objective.prefix == "mixed" else ()
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
     saved = checkpoint.latest(folder)
-    start = checkpoint.load(saved, student, optimizer) if saved else 0
+    start, spent = checkpoint.load(saved, student, optimizer) if saved else (0, 0.0)
+    writers_flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
+    if setup.teacher_flops is not None:
+        writers_flops["teacher"] = setup.teacher_flops
+    by_token = recipe.objective.prefix == "mixed" and recipe.objective.mix_unit == "token"
     rollouts: list[Rollout] = []
     if world.is_main:
         runlog.rewind(folder, start)
     metrics: dict[str, Any] = {}
     with StepDisplay(recipe, start, quiet) as display:
         display.note(*_opening(recipe, setup, start))
-        for step in range(start, config.steps):
+        step, is_last = start, is_spent(config, start, spent)
+        while not is_last:
             torch.manual_seed(_seed("step", config.seed, step, world.rank))
             clock = Stopwatch(world.device)
             places = range(world.rank, config.prompts_per_step, world.size)
+            written_flops = 0
             # A round is one set of rollouts, for one step or several.
             round_, age = divmod(step, recipe.rollouts.reuse)
             indices = step_indices(len(setup.prompts), config.prompts_per_step, round_, config.seed)
@@ -198,6 +221,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                     except NonFiniteError as error:
                         raise _not_finite(str(error), step, prompts) from None
                     student.train()
+                    written_flops = rollout_flops(rollouts, writers_flops, by_token)
                 elif step == start and saved is not None:
                     rollouts = checkpoint.load_rollouts(saved, prompts, world)
 
@@ -208,7 +232,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                 grad_norm = distributed.whole(norm).item()
                 if not math.isfinite(grad_norm):
                     raise _not_finite("the gradient is not finite", step, prompts)
-                lr = learning_rate(config, step)
+                lr = learning_rate(config, step, spent)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
@@ -216,15 +240,21 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
 
             metrics = {"step": step + 1, "prefix": recipe.objective.prefix, **step_means(sums, split_by)}
             metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window, "rollout_age": age}
-            saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+            parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops) | {"rollout": written_flops}
+            parts = dict(zip(parts, distributed.sum_over_ranks(list(parts.values()), world), strict=True))
+            spent += sum(parts.values())
+            metrics |= {"flops": parts, "total_flops": spent}
+            is_last = is_spent(config, step + 1, spent)
+            saves = (step + 1) % config.checkpoint_every == 0 or is_last
             if world.is_main:
                 runlog.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
                 for sample in samples if saves or step == 0 else ():
                     runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
             if saves:
                 is_last_use = (step + 1) % recipe.rollouts.reuse == 0
-                checkpoint.save(folder, step + 1, student, optimizer, world, () if is_last_use else rollouts)
+                checkpoint.save(folder, step + 1, student, optimizer, world, () if is_last_use else rollouts, spent)
             display.update(metrics)
+            step += 1
 
     weights = checkpoint.weights(student)
     distributed.refresh(decoders["student"], student)
@@ -234,7 +264,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
         if recipe.evaluation.source is not None:
             finished = LanguageModel(decoders["student"], student.tokenizer, str(folder))
             for row in evaluate(finished, recipe.evaluation, end_ids=setup.end_ids, quiet=quiet):
-                runlog.append(folder / "evals.jsonl", {"step": config.steps, **row})
+                runlog.append(folder / "evals.jsonl", {"step": step, **row})
         runlog.finish(recipe)
     distributed.wait_for_all(world)
     return RunResult(folder, student, metrics)
@@ -308,13 +338,24 @@ def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[
     return indices
 
 
-def learning_rate(config: Train, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, then constant or a cosine that would reach 0 after the last step."""
+def is_spent(config: Train, num_steps: int, flops: float) -> bool:
+    """Whether a run that has done this much has reached its budget."""
+    if config.flops is not None and config.budget == "flops":
+        return flops >= config.flops
+    return num_steps >= config.steps
+
+
+def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
+    """The rate of step 0, 1, ..., before which `flops` were spent: linear warm-up, then constant or a cosine that would
+    reach 0 at the end of the budget."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    if config.flops is not None and config.budget == "flops":
+        progress = flops / config.flops
+    else:
+        progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
