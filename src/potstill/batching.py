@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from potstill.types import Batch, Rollout
+from potstill.types import Batch, Rollout, Writer
 
 
 def make_batches(
@@ -29,19 +29,31 @@ def make_batches(
 
 def make_batch(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Batch:
     """One batch, right-padded. Masks come from lengths, never from token ids: the padding id may be a real token."""
-    num_positions = max(_num_inputs(rollout) for rollout in rollouts)
+    student = _lay_out(rollouts, "student", device)
+    has_own = any(rollout.prompt.teacher_ids is not None for rollout in rollouts)
+    teacher = _lay_out(rollouts, "teacher", device) if has_own else student
+    return Batch(*student, teacher[0], teacher[2], tuple(rollouts))
+
+
+def _lay_out(
+    rollouts: Sequence[Rollout], who: Writer, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, targets and loss mask [B, T] of one model."""
+    num_positions = max(len(rollout.prompt.ids_of(who)) + len(rollout.completion_ids) - 1 for rollout in rollouts)
     input_ids_BT = torch.zeros(len(rollouts), num_positions, dtype=torch.long)
     target_ids_BT = torch.zeros_like(input_ids_BT)
     loss_mask_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
     for b, rollout in enumerate(rollouts):
-        ids = torch.tensor(rollout.prompt.token_ids + rollout.completion_ids)
-        length, first = len(ids) - 1, len(rollout.prompt.token_ids) - 1
+        prompt_ids = rollout.prompt.ids_of(who)
+        ids = torch.tensor(prompt_ids + rollout.completion_ids)
+        length, first = len(ids) - 1, len(prompt_ids) - 1
         input_ids_BT[b, :length] = ids[:-1]
         target_ids_BT[b, :length] = ids[1:]
         loss_mask_BT[b, first:length] = torch.tensor(rollout.trained)
-    return Batch(input_ids_BT.to(device), target_ids_BT.to(device), loss_mask_BT.to(device), tuple(rollouts))
+    return input_ids_BT.to(device), target_ids_BT.to(device), loss_mask_BT.to(device)
 
 
 def _num_inputs(rollout: Rollout) -> int:
     # The last token is predicted and predicts nothing.
-    return len(rollout.prompt.token_ids) + len(rollout.completion_ids) - 1
+    longest = max(len(rollout.prompt.ids_of("student")), len(rollout.prompt.ids_of("teacher")))
+    return longest + len(rollout.completion_ids) - 1

@@ -57,7 +57,13 @@ class StudentSpec(Section):
 
 class TeacherSpec(Section):
     model: str = "potstill:teacher"
-    """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one."""
+    """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is the student as it was
+    before the first step."""
+    template: Literal["chat", "raw"] | None = None
+    """Render the teacher's prompts with its own chat template, or take them as they are; by default it reads the
+    student's prompts."""
+    prompt_column: str | None = None
+    """Column of a file or hub data set with what the teacher is asked instead, such as the prompt and a hint."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the teacher's weights."""
     trust_remote_code: bool = False
@@ -328,7 +334,11 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
             unread["teacher"] = reason
     if objective.prefix == "dataset":
         unread["sampling"] = unread["rollouts"] = 'objective.prefix is "dataset", so nothing is sampled in training'
+    if recipe.teacher.model == "self":
+        reason = 'teacher.model is "self", which is loaded as the student is'
+        unread |= {"teacher.dtype": reason, "teacher.trust_remote_code": reason}
     if not is_table(recipe.data.source):
+        unread["teacher.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
         unread["data.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
     elif not is_hub_id(recipe.data.source):
         unread["data.split"] = f"data.source is the file {recipe.data.source!r}, which has no splits"

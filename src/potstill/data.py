@@ -3,6 +3,7 @@
 Everything about the prompts is checked here, before any work is done.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ class DataError(ValueError):
 
 
 def load_examples(
-    source: str, *, split: str = "train", num_examples: int | None = None, prompt_column: str = "prompt", seed: int = 0
+    source: str,
+    *,
+    split: str = "train",
+    num_examples: int | None = None,
+    prompt_column: str = "prompt",
+    seed: int = 0,
+    teacher_column: str | None = None,
 ) -> list[Example]:
     """Examples of a task, a .jsonl or .parquet file, or a data set that `datasets` loads (a hub id or a folder).
 
     A row has `prompt` (a string or chat messages), `prompt` and `completion`, or `messages` whose last one is the
-    assistant's; `answer`, `level` and `id` are kept when present. Raises DataError.
+    assistant's; `answer`, `level` and `id` are kept when present. `teacher_column` holds the teacher's own prompts.
+    Raises DataError.
     """
     if not is_table(source):
         try:
@@ -38,7 +46,8 @@ def load_examples(
         raise DataError(
             f"{num_examples} examples are asked of {source!r}, which has {len(rows)}; ask for at most that many"
         )
-    return [example_from_row(row, i, source, prompt_column) for i, row in enumerate(rows[:num_examples])]
+    rows = rows[:num_examples]
+    return [example_from_row(row, i, source, prompt_column, teacher_column) for i, row in enumerate(rows)]
 
 
 def _read_rows(source: str, split: str) -> list[dict[str, Any]]:
@@ -66,7 +75,9 @@ def _read_rows(source: str, split: str) -> list[dict[str, Any]]:
         raise DataError(f"data file {source!r} cannot be read: {' '.join(str(cause).split())[:200]}") from None
 
 
-def example_from_row(row: dict[str, Any], i: int, source: str, prompt_column: str = "prompt") -> Example:
+def example_from_row(
+    row: dict[str, Any], i: int, source: str, prompt_column: str = "prompt", teacher_column: str | None = None
+) -> Example:
     """Row `i` of a data source as an example; raises DataError that names the row."""
     where = f"row {i} of {source!r}"
     if "messages" in row and prompt_column not in row:
@@ -89,6 +100,15 @@ def example_from_row(row: dict[str, Any], i: int, source: str, prompt_column: st
         raise DataError(f"{where}: {prompt_column!r} is {prompt!r}; it must be a non-empty string or list of messages")
     if completion is not None and not isinstance(completion, str):
         raise DataError(f"{where}: `completion` is {completion!r}; it must be a string or list of messages")
+    teacher_prompt = None
+    if teacher_column is not None:
+        teacher_prompt = row.get(teacher_column)
+        teacher_prompt = _messages(teacher_prompt, where) if isinstance(teacher_prompt, list) else teacher_prompt
+        if not teacher_prompt or not isinstance(teacher_prompt, str | tuple):
+            raise DataError(
+                f"{where}: {teacher_column!r} is {teacher_prompt!r}; teacher.prompt_column must name a column of "
+                "non-empty strings or lists of messages"
+            )
     answer = row.get("answer")
     return Example(
         id=str(row.get("id", i)),
@@ -96,6 +116,7 @@ def example_from_row(row: dict[str, Any], i: int, source: str, prompt_column: st
         completion=None if completion is None else ((completion, True),),
         answer=None if answer is None else str(answer),
         level=str(row.get("level", "")),
+        teacher_prompt=teacher_prompt,
     )
 
 
@@ -149,6 +170,17 @@ def make_prompts(
             trained += [is_trained] * len(ids)
         prompts.append(Prompt(example, token_ids, (*completion_ids, end_id), (*trained, True)))
     return prompts
+
+
+def with_teacher_prompts(
+    prompts: list[Prompt], tokenizer, *, template: str | None, max_completion: int, context_length: int | None
+) -> list[Prompt]:
+    """The prompts with what the teacher reads, rendered by its own tokenizer; arguments and errors as make_prompts."""
+    examples = [replace(p.example, prompt=p.example.teacher_prompt or p.example.prompt) for p in prompts]
+    asked = make_prompts(
+        examples, tokenizer, template=template, max_completion=max_completion, context_length=context_length
+    )
+    return [replace(prompt, teacher_ids=own.token_ids) for prompt, own in zip(prompts, asked, strict=True)]
 
 
 def template_warning(prompts: list[Prompt], tokenizer, template: str | None) -> str | None:

@@ -56,7 +56,7 @@ def rollout_flops(rollouts: Iterable[Rollout], models: Mapping[Writer, ModelFlop
                 own = [i for i, who in enumerate(rollout.writers) if who == writer]
                 last, num_own = (own[-1] + 1, len(own)) if own else (0, 0)
             if num_own:
-                total += flops.backbone(len(rollout.prompt.token_ids) + last - 1) + num_own * flops.head
+                total += flops.backbone(len(rollout.prompt.ids_of(writer)) + last - 1) + num_own * flops.head
     return total
 
 
@@ -64,12 +64,13 @@ def training_flops(rollouts: Sequence[Rollout], student: ModelFlops, teacher: Mo
     """One forward and backward pass, which counts as two forward ones. `teacher` is None where none scores."""
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for rollout in rollouts:
-        num_inputs = len(rollout.prompt.token_ids) + len(rollout.completion_ids) - 1
+        num_written = len(rollout.completion_ids) - 1
         num_loss_tokens = sum(rollout.trained)
-        forward = student.backbone(num_inputs)
+        forward = student.backbone(len(rollout.prompt.ids_of("student")) + num_written)
         parts["student_forward"] += forward
         parts["student_backward"] += 2 * forward
         parts["head"] += 3 * num_loss_tokens * student.head
         if teacher is not None:
-            parts["teacher"] += teacher.backbone(num_inputs) + num_loss_tokens * teacher.head
+            parts["teacher"] += teacher.backbone(len(rollout.prompt.ids_of("teacher")) + num_written)
+            parts["teacher"] += num_loss_tokens * teacher.head
     return parts

@@ -62,7 +62,7 @@ def teacher_rows(teacher: LanguageModel | None, batch: Batch, loss: Loss) -> Ten
     if loss.objective.signal == "labels":
         return None
     assert teacher is not None, "prepare loads a teacher for every other signal"
-    return teacher(batch.input_ids_BT)[batch.loss_mask_BT]
+    return teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
 
 
 def batch_loss(

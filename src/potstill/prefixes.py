@@ -39,7 +39,7 @@ def from_one(writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds:
     """Let one model write after each prompt, up to the window. Every token is a loss token."""
     completions = sample(
         writing.models[writer],
-        [prompt.token_ids for prompt in prompts],
+        [prompt.ids_of(writer) for prompt in prompts],
         seeds,
         max_tokens=writing.window,
         end_ids=writing.end_ids,
@@ -94,12 +94,11 @@ def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed
     low, high = objective.handoff_tokens
     options: dict[str, Any] = {"end_ids": writing.end_ids, "sampling": writing.sampling}
     caps = [int(np.random.default_rng((*seed, HANDOFF)).integers(low, high + 1)) for seed in seeds]
-    texts = [prompt.token_ids for prompt in prompts]
-    begun = sample(writing.models[first], texts, seeds, max_tokens=caps, **options)
+    begun = sample(writing.models[first], [p.ids_of(first) for p in prompts], seeds, max_tokens=caps, **options)
     open_rows = [i for i, part in enumerate(begun) if part.stop == "length"]
     ended = sample(
         writing.models[second],
-        [texts[i] + begun[i].token_ids for i in open_rows],
+        [prompts[i].ids_of(second) + begun[i].token_ids for i in open_rows],
         [(*seeds[i], SECOND_WRITER) for i in open_rows],
         max_tokens=[writing.window - caps[i] for i in open_rows],
         **options,
@@ -117,12 +116,13 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed])
     """Each token is drawn from the mixture of both models' distributions."""
     completions = sample(
         writing.models["teacher"],
-        [prompt.token_ids for prompt in prompts],
+        [prompt.ids_of("teacher") for prompt in prompts],
         seeds,
         max_tokens=writing.window,
         end_ids=writing.end_ids,
         sampling=writing.sampling,
         other_model=writing.models["student"],
+        other_prompts=[prompt.ids_of("student") for prompt in prompts],
         other_share=writing.objective.student_share,
     )
     names: tuple[Writer, Writer] = ("teacher", "student")

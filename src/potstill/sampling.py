@@ -37,26 +37,29 @@ def sample(
     sampling: Sampling,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
     other_model=None,
+    other_prompts: Sequence[tuple[int, ...]] = (),
     other_share: float = 0.0,
 ) -> list[Completion]:
     """Draw one completion of 1 to `max_tokens` tokens (one number, or one a prompt) for each prompt, in their order.
 
     `model` is a Hugging Face causal LM, `seeds` holds integers that name each row's random stream, and decoding stops
     after any of `end_ids`, which is then part of the completion. `on_tokens` is told how many tokens each batch wrote.
-    With an `other_model`, each token comes from it with probability `other_share`: an exact draw from the mixture of
-    both distributions, of which it is also known whose it was. Raises NonFiniteError when a model gives no distribution
-    to draw from. With temperature 1 and no truncation this is exact ancestral sampling, by inversion of the cumulative
-    distribution.
+    With an `other_model`, which reads `other_prompts`, each token comes from it with probability `other_share`: an
+    exact draw from the mixture of both distributions, of which it is also known whose it was. Raises NonFiniteError
+    when a model gives no distribution to draw from. With temperature 1 and no truncation this is exact ancestral
+    sampling, by inversion of the cumulative distribution.
     """
     caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-    models = [model] if other_model is None else [model, other_model]
+    models, texts = [model], [prompts]
+    if other_model is not None:
+        models, texts = [model, other_model], [prompts, other_prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[Completion | None] = [None] * len(prompts)
     for start in range(0, len(order), sampling.batch_size):
         rows = order[start : start + sampling.batch_size]
         decoded = _decode(
             models,
-            [prompts[i] for i in rows],
+            [[each[i] for i in rows] for each in texts],
             [seeds[i] for i in rows],
             [caps[i] for i in rows],
             end_ids,
@@ -70,7 +73,7 @@ def sample(
 
 
 def _decode(
-    models, prompts, seeds, caps: list[int], end_ids: Sequence[int], sampling: Sampling, other_share: float
+    models, texts, seeds, caps: list[int], end_ids: Sequence[int], sampling: Sampling, other_share: float
 ) -> list[Completion]:
     """Decode one batch. R is the number of rows still in it, L the largest cap."""
     device = next(models[0].parameters()).device
@@ -83,18 +86,21 @@ def _decode(
     if len(models) > 1:
         turns = [np.random.default_rng((*seed, TURNS)).random(max_tokens) < other_share for seed in seeds]
         is_others_LR = torch.from_numpy(np.stack(turns, axis=1)).to(device)
-    ids_RT, positions_RT, mask_RT = _left_pad(prompts, max_tokens, device)
-    rows = list(range(len(prompts)))
-    running = set(rows)
-    written: list[_Written] = [_Written([], [], [], []) for _ in prompts]
+    # Of each model: the ids that come next, positions and mask, cache, and how many ids the cache will then hold.
+    padded = [_left_pad(prompts, max_tokens, device) for prompts in texts]
+    next_ids, positions, masks = (list(each) for each in zip(*padded, strict=True))
     caches: list[Any] = [None] * len(models)
-    start, end = 0, ids_RT.shape[1]
+    lengths = [ids_RT.shape[1] for ids_RT in next_ids]
+    rows = list(range(len(seeds)))
+    running = set(rows)
+    written: list[_Written] = [_Written([], [], [], []) for _ in seeds]
     for step in range(max_tokens):
         draws = []
         for m, model in enumerate(models):
-            inputs = {"input_ids": ids_RT, "position_ids": positions_RT[:, start:end], "past_key_values": caches[m]}
-            if mask_RT is not None:
-                inputs["attention_mask"] = mask_RT[:, :end]
+            places = slice(lengths[m] - next_ids[m].shape[1], lengths[m])
+            inputs = {"input_ids": next_ids[m], "position_ids": positions[m][:, places], "past_key_values": caches[m]}
+            if (mask_RT := masks[m]) is not None:
+                inputs["attention_mask"] = mask_RT[:, : lengths[m]]
             output = model(**inputs, use_cache=True, logits_to_keep=1)
             if caches[m] is None:
                 caches[m] = _with_room(output.past_key_values)
@@ -118,13 +124,13 @@ def _decode(
         if len(running) <= COMPACT_AT * len(rows):
             kept = torch.tensor([i for i, row in enumerate(rows) if row in running], device=device)
             rows = [row for row in rows if row in running]
-            for cache in caches:
+            ids_R, uniforms_LR, is_others_LR = ids_R[kept], uniforms_LR[:, kept], is_others_LR[:, kept]
+            for m, cache in enumerate(caches):
                 # Not batch_select_indices, which layers with recurrent states do not have.
                 cache.reorder_cache(kept)
-            ids_R, uniforms_LR, is_others_LR = ids_R[kept], uniforms_LR[:, kept], is_others_LR[:, kept]
-            if mask_RT is not None:
-                positions_RT, mask_RT = positions_RT[kept], mask_RT[kept]
-        ids_RT, start, end = ids_R[:, None], end, end + 1
+                if (mask_RT := masks[m]) is not None:
+                    positions[m], masks[m] = positions[m][kept], mask_RT[kept]
+        next_ids, lengths = [ids_R[:, None]] * len(models), [length + 1 for length in lengths]
     if not all(math.isfinite(log_prob) for each in written for log_prob in each.log_probs):
         raise NonFiniteError("the logits of the model that writes are not finite, so nothing can be drawn from them")
     return [

@@ -1,5 +1,6 @@
 """The training loop: from a recipe to a run folder with a distilled student."""
 
+import copy
 import hashlib
 import math
 import random
@@ -14,7 +15,14 @@ import torch
 from potstill import checkpoint, distributed, runlog
 from potstill.batching import make_batches
 from potstill.config import Recipe, Train, is_table
-from potstill.data import DataError, example_from_row, load_examples, make_prompts, template_warning
+from potstill.data import (
+    DataError,
+    example_from_row,
+    load_examples,
+    make_prompts,
+    template_warning,
+    with_teacher_prompts,
+)
 from potstill.distributed import World
 from potstill.evaluation import evaluate, prepare_problems
 from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
@@ -107,7 +115,10 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     elif not isinstance(student, LanguageModel):
         student = LanguageModel(student, tokenizer, type(student).__name__)
     needs_teacher = recipe.objective.signal != "labels" or recipe.objective.prefix in ("teacher", "mixed")
-    if needs_teacher and teacher is None:
+    if needs_teacher and teacher is None and recipe.teacher.model == "self":
+        # A copy: on a resume the student's weights come from the checkpoint, and these stay what they were.
+        teacher = LanguageModel(copy.deepcopy(student.model), student.tokenizer, "self")
+    elif needs_teacher and teacher is None:
         spec = recipe.teacher
         teacher = load_model(spec.model, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
     elif teacher is not None and not isinstance(teacher, LanguageModel):
@@ -137,11 +148,14 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             num_examples=data.num_prompts,
             prompt_column=data.prompt_column,
             seed=data.seed,
+            teacher_column=recipe.teacher.prompt_column if needs_teacher else None,
         )
     else:
         rows = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
         examples = [
-            row if isinstance(row, Example) else example_from_row(row, i, "prompts", recipe.data.prompt_column)
+            row
+            if isinstance(row, Example)
+            else example_from_row(row, i, "prompts", recipe.data.prompt_column, recipe.teacher.prompt_column)
             for i, row in enumerate(rows)
         ]
     lengths = [m.context_length for m in (student, teacher) if m is not None and m.context_length is not None]
@@ -153,6 +167,14 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         context_length=min(lengths, default=None),
         end_id=end_ids[0] if recipe.objective.prefix == "dataset" else None,
     )
+    if teacher is not None and (recipe.teacher.template is not None or recipe.teacher.prompt_column is not None):
+        tokenised = with_teacher_prompts(
+            tokenised,
+            teacher.tokenizer,
+            template=recipe.teacher.template or recipe.data.template,
+            max_completion=recipe.window.tokens,
+            context_length=teacher.context_length,
+        )
     if recipe.train.prompts_per_step % world.size:
         raise DataError(
             f"train.prompts_per_step is {recipe.train.prompts_per_step}, which {world.size} ranks cannot share evenly; "
@@ -365,11 +387,11 @@ def _seed(*parts: object) -> int:
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:
     models = {"student": setup.student} | ({"teacher": setup.teacher} if setup.teacher else {})
-    prompts = hashlib.sha256(repr([(p.token_ids, p.completion_ids, p.trained) for p in setup.prompts]).encode())
+    prompts = [(p.token_ids, p.completion_ids, p.trained, p.teacher_ids) for p in setup.prompts]
     return {
         "world_size": world.size,
         "device": str(world.device),
-        "prompts": prompts.hexdigest()[:16],
+        "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "end_ids": list(setup.end_ids),
         "end_class_merged": bool(setup.loss.end_class),
         "models": {
@@ -401,4 +423,6 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     if warning := template_warning(setup.prompts, student.tokenizer, recipe.data.template):
         lines.append(warning)
     lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
+    if teacher is not None and example.teacher_ids is not None:
+        lines.append(f"the teacher reads: {teacher.tokenizer.decode(example.teacher_ids)[:SHOWN_CHARACTERS]!r}")
     return lines

@@ -26,8 +26,8 @@ class NonFiniteError(ArithmeticError):
 class Example:
     """One problem as text: what a task or a data file provides.
 
-    `prompt` is a string or a list of chat messages; `completion` is a list of (text, is it trained on) segments;
-    `answer` is for the task's scorer; `level` names a difficulty.
+    `prompt` is a string or a list of chat messages, `teacher_prompt` what the teacher is asked instead; `completion` is
+    a list of (text, is it trained on) segments; `answer` is for the task's scorer; `level` names a difficulty.
     """
 
     id: str
@@ -35,16 +35,25 @@ class Example:
     completion: tuple[tuple[str, bool], ...] | None = None
     answer: str | None = None
     level: str = ""
+    teacher_prompt: str | tuple[Message, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """An example after tokenisation. `completion_ids` and `trained`, of one length, exist when the data has them."""
+    """An example after tokenisation. `completion_ids` and `trained`, of one length, exist when the data has them.
+
+    `teacher_ids` is the teacher's prompt where it is not the student's. The completion is the same for both.
+    """
 
     example: Example
     token_ids: tuple[int, ...]
     completion_ids: tuple[int, ...] | None = None
     trained: tuple[bool, ...] | None = None
+    teacher_ids: tuple[int, ...] | None = None
+
+    def ids_of(self, who: Writer) -> tuple[int, ...]:
+        """What this model is prompted with."""
+        return self.teacher_ids if who == "teacher" and self.teacher_ids is not None else self.token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +87,15 @@ class Batch:
     """Rollouts laid out for one forward pass: right-padded, already shifted.
 
     `target_ids_BT[b, t]` is the token that follows `input_ids_BT[b, t]`, and `loss_mask_BT[b, t]` is true iff that
-    token is a loss token.
+    token is a loss token. The teacher's prompts may differ, so it has its own inputs and mask; the loss tokens, taken
+    row by row, are the same N.
     """
 
     input_ids_BT: Tensor
     target_ids_BT: Tensor
     loss_mask_BT: Tensor
+    teacher_ids_BT: Tensor
+    teacher_mask_BT: Tensor
     rollouts: tuple[Rollout, ...]
 
 
