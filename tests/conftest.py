@@ -61,8 +61,6 @@ def tiny_recipe(out, **sections) -> Recipe:
     }
     for name, section in sections.items():
         data[name] = {**data.get(name, {}), **section}
-    if data["train"].get("budget") == "flops":
-        del data["train"]["steps"]
     return Recipe.model_validate(data)
 
 

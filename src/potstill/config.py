@@ -139,12 +139,10 @@ class Window(Section):
 
 
 class Train(Section):
-    budget: Literal["steps", "flops"] = "steps"
-    """What ends a run, and what the learning rate's schedule goes by: a number of steps, or of operations."""
     steps: int = Field(default=120, ge=1)
-    """budget = steps: optimiser updates."""
+    """Optimiser updates, at most."""
     flops: float | None = Field(default=None, gt=0)
-    """budget = flops: operations of rollouts, teacher and student; the step that reaches it is the last."""
+    """End the run with the step that brings the operations of rollouts, teacher and student to this number."""
     prompts_per_step: int = Field(default=48, ge=1)
     """Prompts (and rollouts) of one update, over all ranks."""
     tokens_per_batch: int = Field(default=4096, ge=1)
@@ -236,11 +234,7 @@ class Recipe(RecipeFields):
                 )
         if self.objective.signal == "sampled":
             self._check_sampled_signal()
-        if self.train.budget == "flops" and self.train.flops is None:
-            raise ValueError(
-                'train.budget is "flops" and train.flops is not set; say how many, such as train.flops = 1e15'
-            )
-        if self.train.budget == "steps" and self.train.warmup_steps > self.train.steps:
+        if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps is {self.train.warmup_steps}, more than train.steps = {self.train.steps}; lower it"
             )
@@ -343,10 +337,6 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     elif not is_hub_id(recipe.data.source):
         unread["data.split"] = f"data.source is the file {recipe.data.source!r}, which has no splits"
         unread["data.seed"] = "only a task makes problems from a seed"
-    if recipe.train.budget == "steps":
-        unread["train.flops"] = 'train.budget is "steps"'
-    else:
-        unread["train.steps"] = 'train.budget is "flops"'
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
     if recipe.evaluation.source is None:

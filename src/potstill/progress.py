@@ -18,7 +18,6 @@ class StepDisplay:
 
     def __init__(self, recipe: Recipe, start: int, quiet: bool):
         self.train = recipe.train
-        self.num_steps = recipe.train.steps if recipe.train.budget == "steps" else None
         self.start = start
         self.quiet = quiet
         self.live = sys.stderr.isatty() and not quiet
@@ -38,7 +37,7 @@ class StepDisplay:
                 console=Console(stderr=True),
             )
             self.progress.start()
-            self.task = self.progress.add_task("first step", total=self.num_steps, completed=self.start)
+            self.task = self.progress.add_task("first step", total=self.train.steps, completed=self.start)
         return self
 
     def __exit__(self, *error):
@@ -64,12 +63,11 @@ class StepDisplay:
         if self.quiet:
             return
         now, step = time.perf_counter(), metrics["step"]
-        num_steps = self.num_steps
-        if num_steps is None:
-            assert self.train.flops is not None, "the schema asks for it"
+        num_steps = self.train.steps
+        if self.train.flops is not None:
             # As many as the operations so far promise.
-            num_steps = max(step, math.ceil(step * self.train.flops / metrics["total_flops"]))
-            num_steps = step if metrics["total_flops"] >= self.train.flops else max(num_steps, step + 1)
+            promised = math.ceil(step * self.train.flops / metrics["total_flops"])
+            num_steps = min(num_steps, max(promised, step))
         self.num_tokens += metrics["num_loss_tokens"]
         shown = _describe(metrics, self.num_tokens / (now - self.began))
         if self.live:

@@ -361,23 +361,22 @@ def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[
 
 
 def is_spent(config: Train, num_steps: int, flops: float) -> bool:
-    """Whether a run that has done this much has reached its budget."""
-    if config.flops is not None and config.budget == "flops":
-        return flops >= config.flops
-    return num_steps >= config.steps
+    """Whether a run that has done this much has reached its last step or its operations."""
+    return num_steps >= config.steps or (config.flops is not None and flops >= config.flops)
 
 
 def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
-    """The rate of step 0, 1, ..., before which `flops` were spent: linear warm-up, then constant or a cosine that would
-    reach 0 at the end of the budget."""
+    """The rate of step 0, 1, ..., before which `flops` were spent: linear warm-up, then constant or a cosine.
+
+    The cosine would reach 0 after the last step, or when the operations are spent, whichever is nearer.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    if config.flops is not None and config.budget == "flops":
-        progress = flops / config.flops
-    else:
-        progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    if config.flops is not None:
+        progress = max(progress, flops / config.flops)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
