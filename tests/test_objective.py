@@ -182,3 +182,19 @@ def test_every_token_kept_is_the_whole_signal(student, teacher):
     assert whole[0] == pytest.approx(kept[0], rel=1e-5)
     for a, b in zip(whole[1], kept[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_stop_token_is_learnt_when_pad_is_eos(student, teacher):
+    """Masks come from lengths: the end token counts, and padding of the same id does not."""
+    student.tokenizer.pad_token = student.tokenizer.eos_token
+    student.model.config.pad_token_id = student.tokenizer.pad_token_id
+    assert student.tokenizer.pad_token_id == student.tokenizer.eos_token_id == 2
+    (batch,) = make_batches(ROLLOUTS, 10_000)
+    assert batch.target_ids_BT[batch.loss_mask_BT].tolist().count(2) == 3
+    assert batch.loss_mask_BT.sum() == sum(sum(rollout.trained) for rollout in ROLLOUTS)
+    loss = Loss(Objective(kl="forward"), "token", vocab_size=23)
+    together = gradients(student, teacher, loss, 10_000)
+    alone = gradients(student, teacher, loss, 1)
+    assert together[0] == pytest.approx(alone[0], rel=1e-5)
+    only_stop = gradients(student, teacher, loss, 100, [make_rollout([1, 5], [2])])
+    assert only_stop[0] > 0 and max(grad.abs().max() for grad in only_stop[1]) > 0
