@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 # No test may use the network, and one thread is fastest for models this small and gives the same bits everywhere.
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from potstill import training
 from potstill.config import Recipe
 from potstill.models import LanguageModel
 from potstill.tasks.multiplication import build_tokenizer
@@ -62,6 +64,21 @@ def tiny_recipe(out, **sections) -> Recipe:
     for name, section in sections.items():
         data[name] = {**data.get(name, {}), **section}
     return Recipe.model_validate(data)
+
+
+@contextlib.contextmanager
+def interrupted_at(step: int):
+    """Ctrl-C in the middle of a step's update."""
+    real = training.learning_rate
+
+    def interrupt(config, current, spent):
+        if current == step:
+            raise KeyboardInterrupt
+        return real(config, current, spent)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "learning_rate", interrupt)
+        yield
 
 
 @pytest.fixture

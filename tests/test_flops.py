@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model, make_rollout, tiny_recipe
+from conftest import interrupted_at, make_model, make_rollout, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -56,7 +56,7 @@ def test_parts_by_hand(student, teacher):
     assert rollout_flops([make_rollout([1], [2], writer="dataset")], models, by_token=False) == 0
 
 
-def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path, monkeypatch):
+def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path):
     whole = potstill.train(tiny_recipe(tmp_path / "steps"), quiet=True)
     rows = runlog.read_rows(tmp_path / "steps/metrics.jsonl")
     assert rows[-1]["total_flops"] == sum(sum(row["flops"].values()) for row in rows) == whole.metrics["total_flops"]
@@ -72,17 +72,8 @@ def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path, monke
     of_flops = runlog.read_rows(tmp_path / "flops/metrics.jsonl")
     assert len(of_flops) == 4 and of_flops[-1]["total_flops"] >= flops > of_flops[-2]["total_flops"]
 
-    real = training.learning_rate
-
-    def broken(config, step, spent):
-        if step == 3:
-            raise KeyboardInterrupt
-        return real(config, step, spent)
-
-    monkeypatch.setattr(training, "learning_rate", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(3):
         potstill.train(recipe("stopped"), quiet=True)
-    monkeypatch.setattr(training, "learning_rate", real)
     potstill.train(recipe("stopped"), quiet=True)
     stopped = runlog.read_rows(tmp_path / "stopped/metrics.jsonl")
     assert [row["total_flops"] for row in stopped] == [row["total_flops"] for row in of_flops]

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from conftest import interrupted_at, tiny_recipe
 
-from potstill import runlog, training
+from potstill import runlog
 from potstill.config import Objective, RecipeError, Sampling, make_recipe
 from potstill.prefixes import Writing, student_places, write_rollouts
 from potstill.sampling import sample
@@ -127,7 +127,7 @@ def test_training_splits_every_metric_by_writer(tmp_path, objective):
     assert sum(num for _, num in first["writers"]) == len(first["tokens"])
 
 
-def test_rollouts_are_used_again_and_survive_a_resume(tmp_path, monkeypatch):
+def test_rollouts_are_used_again_and_survive_a_resume(tmp_path):
     def recipe(name):
         sections = {"objective": {"prefix": "student", "kl": "reverse"}, "rollouts": {"reuse": 3}}
         return tiny_recipe(tmp_path / name, train={"steps": 7, "checkpoint_every": 2}, **sections)
@@ -137,18 +137,10 @@ def test_rollouts_are_used_again_and_survive_a_resume(tmp_path, monkeypatch):
     assert [row["rollout_age"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
     assert len({row["length"] for row in rows[:3]}) == 1 and rows[0]["loss"] != rows[1]["loss"]
 
-    real = training.learning_rate
+    # After checkpoints in the middle of a round and at its end.
     for stop_at in (2, 4, 6):
-        # After checkpoints in the middle of a round and at its end.
-        def broken(config, step, spent, stop_at=stop_at):
-            if step == stop_at:
-                raise KeyboardInterrupt
-            return real(config, step, spent)
-
-        monkeypatch.setattr(training, "learning_rate", broken)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted_at(stop_at):
             train(recipe("stopped"), quiet=True)
-    monkeypatch.setattr(training, "learning_rate", real)
     resumed = train(recipe("stopped"), quiet=True)
     for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
         assert torch.equal(a, b)

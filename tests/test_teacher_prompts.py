@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from conftest import make_rollout, tiny_recipe
+from conftest import interrupted_at, make_rollout, tiny_recipe
 
 import potstill
-from potstill import runlog, training
+from potstill import runlog
 from potstill.batching import make_batches
 from potstill.config import Objective, RecipeError, Sampling, make_recipe
 from potstill.data import DataError
@@ -73,7 +73,7 @@ def write_data(path, **extra):
 
 
 @pytest.mark.parametrize("prefix", ["student", "teacher"])
-def test_a_student_learns_from_itself_with_a_hint_and_resumes(tmp_path, monkeypatch, capsys, prefix):
+def test_a_student_learns_from_itself_with_a_hint_and_resumes(tmp_path, capsys, prefix):
     data = write_data(tmp_path / "rows.jsonl")
 
     def recipe(name, **teacher):
@@ -90,17 +90,8 @@ def test_a_student_learns_from_itself_with_a_hint_and_resumes(tmp_path, monkeypa
     environment = json.loads((tmp_path / "whole/environment.json").read_text())
     assert environment["models"]["teacher"]["weights"] == environment["models"]["student"]["weights"]
 
-    real = training.learning_rate
-
-    def broken(config, step, spent):
-        if step == 3:
-            raise KeyboardInterrupt
-        return real(config, step, spent)
-
-    monkeypatch.setattr(training, "learning_rate", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(3):
         potstill.train(recipe("stopped", prompt_column="hint"), quiet=True)
-    monkeypatch.setattr(training, "learning_rate", real)
     resumed = potstill.train(recipe("stopped", prompt_column="hint"), quiet=True)
     for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
         assert torch.equal(a, b)

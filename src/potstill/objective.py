@@ -105,7 +105,6 @@ def batch_loss(
             known,
             loss.objective.kl,
             forward_weight=loss.objective.forward_weight,
-            labels_N=labels_N,
             **options,
         )
         loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
@@ -113,7 +112,8 @@ def batch_loss(
     return fused_loss(
         *sides,
         loss.terms(),
-        labels_N=labels_N,
+        # Log-probabilities of the written tokens cost a gather of head rows, and only this signal reads them.
+        labels_N=labels_N if loss.objective.signal == "labels" else None,
         weights_N=weights_N,
         scale=1 / divisor,
         budget=loss.budget,

@@ -76,7 +76,6 @@ def top_k_loss(
     kl: str,
     *,
     forward_weight: float = 0.5,
-    labels_N: Tensor | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
@@ -91,7 +90,6 @@ def top_k_loss(
     stats = fused_statistics(
         hidden_ND,
         head,
-        labels_N=labels_N,
         vocab_size=vocab_size,
         temperature=temperature,
         end_ids=end_ids,
