@@ -43,6 +43,7 @@ assets: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/divergence.py
+	$(BIN)/python benchmarks/cache.py
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

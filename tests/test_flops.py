@@ -40,10 +40,10 @@ def test_parts_by_hand(student, teacher):
     rollout = make_rollout([1, 5, 6], [9, 5, 3, 2], trained=[False, True, False, True], writer="teacher")
     assert training_flops([rollout], s, t) == {
         "rollout": 0,
-        "teacher": t.backbone(6) + 2 * t.head,
+        "teacher": t.backbone(6),
         "student_forward": s.backbone(6),
         "student_backward": 2 * s.backbone(6),
-        "head": 6 * s.head,
+        "head": 6 * s.head + 2 * t.head,
     }
     assert training_flops([rollout], s, None)["teacher"] == 0
     models = {"student": s, "teacher": t}

@@ -9,7 +9,7 @@ from conftest import make_model, make_rollout
 from potstill.batching import make_batches
 from potstill.config import Objective
 from potstill.divergence import token_divergence
-from potstill.objective import Loss, batch_loss, sampled_loss, teacher_rows
+from potstill.objective import Loss, batch_loss, sampled_loss, teacher_signal
 
 ROLLOUTS = [
     make_rollout([1, 5, 6], [9, 5, 2]),
@@ -24,7 +24,7 @@ def gradients(student, teacher, loss: Loss, tokens_per_batch: int, rollouts=ROLL
     student.zero_grad()
     divisor, total = loss.divisor(rollouts), 0.0
     for batch in make_batches(rollouts, tokens_per_batch):
-        loss_sum, _, _ = batch_loss(student, teacher, teacher_rows(teacher, batch, loss), batch, loss, divisor)
+        loss_sum, _, _ = batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss, divisor)
         loss_sum.backward()
         total += loss_sum.item()
     return total, [parameter.grad.clone() for parameter in student.parameters()]
@@ -48,7 +48,7 @@ def test_normalisation_weighs_tokens_or_sequences(student, teacher):
     for rollout in ROLLOUTS:
         (batch,) = make_batches([rollout], 10_000)
         loss = Loss(objective, "token", vocab_size=23)
-        token_losses.append(batch_loss(student, teacher, teacher_rows(teacher, batch, loss), batch, loss)[1])
+        token_losses.append(batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)[1])
     by_token = torch.cat(token_losses).mean().item()
     by_sequence = torch.stack([loss_N.mean() for loss_N in token_losses]).mean().item()
     assert gradients(student, teacher, Loss(objective, "token", 23), 40)[0] == pytest.approx(by_token, rel=1e-5)
@@ -82,7 +82,7 @@ def test_rows_are_the_models_own_logits_at_the_loss_tokens(student, teacher):
     ids = torch.tensor([ROLLOUTS[1].prompt.token_ids + ROLLOUTS[1].completion_ids])
     own = teacher.model(input_ids=ids).logits[0]
     # The trained completion tokens sit at 2, 5, 6, 7 of the sequence, so the rows are those just before.
-    rows = teacher.head(teacher_rows(teacher, batch, Loss(Objective(), "token", vocab_size=23)))
+    rows = teacher.head(teacher_signal(teacher, batch, Loss(Objective(), "token", vocab_size=23)))
     torch.testing.assert_close(rows, own[[1, 4, 5, 6]], rtol=1e-4, atol=1e-4)
 
 
@@ -113,7 +113,7 @@ def test_bfloat16_compute_leaves_logits_and_loss_in_float32(student, teacher):
     """The loss equals that of float32 heads on bfloat16 hidden states, and not that of rounded logits."""
     (batch,) = make_batches(ROLLOUTS, 10_000)
     loss = Loss(Objective(kl="reverse"), "token", compute_dtype="bfloat16", vocab_size=23)
-    teacher_NE = teacher_rows(teacher, batch, loss)
+    teacher_NE = teacher_signal(teacher, batch, loss)
     teacher_NV = teacher.head(teacher_NE)
     value, _, _ = batch_loss(student, teacher, teacher_NE, batch, loss)
     with torch.autocast("cpu", torch.bfloat16):
@@ -146,7 +146,7 @@ def test_sampled_estimators_have_the_gradient_they_are_named_for(student, teache
     hidden = student(batch.input_ids_BT)[batch.loss_mask_BT]
     objective = Objective(prefix="student", kl=kl, signal="sampled", estimator=estimator, baseline=baseline)
     loss = Loss(objective, "token", vocab_size=23, end_class=end_class)
-    rows = teacher_rows(teacher, batch, loss)
+    rows = teacher_signal(teacher, batch, loss)
     labels = batch.target_ids_BT[batch.loss_mask_BT]
     loss_N, value_N, _ = sampled_loss(hidden, student.head, rows, teacher.head, labels, loss)
     found = torch.autograd.grad((q_N * loss_N).sum(), list(student.parameters()))
@@ -168,7 +168,7 @@ def test_the_exact_baseline_lowers_the_variance(student, teacher):
         spread[baseline] = 0.0
         for i in range(23):
             hidden = student(batch.input_ids_BT[i : i + 1])[:, -1].detach().requires_grad_()
-            rows = teacher_rows(teacher, batch, loss)[i : i + 1]
+            rows = teacher_signal(teacher, batch, loss)[i : i + 1]
             loss_N, _, _ = sampled_loss(hidden, student.head, rows, teacher.head, torch.tensor([i]), loss)
             (grad,) = torch.autograd.grad(loss_N.sum(), hidden)
             spread[baseline] += (q_N[i] * grad.square().sum()).item()

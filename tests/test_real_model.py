@@ -14,7 +14,7 @@ from potstill.batching import make_batch
 from potstill.config import METHODS, Objective, Sampling, load_recipe
 from potstill.data import load_examples, make_prompts
 from potstill.models import LanguageModel, end_set, load_model, shared_vocab_size
-from potstill.objective import Loss, batch_loss, teacher_rows
+from potstill.objective import Loss, batch_loss, teacher_signal
 from potstill.sampling import sample
 from potstill.training import train
 from potstill.types import Batch, Example, Prompt, Rollout, Writer
@@ -82,7 +82,7 @@ def held_out(teacher, student) -> dict[str, Batch]:
 @torch.no_grad()
 def mean_loss(student: LanguageModel, teacher: LanguageModel, batch: Batch, objective: Objective) -> float:
     loss = Loss(objective, "token", vocab_size=shared_vocab_size(student, teacher))
-    loss_N = batch_loss(student, teacher, teacher_rows(teacher, batch, loss), batch, loss)[1]
+    loss_N = batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)[1]
     return loss_N.mean().item()
 
 

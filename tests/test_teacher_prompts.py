@@ -12,7 +12,7 @@ from potstill import runlog
 from potstill.batching import make_batches
 from potstill.config import Objective, RecipeError, Sampling, make_recipe
 from potstill.data import DataError
-from potstill.objective import Loss, teacher_rows
+from potstill.objective import Loss, teacher_signal
 from potstill.prefixes import Writing, write_rollouts
 from potstill.sampling import sample
 
@@ -37,7 +37,7 @@ def test_rows_align_with_prompts_of_different_lengths(student, teacher, tokens_p
         of_student = student(batch.input_ids_BT)[batch.loss_mask_BT]
         labels = batch.target_ids_BT[batch.loss_mask_BT].tolist()
         for who, model, rows in (
-            ("teacher", teacher, teacher_rows(teacher, batch, loss)),
+            ("teacher", teacher, teacher_signal(teacher, batch, loss)),
             ("student", student, of_student),
         ):
             expected, written = [], []

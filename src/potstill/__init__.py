@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from potstill.cache_build import CacheOptions, build_cache, verify_cache
     from potstill.config import Recipe, load_recipe
     from potstill.divergence import token_divergence
     from potstill.evaluation import evaluate
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 # Imported on first use, so that `potstill --help` does not wait for torch.
 _HOMES = {
+    "CacheOptions": "potstill.cache_build",
+    "build_cache": "potstill.cache_build",
+    "verify_cache": "potstill.cache_build",
     "Recipe": "potstill.config",
     "load_recipe": "potstill.config",
     "token_divergence": "potstill.divergence",
@@ -25,15 +29,18 @@ _HOMES = {
     "train": "potstill.training",
 }
 __all__ = [
+    "CacheOptions",
     "Head",
     "LossTerms",
     "Recipe",
+    "build_cache",
     "evaluate",
     "fused_loss",
     "fused_statistics",
     "load_recipe",
     "token_divergence",
     "train",
+    "verify_cache",
 ]
 
 

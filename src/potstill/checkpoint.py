@@ -6,7 +6,6 @@ PyTorch's own generator are all seeded from the recipe's seed and the step.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from potstill.distributed import World, gather, wait_for_all
 from potstill.models import LanguageModel
-from potstill.runlog import RunError
+from potstill.runlog import RunError, flush
 from potstill.types import Prompt, Rollout
 
 
@@ -64,9 +63,9 @@ def save(
             )
         )
         for path in unfinished.iterdir():
-            _flush(path)
+            flush(path)
         unfinished.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
         for old in target.parent.iterdir():
             if old != target:
                 shutil.rmtree(old)
@@ -119,12 +118,3 @@ def _untied(state: dict[str, Any], student: LanguageModel) -> dict[str, torch.Te
     """The state without second names of one tensor, as safetensors stores each tensor once."""
     names = {name for name, _ in student.named_parameters()} | {name for name, _ in student.named_buffers()}
     return {name: value.contiguous() for name, value in state.items() if name in names}
-
-
-def _flush(path: Path) -> None:
-    """Have the file's bytes on disk before anything refers to them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -134,6 +134,8 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         _refuse_overrides(overrides)
         show_responses(model, prompt, source, template, num, max_tokens, seed, sampling)
 
+    app.command(_cache_app(overrides), name="cache", help="Build, look at and check teacher caches.")
+
     @app.command
     def methods() -> None:
         """Print the grid of methods."""
@@ -166,6 +168,78 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
 
         _refuse_overrides(overrides)
         run_demo(out, jobs, steps)
+
+    return app
+
+
+def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
+    app = SubcommandApp()
+
+    @app.command
+    def build(
+        recipe: Positional[str],
+        out: Path,
+        payload: Literal["hidden", "topk", "completions"] = "hidden",
+        dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16",
+        completions: int = 1,
+        rollouts_per_shard: int = 128,
+    ) -> None:
+        """Write a teacher's completions and signal to disk, or what is missing of them there.
+
+        Training with teacher.cache then needs no teacher. The same command goes on after a kill; with more prompts or
+        completions it adds them. `--section.field VALUE` overrides the recipe's, as in `potstill train --help`.
+
+        Args:
+            recipe: A TOML file, or the name of a shipped recipe such as demo.
+            out: Folder of the cache.
+            payload: hidden: the last hidden states, exact for every KL; topk: the objective.top_k likeliest tokens;
+                completions: the text alone, which the teacher scores live.
+            dtype: Type of the stored hidden states; what rounding changes is measured and printed.
+            completions: Completions of each prompt.
+            rollouts_per_shard: Completions in one file, which is what a kill loses at most on each rank.
+        """
+        resolved = load_recipe(recipe, overrides)
+        from potstill import distributed
+        from potstill.cache_build import CacheOptions, build_cache, summary
+
+        world = distributed.start()
+        manifest = build_cache(resolved, out, CacheOptions(payload, dtype, completions, rollouts_per_shard))
+        distributed.stop()
+        if world.is_main:
+            print("\n".join(summary(manifest)))
+            print(f"train from it with --teacher.cache {out}")
+
+    @app.command
+    def info(folder: Positional[Path]) -> None:
+        """Say what a cache holds: teacher, settings, size.
+
+        Args:
+            folder: Folder of the cache.
+        """
+        from potstill.cache import read_manifest
+        from potstill.cache_build import facts, summary
+
+        _refuse_overrides(overrides)
+        manifest = read_manifest(folder)
+        print("\n".join([*facts(manifest), *summary(manifest)]))
+
+    @app.command
+    def verify(folder: Positional[Path], teacher: str | None = None, drop_broken: bool = False) -> None:
+        """Read a whole cache and check it: all checksums, log-sum-exps against the head, rollouts against the teacher.
+
+        Args:
+            folder: Folder of the cache.
+            teacher: Where the teacher is now, if not where it was.
+            drop_broken: Remove damaged shards, so that a build makes them again.
+        """
+        from potstill.cache import CacheError
+        from potstill.cache_build import findings, verify_cache
+
+        _refuse_overrides(overrides)
+        verified = verify_cache(folder, teacher=teacher, drop_broken=drop_broken)
+        print("\n".join(findings(verified)))
+        if verified.broken and not drop_broken:
+            raise CacheError(f"{len(verified.broken)} of {len(verified.manifest.shards)} shards are damaged")
 
     return app
 
@@ -204,7 +278,10 @@ def _literal(text: str) -> Any:
 
 def _refuse_overrides(overrides: dict[str, Any]) -> None:
     if overrides:
-        raise RecipeError(f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train` takes")
+        raise RecipeError(
+            f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train` and `potstill cache build` "
+            "take"
+        )
 
 
 def _print_grid() -> None:

@@ -64,6 +64,8 @@ class TeacherSpec(Section):
     student's prompts."""
     prompt_column: str | None = None
     """Column of a file or hub data set with what the teacher is asked instead, such as the prompt and a hint."""
+    cache: str | None = None
+    """Folder that `potstill cache build` wrote: completions and signal come from it, and the teacher is not loaded."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the teacher's weights."""
     trust_remote_code: bool = False
@@ -234,6 +236,16 @@ class Recipe(RecipeFields):
                 )
         if self.objective.signal == "sampled":
             self._check_sampled_signal()
+        if self.teacher.cache is not None and self.objective.prefix in ("student", "mixed"):
+            raise ValueError(
+                f'teacher.cache is set and objective.prefix is "{self.objective.prefix}": a cache knows the teacher '
+                "on completions that are written already, and a student's are not; use teacher or dataset prefixes, "
+                "or remove teacher.cache"
+            )
+        if self.teacher.cache is not None and self.teacher.model == "self":
+            raise ValueError(
+                'teacher.cache is set and teacher.model is "self"; name the model that the cache was built with'
+            )
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps is {self.train.warmup_steps}, more than train.steps = {self.train.steps}; lower it"

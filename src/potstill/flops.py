@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from potstill.heads import Head
 from potstill.models import LanguageModel
 from potstill.types import Rollout, Writer
 
@@ -27,6 +28,11 @@ class ModelFlops:
     def backbone(self, num_tokens: int) -> int:
         """One forward pass over a sequence, or decoding it token by token with a cache."""
         return self.per_token * num_tokens + self.per_pair * (num_tokens * (num_tokens + 1) // 2)
+
+
+def head_flops(head: Head | None) -> ModelFlops:
+    """Of a teacher that is a head alone, or not even that."""
+    return ModelFlops(0, 0, 0 if head is None else 2 * head.weight_VD.numel())
 
 
 def model_flops(model: LanguageModel) -> ModelFlops:
@@ -61,7 +67,10 @@ def rollout_flops(rollouts: Iterable[Rollout], models: Mapping[Writer, ModelFlop
 
 
 def training_flops(rollouts: Sequence[Rollout], student: ModelFlops, teacher: ModelFlops | None) -> dict[str, int]:
-    """One forward and backward pass, which counts as two forward ones. `teacher` is None where none scores."""
+    """One forward and backward pass, which counts as two forward ones. `teacher` is None where none scores.
+
+    `head` is that of both models. A cached teacher has no body, so what it scores costs its head alone, or nothing.
+    """
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for rollout in rollouts:
         num_written = len(rollout.completion_ids) - 1
@@ -72,5 +81,5 @@ def training_flops(rollouts: Sequence[Rollout], student: ModelFlops, teacher: Mo
         parts["head"] += 3 * num_loss_tokens * student.head
         if teacher is not None:
             parts["teacher"] += teacher.backbone(len(rollout.prompt.ids_of("teacher")) + num_written)
-            parts["teacher"] += num_loss_tokens * teacher.head
+            parts["head"] += num_loss_tokens * teacher.head
     return parts

@@ -8,12 +8,15 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from potstill.heads import Head
+
+if TYPE_CHECKING:
+    from potstill.cache import CachedTeacher
 
 ASSETS = Path(__file__).parent / "assets"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -70,36 +73,76 @@ def load_model(
     """
     import transformers
 
-    path = str(ASSETS / name.removeprefix("potstill:")) if name.startswith("potstill:") else name
-    folder = Path(path)
-    if name.startswith("potstill:") and not folder.is_dir():
-        shipped = sorted(f"potstill:{entry.name}" for entry in ASSETS.iterdir() if entry.is_dir())
-        raise ModelError(f"{name!r} is not a shipped model; choose one of {', '.join(shipped)}")
-    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise ModelError(
-            f"model folder {name!r} does not exist; give a Hugging Face model folder or a hub id like org/model"
-        )
-    if folder.is_dir() and init == "pretrained":
-        _refuse_pickle(folder)
-    shared: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    torch_dtype = getattr(torch, dtype)
-    try:
-        with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **shared)
-            if init == "random":
-                config = transformers.AutoConfig.from_pretrained(path, **shared)
-                torch.manual_seed(seed)
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype, **shared)
-            else:
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    path, dtype=torch_dtype, use_safetensors=True, **shared
-                )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {name!r} cannot be loaded: {reason}") from None
+    path = _find(name)
+    if Path(path).is_dir() and init == "pretrained":
+        _refuse_pickle(Path(path))
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
+    with _readable(name):
+        if init == "random":
+            config = load_config(name, trust_remote_code)
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_config(config, **shared)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **shared)
     language_model = LanguageModel(model.eval(), tokenizer, name)
     check_logits(language_model)
     return language_model
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer of a model by its name. Raises ModelError when it cannot be read."""
+    import transformers
+
+    with _readable(name):
+        return transformers.AutoTokenizer.from_pretrained(_find(name), trust_remote_code=trust_remote_code)
+
+
+def load_config(name: str, trust_remote_code: bool = False):
+    """The configuration of a model by its name. Raises ModelError when it cannot be read."""
+    import transformers
+
+    with _readable(name):
+        return transformers.AutoConfig.from_pretrained(_find(name), trust_remote_code=trust_remote_code)
+
+
+def find_folder(name: str) -> Path | None:
+    """Where a model's files are on this machine; None when they are not."""
+    import huggingface_hub
+
+    folder = ASSETS / name.removeprefix("potstill:") if name.startswith("potstill:") else Path(name)
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _find(name: str) -> str:
+    """The folder or hub id that a name stands for."""
+    path = str(ASSETS / name.removeprefix("potstill:")) if name.startswith("potstill:") else name
+    if name.startswith("potstill:") and not Path(path).is_dir():
+        shipped = sorted(f"potstill:{entry.name}" for entry in ASSETS.iterdir() if entry.is_dir())
+        raise ModelError(f"{name!r} is not a shipped model; choose one of {', '.join(shipped)}")
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise ModelError(
+            f"model folder {name!r} does not exist; give a Hugging Face model folder or a hub id like org/model"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def _readable(name: str):
+    """Quietly; what transformers raises becomes one line."""
+    try:
+        with _quiet():
+            yield
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model {name!r} cannot be loaded: {reason}") from None
 
 
 def _refuse_pickle(folder: Path) -> None:
@@ -156,7 +199,7 @@ def find_end_ids(model, tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in found if i is not None))
 
 
-def end_set(student: LanguageModel, teacher: LanguageModel | None) -> tuple[int, ...]:
+def end_set(student: LanguageModel, teacher: "LanguageModel | CachedTeacher | None") -> tuple[int, ...]:
     """The union of both models' end ids. Raises ModelError when there is none: nothing would ever stop."""
     ids = tuple(dict.fromkeys((*student.end_ids, *(teacher.end_ids if teacher else ()))))
     if not ids:
@@ -181,7 +224,7 @@ def check_logits(model: LanguageModel) -> None:
         )
 
 
-def shared_vocab_size(student: LanguageModel, teacher: LanguageModel) -> int:
+def shared_vocab_size(student: LanguageModel, teacher: "LanguageModel | CachedTeacher") -> int:
     """How many vocabulary rows the two heads share.
 
     The tokenizers must agree on every id; rows beyond the tokenizer are padding, and the larger head is cut. Raises

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.cache import CachedTeacher
 from potstill.config import Objective
 from potstill.fused import DEFAULT_BUDGET, detached, fused_loss, fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel
-from potstill.topk import top_k_loss, top_k_of
+from potstill.topk import TopK, top_k_loss, top_k_of
 from potstill.types import Batch, LossTerms, Rollout, TokenStats
+
+Teacher = LanguageModel | CachedTeacher
 
 
 @dataclass(frozen=True)
@@ -57,27 +60,40 @@ class Loss:
 
 
 @torch.no_grad()
-def teacher_rows(teacher: LanguageModel | None, batch: Batch, loss: Loss) -> Tensor | None:
-    """The teacher's hidden states [N, E] at a batch's loss tokens; None where the written tokens are the signal."""
+def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
+    """What the teacher says at a batch's N loss tokens: hidden states [N, E], live or from the cache, or for
+    `signal = "topk"` its likeliest tokens; None where the written tokens are the signal.
+    """
     if loss.objective.signal == "labels":
         return None
     assert teacher is not None, "prepare loads a teacher for every other signal"
-    return teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+    if isinstance(teacher, CachedTeacher):
+        signal = teacher.signal_of(batch.rollouts)
+    else:
+        signal = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+    if loss.objective.signal != "topk":
+        return signal
+    if isinstance(signal, TopK):
+        return signal.cut(loss.objective.top_k)
+    assert teacher.head is not None, "a cache of hidden states has the head"
+    options = loss.shared_options()
+    given = {name: options[name] for name in ("vocab_size", "temperature", "end_ids")}
+    return top_k_of(signal, teacher.head, loss.objective.top_k, **given)
 
 
 def batch_loss(
     student: LanguageModel,
-    teacher: LanguageModel | None,
-    teacher_hidden_NE: Tensor | None,
+    teacher: Teacher | None,
+    signal: Tensor | TopK | None,
     batch: Batch,
     loss: Loss,
     divisor: float = 1.0,
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """The weighted sum of the loss over the N loss tokens of a batch, over `divisor`; the loss of each; statistics.
 
-    Returns `(loss_sum, loss_N, stats)`; only the first carries a gradient. `teacher_hidden_NE` is None for
-    `signal = "labels"`, whose loss is the cross-entropy of the written token. Raises NonFiniteError for logits that are
-    not finite.
+    Returns `(loss_sum, loss_N, stats)`; only the first carries a gradient. `signal` is what `teacher_signal` gives; it
+    is None for hard labels, whose loss is the cross-entropy of the written token. Raises NonFiniteError for logits that
+    are not finite.
     """
     device_type = batch.input_ids_BT.device.type
     # Only the backbone computes in the lower type: bfloat16 logits would bias the gradient and the entropy.
@@ -88,27 +104,18 @@ def batch_loss(
         num_tokens_B1 = batch.loss_mask_BT.sum(1, keepdim=True).expand_as(batch.loss_mask_BT)
         weights_N = 1 / num_tokens_B1[batch.loss_mask_BT]
     labels_N = batch.target_ids_BT[batch.loss_mask_BT]
-    teacher_head = None if teacher_hidden_NE is None or teacher is None else teacher.head
-    sides = (hidden_ND, student.head, teacher_hidden_NE, teacher_head)
+    if isinstance(signal, TopK):
+        objective = loss.objective
+        options = {"forward_weight": objective.forward_weight, **loss.shared_options()}
+        loss_N, stats = top_k_loss(hidden_ND, student.head, signal, objective.kl, **options)
+        loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
+        return loss_sum, loss_N.detach(), stats
+    teacher_head = None if signal is None or teacher is None else teacher.head
+    sides = (hidden_ND, student.head, signal, teacher_head)
     if loss.objective.signal == "sampled":
         loss_N, value_N, stats = sampled_loss(*sides, labels_N, loss)
         loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
         return loss_sum, value_N, stats
-    if loss.objective.signal == "topk":
-        assert teacher_hidden_NE is not None and teacher_head is not None, "prepare loads a teacher for this signal"
-        options = loss.shared_options()
-        given = {name: options[name] for name in ("vocab_size", "temperature", "end_ids")}
-        known = top_k_of(teacher_hidden_NE, teacher_head, loss.objective.top_k, **given)
-        loss_N, stats = top_k_loss(
-            hidden_ND,
-            student.head,
-            known,
-            loss.objective.kl,
-            forward_weight=loss.objective.forward_weight,
-            **options,
-        )
-        loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
-        return loss_sum, loss_N.detach(), stats
     return fused_loss(
         *sides,
         loss.terms(),

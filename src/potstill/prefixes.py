@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from potstill.cache import Cache
 from potstill.config import Objective, Sampling
 from potstill.sampling import sample
 from potstill.types import Prompt, Rollout, Stop, Writer
@@ -19,7 +20,10 @@ from potstill.types import Prompt, Rollout, Stop, Writer
 
 @dataclass(frozen=True)
 class Writing:
-    """How completions are written: by which source, with which models, how far, until what, and how."""
+    """How completions are written: by which source, with which models, how far, until what, and how.
+
+    With a `cache` the teacher's are there already.
+    """
 
     objective: Objective
     models: Mapping[Writer, Any]
@@ -27,6 +31,7 @@ class Writing:
     end_ids: tuple[int, ...]
     sampling: Sampling
     rollouts_per_step: int
+    cache: Cache | None = None
 
 
 # (seed of the run, which set of rollouts, place in the set): names the random stream of a rollout.
@@ -49,6 +54,13 @@ def from_one(writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds:
         _rollout(prompt, completion.token_ids, (writer,) * len(completion.token_ids), completion.stop)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def from_teacher(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+    """What the teacher writes now, or has written into the cache."""
+    if writing.cache is None:
+        return from_one("teacher", writing, prompts, seeds)
+    return [writing.cache.rollout(prompt, writing.window) for prompt in prompts]
 
 
 def from_dataset(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
@@ -137,7 +149,7 @@ def _rollout(prompt: Prompt, token_ids: tuple[int, ...], writers: tuple[Writer, 
 
 
 SOURCES: dict[str, Callable[[Writing, Sequence[Prompt], Sequence[Seed]], list[Rollout]]] = {
-    "teacher": lambda *given: from_one("teacher", *given),
+    "teacher": from_teacher,
     "student": lambda *given: from_one("student", *given),
     "dataset": from_dataset,
     "mixed/sequence": by_sequence,

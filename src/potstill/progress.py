@@ -3,11 +3,14 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from potstill.config import Evaluation, Recipe
+
+if TYPE_CHECKING:
+    from potstill.cache import Manifest, ShardRecord
 
 # Seconds between plain lines where there is no terminal.
 PLAIN_INTERVAL = 5.0
@@ -87,6 +90,54 @@ def _describe(metrics: dict[str, Any], tokens_per_second: float) -> str:
         parts.append(f"entropy {metrics['student_entropy']:.3f}")
     parts.append(f"length {metrics['length']:.0f}/{metrics['window']}")
     return "  ".join(parts)
+
+
+class CacheDisplay:
+    """Progress over the rollouts of a cache: tokens/s, bytes a token, time left."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.live = sys.stderr.isatty() and not quiet
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.live and hasattr(self, "progress"):
+            self.progress.stop()
+
+    def begin(self, manifest: "Manifest", num_rollouts: int) -> None:
+        """Say what there is already and how many rollouts are to be done."""
+        self.total, self.done, self.num_tokens, self.num_bytes = num_rollouts, 0, 0, 0
+        self.began = self.last_line = time.perf_counter()
+        if manifest.shards and not self.quiet:
+            print(f"{manifest.total('num_rollouts'):,} completions are there already", file=sys.stderr, flush=True)
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=16), TimeRemainingColumn())
+            self.progress = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
+            self.progress.start()
+            self.task = self.progress.add_task("first shard", total=num_rollouts)
+
+    def update(self, records: "Sequence[ShardRecord]") -> None:
+        """Show finished shards."""
+        if self.quiet:
+            return
+        self.done += sum(record.num_rollouts for record in records)
+        self.num_tokens += sum(record.num_tokens for record in records)
+        self.num_bytes += sum(record.num_bytes for record in records)
+        now = time.perf_counter()
+        shown = (
+            f"{self.num_tokens / (now - self.began):,.0f} tok/s  {self.num_bytes / self.num_tokens:,.1f} bytes/token"
+        )
+        if self.live:
+            self.progress.update(self.task, completed=self.done, description=shown)
+        elif now - self.last_line >= PLAIN_INTERVAL or self.done == self.total:
+            self.last_line = now
+            left = (now - self.began) / self.done * (self.total - self.done)
+            print(f"rollout {self.done}/{self.total}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 @contextmanager

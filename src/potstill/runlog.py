@@ -123,6 +123,15 @@ def write_atomically(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def flush(path: Path) -> None:
+    """Have the file's (or folder's) bytes on disk before anything refers to them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def describe_machine() -> dict[str, Any]:
     """Code revision, library versions and platform."""
     versions = {}

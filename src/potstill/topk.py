@@ -35,6 +35,16 @@ class TopK:
     tail_log_prob_N: Tensor | None
     entropy_N: Tensor
 
+    def cut(self, k: int) -> "TopK":
+        """The `k` likeliest alone; the others go to the tail."""
+        if k >= self.token_ids_NK.shape[1]:
+            return self
+        rest = self.log_probs_NK[:, k:]
+        if self.tail_log_prob_N is not None:
+            rest = torch.cat([rest, self.tail_log_prob_N[:, None]], -1)
+        cut = {"token_ids_NK": self.token_ids_NK[:, :k], "log_probs_NK": self.log_probs_NK[:, :k]}
+        return dataclasses.replace(self, **cut, tail_log_prob_N=rest.logsumexp(-1))
+
 
 @torch.no_grad()
 def top_k_of(

@@ -14,6 +14,7 @@ import torch
 
 from potstill import checkpoint, distributed, runlog
 from potstill.batching import make_batches
+from potstill.cache import Cache, CachedTeacher
 from potstill.config import Recipe, Train, is_table
 from potstill.data import (
     DataError,
@@ -25,11 +26,11 @@ from potstill.data import (
 )
 from potstill.distributed import World
 from potstill.evaluation import evaluate, prepare_problems
-from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
+from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
 from potstill.metrics import Stopwatch, logged_samples, num_tokens_to_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
-from potstill.objective import Loss, batch_loss, teacher_rows
+from potstill.objective import Loss, Teacher, batch_loss, teacher_signal
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
 from potstill.progress import StepDisplay
@@ -56,7 +57,8 @@ class Setup:
     """Everything a run needs, loaded and checked before anything is written."""
 
     student: LanguageModel
-    teacher: LanguageModel | None
+    teacher: Teacher | None
+    cache: Cache | None
     prompts: list[Prompt]
     end_ids: tuple[int, ...]
     loss: Loss
@@ -114,18 +116,9 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         )
     elif not isinstance(student, LanguageModel):
         student = LanguageModel(student, tokenizer, type(student).__name__)
-    needs_teacher = recipe.objective.signal != "labels" or recipe.objective.prefix in ("teacher", "mixed")
-    if needs_teacher and teacher is None and recipe.teacher.model == "self":
-        # A copy: on a resume the student's weights come from the checkpoint, and these stay what they were.
-        teacher = LanguageModel(copy.deepcopy(student.model), student.tokenizer, "self")
-    elif needs_teacher and teacher is None:
-        spec = recipe.teacher
-        teacher = load_model(spec.model, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
-    elif teacher is not None and not isinstance(teacher, LanguageModel):
-        teacher = LanguageModel(teacher, tokenizer, type(teacher).__name__)
+    cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
+    teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
     student.to(world.device)
-    if teacher is not None:
-        teacher.to(world.device).eval().requires_grad_(False)
     end_ids = end_set(student, teacher)
     ends_differ = teacher is not None and set(student.end_ids) != set(teacher.end_ids)
     loss = Loss(
@@ -148,7 +141,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             num_examples=data.num_prompts,
             prompt_column=data.prompt_column,
             seed=data.seed,
-            teacher_column=recipe.teacher.prompt_column if needs_teacher else None,
+            teacher_column=recipe.teacher.prompt_column if teacher is not None else None,
         )
     else:
         rows = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -175,6 +168,9 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             max_completion=recipe.window.tokens,
             context_length=teacher.context_length,
         )
+    if cache is not None:
+        cache.check_fit(end_ids, loss.vocab_size, loss.end_class)
+        tokenised = cache.attach(tokenised)
     if recipe.train.prompts_per_step % world.size:
         raise DataError(
             f"train.prompts_per_step is {recipe.train.prompts_per_step}, which {world.size} ranks cannot share evenly; "
@@ -188,13 +184,41 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     return Setup(
         student,
         teacher,
+        cache,
         tokenised,
         end_ids,
         loss,
         answer_end,
         model_flops(student),
-        model_flops(teacher) if teacher is not None else None,
+        head_flops(teacher.head) if isinstance(teacher, CachedTeacher) else teacher and model_flops(teacher),
     )
+
+
+def load_teacher(
+    recipe: Recipe, student: LanguageModel, cache: Cache | None, world: World, given=None, tokenizer=None
+) -> Teacher | None:
+    """The teacher of a run: `given`, loaded, the student as it is, or what a cache holds of one; None without need.
+
+    Raises CacheError for a cache of another teacher, or one that was written in another way.
+    """
+    objective, spec = recipe.objective, recipe.teacher
+    if objective.signal == "labels" and objective.prefix not in ("teacher", "mixed"):
+        return None
+    teacher = given
+    if given is not None and not isinstance(given, LanguageModel):
+        teacher = LanguageModel(given, tokenizer, type(given).__name__)
+    if cache is not None and (cache.manifest.settings.payload != "completions" or objective.signal == "labels"):
+        cache.check_recipe(recipe, teacher)
+        return CachedTeacher(cache, world.device, spec.trust_remote_code)
+    if teacher is None and spec.model == "self":
+        # A copy: on a resume the student's weights come from the checkpoint, and these stay what they were.
+        teacher = LanguageModel(copy.deepcopy(student.model), student.tokenizer, "self")
+    elif teacher is None:
+        teacher = load_model(spec.model, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+    if cache is not None:
+        cache.check_recipe(recipe, teacher)
+    teacher.to(world.device).eval().requires_grad_(False)
+    return teacher
 
 
 def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
@@ -202,14 +226,14 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     config, folder = recipe.train, recipe.out
     student, teacher = setup.student, setup.teacher
     decoders: dict[Writer, Any] = {"student": distributed.shard(student, world)}
-    if teacher is not None:
+    if isinstance(teacher, LanguageModel):
         decoders["teacher"] = teacher.model
     split_by: tuple[Writer, ...] = ("teacher", "student") if recipe.objective.prefix == "mixed" else ()
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
     saved = checkpoint.latest(folder)
     start, spent = checkpoint.load(saved, student, optimizer) if saved else (0, 0.0)
     writers_flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
-    if setup.teacher_flops is not None:
+    if setup.teacher_flops is not None and setup.cache is None:
         writers_flops["teacher"] = setup.teacher_flops
     by_token = recipe.objective.prefix == "mixed" and recipe.objective.mix_unit == "token"
     rollouts: list[Rollout] = []
@@ -231,7 +255,13 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             seeds = [(config.seed, round_, place) for place in places]
             window = recipe.window.tokens
             writing = Writing(
-                recipe.objective, decoders, window, setup.end_ids, recipe.sampling, config.prompts_per_step
+                recipe.objective,
+                decoders,
+                window,
+                setup.end_ids,
+                recipe.sampling,
+                config.prompts_per_step,
+                setup.cache,
             )
 
             with clock("rollout"):
@@ -318,10 +348,10 @@ def accumulate_gradients(
     samples = []
     for batch in batches:
         with clock("teacher"):
-            hidden_NE = teacher_rows(setup.teacher, batch, loss)
+            signal = teacher_signal(setup.teacher, batch, loss)
         with clock("student"):
             try:
-                loss_sum, loss_N, stats = batch_loss(student, setup.teacher, hidden_NE, batch, loss, divisor)
+                loss_sum, loss_N, stats = batch_loss(student, setup.teacher, signal, batch, loss, divisor)
             except NonFiniteError as error:
                 raise _not_finite(str(error), step, [rollout.prompt for rollout in batch.rollouts]) from None
             loss_sum.backward()
@@ -385,8 +415,10 @@ def _seed(*parts: object) -> int:
 
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:
-    models = {"student": setup.student} | ({"teacher": setup.teacher} if setup.teacher else {})
-    prompts = [(p.token_ids, p.completion_ids, p.trained, p.teacher_ids) for p in setup.prompts]
+    models: dict[str, Teacher] = {"student": setup.student}
+    if setup.teacher is not None:
+        models["teacher"] = setup.teacher
+    prompts = [(p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached) for p in setup.prompts]
     return {
         "world_size": world.size,
         "device": str(world.device),
@@ -394,10 +426,14 @@ def _environment(setup: Setup, world: World) -> dict[str, Any]:
         "end_ids": list(setup.end_ids),
         "end_class_merged": bool(setup.loss.end_class),
         "models": {
-            role: {"name": model.name, "weights": fingerprint(model), "end_ids": list(model.end_ids)}
+            role: {"name": model.name, "weights": _weights(model), "end_ids": list(model.end_ids)}
             for role, model in models.items()
         },
     }
+
+
+def _weights(model: Teacher) -> str | None:
+    return model.cache.manifest.teacher.parameters if isinstance(model, CachedTeacher) else fingerprint(model)
 
 
 def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
@@ -417,6 +453,8 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
             f"heads of {student.vocab_size} (student) and {teacher.vocab_size} (teacher) rows are cut to the "
             f"{setup.loss.vocab_size} they share"
         )
+    if setup.cache is not None:
+        lines += setup.cache.describe()
     example = setup.prompts[0]
     text = student.tokenizer.decode(example.token_ids)
     if warning := template_warning(setup.prompts, student.tokenizer, recipe.data.template):

@@ -42,7 +42,8 @@ class Example:
 class Prompt:
     """An example after tokenisation. `completion_ids` and `trained`, of one length, exist when the data has them.
 
-    `teacher_ids` is the teacher's prompt where it is not the student's. The completion is the same for both.
+    `teacher_ids` is the teacher's prompt where it is not the student's. The completion is the same for both. `cached`
+    says where a completion and the teacher's signal on it are in the cache: shard and row.
     """
 
     example: Example
@@ -50,6 +51,7 @@ class Prompt:
     completion_ids: tuple[int, ...] | None = None
     trained: tuple[bool, ...] | None = None
     teacher_ids: tuple[int, ...] | None = None
+    cached: tuple[int, int] | None = None
 
     def ids_of(self, who: Writer) -> tuple[int, ...]:
         """What this model is prompted with."""

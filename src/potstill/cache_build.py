@@ -1,0 +1,505 @@
+"""Making and checking a teacher cache.
+
+The work is cut into shards of a fixed number of rollouts. Each is made from its own prompts and seeds alone, and named
+by them. So a build that was killed goes on with the shards that are missing and ends with the same files, and several
+ranks end with the files of one. A shard gets its name when it is whole on disk, and the manifest lists it after that.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from potstill import distributed
+from potstill.batching import make_batches
+from potstill.cache import (
+    INDEX,
+    KEY_BYTES,
+    SIGNALS,
+    TEXT,
+    Cache,
+    CacheError,
+    Manifest,
+    Payload,
+    Settings,
+    ShardRecord,
+    checksum,
+    decode_rows,
+    encode_rows,
+    file_digest,
+    identify,
+    key_of,
+    read_manifest,
+    sampling_settings,
+    tensors_digest,
+)
+from potstill.config import Recipe, RecipeError, TeacherSpec
+from potstill.distributed import World
+from potstill.fused import fused_statistics
+from potstill.heads import Head
+from potstill.models import LanguageModel, find_folder, load_model
+from potstill.prefixes import Writing, write_rollouts
+from potstill.progress import CacheDisplay
+from potstill.runlog import flush, write_atomically
+from potstill.topk import top_k_of
+from potstill.training import Setup, prepare
+from potstill.types import Batch, Example, Prompt
+
+# Of each shard, `verify_cache` computes so many log-sum-exps again.
+VERIFIED_ROWS = 256
+# Of the whole cache, it gives so many rollouts to the live teacher.
+VERIFIED_ROLLOUTS = 32
+
+# What a shard holds many of: a prompt, its key, and the number of its completion.
+Entry = tuple[Prompt, bytes, int]
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is stored of each token, how many completions, and in what portions."""
+
+    payload: Payload = "hidden"
+    """hidden: the teacher's last hidden states, exact for every KL; topk: its objective.top_k likeliest tokens;
+    completions: the text alone, which the teacher scores live."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """Type of the stored hidden states. What rounding changes is measured and printed, in nats."""
+    completions: int = 1
+    """Completions of each prompt."""
+    rollouts_per_shard: int = 128
+    """Prompts with a completion in one file, which is what a kill loses at most on each rank."""
+
+
+def build_cache(
+    recipe: Recipe,
+    out: Path | str,
+    options: CacheOptions | None = None,
+    *,
+    student=None,
+    teacher=None,
+    tokenizer=None,
+    prompts: Sequence[str | dict | Example] | None = None,
+    quiet: bool = False,
+) -> Manifest:
+    """Write the completions and the signal of a recipe's teacher to the folder `out`, or what is missing of them there.
+
+    With `objective.prefix = "dataset"` the completions are the data's, with any other the teacher writes them. A cache
+    that is there is added to: more prompts, more completions of each. Objects take the place of names as in `train`.
+    Raises CacheError for a folder with anything else in it, for a cache of another teacher or of other settings, and
+    for a full disk; what was finished stays.
+    """
+    from filelock import FileLock, Timeout
+
+    options, out = options or CacheOptions(), Path(out)
+    recipe = _as_written(recipe, options)
+    _check_folder(out)
+    world = distributed.start()
+    setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts)
+    assert isinstance(setup.teacher, LanguageModel), "the recipe asks for a live teacher's signal"
+    wanted = _manifest(recipe, setup, setup.teacher, options)
+    try:
+        with contextlib.ExitStack() as stack:
+            if world.is_main:
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(out / ".lock", timeout=0))
+                _begin(out, wanted, setup.teacher)
+            distributed.wait_for_all(world)
+            cache = Cache(out)
+            refuse_other_cache(cache, wanted)
+            display = stack.enter_context(CacheDisplay(quiet or not world.is_main))
+            return _fill(cache, recipe, setup, setup.teacher, options, world, display)
+    except Timeout:
+        raise CacheError(f"cache {str(out)!r} is being built by another process; wait for it or stop it") from None
+    except OSError as error:
+        raise CacheError(
+            f"{str(error.filename or out)!r} cannot be written: {error.strerror}; what is finished is kept: make room "
+            "and run the same command again"
+        ) from None
+
+
+def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
+    """The recipe of what is stored: a live teacher's signal on its own completions, or on the data's."""
+    if recipe.teacher.model == "self":
+        raise RecipeError('teacher.model is "self", which changes from run to run; name the model to cache')
+    if min(options.completions, options.rollouts_per_shard) < 1:
+        raise RecipeError(
+            f"--completions is {options.completions} and --rollouts-per-shard {options.rollouts_per_shard}; both must "
+            "be at least 1"
+        )
+    writer = "dataset" if recipe.objective.prefix == "dataset" else "teacher"
+    if writer == "dataset" and (options.payload == "completions" or options.completions > 1):
+        raise RecipeError(
+            'objective.prefix is "dataset", whose completions are there already, one a prompt; use --payload hidden or '
+            "topk and --completions 1"
+        )
+    signal = "topk" if options.payload == "topk" else "full"
+    objective = recipe.objective.model_copy(update={"prefix": writer, "signal": signal})
+    teacher = recipe.teacher.model_copy(update={"cache": None})
+    return recipe.model_copy(update={"objective": objective, "teacher": teacher})
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise CacheError(f"cache folder {str(out)!r} is a file; choose another --out")
+    is_empty = not out.exists() or all(path.name.startswith(".") for path in out.iterdir())
+    # A build that was killed before its manifest was written leaves these.
+    began = {"tokenizer", "head.safetensors"}
+    if is_empty or (out / "manifest.json").exists() or {p.name for p in out.iterdir() if p.name[0] != "."} <= began:
+        return
+    raise CacheError(f"folder {str(out)!r} is not empty and holds no teacher cache; choose another --out")
+
+
+def _manifest(recipe: Recipe, setup: Setup, teacher: LanguageModel, options: CacheOptions) -> Manifest:
+    """What the cache's manifest says before any shard is made."""
+    is_hidden, is_topk = options.payload == "hidden", options.payload == "topk"
+    writes = recipe.objective.prefix == "teacher"
+    settings = Settings(
+        payload=options.payload,
+        dtype=options.dtype if is_hidden else None,
+        writer="teacher" if writes else "dataset",
+        window=recipe.window.tokens,
+        end_ids=setup.end_ids,
+        sampling=sampling_settings(recipe) if writes else None,
+        seed=recipe.train.seed if writes else None,
+        top_k=recipe.objective.top_k if is_topk else None,
+        temperature=recipe.objective.temperature if is_topk else None,
+        vocab_size=setup.loss.vocab_size if is_topk else None,
+        end_class=setup.loss.end_class if is_topk else None,
+        rollouts_per_shard=options.rollouts_per_shard,
+    )
+    head = teacher.head
+    return Manifest(
+        identify(teacher),
+        teacher.end_ids,
+        teacher.vocab_size,
+        head.weight_VD.shape[1],
+        head.scale,
+        head.softcap,
+        None,
+        settings,
+    )
+
+
+def _begin(out: Path, wanted: Manifest, teacher: LanguageModel) -> None:
+    """Write what does not change, and remove what a killed build left that no manifest lists."""
+    (out / "shards").mkdir(exist_ok=True)
+    if not (out / "manifest.json").exists():
+        teacher.tokenizer.save_pretrained(out / "tokenizer")
+        sha256 = None
+        if wanted.settings.payload == "hidden":
+            tensors = {"weight": teacher.head.weight_VD.detach(), "bias": teacher.head.bias_V}
+            save_whole({name: t for name, t in tensors.items() if t is not None}, out / "head.safetensors")
+            sha256 = file_digest(out / "head.safetensors")
+        write_atomically(out / "manifest.json", dataclasses.replace(wanted, head_sha256=sha256).to_json())
+    listed = {Path(record.file).name for record in read_manifest(out).shards}
+    for path in (out / "shards").iterdir():
+        if path.name not in listed:
+            path.unlink()
+
+
+def refuse_other_cache(cache: Cache, wanted: Manifest) -> None:
+    """Raise CacheError if a build would add what does not belong to what is there."""
+    for part in ("teacher", "settings"):
+        mine, theirs = getattr(cache.manifest, part), getattr(wanted, part)
+        for field in dataclasses.fields(mine):
+            if field.name not in ("name", "files"):
+                cache.refuse_other(field.name, getattr(mine, field.name), getattr(theirs, field.name))
+
+
+def _fill(
+    cache: Cache,
+    recipe: Recipe,
+    setup: Setup,
+    teacher: LanguageModel,
+    options: CacheOptions,
+    world: World,
+    display: CacheDisplay,
+) -> Manifest:
+    """Make the missing shards, one a rank at a time; after each round the manifest lists them."""
+    manifest, out = cache.manifest, cache.folder
+    # Of one text there is one entry, however often the data has it.
+    unique = {key_of(prompt, manifest.settings.writer): prompt for prompt in setup.prompts}
+    there = cache.numbered_keys()
+    entries = [
+        (prompt, key, number)
+        for number in range(options.completions)
+        for key, prompt in unique.items()
+        if (key, number) not in there
+    ]
+    size = options.rollouts_per_shard
+    portions = [entries[start : start + size] for start in range(0, len(entries), size)]
+    display.begin(manifest, len(entries))
+    for first in range(0, len(portions), world.size):
+        mine = portions[first + world.rank] if first + world.rank < len(portions) else None
+        record = None if mine is None else _make_shard(mine, recipe, setup, teacher, manifest.settings, out)
+        new = tuple(each for each in distributed.gather(record, world) if each is not None)
+        manifest = dataclasses.replace(manifest, shards=manifest.shards + new)
+        if world.is_main:
+            write_atomically(out / "manifest.json", manifest.to_json())
+        display.update(new)
+    return manifest
+
+
+def _make_shard(
+    entries: Sequence[Entry], recipe: Recipe, setup: Setup, teacher: LanguageModel, settings: Settings, out: Path
+) -> ShardRecord:
+    """Write the completions of some entries, score them, and store both."""
+    writing = Writing(
+        recipe.objective, {"teacher": teacher.model}, settings.window, setup.end_ids, recipe.sampling, len(entries)
+    )
+    prompts = [prompt for prompt, _, _ in entries]
+    seeds = [(recipe.train.seed, int.from_bytes(key), number) for _, key, number in entries]
+    rollouts = [
+        # Rows are stored for all tokens; which of them are trained on is for the run to say.
+        dataclasses.replace(rollout, trained=(True,) * len(rollout.completion_ids))
+        for rollout in write_rollouts(writing, prompts, seeds)
+    ]
+    signals: dict[int, dict[str, Tensor]] = {}
+    kls: list[float] = []
+    if settings.payload != "completions":
+        for batch in make_batches(rollouts, recipe.train.tokens_per_batch, setup.student.device):
+            columns, kl_N = _score(batch, teacher, setup, settings)
+            kls += [] if kl_N is None else kl_N.tolist()
+            lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
+            split = {name: column.cpu().split(lengths) for name, column in columns.items()}
+            for i, rollout in enumerate(batch.rollouts):
+                signals[id(rollout)] = {name: parts[i] for name, parts in split.items()}
+    # Ids are most of what is stored beside the signal, where prompts are long.
+    ids_type = torch.uint16 if teacher.vocab_size <= 2**16 else torch.int32
+    texts = [
+        {
+            "prompt_ids": torch.tensor(rollout.prompt.ids_of("teacher"), dtype=ids_type),
+            "completion_ids": torch.tensor(rollout.completion_ids, dtype=ids_type),
+        }
+        for rollout in rollouts
+    ]
+    of_signal = SIGNALS[settings.payload]
+    rows = [text | signals.get(id(rollout), {}) for rollout, text in zip(rollouts, texts, strict=True)]
+    tensors = {name: torch.cat([row[name] for row in rows]).contiguous() for name in (*TEXT, *of_signal)}
+    keys = np.frombuffer(b"".join(key for _, key, _ in entries), np.uint8).reshape(-1, KEY_BYTES)
+    tensors |= {
+        "keys": torch.from_numpy(keys.copy()),
+        "completion_indices": torch.tensor([number for _, _, number in entries], dtype=torch.int32),
+        "prompt_starts": _starts([len(row["prompt_ids"]) for row in rows]),
+        "completion_starts": _starts([len(row["completion_ids"]) for row in rows]),
+        "ended": torch.tensor([rollout.stop == "end" for rollout in rollouts]),
+        "checksums": torch.tensor([[checksum([row[n] for n in names]) for names in (TEXT, of_signal)] for row in rows]),
+    }
+    name = hashlib.sha256(repr([(key, number) for _, key, number in entries]).encode()).hexdigest()[:16]
+    path = out / "shards" / f"{name}.safetensors"
+    save_whole(tensors, path)
+    return ShardRecord(
+        file=str(path.relative_to(out)),
+        num_rollouts=len(entries),
+        num_tokens=len(tensors["completion_ids"]),
+        num_bytes=path.stat().st_size,
+        sha256=file_digest(path),
+        index=tensors_digest(tensors, INDEX),
+        kl=sum(kls) / len(kls) if kls else None,
+    )
+
+
+@torch.no_grad()
+def _score(
+    batch: Batch, teacher: LanguageModel, setup: Setup, settings: Settings
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What is stored of each token of a batch [N, ...], and KL(teacher || stored) [N] where something is rounded."""
+    hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+    head = teacher.head
+    if settings.payload == "topk":
+        assert settings.top_k is not None
+        options = setup.loss.shared_options()
+        known = top_k_of(
+            hidden_NE, head, settings.top_k, **{k: options[k] for k in ("vocab_size", "temperature", "end_ids")}
+        )
+        columns = (known.token_ids_NK.int(), known.log_probs_NK, _column(known.end_log_prob_N, hidden_NE))
+        columns += (_column(known.tail_log_prob_N, hidden_NE), known.entropy_N)
+        return dict(zip(SIGNALS["topk"], columns, strict=True)), None
+    assert settings.dtype is not None
+    stored_NE, scale = encode_rows(hidden_NE, settings.dtype)
+    rounded_NE = decode_rows(stored_NE, scale, hidden_NE.dtype)
+    labels_N = batch.target_ids_BT[batch.loss_mask_BT]
+    is_exact = torch.equal(rounded_NE, hidden_NE)
+    live_NE, live_head = (None, None) if is_exact else (hidden_NE, head)
+    stats = fused_statistics(rounded_NE, head, live_NE, live_head, labels_N=labels_N)
+    columns = (stored_NE, scale, stats.student_log_sum_exp_N, stats.student_entropy_N, stats.student_log_prob_N)
+    return dict(zip(SIGNALS["hidden"], columns, strict=True)), stats.forward_kl_N  # pyright: ignore[reportReturnType]
+
+
+def _column(values_N: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros(len(like), 0) if values_N is None else values_N[:, None]
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that has its name only once it is whole on disk. Raises OSError."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        # safetensors makes its files readable for their owner alone; this one has the user's own mode.
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)
+        unfinished.chmod(mode)
+        flush(unfinished)
+    except (SafetensorError, OSError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(getattr(error, "errno", None) or 0, str(error), str(path)) from None
+    unfinished.rename(path)
+    flush(path.parent)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify_cache` found. `head_error` is the largest relative error of a log-sum-exp computed again,
+    `live_kl` the mean KL(teacher || what is stored) against the live teacher in nats (None without one).
+    """
+
+    manifest: Manifest
+    broken: tuple[str, ...]
+    head_error: float | None
+    live_kl: float | None
+    note: str | None
+
+
+def verify_cache(
+    folder: Path | str, *, teacher: LanguageModel | str | None = None, drop_broken: bool = False, quiet: bool = False
+) -> Verified:
+    """Read a whole cache: checksums of all files, log-sum-exps against the head, some rollouts against the teacher.
+
+    `teacher` is where the teacher is now, if it is not where it was at the build; without one at either place that last
+    check is left out, which `note` then says. With `drop_broken` damaged shards are removed, so that a build makes them
+    again. Raises CacheError for a damaged manifest or head, and for another teacher.
+    """
+    folder, device = Path(folder), distributed.start().device
+    manifest = read_manifest(folder)
+    whole = Cache(folder, dataclasses.replace(manifest, shards=()))
+    head = whole.head(device) if manifest.settings.payload == "hidden" else None
+    broken: dict[ShardRecord, str] = {}
+    errors = [0.0]
+    with CacheDisplay(quiet) as display:
+        display.begin(dataclasses.replace(manifest, shards=()), manifest.total("num_rollouts"))
+        for record in manifest.shards:
+            try:
+                alone = Cache(folder, dataclasses.replace(manifest, shards=(record,)))
+                errors.append(alone.check_shard(0, head, VERIFIED_ROWS))
+            except CacheError as error:
+                broken[record] = str(error)
+            display.update([record])
+    kept = dataclasses.replace(manifest, shards=tuple(r for r in manifest.shards if r not in broken))
+    if broken and drop_broken:
+        for record in broken:
+            (folder / record.file).unlink(missing_ok=True)
+        write_atomically(folder / "manifest.json", kept.to_json())
+    live, note = _live_teacher(whole, teacher)
+    kl = None if live is None else _live_kl(Cache(folder, kept), live.to(device), head)
+    return Verified(manifest, tuple(broken.values()), max(errors) if head is not None else None, kl, note)
+
+
+def _live_teacher(cache: Cache, teacher: LanguageModel | str | None) -> tuple[LanguageModel | None, str | None]:
+    """The cache's teacher, checked to be it, or why there is none."""
+    mine = cache.manifest.teacher
+    if not isinstance(teacher, LanguageModel):
+        if find_folder(teacher or mine.name) is None:
+            return None, f"the teacher {teacher or mine.name!r} is not on this machine: nothing was compared with it"
+        teacher = load_model(teacher or mine.name, dtype=mine.dtype)
+    cache.check_teacher(TeacherSpec(), teacher)
+    return teacher.eval(), None
+
+
+@torch.no_grad()
+def _live_kl(cache: Cache, teacher: LanguageModel, head: Head | None) -> float | None:
+    """Mean KL(live teacher || stored) of some rollouts' tokens; of the kept tokens alone where only they are stored."""
+    places = [(shard, row) for shard, index in enumerate(cache.indices) for row in range(len(index.keys))]
+    if not places or cache.manifest.settings.payload == "completions":
+        return None
+    step = max(len(places) // VERIFIED_ROLLOUTS, 1)
+    kl = num_tokens = 0.0
+    for place in places[::step]:
+        (batch,) = make_batches([cache.stored_rollout(place)], 1, teacher.device)
+        hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+        if head is not None:
+            kl_N = fused_statistics(cache.rows_of(batch.rollouts, head), head, hidden_NE, teacher.head).forward_kl_N
+        else:
+            settings, stored = cache.manifest.settings, cache.top_k_of(batch.rollouts)
+            known = stored.log_probs_NK.exp()
+            log_probs = teacher.head(hidden_NE, settings.vocab_size).cpu() / (settings.temperature or 1)
+            live = log_probs.log_softmax(-1).gather(-1, stored.token_ids_NK)
+            kl_N = (live.exp() * (live - stored.log_probs_NK) - live.exp() + known).sum(-1)
+        assert kl_N is not None
+        kl += float(kl_N.double().sum())
+        num_tokens += len(kl_N)
+    return kl / num_tokens
+
+
+def summary(manifest: Manifest) -> list[str]:
+    """Size, bytes a token, and what whole logits would have taken."""
+    num_tokens, num_bytes = manifest.total("num_tokens"), manifest.total("num_bytes")
+    lines = [
+        f"{manifest.total('num_rollouts'):,} completions of {num_tokens:,} tokens in {len(manifest.shards):,} shards: "
+        f"{_size(num_bytes)}, {num_bytes / max(num_tokens, 1):,.1f} bytes a token ({manifest.settings.describe()})"
+    ]
+    if manifest.settings.payload != "completions":
+        whole = 2 * manifest.teacher_vocab_size * num_tokens
+        lines.append(
+            f"whole logits in bfloat16 would take {_size(whole)}, {2 * manifest.teacher_vocab_size:,} bytes a token: "
+            f"{whole / max(num_bytes, 1):.3g} times as much"
+        )
+    if manifest.mean_kl is not None:
+        lines.append(f"KL(teacher || what is stored): {manifest.mean_kl:.3g} nats a token, over all tokens")
+    return lines
+
+
+def facts(manifest: Manifest) -> list[str]:
+    """Who wrote a cache and how, one fact a line."""
+    teacher, settings = manifest.teacher, manifest.settings
+    written = f"by the {settings.writer}, at most {settings.window} tokens, end set {list(settings.end_ids)}"
+    if settings.sampling is not None:
+        sampling = ", ".join(f"{name} {value:g}" for name, value in settings.sampling.items())
+        written += f", {sampling}, seed {settings.seed}"
+    lines = [
+        f"teacher: {teacher.name} in {teacher.dtype}, weights {teacher.parameters}, files {teacher.files}, "
+        f"configuration {teacher.config}, tokenizer {teacher.tokenizer}, chat template {teacher.chat_template}",
+        f"head: {manifest.teacher_vocab_size:,} rows of {manifest.hidden_size:,}",
+        f"completions: {written}",
+    ]
+    if settings.payload == "topk":
+        lines.append(
+            f"kept: the {settings.top_k} likeliest of {settings.vocab_size:,} tokens at temperature "
+            f"{settings.temperature:g}, end class {list(settings.end_class or ())}"
+        )
+    return lines
+
+
+def findings(verified: Verified) -> list[str]:
+    """What a verification says, one fact a line."""
+    manifest = verified.manifest
+    num_whole = len(manifest.shards) - len(verified.broken)
+    lines = [*verified.broken, f"{num_whole:,} of {len(manifest.shards):,} shards have their checksums"]
+    if verified.head_error is not None:
+        lines.append(f"log-sum-exps against the head: at most {verified.head_error:.2g} off, relative")
+    if manifest.mean_kl is not None:
+        lines.append(
+            f"KL(teacher || what is stored), over all tokens at the build: {manifest.mean_kl:.3g} nats a token"
+        )
+    if verified.live_kl is not None:
+        lines.append(f"the same against the teacher now, over a sample: {verified.live_kl:.3g} nats a token")
+    return [*lines, verified.note] if verified.note else lines
+
+
+def _size(num_bytes: int) -> str:
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value >= 1000:
+            value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
