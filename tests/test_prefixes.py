@@ -123,6 +123,9 @@ def test_training_splits_every_metric_by_writer(tmp_path, objective):
         for name in ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy"):
             whole = sum(counts[writer] * parts[writer][name] for writer in counts) / row["num_loss_tokens"]
             assert whole == pytest.approx(row[name], rel=1e-6)
+        # The shipped student answers within the window now and then; what comes after the answer does not count.
+        before = [part["student_entropy_before_answer"] for part in parts.values()]
+        assert min(before) <= row["student_entropy_before_answer"] <= max(before)
     (first, *_) = runlog.read_rows(tmp_path / "run/samples.jsonl")
     assert sum(num for _, num in first["writers"]) == len(first["tokens"])
 

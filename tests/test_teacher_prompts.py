@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import interrupted_at, make_rollout, tiny_recipe
+from safetensors.torch import load_file
 
 import potstill
 from potstill import runlog
@@ -97,6 +98,28 @@ def test_a_student_learns_from_itself_with_a_hint_and_resumes(tmp_path, capsys, 
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_a_teacher_that_follows_the_student_resumes(tmp_path, stop_at):
+    """After step 2 the teacher is the student of a run that ended there."""
+    data = write_data(tmp_path / "rows.jsonl")
+
+    def recipe(name, steps):
+        train = {"steps": steps, "schedule": "constant", "checkpoint_every": 1, "lr": 1e-2}
+        teacher = {"model": "self", "prompt_column": "hint", "refresh_steps": 2}
+        return tiny_recipe(tmp_path / name, data=data, teacher=teacher, train=train, objective={"kl": "reverse"})
+
+    with interrupted_at(stop_at):
+        potstill.train(recipe("stopped", 4), quiet=True)
+    resumed, whole = (potstill.train(recipe(name, 4), quiet=True) for name in ("stopped", "whole"))
+    for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+    half = potstill.train(recipe("half", 2), quiet=True).student
+    copied = load_file(resumed.folder / "checkpoint/step-000004/teacher.safetensors")
+    for name, parameter in half.named_parameters():
+        assert torch.equal(copied[name], parameter)
+        assert not torch.equal(copied[name], dict(whole.student.named_parameters())[name])
+
+
 def test_bad_columns_and_settings(tmp_path):
     data = write_data(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match=r"'context' is None; teacher\.prompt_column must name a column"):
@@ -107,5 +130,7 @@ def test_bad_columns_and_settings(tmp_path):
         potstill.train(tiny_recipe(tmp_path / "run", data=long, teacher={"prompt_column": "hint"}), quiet=True)
     with pytest.raises(RecipeError, match=r"teacher\.prompt_column is set but not read"):
         make_recipe({"teacher": {"prompt_column": "hint"}})
+    with pytest.raises(RecipeError, match=r"teacher\.refresh_steps is set but not read"):
+        make_recipe({"teacher": {"refresh_steps": 3}})
     with pytest.raises(RecipeError, match=r"teacher\.dtype is set but not read"):
         make_recipe({"teacher": {"model": "self", "dtype": "bfloat16"}})

@@ -40,10 +40,12 @@ def save(
     world: World,
     rollouts: Sequence[Rollout] = (),
     flops: float = 0.0,
+    teacher: LanguageModel | None = None,
 ) -> None:
     """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must call this.
 
-    `rollouts` are this rank's, if they are to be used again; `flops` is what the run has spent.
+    `rollouts` are this rank's, if they are to be used again; `flops` is what the run has spent; a `teacher` is saved
+    where its weights change.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
@@ -57,6 +59,8 @@ def save(
         tensors = {f"{name}.{key}": value for name, values in moments.items() for key, value in values.items()}
         save_file(_untied(model_state, student), unfinished / "model.safetensors")
         save_file(tensors, unfinished / "optimizer.safetensors")
+        if teacher is not None:
+            save_file(_untied(teacher.state_dict(), teacher), unfinished / "teacher.safetensors")
         (unfinished / "state.json").write_text(
             json.dumps(
                 {"step": step, "flops": flops, "param_groups": optimizer_state["param_groups"], "rollouts": written}
@@ -72,8 +76,12 @@ def save(
     wait_for_all(world)
 
 
-def load(checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def load(
+    checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer, teacher: LanguageModel | None = None
+) -> tuple[int, float]:
     """Restore weights and optimiser; returns the finished steps and the FLOPs spent. Every rank must call this."""
+    if teacher is not None:
+        teacher.load_state_dict(load_file(checkpoint / "teacher.safetensors"), strict=False)
     saved = json.loads((checkpoint / "state.json").read_text())
     moments: dict[str, Any] = {}
     for name, value in load_file(checkpoint / "optimizer.safetensors").items():

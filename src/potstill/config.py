@@ -58,7 +58,9 @@ class StudentSpec(Section):
 class TeacherSpec(Section):
     model: str = "potstill:teacher"
     """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is the student as it was
-    before the first step."""
+    before the first step, or at the last refresh."""
+    refresh_steps: int | None = Field(default=None, ge=1)
+    """model = self: copy the student's weights into the teacher every so many steps; never by default."""
     template: Literal["chat", "raw"] | None = None
     """Render the teacher's prompts with its own chat template, or take them as they are; by default it reads the
     student's prompts."""
@@ -343,6 +345,10 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     if recipe.teacher.model == "self":
         reason = 'teacher.model is "self", which is loaded as the student is'
         unread |= {"teacher.dtype": reason, "teacher.trust_remote_code": reason}
+    else:
+        unread["teacher.refresh_steps"] = (
+            f'teacher.model is {recipe.teacher.model!r} and only "self" can follow the student'
+        )
     if not is_table(recipe.data.source):
         unread["teacher.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
         unread["data.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"

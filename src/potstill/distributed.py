@@ -72,11 +72,11 @@ def shard(model: LanguageModel, world: World) -> nn.Module:
 
 @torch.no_grad()
 def refresh(decoder: nn.Module, model: LanguageModel) -> None:
-    """Copy the student's weights into the decoding copy, if it is one."""
+    """Copy the student's weights into a whole copy of it, if it is one. Every rank must call this."""
     if decoder is model.model:
         return
     for mine, sharded in zip(decoder.parameters(), model.model.parameters(), strict=True):
-        mine.copy_(sharded.full_tensor())  # pyright: ignore[reportCallIssue]
+        mine.copy_(whole(sharded))
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:

@@ -77,6 +77,9 @@ def token_sums(
     for writer in split_by:
         is_theirs_N = torch.tensor([w == writer for w in writers], dtype=torch.bool, device=device)
         sums[f"num_loss_tokens/{writer}"] = float(is_theirs_N.sum())
+        before_N = is_theirs_N & before_answer_N
+        sums[f"num_before_answer/{writer}"] = float(before_N.sum())
+        sums[f"student_entropy_before_answer/{writer}"] = float(stats.student_entropy_N.double()[before_N].sum())
         sums |= {f"{name}/{writer}": float(values_N[is_theirs_N].sum()) for name, values_N in per_token.items()}
     return sums
 
@@ -105,7 +108,11 @@ def step_means(sums: dict[str, float], split_by: Sequence[Writer] = ()) -> dict[
     """
 
     def means(suffix: str) -> dict[str, float | None]:
-        kinds = [("num_loss_tokens", TOKEN_STATISTICS), ("num_rollouts", ("length", "truncation", "zlib_ratio"))]
+        kinds = [
+            ("num_loss_tokens", TOKEN_STATISTICS),
+            ("num_before_answer", ("student_entropy_before_answer",)),
+            ("num_rollouts", ("length", "truncation", "zlib_ratio")),
+        ]
         return {
             name: sums[name + suffix] / sums[count + suffix] if sums[count + suffix] else None
             for count, names in kinds
@@ -114,7 +121,6 @@ def step_means(sums: dict[str, float], split_by: Sequence[Writer] = ()) -> dict[
         }
 
     row: dict[str, Any] = {"loss": sums["loss"], **means("")}
-    row["student_entropy_before_answer"] = sums["student_entropy_before_answer"] / max(sums["num_before_answer"], 1)
     row["num_loss_tokens"] = int(sums["num_loss_tokens"])
     if split_by:
         row["student_share"] = sums["num_loss_tokens/student"] / sums["num_loss_tokens"]

@@ -231,7 +231,9 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     split_by: tuple[Writer, ...] = ("teacher", "student") if recipe.objective.prefix == "mixed" else ()
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
     saved = checkpoint.latest(folder)
-    start, spent = checkpoint.load(saved, student, optimizer) if saved else (0, 0.0)
+    is_self = isinstance(teacher, LanguageModel) and teacher.name == "self"
+    follower = teacher if is_self and recipe.teacher.refresh_steps else None
+    start, spent = checkpoint.load(saved, student, optimizer, follower) if saved else (0, 0.0)
     writers_flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
     if setup.teacher_flops is not None and setup.cache is None:
         writers_flops["teacher"] = setup.teacher_flops
@@ -245,6 +247,8 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
         step, is_last = start, is_spent(config, start, spent)
         while not is_last:
             torch.manual_seed(_seed("step", config.seed, step, world.rank))
+            if follower is not None and step > 0 and step % (recipe.teacher.refresh_steps or 1) == 0:
+                distributed.refresh(follower.model, student)
             clock = Stopwatch(world.device)
             places = range(world.rank, config.prompts_per_step, world.size)
             written_flops = 0
@@ -304,7 +308,8 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                     runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
             if saves:
                 is_last_use = (step + 1) % recipe.rollouts.reuse == 0
-                checkpoint.save(folder, step + 1, student, optimizer, world, () if is_last_use else rollouts, spent)
+                reused = () if is_last_use else rollouts
+                checkpoint.save(folder, step + 1, student, optimizer, world, reused, spent, follower)
             display.update(metrics)
             step += 1
 
