@@ -138,4 +138,4 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 130 and "Traceback" not in err and "goes on from the last checkpoint" in err
+    assert process.returncode == 130 and "Traceback" not in err and "goes on from what was saved last" in err

@@ -493,7 +493,7 @@ def findings(verified: Verified) -> list[str]:
             f"KL(teacher || what is stored), over all tokens at the build: {manifest.mean_kl:.3g} nats a token"
         )
     if verified.live_kl is not None:
-        lines.append(f"the same against the teacher now, over a sample: {verified.live_kl:.3g} nats a token")
+        lines.append(f"KL(teacher now || what is stored), over a sample: {verified.live_kl:.3g} nats a token")
     return [*lines, verified.note] if verified.note else lines
 
 

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"potstill: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("potstill: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("potstill: stopped; the same command goes on from what was saved last", file=sys.stderr)
         sys.exit(130)
 
 
