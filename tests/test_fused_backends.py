@@ -99,7 +99,7 @@ def on_a_rank(rank: int, folder: str, cut: int) -> None:
     loss = [loss_sum.detach(), inputs.hidden.grad, head.weight_VD.grad, head.bias_V.grad]
     inputs.hidden.grad = head.weight_VD.grad = head.bias_V.grad = None
     stats = fused_statistics(
-        inputs.hidden, head, inputs.teacher_hidden, teacher_head, jsd_weight=0.3, shard=shard, **options
+        inputs.hidden, head, inputs.teacher_hidden, teacher_head, mixture_weight=0.3, shard=shard, **options
     )
     upstream = torch.linspace(-1, 2, 37)
     ((stats.reverse_kl_N + stats.student_log_prob_N + stats.jsd_N) * upstream).sum().backward()
@@ -143,7 +143,7 @@ def test_trl_gives_the_same(kl, temperature):
         beta, temperature,
     )  # fmt: skip
     value_N.sum().backward()
-    terms = LossTerms(**{kl: 1.0}, jsd_weight=0.3)
+    terms = LossTerms(**{kl: 1.0}, mixture_weight=0.3)
     loss_sum, loss_N, _ = fused_loss(*ours.args(), terms, temperature=temperature)
     loss_sum.backward()
     torch.testing.assert_close(loss_N, value_N.detach(), rtol=1e-5, atol=1e-5)
@@ -162,7 +162,7 @@ def test_liger_gives_the_same(kl):
         theirs.hidden, theirs.head.weight_VD, theirs.teacher_hidden, theirs.teacher_head.weight_VD, theirs.labels
     )
     value.backward()
-    terms = LossTerms(**{kl: 1.0}, jsd_weight=0.3)
+    terms = LossTerms(**{kl: 1.0}, mixture_weight=0.3)
     # Its mean is over the tokens.
     loss_sum, _, _ = fused_loss(*ours.args(), terms, scale=1 / 37)
     loss_sum.backward()

@@ -85,11 +85,12 @@ def token_statistics(
     labels_N: Tensor | None = None,
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
-    jsd_weight: float | None = None,
+    mixture_weight: float | None = None,
 ) -> TokenStats:
     """Every statistic of N positions from whole logits, by their definitions and differentiable by autograd.
 
-    `jsd_weight` b asks for the JSD too: b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q. The other arguments
+    `mixture_weight` b asks for the divergences from m = b p + (1 - b) q: KL(p || m), KL(q || m) and the JSD, b of the
+    first and 1 - b of the second. The other arguments
     are those of `token_divergence`; the log-sum-exps are those of the tempered logits.
     """
 
@@ -110,11 +111,11 @@ def token_statistics(
     y_NV = _at_least_float32(teacher_logits_NV) / temperature
     y_sum_N, lt_NV = y_NV.logsumexp(-1), merge_end_class(y_NV, end_ids).log_softmax(-1)
     p_NV, q_NV = lt_NV.exp(), ls_NV.exp()
-    jsd_N = None
-    if jsd_weight is not None:
-        lm_NV = torch.logaddexp(lt_NV + math.log(jsd_weight), ls_NV + math.log1p(-jsd_weight))
-        jsd_NV = jsd_weight * p_NV * (lt_NV - lm_NV) + (1 - jsd_weight) * q_NV * (ls_NV - lm_NV)
-        jsd_N = jsd_NV.sum(-1)
+    jsd_N = skew_forward_N = skew_reverse_N = None
+    if mixture_weight is not None:
+        lm_NV = torch.logaddexp(lt_NV + math.log(mixture_weight), ls_NV + math.log1p(-mixture_weight))
+        skew_forward_N, skew_reverse_N = (p_NV * (lt_NV - lm_NV)).sum(-1), (q_NV * (ls_NV - lm_NV)).sum(-1)
+        jsd_N = mixture_weight * skew_forward_N + (1 - mixture_weight) * skew_reverse_N
     return dataclasses.replace(
         stats,
         forward_kl_N=(p_NV * (lt_NV - ls_NV)).sum(-1),
@@ -123,6 +124,8 @@ def token_statistics(
         teacher_entropy_N=entropy(lt_NV),
         teacher_log_sum_exp_N=y_sum_N,
         teacher_log_prob_N=log_prob(y_NV, y_sum_N),
+        skew_forward_N=skew_forward_N,
+        skew_reverse_N=skew_reverse_N,
     )
 
 

@@ -4,7 +4,7 @@ The vocabulary is walked in tiles, once for the statistics and once more for the
 many tiles stay in memory between the two; the rest are computed again. Neither value nor gradient depends on it.
 
     statistics   m, S and four first moments a token, merged tile by tile, the end class as one more column
-    gradient     dz = q (c - h ls + r (ls - lt) + j (ls - lm)) - f p for any mixture of terms (tiles.tile_gradient)
+    gradient     dz = q (c - h ls + r (ls - lt) + j (ls - lm) - d p / m) - f p for any terms (tiles.tile_gradient)
 
 Shapes: N loss tokens, V shared vocabulary, D student hidden, E teacher hidden. `divergence.token_statistics` is the
 plain version of all this.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from potstill import divergence
 from potstill.heads import Head
-from potstill.passes import Gradients, Problem, Walk, is_there
+from potstill.passes import Gradients, Problem, Walk, gated, is_there
 from potstill.types import LossTerms, NonFiniteError, TokenStats, VocabShard
 
 MIB = 2**20
@@ -59,8 +59,9 @@ def fused_loss(
     Raises ValueError for shapes, ids and options that do not fit, NonFiniteError for logits that are NaN or infinite.
     """
     sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
-    jsd_weight = terms.jsd_weight if is_there(terms.jsd) else None
-    problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), jsd_weight, shard)
+    has_mixture = any(is_there(weight) for weight in (terms.jsd, terms.skew_forward, terms.skew_reverse))
+    mixture_weight = terms.mixture_weight if has_mixture else None
+    problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), mixture_weight, shard)
     _check_terms(terms, weights_N, problem)
     if backend == "plain":
         stats = _plain_statistics(problem, sides, labels_N, end_ids, temperature)
@@ -86,7 +87,7 @@ def fused_statistics(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
-    jsd_weight: float | None = None,
+    mixture_weight: float | None = None,
     backend: str = "auto",
     tile: tuple[int, int] | None = None,
     shard: VocabShard | None = None,
@@ -94,11 +95,11 @@ def fused_statistics(
     """All statistics [N] in nats, differentiable in the student: its KLs, entropy, log-probs, log-sum-exps and JSD.
 
     The gradient pass runs in `backward`, for whatever gradients arrive there, and computes every tile again. Values
-    come from the statistics pass alone: a KL carries an absolute error of about 2e-6 nats in float32. `jsd_weight` asks
-    for the JSD, which takes one more pass. Arguments and errors are those of `fused_loss`.
+    come from the statistics pass alone: a KL carries an absolute error of about 2e-6 nats in float32. `mixture_weight`
+    asks for the JSD and both skew KLs, which take one more pass. Arguments and errors are those of `fused_loss`.
     """
     sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
-    problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), jsd_weight, shard)
+    problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), mixture_weight, shard)
     if backend == "plain":
         return _plain_statistics(problem, sides, labels_N, end_ids, temperature)
     walk = Walk(problem, 0, backend, tile, trains_head=True)
@@ -162,9 +163,9 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx, *upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         walk, (hidden, weight, bias) = ctx.walk, ctx.saved_tensors
         into = Gradients(walk, hidden, weight, bias, ctx.needs_input_grad[:3])
-        h, lse, f, r, j, _, _, log_prob, _ = (0.0 if g is None else g for g in upstream)
+        h, lse, f, r, j, _, _, log_prob, _, skew_f, skew_r = (0.0 if g is None else g for g in upstream)
         problem = walk.problem
-        terms = LossTerms(f, r, j, h, -log_prob, jsd_weight=problem.jsd_weight or 0.5)
+        terms = LossTerms(f, r, j, h, -log_prob, skew_f, skew_r, problem.mixture_weight or 0.5)
         with torch.autocast(hidden.device.type, enabled=False):
             for found in ctx.found:
                 walk.gradient(found, terms, lse, None, 1.0, into)
@@ -193,16 +194,24 @@ def _plain_statistics(
         labels_N=labels_N,
         temperature=temperature,
         end_ids=end_ids,
-        jsd_weight=problem.jsd_weight,
+        mixture_weight=problem.mixture_weight,
     )
 
 
 def _token_loss(terms: LossTerms, stats: TokenStats, kl_N: Tensor | None = None) -> Tensor:
     """The loss of each token from its statistics; `kl_N` is a better value of the two KL terms."""
     parts = [] if kl_N is None else [kl_N]
-    weighted = [(terms.jsd, stats.jsd_N), (terms.entropy, stats.student_entropy_N)]
+    weighted = [
+        (terms.jsd, stats.jsd_N),
+        (terms.skew_forward, stats.skew_forward_N),
+        (terms.skew_reverse, stats.skew_reverse_N),
+        (terms.entropy, stats.student_entropy_N),
+    ]
     if kl_N is None:
-        weighted += [(terms.forward, stats.forward_kl_N), (terms.reverse, stats.reverse_kl_N)]
+        forward, reverse = terms.forward, terms.reverse
+        if terms.forward_above is not None and stats.teacher_entropy_N is not None:
+            forward, reverse = gated(forward, reverse, stats.teacher_entropy_N, terms.forward_above)
+        weighted += [(forward, stats.forward_kl_N), (reverse, stats.reverse_kl_N)]
     parts += [weight * value_N for weight, value_N in weighted if is_there(weight) and value_N is not None]
     if is_there(terms.cross_entropy) and stats.student_log_prob_N is not None:
         parts.append(-terms.cross_entropy * stats.student_log_prob_N)
@@ -214,6 +223,7 @@ def _joined(values: list[list[Tensor | None]], problem: Problem) -> list[Tensor 
     if not values:
         empty = torch.zeros(0, dtype=problem.dtype, device=problem.device)
         is_there = [True, True, *[problem.teacher is not None] * 5, *[problem.labels is not None] * 2]
+        is_there += [problem.mixture_weight is not None] * 2
         return [empty.clone() if there else None for there in is_there]
     return [None if parts[0] is None else torch.cat(parts) for parts in zip(*values, strict=True)]  # pyright: ignore
 
@@ -229,11 +239,12 @@ def detached(stats: TokenStats) -> TokenStats:
 
 
 def _check_terms(terms: LossTerms, weights_N: Tensor | None, problem: Problem) -> None:
-    weights = {name: getattr(terms, name) for name in ("forward", "reverse", "jsd", "entropy", "cross_entropy")}
+    of_teacher = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
+    weights = {name: getattr(terms, name) for name in (*of_teacher, "entropy", "cross_entropy")}
     there = [name for name, weight in weights.items() if is_there(weight)]
     if not there:
         raise ValueError("every term of the loss has weight 0; give at least one another weight")
-    needing = [name for name in there if name in ("forward", "reverse", "jsd")]
+    needing = [name for name in there if name in of_teacher]
     if problem.teacher is None and needing:
         raise ValueError(f"the term {needing[0]} needs a teacher's hidden states and head")
     if "cross_entropy" in there and problem.labels is None:

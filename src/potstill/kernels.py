@@ -72,22 +72,25 @@ def _log_mixture(ls, lt, log_b, log_rest):
 
 
 @triton.jit
-def _jsd_kernel(z_ptr, y_ptr, sums_ptr, parts_ptr, num_rows, num_columns, log_b, log_rest, BLOCK: tl.constexpr):
+def _mixture_kernel(z_ptr, y_ptr, sums_ptr, parts_ptr, num_rows, num_columns, log_b, log_rest, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     student_sum, teacher_sum = tl.load(sums_ptr + row), tl.load(sums_ptr + num_rows + row)
     # Before torch 2.15, torch.compile hands numbers over as float64.
     log_b, log_rest = tl.cast(log_b, tl.float32), tl.cast(log_rest, tl.float32)
-    of_teacher, of_student = 0.0, 0.0
+    of_teacher, of_student, overlap = 0.0, 0.0, 0.0
     for start in range(0, num_columns, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         is_there = offsets < num_columns
         ls = tl.load(z_ptr + row * num_columns + offsets, mask=is_there, other=-1e30) - student_sum
         lt = tl.load(y_ptr + row * num_columns + offsets, mask=is_there, other=-1e30) - teacher_sum
         lm = _log_mixture(ls, lt, log_b, log_rest)
-        of_teacher += tl.sum(tl.where(is_there, tl.exp(lt) * (lt - lm), 0.0), axis=0)
-        of_student += tl.sum(tl.where(is_there, tl.exp(ls) * (ls - lm), 0.0), axis=0)
+        p, q, m = tl.exp(lt), tl.exp(ls), tl.exp(lm)
+        of_teacher += tl.sum(tl.where(is_there, p * (lt - lm) + (m - p), 0.0), axis=0)
+        of_student += tl.sum(tl.where(is_there, q * (ls - lm) + (m - q), 0.0), axis=0)
+        overlap += tl.sum(tl.where(is_there, tl.exp(ls + (lt - lm)), 0.0), axis=0)
     tl.store(parts_ptr + row, of_teacher)
     tl.store(parts_ptr + num_rows + row, of_student)
+    tl.store(parts_ptr + 2 * num_rows + row, overlap)
 
 
 @triton.jit
@@ -102,7 +105,8 @@ def _gradient_kernel(
     log_b,
     log_rest,
     HAS_TEACHER: tl.constexpr,
-    HAS_JSD: tl.constexpr,
+    HAS_MIXTURE: tl.constexpr,
+    HAS_SKEW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -112,7 +116,8 @@ def _gradient_kernel(
     r = tl.load(coefficients_ptr + num_rows + row)
     h = tl.load(coefficients_ptr + 2 * num_rows + row)
     j = tl.load(coefficients_ptr + 3 * num_rows + row)
-    c = tl.load(coefficients_ptr + 4 * num_rows + row)
+    skew = tl.load(coefficients_ptr + 4 * num_rows + row)
+    c = tl.load(coefficients_ptr + 5 * num_rows + row)
     value = 0.0
     for start in range(0, num_columns, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -126,8 +131,11 @@ def _gradient_kernel(
             d = lt - ls
             value += tl.sum(tl.where(is_there, (f * p - r * q) * d + (f - r) * (q - p), 0.0), axis=0)
             inner -= r * d
-            if HAS_JSD:
-                inner += j * (ls - _log_mixture(ls, lt, log_b, log_rest))
+            if HAS_MIXTURE:
+                lm = _log_mixture(ls, lt, log_b, log_rest)
+                inner += j * (ls - lm)
+                if HAS_SKEW:
+                    inner -= skew * tl.exp(lt - lm)
             g = q * inner - f * p
         else:
             g = q * inner
@@ -150,12 +158,12 @@ def tile_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch=()) -> Tensor:
     return state
 
 
-def tile_jsd(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, jsd_weight: float) -> Tensor:
-    """As `tiles.tile_jsd`."""
+def tile_mixture(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, mixture_weight: float) -> Tensor:
+    """As `tiles.tile_mixture`."""
     num_rows, num_columns = z_NV.shape
-    parts, sums = z_NV.new_empty(2, num_rows), log_sums_2N.contiguous()
-    logs = math.log(jsd_weight), math.log1p(-jsd_weight)
-    _jsd_kernel[(num_rows,)](z_NV, y_NV, sums, parts, num_rows, num_columns, *logs, BLOCK=_block(num_columns))
+    parts, sums = z_NV.new_empty(3, num_rows), log_sums_2N.contiguous()
+    logs = math.log(mixture_weight), math.log1p(-mixture_weight)
+    _mixture_kernel[(num_rows,)](z_NV, y_NV, sums, parts, num_rows, num_columns, *logs, BLOCK=_block(num_columns))
     return parts
 
 
@@ -163,28 +171,29 @@ def tile_gradient(
     z_NV: Tensor,
     y_NV: Tensor | None,
     log_sums_2N: Tensor,
-    coefficients_5N: Tensor | None,
+    coefficients_6N: Tensor | None,
     terms: Terms,
-    jsd_weight: float,
+    mixture_weight: float,
     scratch=(),
 ) -> Tensor:
     """As `tiles.tile_gradient`."""
     num_rows, num_columns = z_NV.shape
-    if coefficients_5N is None:
-        coefficients_5N = z_NV.new_tensor([1.0, 0.0, 0.0, 0.0, 1.0])[:, None].expand(5, num_rows)
+    if coefficients_6N is None:
+        coefficients_6N = z_NV.new_tensor([1.0, 0.0, 0.0, 0.0, 0.0, 1.0])[:, None].expand(6, num_rows)
     value = z_NV.new_empty(num_rows)
     _gradient_kernel[(num_rows,)](
         z_NV,
         z_NV if y_NV is None else y_NV,
         log_sums_2N.contiguous(),
-        coefficients_5N.contiguous(),
+        coefficients_6N.contiguous(),
         value,
         num_rows,
         num_columns,
-        math.log(jsd_weight),
-        math.log1p(-jsd_weight),
+        math.log(mixture_weight),
+        math.log1p(-mixture_weight),
         HAS_TEACHER=terms.teacher,
-        HAS_JSD=terms.jsd,
+        HAS_MIXTURE=terms.mixture,
+        HAS_SKEW=terms.skew,
         BLOCK=_block(num_columns),
     )
     return value
@@ -198,4 +207,4 @@ def load(device_type: str) -> Backend:
             f'backend is "triton" and the tensors are on {device_type!r}; Triton needs a GPU (or, slowly and for tests '
             "alone, TRITON_INTERPRET=1): choose eager or compiled"
         )
-    return Backend("triton", tile_statistics, tile_jsd, tile_gradient, 0)
+    return Backend("triton", tile_statistics, tile_mixture, tile_gradient, 0)

@@ -185,7 +185,7 @@ class Problem:
         vocab_size: int | None,
         temperature: float,
         end_ids: tuple[int, ...],
-        jsd_weight: float | None,
+        mixture_weight: float | None,
         shard: VocabShard | None,
     ):
         _check_side("student", hidden_ND, head)
@@ -207,13 +207,16 @@ class Problem:
             raise ValueError(f"vocab_size is {vocab_size}; the heads have {sizes} rows")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
-        if jsd_weight is not None and not 0 < jsd_weight < 1:
-            raise ValueError(f"jsd_weight is {jsd_weight}; it must be strictly between 0 and 1: the JSD vanishes there")
-        if jsd_weight is not None and teacher_head is None:
-            raise ValueError("the term jsd needs a teacher's hidden states and head")
+        if mixture_weight is not None and not 0 < mixture_weight < 1:
+            raise ValueError(
+                f"mixture_weight is {mixture_weight}; it must be strictly between 0 and 1: the mixture is one of the "
+                "models there"
+            )
+        if mixture_weight is not None and teacher_head is None:
+            raise ValueError("a divergence from the mixture needs a teacher's hidden states and head")
         if len(set(end_ids)) != len(end_ids):
             raise ValueError(f"end_ids {list(end_ids)} name an id twice")
-        self.num_rows, self.shard, self.jsd_weight = len(hidden_ND), shard, jsd_weight
+        self.num_rows, self.shard, self.mixture_weight = len(hidden_ND), shard, mixture_weight
         self.device, self.dtype = hidden_ND.device, torch.promote_types(hidden_ND.dtype, torch.float32)
         if labels_N is not None and (labels_N.shape != (self.num_rows,) or labels_N.dtype != torch.long):
             raise ValueError(
@@ -376,15 +379,17 @@ class Walk:
         _check_finite(state, group)
         moments = tiles.finish(state)
         log_sums = torch.stack([moments.student_log_sum_exp, moments.teacher_log_sum_exp])
-        mixture = state.new_zeros(2, num)
-        if problem.jsd_weight is not None:
+        mixture = state.new_zeros(3, num)
+        if problem.mixture_weight is not None:
             for tile in self.tiles(group, again=True):
                 here = _shifted(tile.block, group)
-                mixture[:, here] += self.backend.jsd(tile.z, tile.y, log_sums[:, here], problem.jsd_weight)
+                mixture[:, here] += self.backend.mixture(tile.z, tile.y, log_sums[:, here], problem.mixture_weight)
             if problem.shard is not None:
                 dist.all_reduce(mixture, group=problem.shard.group)
             if problem.merges_ends:
-                mixture += tiles.tile_jsd(classes[0][:, None], classes[1][:, None], log_sums, problem.jsd_weight)
+                mixture += tiles.tile_mixture(
+                    classes[0][:, None], classes[1][:, None], log_sums, problem.mixture_weight
+                )
         return Group(group, moments, log_sums, labels, classes, mixture)
 
     def member_logits(self, side: Side, block: slice) -> Tensor:
@@ -399,22 +404,34 @@ class Walk:
         The loss of a token is that of `terms` plus `lse` times the student's log-sum-exp.
         """
         problem, group = self.problem, found.rows
-        student, b = problem.student, terms.jsd_weight
-        has = Terms(is_there(terms.forward), is_there(terms.reverse), is_there(terms.entropy), is_there(terms.jsd))
-        others = (terms.reverse, terms.jsd, terms.entropy, terms.cross_entropy, lse)
+        student, b = problem.student, terms.mixture_weight
+        skews, is_gated = (terms.skew_forward, terms.skew_reverse), terms.forward_above is not None
+        is_skew = any(map(is_there, skews))
+        has = Terms(
+            forward=is_there(terms.forward),
+            reverse=is_there(terms.reverse) or is_gated,
+            entropy=is_there(terms.entropy),
+            mixture=is_there(terms.jsd) or is_skew,
+            skew=is_skew,
+        )
+        others = (terms.reverse, terms.jsd, *skews, terms.entropy, terms.cross_entropy, lse)
         is_plain_forward = has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
         num, factor = len(group), 1.0
         label_weight = _row(terms.cross_entropy, found, group)
-        if is_plain_forward:
+        if is_plain_forward and not is_gated:
             coefficients, factor = None, float(terms.forward)
         else:
             f, r, h, e = (_row(w, found, group) for w in (terms.forward, terms.reverse, terms.entropy, lse))
-            j = (1 - b) * _row(terms.jsd, found, group)
             moments = found.moments
-            c = f + label_weight + e - h * moments.student_entropy - j * found.mixture[1]
+            if terms.forward_above is not None:
+                f, r = gated(f, r, moments.teacher_entropy, terms.forward_above)
+            # A KL(p || m) + B KL(q || m); of the JSD's own parts nothing is left in d.
+            a, s, jsd = (_row(w, found, group) for w in (*skews, terms.jsd))
+            j, d = s + (1 - b) * jsd, (1 - b) * a - b * s
+            c = f + label_weight + e - h * moments.student_entropy - j * found.mixture[1] + d * found.mixture[2]
             # Without a teacher the reverse KL is not a number.
             c = c - r * moments.reverse_kl if has.reverse else c
-            coefficients = torch.stack([f, r, h, j, c])
+            coefficients = torch.stack([f, r, h, j, d, c])
         value = found.log_sums.new_zeros(num)
         gain = scale * factor * student.gain
         blocks = self.blocks(group)
@@ -478,13 +495,14 @@ class Group:
 
     def values(self, problem: Problem) -> list[Tensor | None]:
         """In the order of TokenStats."""
-        m, b = self.moments, problem.jsd_weight
+        m, b = self.moments, problem.mixture_weight
         log_probs = list(self.labels - self.log_sums) if problem.labels is not None else [None, None]
         jsd = None if b is None else b * self.mixture[0] + (1 - b) * self.mixture[1]
         of_student, of_teacher = [m.student_entropy, m.student_log_sum_exp], [m.teacher_entropy, m.teacher_log_sum_exp]
         if problem.teacher is None:
-            return [*of_student, None, None, None, None, None, log_probs[0], None]
-        return [*of_student, m.forward_kl, m.reverse_kl, jsd, *of_teacher, *log_probs]
+            return [*of_student, None, None, None, None, None, log_probs[0], None, None, None]
+        skews = [None, None] if b is None else list(self.mixture[:2])
+        return [*of_student, m.forward_kl, m.reverse_kl, jsd, *of_teacher, *log_probs, *skews]
 
 
 class Gradients:
@@ -550,6 +568,12 @@ def _over_ranks(state: Tensor, singles: Tensor, shard: VocabShard) -> tuple[Tens
     # One rank has the label's logit; each has some members of the end class.
     each = torch.stack([part[8:].view_as(singles) for part in parts])
     return merged, torch.stack([each[:, 0].amax(0), each[:, 1].logsumexp(0)])
+
+
+def gated(forward, reverse, teacher_entropy_N: Tensor, above: float) -> tuple[Tensor, Tensor]:
+    """Weights [N] of both KLs where the forward one's goes to the reverse unless the teacher's entropy is above."""
+    is_above_N = (teacher_entropy_N > above).to(teacher_entropy_N.dtype)
+    return is_above_N * forward, reverse + (1 - is_above_N) * forward
 
 
 def is_there(weight: Weight) -> bool:

@@ -34,12 +34,13 @@ class Terms(NamedTuple):
     forward: bool
     reverse: bool
     entropy: bool
-    jsd: bool
+    mixture: bool
+    skew: bool
 
     @property
     def teacher(self) -> bool:
         """Whether the gradient depends on the teacher at all."""
-        return self.forward or self.reverse or self.jsd
+        return self.forward or self.reverse or self.mixture
 
 
 class Backend(NamedTuple):
@@ -47,7 +48,7 @@ class Backend(NamedTuple):
 
     name: str
     statistics: Callable[..., Tensor]
-    jsd: Callable[..., Tensor]
+    mixture: Callable[..., Tensor]
     gradient: Callable[..., Tensor]
     num_scratch: int
 
@@ -122,45 +123,53 @@ def finish(state: Tensor) -> Moments:
     )
 
 
-def tile_jsd(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, jsd_weight: float) -> Tensor:
-    """A tile's part [2, N] of KL(p || m) and KL(q || m). Leaves the tile as it is."""
+def tile_mixture(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, mixture_weight: float) -> Tensor:
+    """A tile's part [3, N] of KL(p || m), KL(q || m) and sum p q / m. Leaves the tile as it is.
+
+    Both KLs are in the Bregman form p (lt - lm) - p + m: rounding of the log-sum-exps cancels to first order.
+    """
     ls_NV, lt_NV = z_NV - log_sums_2N[0][:, None], y_NV - log_sums_2N[1][:, None]
-    lm_NV = log_mixture(ls_NV, lt_NV, jsd_weight)
-    return torch.stack([(lt_NV.exp() * (lt_NV - lm_NV)).sum(-1), (ls_NV.exp() * (ls_NV - lm_NV)).sum(-1)])
+    lm_NV = log_mixture(ls_NV, lt_NV, mixture_weight)
+    m_NV = lm_NV.exp()
+    of_teacher_N, of_student_N = (
+        (log_NV.exp() * (log_NV - lm_NV) + (m_NV - log_NV.exp())).sum(-1) for log_NV in (lt_NV, ls_NV)
+    )
+    return torch.stack([of_teacher_N, of_student_N, (ls_NV + (lt_NV - lm_NV)).exp().sum(-1)])
 
 
-def log_mixture(student_log_probs: Tensor, teacher_log_probs: Tensor, jsd_weight: float) -> Tensor:
+def log_mixture(student_log_probs: Tensor, teacher_log_probs: Tensor, mixture_weight: float) -> Tensor:
     """log m by log-add-exp: the log of a sum of probabilities would be -inf where both underflow."""
-    return torch.logaddexp(teacher_log_probs + math.log(jsd_weight), student_log_probs + math.log1p(-jsd_weight))
+    of_teacher = teacher_log_probs + math.log(mixture_weight)
+    return torch.logaddexp(of_teacher, student_log_probs + math.log1p(-mixture_weight))
 
 
 def tile_gradient(
     z_NV: Tensor,
     y_NV: Tensor | None,
     log_sums_2N: Tensor,
-    coefficients_5N: Tensor | None,
+    coefficients_6N: Tensor | None,
     terms: Terms,
-    jsd_weight: float,
+    mixture_weight: float,
     scratch: Sequence[Tensor] = (),
 ) -> Tensor:
     """Write dL/dz over the student's tile and return the tile's part [N] of the KL terms. Clobbers the teacher's tile.
 
-    With coefficients (f, r, h, j, c) a row, dz = q (c - h ls + r (ls - lt) + j (ls - lm)) - f p, where
-    c = f - r R - h H - j KL(q || m) + ...; None means f = c = 1 and nothing else. The returned value is in the Bregman
-    form f (p (lt - ls) - p + q) + r (q (ls - lt) - q + p), summed: rounding of A and B cancels to first order, so that
-    it is right where a difference of cross-entropies is noise. The JSD needs no such correction.
+    With coefficients (f, r, h, j, d, c) a row, dz = q (c - h ls + r (ls - lt) + j (ls - lm) - d p / m) - f p, where
+    c = f - r R - h H - j KL(q || m) + d sum p q / m + ...; None means f = c = 1 and nothing else. The returned value is
+    in the Bregman form f (p (lt - ls) - p + q) + r (q (ls - lt) - q + p), summed: rounding of A and B cancels to first
+    order, so that it is right where a difference of cross-entropies is noise. Divergences from m are not in it.
     """
     d_out, u_out = scratch[:2] or (None, None)
     z_out, y_out = (z_NV, y_NV) if scratch else (None, None)
     ls_NV = torch.sub(z_NV, log_sums_2N[0][:, None], out=z_out)
-    if coefficients_5N is None:
+    if coefficients_6N is None:
         assert y_NV is not None
         lt_NV = torch.sub(y_NV, log_sums_2N[1][:, None], out=y_out)
         d_NV = torch.sub(lt_NV, ls_NV, out=d_out)
         p_NV, q_NV = torch.exp(lt_NV, out=y_out), torch.exp(ls_NV, out=z_out)
         z_NV.copy_(torch.sub(q_NV, p_NV, out=z_out))
         return torch.mul(d_NV, p_NV, out=d_out).sum(-1) + z_NV.sum(-1)
-    f, r, h, j, c = coefficients_5N[:, :, None]
+    f, r, h, j, d, c = coefficients_6N[:, :, None]
     extra_NV = -h * ls_NV if terms.entropy else None
     if not terms.teacher:
         q_NV = torch.exp(ls_NV, out=z_out)
@@ -168,8 +177,11 @@ def tile_gradient(
         return torch.zeros_like(log_sums_2N[0])
     assert y_NV is not None
     lt_NV = torch.sub(y_NV, log_sums_2N[1][:, None], out=y_out)
-    if terms.jsd:
-        gap_NV = j * (ls_NV - log_mixture(ls_NV, lt_NV, jsd_weight))
+    if terms.mixture:
+        lm_NV = log_mixture(ls_NV, lt_NV, mixture_weight)
+        gap_NV = j * (ls_NV - lm_NV)
+        if terms.skew:
+            gap_NV -= d * (lt_NV - lm_NV).exp()
         extra_NV = gap_NV if extra_NV is None else extra_NV + gap_NV
     d_NV = torch.sub(lt_NV, ls_NV, out=d_out)
     p_NV, q_NV = torch.exp(lt_NV, out=y_out), torch.exp(ls_NV, out=z_out)
@@ -201,15 +213,15 @@ def _eager_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch: Sequence[Tenso
     return torch.cat(parts, -1)
 
 
-def _eager_gradient(z_NV, y_NV, log_sums_2N, coefficients_5N, terms, jsd_weight, scratch) -> Tensor:
+def _eager_gradient(z_NV, y_NV, log_sums_2N, coefficients_6N, terms, mixture_weight, scratch) -> Tensor:
     parts = [
         tile_gradient(
             z_NV[rows],
             None if y_NV is None else y_NV[rows],
             log_sums_2N[:, rows],
-            None if coefficients_5N is None else coefficients_5N[:, rows],
+            None if coefficients_6N is None else coefficients_6N[:, rows],
             terms,
-            jsd_weight,
+            mixture_weight,
             views,
         )
         for rows, views in _rows_in_cache(z_NV, scratch)
@@ -217,11 +229,11 @@ def _eager_gradient(z_NV, y_NV, log_sums_2N, coefficients_5N, terms, jsd_weight,
     return torch.cat(parts)
 
 
-EAGER = Backend("eager", _eager_statistics, tile_jsd, _eager_gradient, NUM_SCRATCH)
+EAGER = Backend("eager", _eager_statistics, tile_mixture, _eager_gradient, NUM_SCRATCH)
 
 
 @functools.cache
 def compiled() -> Backend:
     """The same functions through `torch.compile`: one fused loop each. Needs a C++ compiler on a CPU."""
-    functions = (tile_statistics, tile_jsd, tile_gradient)
+    functions = (tile_statistics, tile_mixture, tile_gradient)
     return Backend("compiled", *(torch.compile(f, dynamic=True) for f in functions), num_scratch=0)

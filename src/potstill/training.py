@@ -231,8 +231,9 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     split_by: tuple[Writer, ...] = ("teacher", "student") if recipe.objective.prefix == "mixed" else ()
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
     saved = checkpoint.latest(folder)
-    is_self = isinstance(teacher, LanguageModel) and teacher.name == "self"
-    follower = teacher if is_self and recipe.teacher.refresh_steps else None
+    follower = None
+    if isinstance(teacher, LanguageModel) and teacher.name == "self" and recipe.teacher.refresh_steps:
+        follower = teacher
     start, spent = checkpoint.load(saved, student, optimizer, follower) if saved else (0, 0.0)
     writers_flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
     if setup.teacher_flops is not None and setup.cache is None:

@@ -103,7 +103,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Statistics [N] of the loss tokens, in nats; None where there is no teacher, no label or no JSD asked for."""
+    """Statistics [N] of the loss tokens, in nats; None where there is no teacher, no label or no mixture asked for.
+
+    With m = b p + (1 - b) q, `skew_forward_N` is KL(p || m), `skew_reverse_N` KL(q || m) and `jsd_N` b of the one and
+    1 - b of the other.
+    """
 
     student_entropy_N: Tensor
     student_log_sum_exp_N: Tensor
@@ -114,6 +118,8 @@ class TokenStats:
     teacher_log_sum_exp_N: Tensor | None = None
     student_log_prob_N: Tensor | None = None
     teacher_log_prob_N: Tensor | None = None
+    skew_forward_N: Tensor | None = None
+    skew_reverse_N: Tensor | None = None
 
 
 # Of a term in the loss: one number, or one a token [N].
@@ -124,9 +130,11 @@ Weight = Union[float, "Tensor"]
 class LossTerms:
     """The loss of a token as a sum of terms. Each weight is a number or a tensor [N], so that it can differ by token.
 
-    `forward` weighs KL(p || q), `reverse` KL(q || p), `jsd` the generalised Jensen-Shannon divergence
-    b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q and b = `jsd_weight` strictly between 0 and 1, `entropy`
-    the student's entropy (negative: a bonus) and `cross_entropy` minus the log-probability of the label.
+    `forward` weighs KL(p || q), `reverse` KL(q || p), `entropy` the student's entropy (negative: a bonus) and
+    `cross_entropy` minus the log-probability of the label. With m = b p + (1 - b) q and b = `mixture_weight` strictly
+    between 0 and 1, `skew_forward` weighs KL(p || m), `skew_reverse` KL(q || m), and `jsd` the generalised
+    Jensen-Shannon divergence b KL(p || m) + (1 - b) KL(q || m). Where the teacher's entropy (nats) is not above
+    `forward_above`, the weight of the forward KL goes to the reverse.
     """
 
     forward: Weight = 0.0
@@ -134,7 +142,10 @@ class LossTerms:
     jsd: Weight = 0.0
     entropy: Weight = 0.0
     cross_entropy: Weight = 0.0
-    jsd_weight: float = 0.5
+    skew_forward: Weight = 0.0
+    skew_reverse: Weight = 0.0
+    mixture_weight: float = 0.5
+    forward_above: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
