@@ -22,7 +22,10 @@ def test_every_shipped_recipe_is_valid():
         ({"train": {"steps": "many"}}, r"train.steps is 'many': input should be a valid integer"),
         ({"train": {"steps": 0}}, r"train.steps is 0: input should be greater than or equal to 1"),
         ({"train": {"lr": float("inf")}}, r"train.lr is inf"),
-        ({"objective": {"kl": "jsd"}}, r"objective.kl is 'jsd': input should be 'forward', 'reverse' or 'mixed'"),
+        (
+            {"objective": {"kl": "jsdd"}},
+            r"objective.kl is 'jsdd': input should be 'forward', 'reverse', 'mixed', 'jsd'",
+        ),
         (
             {"objective": {"forward_weight": 0.3}},
             r'objective.forward_weight is set but not read: objective.kl is "forward"',
@@ -110,7 +113,21 @@ def test_the_four_corners_have_their_names():
     for method in METHODS.values():
         recipe = make_recipe({"objective": {"prefix": method.prefix, "kl": method.kl}})
         assert recipe.method == method.name
-    assert make_recipe({"objective": {"kl": "mixed", "forward_weight": 0.8}}).method == "teacher prefix, mixed KL 0.8"
+    for objective, name in [
+        ({"kl": "mixed", "forward_weight": 0.8}, "Hybrid(teacher / 0.8 forward + 0.2 reverse)"),
+        (
+            {"kl": "mixed", "forward_weight": 0.25, "forward_above": 1.5, "prefix": "student"},
+            "Hybrid(student / 0.25 forward + 0.75 reverse above 1.5 nats)",
+        ),
+        ({"prefix": "mixed", "student_share": 0.3}, "Hybrid(0.3 student by sequence / forward)"),
+        ({"prefix": "mixed", "mix_unit": "handoff"}, "Hybrid(teacher first for 8-64 tokens / forward)"),
+        ({"kl": "jsd"}, "Hybrid(teacher / jsd 0.5)"),
+        ({"kl": "skew-reverse", "signal": "topk"}, "Hybrid(teacher / skew-reverse 0.1; top 64)"),
+        ({"prefix": "student", "kl": "reverse", "gamma": 1}, "OPD (gamma 1)"),
+        ({"split": 16, "split_weights": [1, 0.5]}, "SFT (split at 16: 1, 0.5)"),
+        ({"signal": "labels"}, "Hard-label SFT (teacher prefix)"),
+    ]:
+        assert make_recipe({"objective": objective}).objective.name == name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def test_demo_trains_evaluates_and_reports_once(tmp_path, capsys):
         "base",
         "teacher",
         "DAgger",
-        "offline RL",
+        "Offline RL",
         "Avg@16 T=1",
         "Pass@8 T=0.6",
         "entropy",

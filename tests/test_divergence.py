@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill.divergence import merge_end_class, token_divergence
+from potstill.divergence import DIVERGENCES, merge_end_class, token_divergence
 
 N, V = 7, 13
 ENDS = [2, 5, 11]
@@ -24,11 +24,23 @@ def brute_force(student, teacher, kl, weight, temperature, end_ids):
     if end_ids:
         rest = [i for i in range(V) if i not in end_ids]
         q, p = (torch.cat([x[:, rest], x[:, end_ids].sum(-1, keepdim=True)], -1) for x in (q, p))
-    forward, reverse = (p * (p / q).log()).sum(-1), (q * (q / p).log()).sum(-1)
-    return {"forward": forward, "reverse": reverse, "mixed": weight * forward + (1 - weight) * reverse}[kl]
+
+    def divergence(a, b):
+        return (a * (a / b).log()).sum(-1)
+
+    forward, reverse = divergence(p, q), divergence(q, p)
+    m = weight * p + (1 - weight) * q
+    return {
+        "forward": forward,
+        "reverse": reverse,
+        "mixed": weight * forward + (1 - weight) * reverse,
+        "jsd": weight * divergence(p, m) + (1 - weight) * divergence(q, m),
+        "skew-forward": divergence(p, m),
+        "skew-reverse": divergence(q, weight * q + (1 - weight) * p),
+    }[kl]
 
 
-@pytest.mark.parametrize("kl", ["forward", "reverse", "mixed"])
+@pytest.mark.parametrize("kl", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 @pytest.mark.parametrize("end_ids", [[], ENDS])
 def test_value_and_gradient_equal_float64_autograd(kl, temperature, end_ids):
@@ -37,7 +49,7 @@ def test_value_and_gradient_equal_float64_autograd(kl, temperature, end_ids):
     student.requires_grad_()
     expected = brute_force(student, teacher, kl, 0.3, temperature, end_ids)
     (expected_grad,) = torch.autograd.grad((expected * upstream).sum(), student)
-    value, _ = token_divergence(student, teacher, kl, forward_weight=0.3, temperature=temperature, end_ids=end_ids)
+    value, _ = token_divergence(student, teacher, kl, weight=0.3, temperature=temperature, end_ids=end_ids)
     (grad,) = torch.autograd.grad((value * upstream).sum(), student)
     torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
@@ -51,7 +63,7 @@ def test_gradients_are_the_closed_forms():
     closed["mixed"] = 0.2 * closed["forward"] + 0.8 * closed["reverse"]
     for kl, expected in closed.items():
         logits = student.clone().requires_grad_()
-        token_divergence(logits, teacher, kl, forward_weight=0.2)[0].sum().backward()
+        token_divergence(logits, teacher, kl, weight=0.2)[0].sum().backward()
         torch.testing.assert_close(logits.grad, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -75,7 +87,7 @@ def test_mixture_is_linear_and_meets_both_ends():
     student, teacher = random_logits(2)
     forward, reverse = (token_divergence(student, teacher, kl)[0] for kl in ("forward", "reverse"))
     for weight in (0.0, 0.25, 1.0):
-        mixed = token_divergence(student, teacher, "mixed", forward_weight=weight)[0]
+        mixed = token_divergence(student, teacher, "mixed", weight=weight)[0]
         torch.testing.assert_close(mixed, weight * forward + (1 - weight) * reverse)
 
 

@@ -40,6 +40,7 @@ def test_parts_by_hand(student, teacher):
     rollout = make_rollout([1, 5, 6], [9, 5, 3, 2], trained=[False, True, False, True], writer="teacher")
     assert training_flops([rollout], s, t) == {
         "rollout": 0,
+        "probe": 0,
         "teacher": t.backbone(6),
         "student_forward": s.backbone(6),
         "student_backward": 2 * s.backbone(6),
@@ -60,7 +61,7 @@ def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path):
     whole = potstill.train(tiny_recipe(tmp_path / "steps"), quiet=True)
     rows = runlog.read_rows(tmp_path / "steps/metrics.jsonl")
     assert rows[-1]["total_flops"] == sum(sum(row["flops"].values()) for row in rows) == whole.metrics["total_flops"]
-    assert all(value > 0 for value in rows[0]["flops"].values())
+    assert all((value > 0) == (part != "probe") for part, value in rows[0]["flops"].items())
 
     # What three steps and a half take: the fourth is the last.
     flops = rows[2]["total_flops"] + sum(rows[3]["flops"].values()) / 2

@@ -28,7 +28,7 @@ def test_one_file_with_the_grid_the_curves_and_the_rollouts(runs, tmp_path):
     body = text[text.index("<body>") :]
     for wanted in (
         "teacher prefix",
-        "on-policy distillation",
+        "OPD",
         "DAgger",
         "no run here",
         "Avg@2",

@@ -21,7 +21,7 @@ from potstill.models import ModelError
 from potstill.training import learning_rate, step_indices
 from potstill.types import NonFiniteError
 
-TIMES = ("seconds", "rollout_seconds", "teacher_seconds", "student_seconds")
+TIMES = ("seconds", "rollout_seconds", "teacher_seconds", "student_seconds", "probe_seconds")
 
 
 def logged(folder):

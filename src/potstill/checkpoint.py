@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, visible only when whole.
 
 A checkpoint is a folder `checkpoint/step-000120` with the weights, the optimiser's state, the number of finished steps,
-and the rollouts that the next step uses again, if it does. Randomness needs no state: the data order, the sampling and
-PyTorch's own generator are all seeded from the recipe's seed and the step.
+what the next step needs to know of the steps before it, and the rollouts that it uses again, if it does. Randomness
+needs no state: the data order, the sampling and PyTorch's own generator are all seeded from the recipe's seed and the
+step.
 """
 
 import json
@@ -38,14 +39,14 @@ def save(
     student: LanguageModel,
     optimizer: torch.optim.Optimizer,
     world: World,
+    state: dict[str, Any],
     rollouts: Sequence[Rollout] = (),
-    flops: float = 0.0,
     teacher: LanguageModel | None = None,
 ) -> None:
     """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must call this.
 
-    `rollouts` are this rank's, if they are to be used again; `flops` is what the run has spent; a `teacher` is saved
-    where its weights change.
+    `state` is plain data for the next step; `rollouts` are this rank's, if they are to be used again; a `teacher` is
+    saved where its weights change.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
@@ -63,7 +64,7 @@ def save(
             save_file(_untied(teacher.state_dict(), teacher), unfinished / "teacher.safetensors")
         (unfinished / "state.json").write_text(
             json.dumps(
-                {"step": step, "flops": flops, "param_groups": optimizer_state["param_groups"], "rollouts": written}
+                {"step": step, "state": state, "param_groups": optimizer_state["param_groups"], "rollouts": written}
             )
         )
         for path in unfinished.iterdir():
@@ -78,8 +79,8 @@ def save(
 
 def load(
     checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer, teacher: LanguageModel | None = None
-) -> tuple[int, float]:
-    """Restore weights and optimiser; returns the finished steps and the FLOPs spent. Every rank must call this."""
+) -> tuple[int, dict[str, Any]]:
+    """Restore weights and optimiser; returns the finished steps and the stored state. Every rank must call this."""
     if teacher is not None:
         teacher.load_state_dict(load_file(checkpoint / "teacher.safetensors"), strict=False)
     saved = json.loads((checkpoint / "state.json").read_text())
@@ -95,7 +96,7 @@ def load(
         # Not strict: a tied head is stored once, under the name of the embedding.
         options=StateDictOptions(full_state_dict=True, strict=False),
     )
-    return saved["step"], saved["flops"]
+    return saved["step"], saved["state"]
 
 
 def load_rollouts(checkpoint: Path, prompts: Sequence[Prompt], world: World) -> list[Rollout]:

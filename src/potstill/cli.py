@@ -295,10 +295,14 @@ def _print_grid() -> None:
         cells = [
             (key, m) for kl in ("forward", "reverse") for key, m in METHODS.items() if (m.prefix, m.kl) == (prefix, kl)
         ]
-        grid.add_row(f"{prefix} prefix", *(f"[bold]{m.name}[/] (--method {key})\n{m.advice}" for key, m in cells))
+        texts = [f"[bold]{m.name}[/] (--method {key})\n{m.advice}\nTRL: {m.trl}" for key, m in cells]
+        grid.add_row(f"{prefix} prefix", *texts)
     Console().print(grid)
     print(
-        'Between forward and reverse: objective.kl = "mixed" with objective.forward_weight, their exact linear mixture.'
+        'Between forward and reverse: objective.kl = "mixed" with objective.forward_weight, their exact linear mixture '
+        "(not in TRL).\n"
+        'objective.kl = "jsd" with jsd_weight is TRL\'s beta strictly between 0 and 1. TRL 1.16: DistillationConfig is '
+        "stable, GKDConfig is in trl.experimental.gkd."
     )
 
 

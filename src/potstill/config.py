@@ -9,7 +9,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -23,21 +23,43 @@ class Method(NamedTuple):
     kl: Literal["forward", "reverse"]
     name: str
     advice: str
+    trl: str
 
 
 # The four corners of the grid, by the name that `--method` takes.
 METHODS: dict[str, Method] = {
     "sft": Method(
-        "teacher", "forward", "SFT with soft targets", "cheapest and safest start; keeps the teacher's variety"
+        "teacher",
+        "forward",
+        "SFT",
+        "soft targets: the cheapest and safest start; keeps the teacher's variety",
+        "GKDConfig(lmbda=0, seq_kd=True, beta=0)",
     ),
-    "dagger": Method("student", "forward", "DAgger", "repairs the student's own mistakes; keeps entropy for RL"),
+    "dagger": Method(
+        "student",
+        "forward",
+        "DAgger",
+        "repairs the student's own mistakes; keeps entropy for RL",
+        "DistillationConfig(beta=0)",
+    ),
     "offline-rl": Method(
-        "teacher", "reverse", "offline RL", "sharpens on the teacher's text; the gradient of no sequence KL"
+        "teacher",
+        "reverse",
+        "Offline RL",
+        "sharpens on the teacher's text; the gradient of no sequence KL",
+        "GKDConfig(lmbda=0, seq_kd=True, beta=1)",
     ),
     "opd": Method(
-        "student", "reverse", "on-policy distillation", "best Avg@k a step in the paper; watch entropy and length"
+        "student",
+        "reverse",
+        "OPD",
+        "best Avg@k a step in the paper; watch entropy and length",
+        "DistillationConfig(beta=1)",
     ),
 }
+
+
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -100,10 +122,24 @@ class Objective(Section):
     """mixed by handoff: who begins."""
     handoff_tokens: tuple[int, int] = (8, 64)
     """mixed by handoff: the first writer's tokens, drawn evenly from this range (both ends included)."""
-    kl: Literal["forward", "reverse", "mixed"] = "forward"
-    """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: their linear mixture."""
+    kl: Literal["forward", "reverse", "mixed", "jsd", "skew-forward", "skew-reverse"] = "forward"
+    """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: their linear mixture; jsd: the
+    generalised Jensen-Shannon divergence; skew-forward, skew-reverse: each KL to a mixture of both (DistiLLM)."""
     forward_weight: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the forward KL in kl = mixed."""
+    """Weight of the forward KL in kl = mixed, or what its schedule (section mixing) begins with."""
+    forward_above: float | None = Field(default=None, ge=0)
+    """kl = mixed: only where the teacher's entropy (nats) is above this; elsewhere all weight is the reverse KL's."""
+    jsd_weight: float = Field(default=0.5, gt=0, lt=1)
+    """kl = jsd: the teacher's weight in the mixture that both models are compared with."""
+    skew: float = Field(default=0.1, gt=0, lt=1)
+    """kl = skew-forward, skew-reverse: how much of the first model is mixed into the second."""
+    gamma: float = Field(default=0.0, ge=0, le=1)
+    """Student prefixes and reverse KL: how much of the later tokens' KL each written token answers for. 0: the local
+    gradient; 1: that of the whole sequence's KL."""
+    split: int | None = Field(default=None, ge=1)
+    """A position in the completion: tokens before it and tokens from it on have weights of their own."""
+    split_weights: tuple[NonNegative, NonNegative] = (1.0, 1.0)
+    """Weights of the loss before the split and from it on."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both models' logits in the loss; sampling has its own."""
     signal: Literal["full", "topk", "sampled", "labels"] = "full"
@@ -119,6 +155,59 @@ class Objective(Section):
     """estimator = k1: subtract the reward's exact mean, minus the reverse KL; that needs the teacher's whole output."""
     end_class: Literal["merged", "raw"] = "merged"
     """merged: where the two models end differently, all end tokens count as one class in the loss."""
+
+    @property
+    def name(self) -> str:
+        """The method's name: a corner of the grid, or what lies between with its weights."""
+        if self.signal == "labels":
+            return f"Hard-label SFT ({self.prefix} prefix)"
+        details = [f"top {self.top_k}"] if self.signal == "topk" else []
+        details += [self.estimator] if self.signal == "sampled" else []
+        details += [f"gamma {self.gamma:g}"] if self.gamma else []
+        if self.split is not None:
+            details.append(f"split at {self.split}: {self.split_weights[0]:g}, {self.split_weights[1]:g}")
+        for method in METHODS.values():
+            if (self.prefix, self.kl) == (method.prefix, method.kl):
+                return method.name + (f" ({', '.join(details)})" if details else "")
+        kl: str = self.kl
+        if self.kl == "mixed":
+            kl = f"{self.forward_weight:g} forward + {1 - self.forward_weight:g} reverse"
+            kl += "" if self.forward_above is None else f" above {self.forward_above:g} nats"
+        elif self.kl == "jsd":
+            kl = f"jsd {self.jsd_weight:g}"
+        elif self.kl.startswith("skew"):
+            kl = f"{self.kl} {self.skew:g}"
+        prefix: str = self.prefix
+        if self.prefix == "mixed" and self.mix_unit == "handoff":
+            prefix = f"{self.first_writer} first for {self.handoff_tokens[0]}-{self.handoff_tokens[1]} tokens"
+        elif self.prefix == "mixed":
+            prefix = f"{self.student_share:g} student by {self.mix_unit}"
+        return f"Hybrid({'; '.join([f'{prefix} / {kl}', *details])})"
+
+
+class Mixing(Section):
+    """How the forward weight of kl = "mixed" changes over a run, from objective.forward_weight on."""
+
+    schedule: Literal["constant", "linear", "cosine", "steps", "entropy"] = "constant"
+    """linear, cosine: to end_weight; steps: as at_steps says; entropy: up when the student's entropy before the answer
+    falls below a floor, down when it is above."""
+    end_weight: float = Field(default=0.0, ge=0, le=1)
+    """linear, cosine: the forward weight at the end."""
+    over_steps: int | None = Field(default=None, ge=1)
+    """linear, cosine: steps until end_weight is reached; all steps of the run by default."""
+    at_steps: tuple[tuple[int, float], ...] = ()
+    """steps: pairs (step, forward weight); each weight holds from its step on."""
+    reference: Literal["first", "absolute", "teacher"] = "first"
+    """entropy: the floor is a share of the first step's entropy, a number of nats, or a share of the teacher's entropy
+    on the same tokens."""
+    floor: float = Field(default=0.5, gt=0)
+    """entropy: below this the weight rises."""
+    band: float = Field(default=0.1, ge=0)
+    """entropy: the weight falls only above floor + band, so that it does not swing."""
+    rate: float = Field(default=0.02, gt=0, le=1)
+    """entropy: the most that the weight changes in a step."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """entropy: the smallest and the largest weight."""
 
 
 class Sampling(Section):
@@ -139,7 +228,35 @@ class Rollouts(Section):
 
 class Window(Section):
     tokens: int = Field(default=128, ge=1)
-    """Completion length cap in training. Stops beyond it are not learnt."""
+    """Completion length cap in training, the largest that a schedule reaches. Stops beyond it are not learnt."""
+    schedule: Literal["fixed", "linear", "entropy-gated"] = "fixed"
+    """fixed: always `tokens`; linear: from `start` to it; entropy-gated: up a ladder while probes of the student
+    pass."""
+    start: int = Field(default=128, ge=1)
+    """linear, entropy-gated: the first window; at most `tokens`."""
+    over_steps: int | None = Field(default=None, ge=1)
+    """linear: steps until the window is `tokens`; all steps of the run by default."""
+    ladder: tuple[int, ...] | None = None
+    """entropy-gated: the windows after `start`, growing, the last one `tokens`; doubling by default."""
+    check_every: int = Field(default=50, ge=1)
+    """entropy-gated: steps between probes. The first is before the first step."""
+    num_probes: int = Field(default=64, ge=1)
+    """entropy-gated: prompts of the data that are held out and written to by the student at each probe."""
+    patience: int = Field(default=2, ge=1)
+    """entropy-gated: probes in a row that must pass before the window grows."""
+    reference: Literal["first", "absolute", "teacher"] = "first"
+    """entropy-gated: the threshold is a share of the first probe's entropy, a number of nats, or a share of the
+    teacher's entropy on the same tokens."""
+    threshold: float = Field(default=0.5, ge=0)
+    """entropy-gated: a probe fails when the student's entropy, up to the first answer or stop, is below this."""
+    max_truncation: float = Field(default=0.3, ge=0, le=1)
+    """entropy-gated: a probe fails when more responses than this are cut, beyond the share that the teacher's are."""
+    max_repetition: float = Field(default=0.02, ge=0, le=1)
+    """entropy-gated: a probe fails when more responses than this are loops (zlib makes them ten times smaller)."""
+    sticky: bool = True
+    """entropy-gated: after a failed probe the window never grows again; else it can when probes pass again."""
+    step_back: bool = False
+    """entropy-gated: a failed probe takes the window one step down the ladder."""
 
 
 class Train(Section):
@@ -207,6 +324,7 @@ class RecipeFields(Section):
     teacher: TeacherSpec = TeacherSpec()
     data: Data = Data()
     objective: Objective = Objective()
+    mixing: Mixing = Mixing()
     sampling: Sampling = Sampling()
     rollouts: Rollouts = Rollouts()
     window: Window = Window()
@@ -238,6 +356,8 @@ class Recipe(RecipeFields):
                 )
         if self.objective.signal == "sampled":
             self._check_sampled_signal()
+        self._check_divergence()
+        self._check_schedules()
         if self.teacher.cache is not None and self.objective.prefix in ("student", "mixed"):
             raise ValueError(
                 f'teacher.cache is set and objective.prefix is "{self.objective.prefix}": a cache knows the teacher '
@@ -280,20 +400,86 @@ class Recipe(RecipeFields):
                 'tokens, and signal = "sampled" has no importance weights; use reuse = 1 or signal = "full"'
             )
 
+    def _check_divergence(self) -> None:
+        objective, sampling = self.objective, self.sampling
+        if objective.gamma:
+            reason = {
+                f'objective.prefix is "{objective.prefix}", and only tokens that the student wrote have a gradient of '
+                'how they were written; use prefix = "student"': objective.prefix != "student",
+                f'objective.kl is "{objective.kl}", and later tokens cost their reverse KL; use kl = "reverse"': (
+                    objective.kl != "reverse"
+                ),
+                f'objective.signal is "{objective.signal}"; use signal = "full"': objective.signal != "full",
+                "the tokens must be drawn exactly from the student; set sampling.temperature = objective.temperature, "
+                "top_p = 1 and top_k = 0": (
+                    (sampling.temperature, sampling.top_p, sampling.top_k) != (objective.temperature, 1.0, 0)
+                ),
+                f"rollouts.reuse is {self.rollouts.reuse}, and after one update the student no longer is who drew the "
+                "tokens; use reuse = 1": self.rollouts.reuse > 1,
+                "objective.split is set, and the tokens' weights would not be the later tokens'; remove it": (
+                    objective.split is not None
+                ),
+                'train.normalize is "sequence", whose divisor depends on how long the student goes on; use "token"': (
+                    self.train.normalize != "token"
+                ),
+            }
+            for text, is_so in reason.items():
+                if is_so:
+                    raise ValueError(f"objective.gamma is {objective.gamma:g}: {text}, or gamma = 0")
+        if objective.split is not None and objective.split >= self.window.tokens:
+            raise ValueError(
+                f"objective.split is {objective.split} and window.tokens {self.window.tokens}: nothing comes after the "
+                "split; lower it"
+            )
+
+    def _check_schedules(self) -> None:
+        mixing, window = self.mixing, self.window
+        if mixing.schedule == "steps":
+            steps = [step for step, _ in mixing.at_steps]
+            if not steps or steps != sorted(set(steps)) or not all(0 <= weight <= 1 for _, weight in mixing.at_steps):
+                raise ValueError(
+                    f"mixing.at_steps is {[list(pair) for pair in mixing.at_steps]}; give pairs of a step and a "
+                    "forward weight between 0 and 1, with growing steps"
+                )
+        low, high = mixing.bounds
+        if mixing.schedule == "entropy" and not 0 <= low <= self.objective.forward_weight <= high <= 1:
+            raise ValueError(
+                f"mixing.bounds is {[low, high]}; they must be in order, between 0 and 1, with "
+                f"objective.forward_weight = {self.objective.forward_weight:g} between them"
+            )
+        if window.schedule == "fixed":
+            return
+        if window.start > window.tokens:
+            raise ValueError(
+                f"window.start is {window.start}, more than window.tokens = {window.tokens}; lower it or raise the cap"
+            )
+        if window.ladder is not None:
+            rungs = [window.start, *window.ladder]
+            if not window.ladder or rungs != sorted(set(rungs)) or rungs[-1] != window.tokens:
+                raise ValueError(
+                    f"window.ladder is {list(window.ladder)}; it must grow from above window.start = {window.start} to "
+                    f"window.tokens = {window.tokens}"
+                )
+        if window.schedule == "entropy-gated" and window.reference == "teacher" and self.teacher.cache is not None:
+            raise ValueError(
+                'window.reference is "teacher" and teacher.cache is set: a cached teacher cannot score what the '
+                'student writes; use reference = "first" or "absolute"'
+            )
+        objective = self.objective
+        if (
+            objective.prefix == "mixed"
+            and objective.mix_unit == "handoff"
+            and objective.handoff_tokens[1] >= window.start
+        ):
+            raise ValueError(
+                f"objective.handoff_tokens is {list(objective.handoff_tokens)} and window.start {window.start}; the "
+                "first writer must leave something of every window"
+            )
+
     @property
     def method(self) -> str:
         """The name of this cell of the grid."""
-        objective = self.objective
-        if objective.signal == "labels":
-            return f"hard-label SFT ({objective.prefix} prefix)"
-        if objective.signal == "sampled":
-            return f"sampled {objective.kl} KL ({objective.estimator}, {objective.prefix} prefix)"
-        signal = f", top {objective.top_k} tokens" if objective.signal == "topk" else ""
-        for method in METHODS.values():
-            if (objective.prefix, objective.kl) == (method.prefix, method.kl):
-                return method.name + signal
-        weight = f" {objective.forward_weight:g}" if objective.kl == "mixed" else ""
-        return f"{objective.prefix} prefix, {objective.kl} KL{weight}{signal}"
+        return self.objective.name
 
     def resolved(self) -> dict[str, Any]:
         """Every field that is read, defaults included, as plain data."""
@@ -327,7 +513,30 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         reason = f'objective.mix_unit is "{objective.mix_unit}" and only "handoff" has a first writer'
         unread |= {f"objective.{name}": reason for name in ("first_writer", "handoff_tokens")}
     if objective.kl != "mixed":
-        unread["objective.forward_weight"] = f'objective.kl is "{objective.kl}" and only "mixed" has a weight'
+        reason = f'objective.kl is "{objective.kl}" and only "mixed" has a forward weight'
+        unread |= {"objective.forward_weight": reason, "objective.forward_above": reason, "mixing": reason}
+    else:
+        of_schedule = {
+            "linear": ("end_weight", "over_steps"),
+            "cosine": ("end_weight", "over_steps"),
+            "steps": ("at_steps",),
+            "entropy": ("reference", "floor", "band", "rate", "bounds"),
+        }
+        unread |= _unread_of_schedule("mixing", recipe.mixing, of_schedule)
+    if objective.kl != "jsd":
+        unread["objective.jsd_weight"] = f'objective.kl is "{objective.kl}" and only "jsd" reads it'
+    if not objective.kl.startswith("skew"):
+        unread["objective.skew"] = f'objective.kl is "{objective.kl}" and only the skew KLs are skewed'
+    if objective.split is None:
+        unread["objective.split_weights"] = "objective.split is not set"
+    of_schedule = {
+        "linear": ("start", "over_steps"),
+        "entropy-gated": (
+            *("start", "ladder", "check_every", "num_probes", "patience", "reference", "threshold"),
+            *("max_truncation", "max_repetition", "sticky", "step_back"),
+        ),
+    }
+    unread |= _unread_of_schedule("window", recipe.window, of_schedule)
     if objective.signal != "topk":
         unread["objective.top_k"] = f'objective.signal is "{objective.signal}" and only "topk" keeps some tokens apart'
     if objective.signal != "sampled":
@@ -337,7 +546,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["objective.baseline"] = f'objective.estimator is "{objective.estimator}" and only "k1" has a reward'
     if objective.signal == "labels":
         reason = 'objective.signal is "labels", which has no KL and needs no teacher\'s distribution'
-        unread |= {f"objective.{field}": reason for field in ("kl", "forward_weight", "temperature", "end_class")}
+        fields = ("kl", "forward_weight", "forward_above", "jsd_weight", "skew", "gamma", "temperature", "end_class")
+        unread |= {f"objective.{field}": reason for field in fields} | {"mixing": reason}
         if objective.prefix != "teacher":
             unread["teacher"] = reason
     if objective.prefix == "dataset":
@@ -360,6 +570,13 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     if recipe.evaluation.source is None:
         unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
     return unread
+
+
+def _unread_of_schedule(section: str, settings: Any, of_schedule: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """The fields that only other schedules of a section read."""
+    read = of_schedule.get(settings.schedule, ())
+    known = {field for fields in of_schedule.values() for field in fields}
+    return {f"{section}.{f}": f'{section}.schedule is "{settings.schedule}"' for f in sorted(known - set(read))}
 
 
 def is_table(source: str) -> bool:

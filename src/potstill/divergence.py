@@ -1,27 +1,27 @@
 """Every divergence in plain PyTorch: the value per token and its gradient with respect to the student's logits.
 
 Works on tensors alone and knows nothing of models, batches or masks. This is the definition that faster versions are
-tested against. Notation: p teacher, q student, z student logits, w the forward weight.
+tested against. Notation: p teacher, q student, z student logits, w the forward weight, m a mixture of p and q.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from potstill.tiles import log_mixture
 from potstill.types import TokenStats
 
 
-def forward_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, forward_weight: float = 1.0):
+def forward_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: float = 1.0):
     """KL(p || q), whose gradient is dL/dz = q - p."""
     p_NV, q_NV = teacher_log_probs_NV.exp(), student_log_probs_NV.exp()
     value_N = (p_NV * (teacher_log_probs_NV - student_log_probs_NV)).sum(-1)
     return value_N, q_NV - p_NV
 
 
-def reverse_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, forward_weight: float = 0.0):
+def reverse_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: float = 0.0):
     """KL(q || p), whose gradient is dL/dz = q (log q - log p - KL(q || p))."""
     q_NV = student_log_probs_NV.exp()
     log_ratio_NV = student_log_probs_NV - teacher_log_probs_NV
@@ -29,19 +29,53 @@ def reverse_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, forwa
     return value_N, q_NV * (log_ratio_NV - value_N[:, None])
 
 
-def mixed_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, forward_weight: float):
+def mixed_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: float):
     """w KL(p || q) + (1 - w) KL(q || p), the exact linear mixture (not a JSD), and its gradient."""
     forward_N, forward_grad_NV = forward_kl(student_log_probs_NV, teacher_log_probs_NV)
     reverse_N, reverse_grad_NV = reverse_kl(student_log_probs_NV, teacher_log_probs_NV)
-    value_N = forward_weight * forward_N + (1 - forward_weight) * reverse_N
-    return value_N, forward_weight * forward_grad_NV + (1 - forward_weight) * reverse_grad_NV
+    value_N = weight * forward_N + (1 - weight) * reverse_N
+    return value_N, weight * forward_grad_NV + (1 - weight) * reverse_grad_NV
 
 
-# Each takes (student_log_probs_NV, teacher_log_probs_NV, forward_weight) and gives (value_N, dL/dz_NV).
+def jsd(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: float):
+    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q; dL/dz = (1 - b) q (log q - log m - KL(q || m)).
+
+    It vanishes at both ends of b and is no mixture of the two KLs (Agarwal et al., arXiv 2306.13649).
+    """
+    p_NV, q_NV = teacher_log_probs_NV.exp(), student_log_probs_NV.exp()
+    lm_NV = log_mixture(student_log_probs_NV, teacher_log_probs_NV, weight)
+    of_student_NV = student_log_probs_NV - lm_NV
+    reverse_N = (q_NV * of_student_NV).sum(-1)
+    value_N = weight * (p_NV * (teacher_log_probs_NV - lm_NV)).sum(-1) + (1 - weight) * reverse_N
+    return value_N, (1 - weight) * q_NV * (of_student_NV - reverse_N[:, None])
+
+
+def skew_forward(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: float):
+    """KL(p || m) with m = a p + (1 - a) q; dL/dz = (1 - a) q (sum q p / m - p / m). DistiLLM, arXiv 2402.03898."""
+    p_NV, q_NV = teacher_log_probs_NV.exp(), student_log_probs_NV.exp()
+    lm_NV = log_mixture(student_log_probs_NV, teacher_log_probs_NV, weight)
+    ratio_NV = (teacher_log_probs_NV - lm_NV).exp()
+    value_N = (p_NV * (teacher_log_probs_NV - lm_NV)).sum(-1)
+    return value_N, (1 - weight) * q_NV * ((q_NV * ratio_NV).sum(-1, keepdim=True) - ratio_NV)
+
+
+def skew_reverse(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: float):
+    """KL(q || m) with m = a q + (1 - a) p; dL/dz = q (f - sum q f), f = log q - log m - a q / m. DistiLLM."""
+    q_NV = student_log_probs_NV.exp()
+    lm_NV = log_mixture(student_log_probs_NV, teacher_log_probs_NV, 1 - weight)
+    of_student_NV = student_log_probs_NV - lm_NV
+    f_NV = of_student_NV - weight * of_student_NV.exp()
+    return (q_NV * of_student_NV).sum(-1), q_NV * (f_NV - (q_NV * f_NV).sum(-1, keepdim=True))
+
+
+# Each takes (student_log_probs_NV, teacher_log_probs_NV, weight) and gives (value_N, dL/dz_NV).
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "forward": forward_kl,
     "reverse": reverse_kl,
     "mixed": mixed_kl,
+    "jsd": jsd,
+    "skew-forward": skew_forward,
+    "skew-reverse": skew_reverse,
 }
 
 
@@ -50,16 +84,17 @@ def token_divergence(
     teacher_logits_NV: Tensor,
     kl: str,
     *,
-    forward_weight: float = 0.5,
+    weight: float = 0.5,
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
 ) -> tuple[Tensor, TokenStats]:
     """The divergence at each of N positions, differentiable in the student's logits, and all statistics.
 
-    `kl` is "forward", "reverse" or "mixed"; `forward_weight` in [0, 1] is read by "mixed" alone. `temperature` divides
-    both models' logits. With two or more `end_ids`, these ids count as one class on both sides: the exact divergence of
-    the coarser distributions. Arithmetic is in float32, or float64 for float64 logits. The statistics are those of the
-    tempered, merged distributions. Raises ValueError for shapes that differ or an unknown `kl`.
+    `kl` is one of DIVERGENCES; `weight` is that of the forward KL in "mixed", b of "jsd" (the teacher's in the mixture)
+    and a of the skew KLs (that of the KL's first model in it), strictly between 0 and 1 but for "mixed". `temperature`
+    divides both models' logits. With two or more `end_ids`, these ids count as one class on both sides: the exact
+    divergence of the coarser distributions. Arithmetic is in float32, or float64 for float64 logits. The statistics are
+    those of the tempered, merged distributions. Raises ValueError for shapes that differ or an unknown `kl`.
     """
     if student_logits_NV.shape != teacher_logits_NV.shape:
         raise ValueError(
@@ -73,7 +108,7 @@ def token_divergence(
         teacher_NV = merge_end_class(_at_least_float32(teacher_logits_NV) / temperature, end_ids)
         student_log_probs_NV = student_NV.log_softmax(-1)
         teacher_log_probs_NV = teacher_NV.log_softmax(-1)
-        value_N, grad_NV = DIVERGENCES[kl](student_log_probs_NV, teacher_log_probs_NV, forward_weight)
+        value_N, grad_NV = DIVERGENCES[kl](student_log_probs_NV, teacher_log_probs_NV, weight)
         stats = token_statistics(student_NV, teacher_NV)
     return _WithGradient.apply(student_NV, value_N, grad_NV), stats
 
@@ -113,7 +148,7 @@ def token_statistics(
     p_NV, q_NV = lt_NV.exp(), ls_NV.exp()
     jsd_N = skew_forward_N = skew_reverse_N = None
     if mixture_weight is not None:
-        lm_NV = torch.logaddexp(lt_NV + math.log(mixture_weight), ls_NV + math.log1p(-mixture_weight))
+        lm_NV = log_mixture(ls_NV, lt_NV, mixture_weight)
         skew_forward_N, skew_reverse_N = (p_NV * (lt_NV - lm_NV)).sum(-1), (q_NV * (ls_NV - lm_NV)).sum(-1)
         jsd_N = mixture_weight * skew_forward_N + (1 - mixture_weight) * skew_reverse_N
     return dataclasses.replace(

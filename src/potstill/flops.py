@@ -14,7 +14,7 @@ from potstill.models import LanguageModel
 from potstill.types import Rollout, Writer
 
 # Where a step's operations go.
-PARTS = ("rollout", "teacher", "student_forward", "student_backward", "head")
+PARTS = ("rollout", "probe", "teacher", "student_forward", "student_backward", "head")
 
 
 @dataclass(frozen=True)

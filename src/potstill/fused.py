@@ -65,7 +65,7 @@ def fused_loss(
     _check_terms(terms, weights_N, problem)
     if backend == "plain":
         stats = _plain_statistics(problem, sides, labels_N, end_ids, temperature)
-        loss_N = _token_loss(terms, stats)
+        loss_N = token_loss(terms, stats)
         if not torch.isfinite(loss_N).all():
             raise NonFiniteError("the loss is NaN or infinite, or a model's logits are")
         return scale * (loss_N if weights_N is None else loss_N * weights_N).sum(), loss_N.detach(), detached(stats)
@@ -121,7 +121,7 @@ class _Loss(torch.autograd.Function):
                 if any(trained):
                     kls.append(walk.gradient(found, terms, 0.0, weights_N, scale, into))
             stats = _joined(values, problem)
-            loss_N = _token_loss(terms, _stats(stats), torch.cat(kls) if kls else None)
+            loss_N = token_loss(terms, _stats(stats), torch.cat(kls) if kls else None)
             ctx.gradients = into.finish(problem, [None if t is None else t.dtype for t in (hidden, weight, bias)])
         loss_sum = scale * (loss_N if weights_N is None else loss_N * weights_N).sum()
         ctx.mark_non_differentiable(loss_N, *(t for t in stats if t is not None))
@@ -198,7 +198,7 @@ def _plain_statistics(
     )
 
 
-def _token_loss(terms: LossTerms, stats: TokenStats, kl_N: Tensor | None = None) -> Tensor:
+def token_loss(terms: LossTerms, stats: TokenStats, kl_N: Tensor | None = None) -> Tensor:
     """The loss of each token from its statistics; `kl_N` is a better value of the two KL terms."""
     parts = [] if kl_N is None else [kl_N]
     weighted = [

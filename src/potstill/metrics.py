@@ -16,6 +16,10 @@ from potstill.types import Batch, Rollout, TokenStats, Writer
 TOKEN_STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
 
 
+# Of a text's end, and how many times smaller zlib makes a loop.
+LOOP_CHARACTERS, LOOP_RATIO = 10_000, 10.0
+
+
 class Stopwatch:
     """Seconds spent in named parts of a step."""
 
@@ -63,6 +67,17 @@ def num_tokens_to_answer(
     return low
 
 
+def before_answer(rollout: Rollout, text: str, tokenizer, answer_end: Callable[[str], int | None]) -> list[bool]:
+    """For each loss token of a rollout, whether it comes up to the first final answer."""
+    num = num_tokens_to_answer(rollout.completion_ids, text, tokenizer, answer_end)
+    return [i < num for i, is_trained in enumerate(rollout.trained) if is_trained]
+
+
+def is_loop(text: str) -> bool:
+    """Whether a text repeats itself: zlib makes its last 10,000 characters ten times smaller (arXiv 2604.08527)."""
+    return zlib_ratio(text[-LOOP_CHARACTERS:]) > LOOP_RATIO
+
+
 def token_sums(
     stats: TokenStats, before_answer_N: torch.Tensor, rollouts: Sequence[Rollout], split_by: Sequence[Writer] = ()
 ) -> dict[str, float]:
@@ -72,14 +87,15 @@ def token_sums(
     per_token = {name: getattr(stats, f"{name}_N") for name in TOKEN_STATISTICS}
     per_token = {name: values_N.double() for name, values_N in per_token.items() if values_N is not None}
     sums |= {name: float(values_N.sum()) for name, values_N in per_token.items()}
-    sums["student_entropy_before_answer"] = float(stats.student_entropy_N.double()[before_answer_N].sum())
+    entropies = {name: values_N for name, values_N in per_token.items() if name.endswith("_entropy")}
+    sums |= {f"{name}_before_answer": float(v_N[before_answer_N].sum()) for name, v_N in entropies.items()}
     writers = [w for r in rollouts for w, is_trained in zip(r.writers, r.trained, strict=True) if is_trained]
     for writer in split_by:
         is_theirs_N = torch.tensor([w == writer for w in writers], dtype=torch.bool, device=device)
         sums[f"num_loss_tokens/{writer}"] = float(is_theirs_N.sum())
         before_N = is_theirs_N & before_answer_N
         sums[f"num_before_answer/{writer}"] = float(before_N.sum())
-        sums[f"student_entropy_before_answer/{writer}"] = float(stats.student_entropy_N.double()[before_N].sum())
+        sums |= {f"{name}_before_answer/{writer}": float(v_N[before_N].sum()) for name, v_N in entropies.items()}
         sums |= {f"{name}/{writer}": float(values_N[is_theirs_N].sum()) for name, values_N in per_token.items()}
     return sums
 
@@ -110,7 +126,7 @@ def step_means(sums: dict[str, float], split_by: Sequence[Writer] = ()) -> dict[
     def means(suffix: str) -> dict[str, float | None]:
         kinds = [
             ("num_loss_tokens", TOKEN_STATISTICS),
-            ("num_before_answer", ("student_entropy_before_answer",)),
+            ("num_before_answer", ("student_entropy_before_answer", "teacher_entropy_before_answer")),
             ("num_rollouts", ("length", "truncation", "zlib_ratio")),
         ]
         return {

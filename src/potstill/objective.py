@@ -3,6 +3,7 @@
 Losses are sums. The one divisor, a count over the whole optimiser step, comes from the training loop.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ Teacher = LanguageModel | CachedTeacher
 
 @dataclass(frozen=True)
 class Loss:
-    """What the loss of a run is, fixed before the first step.
+    """What the loss of a run is. `forward_weight` and `baseline_T`, which it has with gamma, may change by the step.
 
     `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one class in the
     divergence; it is empty where both models end alike or the recipe keeps them apart. `budget` (bytes) and `backend`
@@ -36,6 +37,8 @@ class Loss:
     end_class: tuple[int, ...] = ()
     budget: int = DEFAULT_BUDGET
     backend: str = "auto"
+    forward_weight: float | None = None
+    baseline_T: Tensor | None = None
 
     def divisor(self, rollouts: list[Rollout]) -> int:
         """This rank's part of the step's one divisor: its loss tokens, or its sequences that have any."""
@@ -53,10 +56,18 @@ class Loss:
 
     def terms(self) -> LossTerms:
         """The weight of each term in a token's loss."""
-        if self.objective.signal == "labels":
+        objective = self.objective
+        if objective.signal == "labels":
             return LossTerms(cross_entropy=1.0)
-        forward_weight = {"forward": 1.0, "reverse": 0.0, "mixed": self.objective.forward_weight}[self.objective.kl]
-        return LossTerms(forward=forward_weight, reverse=1 - forward_weight)
+        if objective.kl == "jsd":
+            return LossTerms(jsd=1.0, mixture_weight=objective.jsd_weight)
+        if objective.kl == "skew-forward":
+            return LossTerms(skew_forward=1.0, mixture_weight=objective.skew)
+        if objective.kl == "skew-reverse":
+            return LossTerms(skew_reverse=1.0, mixture_weight=1 - objective.skew)
+        mixed = objective.forward_weight if self.forward_weight is None else self.forward_weight
+        weight = {"forward": 1.0, "reverse": 0.0, "mixed": mixed}[objective.kl]
+        return LossTerms(forward=weight, reverse=1 - weight, forward_above=objective.forward_above)
 
 
 @torch.no_grad()
@@ -99,15 +110,10 @@ def batch_loss(
     # Only the backbone computes in the lower type: bfloat16 logits would bias the gradient and the entropy.
     with torch.autocast(device_type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"):
         hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT]
-    weights_N = None
-    if loss.normalize == "sequence":
-        num_tokens_B1 = batch.loss_mask_BT.sum(1, keepdim=True).expand_as(batch.loss_mask_BT)
-        weights_N = 1 / num_tokens_B1[batch.loss_mask_BT]
+    weights_N = token_weights(batch, loss)
     labels_N = batch.target_ids_BT[batch.loss_mask_BT]
     if isinstance(signal, TopK):
-        objective = loss.objective
-        options = {"forward_weight": objective.forward_weight, **loss.shared_options()}
-        loss_N, stats = top_k_loss(hidden_ND, student.head, signal, objective.kl, **options)
+        loss_N, stats = top_k_loss(hidden_ND, student.head, signal, loss.terms(), **loss.shared_options())
         loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
         return loss_sum, loss_N.detach(), stats
     teacher_head = None if signal is None or teacher is None else teacher.head
@@ -116,16 +122,62 @@ def batch_loss(
         loss_N, value_N, stats = sampled_loss(*sides, labels_N, loss)
         loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
         return loss_sum, value_N, stats
+    terms = loss.terms()
+    if loss.objective.gamma:
+        with torch.no_grad():
+            kl_N = fused_statistics(hidden_ND.detach(), *sides[1:], **loss.shared_options()).reverse_kl_N
+        assert kl_N is not None, "the recipe asks for a teacher's whole signal"
+        returns_N = returns_to_go(kl_N, batch, loss.objective.gamma)
+        if loss.baseline_T is not None:
+            returns_N = returns_N - loss.baseline_T[positions(batch)]
+        # What is added to the loss is the return, a constant, times the log-probability of the written token.
+        terms = dataclasses.replace(terms, cross_entropy=-returns_N)
     return fused_loss(
         *sides,
-        loss.terms(),
-        # Log-probabilities of the written tokens cost a gather of head rows, and only this signal reads them.
-        labels_N=labels_N if loss.objective.signal == "labels" else None,
+        terms,
+        # Log-probabilities of the written tokens cost a gather of head rows; few losses read them.
+        labels_N=labels_N if loss.objective.signal == "labels" or loss.objective.gamma else None,
         weights_N=weights_N,
         scale=1 / divisor,
         budget=loss.budget,
         **loss.shared_options(),
     )
+
+
+def positions(batch: Batch) -> Tensor:
+    """The place [N] of each loss token in its completion, from 0."""
+    places = [i for rollout in batch.rollouts for i, is_trained in enumerate(rollout.trained) if is_trained]
+    return torch.tensor(places, device=batch.loss_mask_BT.device)
+
+
+def token_weights(batch: Batch, loss: Loss) -> Tensor | None:
+    """What each loss token [N] counts, before the divisor; None where all count one."""
+    weights_N = None
+    if loss.normalize == "sequence":
+        num_tokens_B1 = batch.loss_mask_BT.sum(1, keepdim=True).expand_as(batch.loss_mask_BT)
+        weights_N = 1 / num_tokens_B1[batch.loss_mask_BT]
+    if loss.objective.split is not None:
+        before, after = loss.objective.split_weights
+        parts_N = torch.where(positions(batch) < loss.objective.split, before, after)
+        weights_N = parts_N if weights_N is None else weights_N * parts_N
+    return weights_N
+
+
+def returns_to_go(kl_N: Tensor, batch: Batch, gamma: float) -> Tensor:
+    """What the later tokens of its rollout cost each token [N]: sum over u > t of gamma^(u - t) KL_u, in nats.
+
+    KL_u is the exact reverse KL at position u, the mean of the log-ratio that a policy gradient would take there
+    (paper.md, 3.2). With gamma = 1, the local gradient plus that of sum_t returns_t log q(y_t) is the gradient of the
+    sequence's reverse KL.
+    """
+    lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
+    is_there_BL = torch.arange(max(lengths), device=kl_N.device) < torch.tensor(lengths, device=kl_N.device)[:, None]
+    costs_BL = kl_N.new_zeros(is_there_BL.shape)
+    costs_BL[is_there_BL] = kl_N
+    returns_BL = torch.zeros_like(costs_BL)
+    for t in range(costs_BL.shape[1] - 2, -1, -1):
+        returns_BL[:, t] = gamma * (costs_BL[:, t + 1] + returns_BL[:, t + 1])
+    return returns_BL[is_there_BL]
 
 
 def sampled_loss(

@@ -34,8 +34,8 @@ class Writing:
     cache: Cache | None = None
 
 
-# (seed of the run, which set of rollouts, place in the set): names the random stream of a rollout.
-Seed = tuple[int, int, int]
+# (seed of the run, which set of rollouts, place in the set) names the random stream of a rollout.
+Seed = tuple[int, ...]
 # Ends the seed of what a second writer draws, and of where it takes over.
 SECOND_WRITER, HANDOFF = 2, 3
 

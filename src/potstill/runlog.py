@@ -1,6 +1,7 @@
 """The run folder: what a run writes beside its weights, and what makes it a result.
 
-`recipe.toml`, `environment.json`, `metrics.jsonl`, `evals.jsonl`, `samples.jsonl`, `checkpoint/`, `model/`, `DONE`.
+`recipe.toml`, `environment.json`, `metrics.jsonl`, `window.jsonl` (what the length gate decided and why),
+`evals.jsonl`, `samples.jsonl`, `checkpoint/`, `model/`, `DONE`.
 `DONE` holds the recipe's hash and is written last; a folder without a matching one is not a result. Needs no torch.
 """
 
@@ -88,7 +89,7 @@ def open_run(recipe: Recipe, environment: dict[str, Any]) -> Iterator[None]:
 
 def rewind(folder: Path, num_steps: int) -> None:
     """Forget what was logged after the checkpoint that a run is resumed from, and a line torn by a kill."""
-    for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+    for name in ("metrics.jsonl", "window.jsonl", "samples.jsonl", "evals.jsonl"):
         path = folder / name
         if path.exists():
             kept = [row for row in read_rows(path) if row["step"] <= num_steps]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from potstill.divergence import entropy, merge_end_class
-from potstill.fused import detached, fused_statistics
+from potstill.fused import detached, fused_statistics, token_loss
 from potstill.heads import Head
-from potstill.types import TokenStats
+from potstill.tiles import log_mixture
+from potstill.types import LossTerms, TokenStats
 
 # Rows of a head that are gathered at a time, in elements.
 GATHERED_ELEMENTS = 2**22
@@ -83,9 +84,8 @@ def top_k_loss(
     hidden_ND: Tensor,
     head: Head,
     teacher: TopK,
-    kl: str,
+    terms: LossTerms,
     *,
-    forward_weight: float = 0.5,
     vocab_size: int | None = None,
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
@@ -93,7 +93,7 @@ def top_k_loss(
 ) -> tuple[Tensor, TokenStats]:
     """The divergence of each token between teacher and student over the kept tokens, the end class and the tail.
 
-    `kl` is "forward", "reverse" or "mixed". Returns `(loss_N, stats)`: the first is differentiable in the student; the
+    `terms` weighs divergences alone. Returns `(loss_N, stats)`: the first is differentiable in the student; the
     statistics are the student's own, the teacher's entropy, and both KLs of the coarse distributions. The student's
     tail is what the kept tokens leave of 1; below the resolution of the type (1e-7 in float32) it counts as that.
     """
@@ -125,13 +125,21 @@ def top_k_loss(
         students.append(mass_N1.clamp(min=resolution).log().to(log_sum_exp_N.dtype))
         teachers.append(teacher.tail_log_prob_N[:, None])
     ls, lt = torch.cat(students, -1), torch.cat(teachers, -1).to(log_sum_exp_N.dtype)
-    # A class that the teacher gives nothing at all adds nothing to the forward KL.
-    forward_N = torch.where(lt == -torch.inf, 0.0, lt.exp() * (lt - ls)).sum(-1)
-    reverse_N = (ls.exp() * (ls - lt)).sum(-1)
-    weight = {"forward": 1.0, "reverse": 0.0, "mixed": forward_weight}[kl]
-    parts = [w * value for w, value in ((weight, forward_N), (1 - weight, reverse_N)) if w]
-    known = {"forward_kl_N": forward_N, "reverse_kl_N": reverse_N, "teacher_entropy_N": teacher.entropy_N}
-    return torch.stack(parts).sum(0), detached(dataclasses.replace(stats, **known))
+    # A class that the teacher gives nothing at all adds nothing to a KL from the teacher.
+    is_known = lt > -torch.inf
+    lm = log_mixture(ls, lt, terms.mixture_weight)
+    skew_forward_N = torch.where(is_known, lt.exp() * (lt - lm), 0.0).sum(-1)
+    skew_reverse_N = (ls.exp() * (ls - lm)).sum(-1)
+    known = {
+        "forward_kl_N": torch.where(is_known, lt.exp() * (lt - ls), 0.0).sum(-1),
+        "reverse_kl_N": (ls.exp() * (ls - lt)).sum(-1),
+        "jsd_N": terms.mixture_weight * skew_forward_N + (1 - terms.mixture_weight) * skew_reverse_N,
+        "teacher_entropy_N": teacher.entropy_N,
+        "skew_forward_N": skew_forward_N,
+        "skew_reverse_N": skew_reverse_N,
+    }
+    stats = dataclasses.replace(stats, **known)
+    return token_loss(terms, stats), detached(stats)
 
 
 class _Picked(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The training loop: from a recipe to a run folder with a distilled student."""
 
 import copy
+import dataclasses
 import hashlib
 import math
 import random
@@ -16,6 +17,16 @@ from potstill import checkpoint, distributed, runlog
 from potstill.batching import make_batches
 from potstill.cache import Cache, CachedTeacher
 from potstill.config import Recipe, Train, is_table
+from potstill.controllers import (
+    MixingState,
+    WindowState,
+    decide,
+    first_window,
+    is_probe_due,
+    next_weight,
+    scheduled_weight,
+    scheduled_window,
+)
 from potstill.data import (
     DataError,
     example_from_row,
@@ -28,11 +39,12 @@ from potstill.distributed import World
 from potstill.evaluation import evaluate, prepare_problems
 from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
-from potstill.metrics import Stopwatch, logged_samples, num_tokens_to_answer, rollout_sums, step_means, token_sums
+from potstill.metrics import Stopwatch, before_answer, logged_samples, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
-from potstill.objective import Loss, Teacher, batch_loss, teacher_signal
+from potstill.objective import Loss, Teacher, batch_loss, positions, returns_to_go, teacher_signal
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
+from potstill.probing import probe_window
 from potstill.progress import StepDisplay
 from potstill.tasks import make_task
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
@@ -60,6 +72,7 @@ class Setup:
     teacher: Teacher | None
     cache: Cache | None
     prompts: list[Prompt]
+    probes: list[Prompt]
     end_ids: tuple[int, ...]
     loss: Loss
     answer_end: Callable[[str], int | None]
@@ -168,9 +181,10 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             max_completion=recipe.window.tokens,
             context_length=teacher.context_length,
         )
+    tokenised, probes = hold_out(recipe, tokenised)
     if cache is not None:
         cache.check_fit(end_ids, loss.vocab_size, loss.end_class)
-        tokenised = cache.attach(tokenised)
+        tokenised, probes = cache.attach(tokenised), cache.attach(probes)
     if recipe.train.prompts_per_step % world.size:
         raise DataError(
             f"train.prompts_per_step is {recipe.train.prompts_per_step}, which {world.size} ranks cannot share evenly; "
@@ -186,6 +200,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         teacher,
         cache,
         tokenised,
+        probes,
         end_ids,
         loss,
         answer_end,
@@ -221,8 +236,51 @@ def load_teacher(
     return teacher
 
 
+def hold_out(recipe: Recipe, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and the last ones, which the length gate probes with and which are nowhere else.
+
+    Raises DataError when too few are left.
+    """
+    if recipe.window.schedule != "entropy-gated":
+        return prompts, []
+    num = recipe.window.num_probes
+    probes = prompts[-num:]
+    held_out = {prompt.token_ids for prompt in probes}
+    kept = [prompt for prompt in prompts[:-num] if prompt.token_ids not in held_out]
+    if not kept:
+        raise DataError(
+            f"window.num_probes is {num} and there are {len(prompts)} prompts: none is left to train on; lower it or "
+            "give more prompts"
+        )
+    return kept, probes
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run carries from step to step beside weights, optimiser and rollouts. A checkpoint keeps it as plain data.
+
+    `baseline` is the mean return of each position at the step before, which gamma subtracts.
+    """
+
+    mixing: MixingState
+    window: WindowState
+    flops: float = 0.0
+    baseline: tuple[float, ...] = ()
+
+    @staticmethod
+    def first(recipe: Recipe) -> "State":
+        """Before the first step."""
+        return State(MixingState(recipe.objective.forward_weight), first_window(recipe.window))
+
+    @staticmethod
+    def from_data(data: dict[str, Any]) -> "State":
+        """The inverse of `dataclasses.asdict`."""
+        mixing, window = MixingState(**data["mixing"]), WindowState(**data["window"])
+        return State(mixing, window, data["flops"], tuple(data["baseline"]))
+
+
 def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
-    """The loop. Its state is the number of finished steps; all randomness follows from that and the seed."""
+    """The loop. All randomness follows from the number of finished steps and the seed."""
     config, folder = recipe.train, recipe.out
     student, teacher = setup.student, setup.teacher
     decoders: dict[Writer, Any] = {"student": distributed.shard(student, world)}
@@ -234,7 +292,10 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     follower = None
     if isinstance(teacher, LanguageModel) and teacher.name == "self" and recipe.teacher.refresh_steps:
         follower = teacher
-    start, spent = checkpoint.load(saved, student, optimizer, follower) if saved else (0, 0.0)
+    start, state = 0, State.first(recipe)
+    if saved is not None:
+        start, stored = checkpoint.load(saved, student, optimizer, follower)
+        state = State.from_data(stored)
     writers_flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
     if setup.teacher_flops is not None and setup.cache is None:
         writers_flops["teacher"] = setup.teacher_flops
@@ -245,20 +306,33 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     metrics: dict[str, Any] = {}
     with StepDisplay(recipe, start, quiet) as display:
         display.note(*_opening(recipe, setup, start))
-        step, is_last = start, is_spent(config, start, spent)
+        step, is_last = start, is_spent(config, start, state.flops)
         while not is_last:
             torch.manual_seed(_seed("step", config.seed, step, world.rank))
             if follower is not None and step > 0 and step % (recipe.teacher.refresh_steps or 1) == 0:
                 distributed.refresh(follower.model, student)
             clock = Stopwatch(world.device)
             places = range(world.rank, config.prompts_per_step, world.size)
-            written_flops = 0
+            written_flops = probe_flops = 0
             # A round is one set of rollouts, for one step or several.
             round_, age = divmod(step, recipe.rollouts.reuse)
             indices = step_indices(len(setup.prompts), config.prompts_per_step, round_, config.seed)
             prompts = [setup.prompts[indices[place]] for place in places]
             seeds = [(config.seed, round_, place) for place in places]
-            window = recipe.window.tokens
+            student.eval()
+            if age == 0:
+                distributed.refresh(decoders["student"], student)
+                if is_probe_due(recipe.window, state.window, step, recipe.rollouts.reuse):
+                    with clock("probe"):
+                        probe, probe_flops = probe_window(recipe, setup, decoders, state.window, step, world)
+                    gate, decision = decide(recipe.window, state.window, probe)
+                    state = dataclasses.replace(state, window=gate)
+                    display.note(f"before step {step + 1}: {decision}")
+                    if world.is_main:
+                        runlog.append(folder / "window.jsonl", {"step": step + 1, **decision.as_row()})
+            window = state.window.tokens
+            if recipe.window.schedule == "linear":
+                window = scheduled_window(recipe.window, step - age, config.steps)
             writing = Writing(
                 recipe.objective,
                 decoders,
@@ -271,25 +345,30 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
 
             with clock("rollout"):
                 if age == 0:
-                    distributed.refresh(decoders["student"], student)
-                    student.eval()
                     try:
                         rollouts = write_rollouts(writing, prompts, seeds)
                     except NonFiniteError as error:
                         raise _not_finite(str(error), step, prompts) from None
-                    student.train()
                     written_flops = rollout_flops(rollouts, writers_flops, by_token)
                 elif step == start and saved is not None:
                     rollouts = checkpoint.load_rollouts(saved, prompts, world)
+            student.train()
 
-            sums, samples = accumulate_gradients(setup, rollouts, config.tokens_per_batch, step, world, clock, split_by)
+            weight = state.mixing.weight
+            if recipe.mixing.schedule != "entropy":
+                weight = scheduled_weight(recipe.mixing, recipe.objective.forward_weight, step, config.steps)
+            baseline_T = torch.tensor(state.baseline, device=world.device) if state.baseline else None
+            loss = dataclasses.replace(setup.loss, forward_weight=weight, baseline_T=baseline_T)
+            sums, samples, baseline = accumulate_gradients(
+                setup, loss, rollouts, config.tokens_per_batch, step, world, clock, split_by
+            )
 
             with clock("student"):
                 norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
                 grad_norm = distributed.whole(norm).item()
                 if not math.isfinite(grad_norm):
                     raise _not_finite("the gradient is not finite", step, prompts)
-                lr = learning_rate(config, step, spent)
+                lr = learning_rate(config, step, state.flops)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
@@ -297,11 +376,18 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
 
             metrics = {"step": step + 1, "prefix": recipe.objective.prefix, **step_means(sums, split_by)}
             metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window, "rollout_age": age}
-            parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops) | {"rollout": written_flops}
+            if recipe.objective.kl == "mixed":
+                metrics["forward_weight"] = weight
+            parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops)
+            parts |= {"rollout": written_flops, "probe": probe_flops}
             parts = dict(zip(parts, distributed.sum_over_ranks(list(parts.values()), world), strict=True))
-            spent += sum(parts.values())
-            metrics |= {"flops": parts, "total_flops": spent}
-            is_last = is_spent(config, step + 1, spent)
+            mixing = state.mixing
+            if recipe.mixing.schedule == "entropy":
+                entropies = (metrics[f"{who}_entropy_before_answer"] for who in ("student", "teacher"))
+                mixing = next_weight(recipe.mixing, mixing, *entropies)
+            state = State(mixing, state.window, state.flops + sum(parts.values()), baseline)
+            metrics |= {"flops": parts, "total_flops": state.flops}
+            is_last = is_spent(config, step + 1, state.flops)
             saves = (step + 1) % config.checkpoint_every == 0 or is_last
             if world.is_main:
                 runlog.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
@@ -309,8 +395,8 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                     runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
             if saves:
                 is_last_use = (step + 1) % recipe.rollouts.reuse == 0
-                reused = () if is_last_use else rollouts
-                checkpoint.save(folder, step + 1, student, optimizer, world, reused, spent, follower)
+                reused, data = () if is_last_use else rollouts, dataclasses.asdict(state)
+                checkpoint.save(folder, step + 1, student, optimizer, world, data, reused, follower)
             display.update(metrics)
             step += 1
 
@@ -330,18 +416,20 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
 
 def accumulate_gradients(
     setup: Setup,
+    loss: Loss,
     rollouts: list[Rollout],
     tokens_per_batch: int,
     step: int,
     world: World,
     clock: Stopwatch,
     split_by: Sequence[Writer] = (),
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], list[dict[str, Any]], tuple[float, ...]]:
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one count over all ranks.
 
-    Returns the step's summed statistics over all ranks, and a few of this rank's rollouts for the log.
+    Returns the step's summed statistics over all ranks, a few of this rank's rollouts for the log, and with gamma the
+    mean return of each position over all ranks.
     """
-    student, loss = setup.student, setup.loss
+    student = setup.student
     batches = make_batches(rollouts, tokens_per_batch, world.device)
     # Sharded ranks must take the same number of forward passes.
     num_batches = distributed.max_over_ranks(len(batches), world)
@@ -352,6 +440,8 @@ def accumulate_gradients(
     text_of = dict(zip(map(id, rollouts), texts, strict=True))
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
     samples = []
+    # Of each position: the sum of the returns, and how many there are.
+    returns_2L = torch.zeros(2, max(len(r.completion_ids) for r in rollouts) if loss.objective.gamma else 0)
     for batch in batches:
         with clock("teacher"):
             signal = teacher_signal(setup.teacher, batch, loss)
@@ -362,12 +452,20 @@ def accumulate_gradients(
                 raise _not_finite(str(error), step, [rollout.prompt for rollout in batch.rollouts]) from None
             loss_sum.backward()
         before_answer_N = torch.tensor(
-            [is_before for r in batch.rollouts for is_before in before_answer(r, text_of[id(r)], setup)],
+            [
+                is_before
+                for r in batch.rollouts
+                for is_before in before_answer(r, text_of[id(r)], student.tokenizer, setup.answer_end)
+            ],
             device=world.device,
         )
         sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
         samples += logged_samples(batch, loss_N, stats, student.tokenizer, rollouts[:NUM_LOGGED_SAMPLES])
-    return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)), samples
+        if loss.objective.gamma and stats.reverse_kl_N is not None:
+            returns_N = returns_to_go(stats.reverse_kl_N, batch, loss.objective.gamma).cpu()
+            returns_2L.index_add_(1, positions(batch).cpu(), torch.stack([returns_N, torch.ones_like(returns_N)]))
+    total = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
+    return total, samples, distributed.mean_by_position(returns_2L, world)
 
 
 def _not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteError:
@@ -376,12 +474,6 @@ def _not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteErr
         f"step {step + 1}: {what}; nothing was updated. The first prompts are {ids}. Look at them and at both models' "
         "logits, or lower train.lr"
     )
-
-
-def before_answer(rollout: Rollout, text: str, setup: Setup) -> list[bool]:
-    """For each loss token of a rollout, whether it comes up to the first final answer."""
-    num = num_tokens_to_answer(rollout.completion_ids, text, setup.student.tokenizer, setup.answer_end)
-    return [i < num for i, is_trained in enumerate(rollout.trained) if is_trained]
 
 
 def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[int]:

@@ -1,0 +1,99 @@
+"""Probes of the length gate: what the student writes to held-out prompts at the current window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from potstill import distributed
+from potstill.batching import make_batches
+from potstill.cache import CachedTeacher
+from potstill.config import Recipe
+from potstill.controllers import Probe, WindowState
+from potstill.distributed import World
+from potstill.flops import rollout_flops, training_flops
+from potstill.fused import fused_statistics
+from potstill.metrics import before_answer, is_loop
+from potstill.models import LanguageModel
+from potstill.prefixes import Writing, from_one
+from potstill.types import Rollout, Writer
+
+if TYPE_CHECKING:
+    from potstill.training import Setup
+
+# Ends the seeds of what is written to probe with.
+PROBE = 4
+
+
+@torch.no_grad()
+def probe_window(
+    recipe: Recipe, setup: Setup, decoders: Mapping[Writer, Any], state: WindowState, step: int, world: World
+) -> tuple[Probe, int]:
+    """Let the student write to the held-out prompts, measure it, and count the operations of this rank.
+
+    Entropies are those of the models themselves, at temperature 1 and without truncation. The teacher's share of cut
+    responses is measured once a window: by letting it write, or from the cache. Ranks share the prompts.
+    """
+    prompts = setup.probes[world.rank :: world.size]
+    seeds = [(recipe.train.seed, step, i, PROBE) for i in range(world.rank, len(setup.probes), world.size)]
+    writing = Writing(
+        recipe.objective, decoders, state.tokens, setup.end_ids, recipe.sampling, len(setup.probes), setup.cache
+    )
+    # The whole copy that decodes: ranks do not take the same number of passes here.
+    student = LanguageModel(decoders["student"], setup.student.tokenizer, "student")
+    rollouts = from_one("student", writing, prompts, seeds)
+    flops = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
+    scores_teacher = recipe.window.reference == "teacher" and isinstance(setup.teacher, LanguageModel)
+    texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+    text_of = dict(zip(map(id, rollouts), texts, strict=True))
+    num_tokens = entropy = teacher_entropy = 0.0
+    options = setup.loss.shared_options() | {"temperature": 1.0}
+    for batch in make_batches(rollouts, recipe.train.tokens_per_batch, world.device):
+        sides: list[Any] = [student(batch.input_ids_BT)[batch.loss_mask_BT], student.head]
+        if scores_teacher and isinstance(setup.teacher, LanguageModel):
+            sides += [setup.teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT], setup.teacher.head]
+        stats = fused_statistics(*sides, **options)
+        is_before_N = torch.tensor(
+            [
+                is_before
+                for rollout in batch.rollouts
+                for is_before in before_answer(rollout, text_of[id(rollout)], student.tokenizer, setup.answer_end)
+            ],
+            device=world.device,
+        )
+        num_tokens += float(is_before_N.sum())
+        entropy += float(stats.student_entropy_N[is_before_N].double().sum())
+        if stats.teacher_entropy_N is not None:
+            teacher_entropy += float(stats.teacher_entropy_N[is_before_N].double().sum())
+    scored = training_flops(rollouts, setup.student_flops, setup.teacher_flops if scores_teacher else None)
+    # Forward alone: of the head's three products of the student, one.
+    num_scored = sum(len(rollout.completion_ids) for rollout in rollouts)
+    flops += scored["student_forward"] + scored["teacher"] + scored["head"] - 2 * num_scored * setup.student_flops.head
+    num_cut, num_teachers_cut = _num_cut(rollouts), 0.0
+    if state.teacher_truncation is None:
+        if isinstance(setup.teacher, CachedTeacher) or setup.cache is not None:
+            assert setup.cache is not None
+            num_teachers_cut = _num_cut([setup.cache.rollout(prompt, state.tokens) for prompt in prompts])
+        elif setup.teacher is not None and setup.teacher_flops is not None:
+            written = from_one("teacher", writing, prompts, seeds)
+            num_teachers_cut = _num_cut(written)
+            flops += rollout_flops(written, {"teacher": setup.teacher_flops}, by_token=False)
+    num_loops = float(sum(map(is_loop, texts)))
+    sums = [num_tokens, entropy, teacher_entropy, num_cut, num_teachers_cut, num_loops, float(len(rollouts))]
+    sums = distributed.sum_over_ranks(sums, world)
+    num_tokens, entropy, teacher_entropy, num_cut, num_teachers_cut, num_loops, num = sums
+    known = state.teacher_truncation
+    probe = Probe(
+        entropy=entropy / num_tokens,
+        teacher_entropy=teacher_entropy / num_tokens if scores_teacher else None,
+        truncation=num_cut / num,
+        teacher_truncation=num_teachers_cut / num if known is None else known,
+        repetition=num_loops / num,
+    )
+    return probe, flops
+
+
+def _num_cut(rollouts: list[Rollout]) -> float:
+    return float(sum(rollout.stop == "length" for rollout in rollouts))
