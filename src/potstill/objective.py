@@ -110,7 +110,7 @@ def batch_loss(
     # Only the backbone computes in the lower type: bfloat16 logits would bias the gradient and the entropy.
     with torch.autocast(device_type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"):
         hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT]
-    weights_N = token_weights(batch, loss)
+    weights_N = token_weights(batch, loss, torch.promote_types(hidden_ND.dtype, torch.float32))
     labels_N = batch.target_ids_BT[batch.loss_mask_BT]
     if isinstance(signal, TopK):
         loss_N, stats = top_k_loss(hidden_ND, student.head, signal, loss.terms(), **loss.shared_options())
@@ -150,15 +150,16 @@ def positions(batch: Batch) -> Tensor:
     return torch.tensor(places, device=batch.loss_mask_BT.device)
 
 
-def token_weights(batch: Batch, loss: Loss) -> Tensor | None:
+def token_weights(batch: Batch, loss: Loss, dtype: torch.dtype) -> Tensor | None:
     """What each loss token [N] counts, before the divisor; None where all count one."""
     weights_N = None
     if loss.normalize == "sequence":
         num_tokens_B1 = batch.loss_mask_BT.sum(1, keepdim=True).expand_as(batch.loss_mask_BT)
-        weights_N = 1 / num_tokens_B1[batch.loss_mask_BT]
+        weights_N = 1 / num_tokens_B1[batch.loss_mask_BT].to(dtype)
     if loss.objective.split is not None:
         before, after = loss.objective.split_weights
-        parts_N = torch.where(positions(batch) < loss.objective.split, before, after)
+        is_before_N = (positions(batch) < loss.objective.split).to(dtype)
+        parts_N = before * is_before_N + after * (1 - is_before_N)
         weights_N = parts_N if weights_N is None else weights_N * parts_N
     return weights_N
 

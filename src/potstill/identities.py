@@ -1,0 +1,493 @@
+"""The theory as numbers: `potstill verify` checks each identity of docs/theory.md on models small enough to enumerate.
+
+The two models are tables: each prefix has its own row of logits, over a vocabulary of three tokens of which token 0
+ends the text, and a window of three tokens. So every text can be listed with its probability, and every expectation is
+a finite sum. One side of each identity is what training computes (`batch_loss` and what it calls, in float64); the
+other is written out here from the definition alone, or is a central difference of it.
+
+Notation as in the design: p teacher, q student, s a prefix, y a text, d^T and d^q the distributions of prefixes.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.batching import make_batch
+from potstill.config import Objective
+from potstill.divergence import DIVERGENCES, merge_end_class, token_divergence
+from potstill.fused import fused_loss
+from potstill.heads import Head
+from potstill.models import LanguageModel, check_logits
+from potstill.objective import Loss, batch_loss
+from potstill.types import Example, Prompt, Rollout, Stop
+
+V, WINDOW, END = 3, 3, 0
+# Of central differences: the error is of the order of STEP squared.
+STEP = 1e-5
+BOUND = 1e-8
+# What is said to differ must do so by more than rounding could.
+DISTANCE = 1e-3
+Text = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One identity: how far its two sides are apart, and whether that is as it should be.
+
+    `differs` marks the statements that two things are not the same: their distance must be at least `bound`.
+    """
+
+    name: str
+    error: float
+    bound: float = BOUND
+    differs: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return self.error >= self.bound if self.differs else self.error <= self.bound
+
+
+class Table(nn.Module):
+    """A language model with a row of logits for every prefix; looks to `batch_loss` like any other."""
+
+    def __init__(self, seed: int, spread: float = 1.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        prefixes = [text for n in range(WINDOW) for text in itertools.product(range(1, V), repeat=n)]
+        self.row_of = {prefix: i for i, prefix in enumerate(prefixes)}
+        logits = spread * torch.randn(len(prefixes), V, generator=generator, dtype=torch.float64)
+        self.logits_SV = nn.Parameter(logits)
+        self.head = Head(torch.eye(V, dtype=torch.float64))
+
+    def forward(self, input_ids_BT: Tensor) -> Tensor:
+        """The logits themselves as hidden states, under a head that is the identity. The prompt is one token."""
+        rows = [
+            # What follows the end of a text is padding, which no loss looks at.
+            [self.row_of.get(tuple(ids[1 : t + 1]), 0) for t in range(len(ids))]
+            for ids in input_ids_BT.tolist()
+        ]
+        return self.logits_SV[torch.tensor(rows)]
+
+    def log_probs(self, prefix: Text) -> Tensor:
+        """Of the next token, [V]."""
+        return self.logits_SV[self.row_of[prefix]].log_softmax(-1)
+
+    def log_prob(self, text: Text) -> Tensor:
+        """Of a whole text."""
+        return torch.stack([self.log_probs(text[:t])[token] for t, token in enumerate(text)]).sum()
+
+
+def all_texts(window: int = WINDOW) -> list[Text]:
+    """Every text that a model can write within a window."""
+    found = []
+    for n in range(1, window + 1):
+        for body in itertools.product(range(1, V), repeat=n - 1):
+            found += [(*body, token) for token in range(V) if token == END or n == window]
+    return found
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) by its definition."""
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def by_prefix(kind: str, student: Table, teacher: Table, prefix: Text) -> Tensor:
+    """The forward or reverse KL after a prefix."""
+    log_q, log_p = student.log_probs(prefix), teacher.log_probs(prefix)
+    return kl(log_p, log_q) if kind == "forward" else kl(log_q, log_p)
+
+
+def expectation(writer: Table, cost: Callable[[Text], Tensor], frozen: bool = True, window: int = WINDOW) -> Tensor:
+    """The mean over a writer's texts of the sum of a cost over their prefixes; `frozen` keeps the texts constant."""
+    total = torch.zeros((), dtype=torch.float64)
+    for text in all_texts(window):
+        probability = writer.log_prob(text).exp()
+        costs = torch.stack([cost(text[:t]) for t in range(len(text))]).sum()
+        total = total + (probability.detach() if frozen else probability) * costs
+    return total
+
+
+def sequence_kl(kind: str, student: Table, teacher: Table, window: int = WINDOW) -> Tensor:
+    """The KL between the two distributions over texts of at most `window` tokens."""
+    pairs = [(teacher.log_prob(text), student.log_prob(text)) for text in all_texts(window)]
+    log_p, log_q = (torch.stack(column) for column in zip(*pairs, strict=True))
+    return kl(log_p, log_q) if kind == "forward" else kl(log_q, log_p)
+
+
+def trained(
+    student: Table, teacher: Table, writer: Table, options: dict[str, Any], window: int = WINDOW
+) -> tuple[float, Tensor]:
+    """What training computes on every text of a writer, weighted by its probability: value and gradient [S, V]."""
+    loss = Loss(Objective(**options), "token", vocab_size=V)
+    student.zero_grad()
+    value = 0.0
+    for text in all_texts(window):
+        stop: Stop = "end" if text[-1] == END else "length"
+        prompt = Prompt(Example("x", "x"), (1,))
+        rollout = Rollout(prompt, text, (True,) * len(text), ("student",) * len(text), stop)
+        batch = make_batch([rollout])
+        hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT].detach()
+        probability = writer.log_prob(text).exp().item()
+        loss_sum, loss_N, _ = batch_loss(student, teacher, hidden_NE, batch, loss, 1 / probability)  # pyright: ignore
+        loss_sum.backward()
+        value += probability * float(loss_N.sum())
+    assert student.logits_SV.grad is not None
+    return value, student.logits_SV.grad.clone()
+
+
+def differences(student: Table, function: Callable[[], Tensor]) -> Tensor:
+    """The gradient [S, V] of a function of the student's logits, by central differences."""
+    gradient = torch.zeros_like(student.logits_SV)
+    with torch.no_grad():
+        for index in itertools.product(*map(range, student.logits_SV.shape)):
+            kept = student.logits_SV[index].item()
+            student.logits_SV[index] = kept + STEP
+            above = function()
+            student.logits_SV[index] = kept - STEP
+            gradient[index] = (above - function()) / (2 * STEP)
+            student.logits_SV[index] = kept
+    return gradient
+
+
+def score_sum(student: Table, writer: Table, factor: Callable[[Text, int], float]) -> Tensor:
+    """The gradient [S, V] of E_y sum_t factor(y, t) log q(y_t) with everything but log q constant."""
+    total = torch.zeros((), dtype=torch.float64)
+    for text in all_texts():
+        probability = writer.log_prob(text).exp().item()
+        for t, token in enumerate(text):
+            total = total + probability * factor(text, t) * student.log_probs(text[:t])[token]
+    (gradient,) = torch.autograd.grad(total, student.logits_SV)
+    return gradient
+
+
+def apart(a: Tensor | float, b: Tensor | float) -> float:
+    """The largest difference of two numbers or tensors."""
+    a, b = (torch.as_tensor(each, dtype=torch.float64).detach() for each in (a, b))
+    return float((a - b).abs().max())
+
+
+CELLS = [(prefix, kind) for prefix in ("teacher", "student") for kind in ("forward", "reverse")]
+
+
+def check_identities() -> list[Check]:
+    """Every identity, in the order of docs/theory.md."""
+    student, teacher = Table(seed=1), Table(seed=2, spread=1.5)
+    return [
+        *_chain_rules(student, teacher),
+        *_cells(student, teacher),
+        *_rewritten_gradients(student, teacher),
+        *_dropped_terms(student, teacher),
+        *_offline_rl(student, teacher),
+        *_estimators(student, teacher),
+        *_splits(student, teacher),
+        *_divergences(),
+        *_coarse(),
+    ]
+
+
+def _options(prefix: str, kind: str, **more: Any) -> dict[str, Any]:
+    return {"prefix": prefix, "kl": kind, **more}
+
+
+def _chain_rules(student: Table, teacher: Table) -> Iterator[Check]:
+    for kind, who, writer in (("forward", "d^T", teacher), ("reverse", "d^q", student)):
+        prefix = "teacher" if writer is teacher else "student"
+        for window in range(WINDOW, 0, -1):
+            value, _ = trained(student, teacher, writer, _options(prefix, kind), window)
+            what = "chain rule" if window == WINDOW else f"window of {window} = KL of the {window}-token marginals"
+            name = f"{what}: sequence {kind} KL = sum_t E_{who}[{kind} KL]"
+            yield Check(name, apart(value, sequence_kl(kind, student, teacher, window)))
+
+
+def _cells(student: Table, teacher: Table) -> Iterator[Check]:
+    for prefix, kind in CELLS:
+        writer = teacher if prefix == "teacher" else student
+        weights = {text: writer.log_prob(text).exp().item() for text in all_texts()}
+
+        def frozen(kind: str = kind, weights: dict[Text, float] = weights) -> Tensor:
+            sums = [
+                weight * sum(by_prefix(kind, student, teacher, text[:t]) for t in range(len(text)))
+                for text, weight in weights.items()
+            ]
+            return torch.stack([torch.as_tensor(part) for part in sums]).sum()
+
+        _, gradient = trained(student, teacher, writer, _options(prefix, kind))
+        name = f"{prefix} prefix, {kind} KL: gradient = differences of its expectation, prefixes frozen"
+        yield Check(name, apart(gradient, differences(student, frozen)))
+
+
+def _rewritten_gradients(student: Table, teacher: Table) -> Iterator[Check]:
+    for prefix, writer in (("teacher", teacher), ("student", student)):
+        cross_entropy = expectation(writer, lambda s: -(teacher.log_probs(s).exp() * student.log_probs(s)).sum())
+        (soft,) = torch.autograd.grad(cross_entropy, student.logits_SV)
+        _, gradient = trained(student, teacher, writer, _options(prefix, "forward"))
+        yield Check(f"{prefix} prefix: forward-KL gradient = soft cross-entropy gradient", apart(gradient, soft))
+
+        def surrogate(s: Text) -> Tensor:
+            log_q, log_p = student.log_probs(s), teacher.log_probs(s)
+            reward = (log_p - log_q).detach()
+            return -(log_q.detach().exp() * reward * log_q).sum()
+
+        (policy,) = torch.autograd.grad(expectation(writer, surrogate), student.logits_SV)
+        _, gradient = trained(student, teacher, writer, _options(prefix, "reverse"))
+        name = f"{prefix} prefix: reverse-KL gradient = policy gradient with reward log p - log q, a ~ q"
+        yield Check(name, apart(gradient, policy))
+
+
+def _later(student: Table, teacher: Table, kind: str, gamma: float = 1.0) -> Callable[[Text, int], float]:
+    """sum over u > t of gamma^(u - t) KL_u along a text."""
+    return lambda text, t: sum(
+        gamma ** (u - t) * by_prefix(kind, student, teacher, text[:u]).item() for u in range(t + 1, len(text))
+    )
+
+
+def _dropped_terms(student: Table, teacher: Table) -> Iterator[Check]:
+    for kind in ("forward", "reverse"):
+
+        def moving(kind: str = kind) -> Tensor:
+            return expectation(student, lambda s: by_prefix(kind, student, teacher, s), frozen=False)
+
+        whole = differences(student, moving)
+        _, local = trained(student, teacher, student, _options("student", kind))
+        dropped = score_sum(student, student, _later(student, teacher, kind))
+        name = f"student prefix, {kind} KL: moving prefixes add E sum_t (sum_u>t KL_u) grad log q(y_t)"
+        yield Check(name, apart(whole, local + dropped))
+        yield Check(f"student prefix, {kind} KL: the dropped term is not zero", apart(whole, local), DISTANCE, True)
+    whole = differences(student, lambda: sequence_kl("reverse", student, teacher))
+    _, full = trained(student, teacher, student, _options("student", "reverse", gamma=1.0))
+    yield Check("gamma = 1: gradient = differences of the sequence reverse KL", apart(full, whole))
+    _, local = trained(student, teacher, student, _options("student", "reverse"))
+    for gamma in (0.0, 0.5):
+        _, gradient = trained(student, teacher, student, _options("student", "reverse", gamma=gamma))
+        expected = local + score_sum(student, student, _later(student, teacher, "reverse", gamma))
+        yield Check(f"gamma = {gamma:g}: later KLs count gamma^(u - t)", apart(gradient, expected))
+    # The same expectation from the log-ratios that were drawn, which gamma replaces by their means.
+    drawn = score_sum(
+        student,
+        student,
+        lambda text, t: sum(
+            (student.log_probs(text[:u]) - teacher.log_probs(text[:u]))[text[u]].item() for u in range(t + 1, len(text))
+        ),
+    )
+    yield Check("gamma = 1: exact later KLs = drawn later log-ratios, in expectation", apart(full, local + drawn))
+
+
+def _offline_rl(student: Table, teacher: Table) -> Iterator[Check]:
+    _, gradient = trained(student, teacher, teacher, _options("teacher", "reverse"))
+    inner_over_student = torch.zeros((), dtype=torch.float64)
+    inner_over_teacher = torch.zeros((), dtype=torch.float64)
+    weighted = torch.zeros((), dtype=torch.float64)
+    for text in all_texts():
+        probability = teacher.log_prob(text).exp().item()
+        for t, written in enumerate(text):
+            log_q, log_p = student.log_probs(text[:t]), teacher.log_probs(text[:t])
+            ratio = (log_p - log_q).detach()
+            inner_over_student = inner_over_student - probability * (log_q.detach().exp() * ratio * log_q).sum()
+            # What the teacher wrote there, as it is and with the weight q / p.
+            one = -probability * ratio[written] * log_q[written]
+            inner_over_teacher, weighted = inner_over_teacher + one, weighted + one * (-ratio[written]).exp()
+    own, other, reweighted = (
+        torch.autograd.grad(total, student.logits_SV, retain_graph=True)[0]
+        for total in (inner_over_student, inner_over_teacher, weighted)
+    )
+    yield Check("teacher prefix, reverse KL: its gradient is E_{s ~ d^T, a ~ q}[-r grad log q]", apart(gradient, own))
+    yield Check("the same from the teacher's own tokens, with the weight q / p", apart(gradient, reweighted))
+    name = "the teacher's own tokens without the weight give another gradient"
+    yield Check(name, apart(gradient, other), DISTANCE, True)
+    for kind in ("forward", "reverse"):
+        of_sequence = differences(student, lambda kind=kind: sequence_kl(kind, student, teacher))
+        name = f"teacher prefix, reverse KL is not the gradient of the sequence {kind} KL"
+        yield Check(name, apart(gradient, of_sequence), DISTANCE, True)
+
+
+def _estimators(student: Table, teacher: Table) -> Iterator[Check]:
+    _, reverse = trained(student, teacher, student, _options("student", "reverse"))
+    _, forward = trained(student, teacher, student, _options("student", "forward"))
+    sampled = {"signal": "sampled"}
+    for estimator, baseline, expected, meaning in (
+        ("k1", "none", reverse, "local reverse KL"),
+        ("k1", "exact", reverse, "local reverse KL"),
+        ("k2", "none", reverse, "local reverse KL"),
+        ("k3", "none", forward, "local FORWARD KL"),
+    ):
+        kind = "forward" if estimator == "k3" else "reverse"
+        options = _options("student", kind, **sampled, estimator=estimator)
+        if estimator == "k1":
+            options["baseline"] = baseline
+        _, gradient = trained(student, teacher, student, options)
+        used = "as a constant reward" if estimator == "k1" else "differentiated"
+        used += ", exact baseline" if baseline == "exact" else ""
+        yield Check(f"{estimator} {used}: expected gradient = {meaning}", apart(gradient, expected))
+    # d/dtheta of log q - log p at tokens that q drew: a sum of scores.
+    k1 = score_sum(student, student, lambda text, t: 1.0)
+    yield Check("k1 differentiated: expected gradient = 0", apart(k1, torch.zeros_like(k1)))
+
+
+def _splits(student: Table, teacher: Table) -> Iterator[Check]:
+    for kind, writer, prefix in (("forward", teacher, "teacher"), ("reverse", student, "student")):
+        options = _options(prefix, kind)
+        _, whole = trained(student, teacher, writer, options)
+        _, equal = trained(student, teacher, writer, options | {"split": 1, "split_weights": (1.0, 1.0)})
+        yield Check(f"split, {kind} KL: equal weights give the unsplit loss", apart(equal, whole))
+        for position in range(1, WINDOW):
+            parts = []
+            for weights in ((1.0, 0.0), (0.0, 1.0), (0.3, 1.7)):
+                split = options | {"split": position, "split_weights": weights}
+                parts.append(trained(student, teacher, writer, split)[1])
+            name = f"split at {position}, {kind} KL: w1 (tokens before) + w2 (tokens from it on)"
+            yield Check(name, apart(parts[2], 0.3 * parts[0] + 1.7 * parts[1]))
+            short = expectation(writer, lambda s, kind=kind: by_prefix(kind, student, teacher, s), True, position)
+            (before,) = torch.autograd.grad(short, student.logits_SV)
+            name = f"split at {position}, {kind} KL: the tokens before it are a window of {position}"
+            yield Check(name, apart(parts[0], before))
+
+
+def _logits(seed: int, scale: float = 1.5, num_rows: int = 5, num_columns: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, num_rows, num_columns, generator=generator, dtype=torch.float64) * scale
+    return student.requires_grad_(), teacher
+
+
+def _definition(kind: str, student: Tensor, teacher: Tensor, weight: float) -> Tensor:
+    """A divergence [N] from probabilities, differentiable by autograd."""
+    q, p = student.softmax(-1), teacher.softmax(-1)
+
+    def of(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1)
+
+    m, other = weight * p + (1 - weight) * q, weight * q + (1 - weight) * p
+    return {
+        "forward": lambda: of(p, q),
+        "reverse": lambda: of(q, p),
+        "mixed": lambda: weight * of(p, q) + (1 - weight) * of(q, p),
+        "jsd": lambda: weight * of(p, m) + (1 - weight) * of(q, m),
+        "skew-forward": lambda: of(p, m),
+        "skew-reverse": lambda: of(q, other),
+    }[kind]()
+
+
+def _both_ways(student: Tensor, teacher: Tensor, kind: str, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Value [N] and gradient of a divergence as the plain and as the fused code compute it."""
+    settings = {"mixed": "forward_weight", "jsd": "jsd_weight", "skew-forward": "skew", "skew-reverse": "skew"}
+    objective = Objective(**({"kl": kind} | ({settings[kind]: weight} if kind in settings else {})))  # pyright: ignore
+    value_N, _ = token_divergence(student, teacher, kind, weight=weight)
+    (gradient,) = torch.autograd.grad(value_N.sum(), student)
+    head = Head(torch.eye(student.shape[1], dtype=torch.float64))
+    loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, Loss(objective, "token").terms())
+    (fused,) = torch.autograd.grad(loss_sum, student)
+    return {"closed form": (value_N.detach(), gradient), "fused": (loss_N, fused)}
+
+
+def _divergences() -> Iterator[Check]:
+    student, teacher = _logits(3)
+    found = {}
+    for kind in DIVERGENCES:
+        exact = _definition(kind, student, teacher, 0.3)
+        (gradient,) = torch.autograd.grad(exact.sum(), student)
+        for way, (value, its) in _both_ways(student, teacher, kind, 0.3).items():
+            error = max(apart(value, exact.detach()), apart(its, gradient))
+            found[kind, way] = value, its
+            yield Check(f"{kind}: value and gradient by definition ({way})", error)
+    for way in ("closed form", "fused"):
+        parts = [
+            apart(found["mixed", way][i], 0.3 * found["forward", way][i] + 0.7 * found["reverse", way][i])
+            for i in (0, 1)
+        ]
+        yield Check(f"mixed = w forward + (1 - w) reverse, value and gradient ({way})", max(parts))
+        for weight, kind in ((0.0, "reverse"), (1.0, "forward")):
+            ends = _both_ways(student, teacher, "mixed", weight)[way]
+            error = max(apart(a, b) for a, b in zip(ends, found[kind, way], strict=True))
+            yield Check(f"mixed at w = {weight:g} = {kind} ({way})", error)
+    # Nearer to each other, as the series in b ends where a ratio of probabilities does.
+    student, teacher = _logits(3, scale=0.4)
+    nodes = [1e-4 * i for i in range(1, 7)]
+    for name, kind, of_b, end in (
+        ("JSD(b) / b -> forward KL as b -> 0", "forward", lambda b: (b, b), 0.0),
+        ("JSD(b) / (1 - b) -> reverse KL as b -> 1", "reverse", lambda b: (1 - b, b), 1.0),
+    ):
+        for way in ("closed form", "fused"):
+            values = []
+            for b in nodes:
+                weight, divisor = of_b(b)
+                values.append(_both_ways(student, teacher, "jsd", weight)[way][0] / divisor)
+            exact = _definition(kind, student, teacher, 0.5)
+            yield Check(f"{name} ({way})", apart(_at_zero(nodes, values), exact))
+        almost = _both_ways(student, teacher, "jsd", abs(end - 1e-10))["closed form"][0]
+        yield Check(f"JSD(b) = 0 at b = {end:g}, where it is no KL", apart(almost, torch.zeros_like(almost)))
+
+
+def _at_zero(nodes: list[float], values: list[Tensor]) -> Tensor:
+    """The polynomial through some points, at 0."""
+    total = torch.zeros_like(values[0])
+    for i, value in enumerate(values):
+        factors = [-x / (nodes[i] - x) for j, x in enumerate(nodes) if j != i]
+        total = total + math.prod(factors) * value
+    return total
+
+
+def _coarse() -> Iterator[Check]:
+    student, teacher = _logits(4)
+    ends = [1, 4, 5]
+    for kind in ("forward", "reverse"):
+        exact = _definition(kind, merge_end_class(student, ends), merge_end_class(teacher, ends), 0.5)
+        (gradient,) = torch.autograd.grad(exact.sum(), student)
+        head = Head(torch.eye(student.shape[1], dtype=torch.float64))
+        terms = Loss(Objective(kl=kind), "token").terms()  # pyright: ignore[reportArgumentType]
+        loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, terms, end_ids=ends)
+        (fused,) = torch.autograd.grad(loss_sum, student)
+        error = max(apart(loss_N, exact.detach()), apart(fused, gradient))
+        yield Check(f"one end class, {kind} KL: that of the coarser distributions", error)
+        gap = (_definition(kind, student, teacher, 0.5) - exact).detach()
+        yield Check(f"one end class, {kind} KL: at most the whole one", float((-gap).clamp(min=0).max()))
+
+
+def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_384) -> list[Check]:
+    """The checks that need no enumeration, on a real model's head and hidden states, in float64.
+
+    The student's rows are those of some tokens, the teacher's those of the tokens before. At most `max_rows` rows of
+    the vocabulary are looked at. Raises ModelError when hidden states and head do not give the model's own logits.
+    """
+    check_logits(model)
+    size = min(model.vocab_size, max_rows)
+    ids = torch.arange(num_tokens + 1, device=model.device)[None] * (model.vocab_size // (num_tokens + 1))
+    with torch.no_grad():
+        hidden = model(ids)[0].double()
+    cut = model.head
+    head = dataclasses.replace(
+        cut,
+        weight_VD=cut.weight_VD[:size].detach().double(),
+        bias_V=None if cut.bias_V is None else cut.bias_V[:size].detach().double(),
+    )
+    student, teacher = hidden[1:].clone().requires_grad_(), hidden[:-1]
+    checks = [Check(f"head of {size:,} of {model.vocab_size:,} rows, {num_tokens} tokens: logits are the model's", 0.0)]
+    settings = {"mixed": "forward_weight", "jsd": "jsd_weight", "skew-forward": "skew", "skew-reverse": "skew"}
+    found = {}
+    for kind in DIVERGENCES:
+        objective = Objective(**({"kl": kind} | ({settings[kind]: 0.3} if kind in settings else {})))  # pyright: ignore
+        exact = _definition(kind, head(student), head(teacher), 0.3)
+        (gradient,) = torch.autograd.grad(exact.sum(), student)
+        loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, Loss(objective, "token").terms())
+        (fused,) = torch.autograd.grad(loss_sum, student)
+        scale = float(gradient.abs().max().clamp(min=1e-30))
+        found[kind] = fused
+        error = max(apart(loss_N, exact.detach()), apart(fused, gradient) / scale)
+        checks.append(Check(f"{kind}: value and gradient by definition (fused)", error))
+    log_q, log_p = head(student).log_softmax(-1), head(teacher).log_softmax(-1).detach()
+    (soft,) = torch.autograd.grad(-(log_p.exp() * log_q).sum(), student, retain_graph=True)
+    checks.append(Check("forward-KL gradient = soft cross-entropy gradient", _relative(found["forward"], soft)))
+    surrogate = -(log_q.detach().exp() * (log_p - log_q.detach()) * log_q).sum()
+    (policy,) = torch.autograd.grad(surrogate, student)
+    name = "reverse-KL gradient = policy gradient with reward log p - log q"
+    checks.append(Check(name, _relative(found["reverse"], policy)))
+    mixed = 0.3 * found["forward"] + 0.7 * found["reverse"]
+    return [*checks, Check("mixed gradient = w forward + (1 - w) reverse", _relative(found["mixed"], mixed))]
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return apart(a, b) / float(b.abs().max().clamp(min=1e-30))
