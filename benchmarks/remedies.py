@@ -72,8 +72,8 @@ def main(out: Path = Path("runs/remedies"), jobs: int | None = None, steps: tupl
         print(f"\n**{num_steps} steps**\n")
         print_table({name: [folders[num_steps, name, seed] for seed in SEEDS] for name in cases(num_steps)})
     print(
-        f"\n{datetime.date.today()}: Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, {time.perf_counter() - started:.0f} s"
+        f"\n{datetime.date.today()}: Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{platform.machine()}, {os.cpu_count()} cores, {time.perf_counter() - started:.0f} s"
     )
 
 

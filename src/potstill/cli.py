@@ -143,6 +143,32 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         _print_grid()
 
     @app.command
+    def verify(
+        model: str | None = None,
+        json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    ) -> None:
+        """Check the theory: each identity of docs/theory.md as a number, in seconds.
+
+        Exits with 1 if one is broken.
+
+        Args:
+            model: Check a real model instead, as far as that needs no enumeration: a folder, hub id or run folder.
+            json_file: Also write the rows to this JSON file.
+        """
+        from potstill.identities import check_identities, check_model, print_checks
+
+        _refuse_overrides(overrides)
+        if model is None:
+            checks = check_identities()
+        else:
+            from potstill.evaluation import find_model
+            from potstill.models import load_model
+
+            checks = check_model(load_model(str(find_model(model))))
+        if not print_checks(checks, json_file):
+            sys.exit(1)
+
+    @app.command
     def report(paths: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
         """Write one HTML file that compares runs.
 

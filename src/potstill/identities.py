@@ -10,9 +10,11 @@ Notation as in the design: p teacher, q student, s a prefix, y a text, d^T and d
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from potstill.config import Objective
 from potstill.divergence import DIVERGENCES, merge_end_class, token_divergence
 from potstill.fused import fused_loss
 from potstill.heads import Head
-from potstill.models import LanguageModel, check_logits
+from potstill.models import LanguageModel, logits_error
 from potstill.objective import Loss, batch_loss
+from potstill.runlog import write_atomically
 from potstill.types import Example, Prompt, Rollout, Stop
 
 V, WINDOW, END = 3, 3, 0
@@ -121,10 +124,15 @@ def sequence_kl(kind: str, student: Table, teacher: Table, window: int = WINDOW)
 
 
 def trained(
-    student: Table, teacher: Table, writer: Table, options: dict[str, Any], window: int = WINDOW
+    student: Table,
+    teacher: Table,
+    writer: Table,
+    options: dict[str, Any],
+    window: int = WINDOW,
+    baseline_T: Tensor | None = None,
 ) -> tuple[float, Tensor]:
     """What training computes on every text of a writer, weighted by its probability: value and gradient [S, V]."""
-    loss = Loss(Objective(**options), "token", vocab_size=V)
+    loss = Loss(Objective(**options), "token", vocab_size=V, baseline_T=baseline_T)
     student.zero_grad()
     value = 0.0
     for text in all_texts(window):
@@ -267,6 +275,9 @@ def _dropped_terms(student: Table, teacher: Table) -> Iterator[Check]:
         _, gradient = trained(student, teacher, student, _options("student", "reverse", gamma=gamma))
         expected = local + score_sum(student, student, _later(student, teacher, "reverse", gamma))
         yield Check(f"gamma = {gamma:g}: later KLs count gamma^(u - t)", apart(gradient, expected))
+    options, baseline_T = _options("student", "reverse", gamma=1.0), torch.tensor([0.7, -0.4, 1.3], dtype=torch.float64)
+    _, with_baseline = trained(student, teacher, student, options, WINDOW, baseline_T)
+    yield Check("gamma = 1: a baseline a position changes no expectation", apart(with_baseline, full))
     # The same expectation from the log-ratios that were drawn, which gamma replaces by their means.
     drawn = score_sum(
         student,
@@ -451,9 +462,8 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
     """The checks that need no enumeration, on a real model's head and hidden states, in float64.
 
     The student's rows are those of some tokens, the teacher's those of the tokens before. At most `max_rows` rows of
-    the vocabulary are looked at. Raises ModelError when hidden states and head do not give the model's own logits.
+    the vocabulary are looked at.
     """
-    check_logits(model)
     size = min(model.vocab_size, max_rows)
     ids = torch.arange(num_tokens + 1, device=model.device)[None] * (model.vocab_size // (num_tokens + 1))
     with torch.no_grad():
@@ -465,7 +475,7 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
         bias_V=None if cut.bias_V is None else cut.bias_V[:size].detach().double(),
     )
     student, teacher = hidden[1:].clone().requires_grad_(), hidden[:-1]
-    checks = [Check(f"head of {size:,} of {model.vocab_size:,} rows, {num_tokens} tokens: logits are the model's", 0.0)]
+    checks = [Check("hidden states times head = the model's own logits, in its own type", *logits_error(model))]
     settings = {"mixed": "forward_weight", "jsd": "jsd_weight", "skew-forward": "skew", "skew-reverse": "skew"}
     found = {}
     for kind in DIVERGENCES:
@@ -477,7 +487,9 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
         scale = float(gradient.abs().max().clamp(min=1e-30))
         found[kind] = fused
         error = max(apart(loss_N, exact.detach()), apart(fused, gradient) / scale)
-        checks.append(Check(f"{kind}: value and gradient by definition (fused)", error))
+        name = f"{kind}: value and gradient by definition (fused), {num_tokens} tokens, {size:,} of {model.vocab_size:,} rows"
+        checks.append(Check(name, error))
+
     log_q, log_p = head(student).log_softmax(-1), head(teacher).log_softmax(-1).detach()
     (soft,) = torch.autograd.grad(-(log_p.exp() * log_q).sum(), student, retain_graph=True)
     checks.append(Check("forward-KL gradient = soft cross-entropy gradient", _relative(found["forward"], soft)))
@@ -487,6 +499,31 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
     checks.append(Check(name, _relative(found["reverse"], policy)))
     mixed = 0.3 * found["forward"] + 0.7 * found["reverse"]
     return [*checks, Check("mixed gradient = w forward + (1 - w) reverse", _relative(found["mixed"], mixed))]
+
+
+def print_checks(checks: list[Check], json_file: Path | None = None) -> bool:
+    """Print one row a check, write them to a JSON file if asked, and say whether all hold."""
+    from rich.console import Console
+    from rich.table import Table as Rows
+    from rich.text import Text as Plain
+
+    table = Rows(title="identities, in float64")
+    table.add_column("identity")
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("allowed", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for check in checks:
+        sign = ">=" if check.differs else "<="
+        verdict = "ok" if check.holds else "[bold]BROKEN[/]"
+        table.add_row(Plain(check.name), f"{check.error:.1e}", f"{sign} {check.bound:g}", verdict)
+    Console().print(table)
+    num_broken = sum(not check.holds for check in checks)
+    print(f"{num_broken} of {len(checks)} are broken" if num_broken else f"all {len(checks)} hold")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{**dataclasses.asdict(check), "holds": check.holds} for check in checks]
+        write_atomically(json_file, json.dumps(rows, indent=1) + "\n")
+    return not num_broken
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -209,6 +209,16 @@ def end_set(student: LanguageModel, teacher: "LanguageModel | CachedTeacher | No
 
 def check_logits(model: LanguageModel) -> None:
     """Raise ModelError unless hidden states and head give the model's own logits, so no scaling is missed."""
+    error, allowed = logits_error(model)
+    if not error <= allowed:
+        raise ModelError(
+            f"model {model.name!r}: its logits differ from hidden states times head by {error:.3g} (allowed "
+            f"{allowed:.3g}); the architecture changes its logits in a way that potstill does not know"
+        )
+
+
+def logits_error(model: LanguageModel) -> tuple[float, float]:
+    """The largest difference of the model's own logits from hidden states times head, and what rounding may make it."""
     vocab_size = model.vocab_size
     ids_BT = torch.arange(8, device=model.device)[None] * (vocab_size // 8)
     with torch.no_grad():
@@ -217,11 +227,7 @@ def check_logits(model: LanguageModel) -> None:
     error = (theirs - ours).abs().max().item()
     # bfloat16 keeps 8 bits, and the model rounds its own logits to it.
     allowed = (1e-4 if model.head.weight_VD.dtype == torch.float32 else 2e-2) * theirs.abs().max().clamp(min=1).item()
-    if not error <= allowed:
-        raise ModelError(
-            f"model {model.name!r}: its logits differ from hidden states times head by {error:.3g} (allowed "
-            f"{allowed:.3g}); the architecture changes its logits in a way that potstill does not know"
-        )
+    return error, allowed
 
 
 def shared_vocab_size(student: LanguageModel, teacher: "LanguageModel | CachedTeacher") -> int:
