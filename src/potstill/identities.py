@@ -487,7 +487,8 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
         scale = float(gradient.abs().max().clamp(min=1e-30))
         found[kind] = fused
         error = max(apart(loss_N, exact.detach()), apart(fused, gradient) / scale)
-        name = f"{kind}: value and gradient by definition (fused), {num_tokens} tokens, {size:,} of {model.vocab_size:,} rows"
+        name = f"{kind}: value and gradient by definition (fused), {num_tokens} tokens, "
+        name += f"{size:,} of {model.vocab_size:,} rows"
         checks.append(Check(name, error))
 
     log_q, log_p = head(student).log_softmax(-1), head(teacher).log_softmax(-1).detach()
