@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-real lint assets bench clean
+.PHONY: demo test test-slow test-real lint assets bench clean
 
 # Versions are pinned where there is no GPU; with one, your own torch is kept or the newest is taken.
 ifeq ($(shell command -v nvidia-smi),)
@@ -29,6 +29,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/pytest
 
+test-slow: $(VENV)/installed
+	$(BIN)/pytest -m slow
+
 test-real: $(VENV)/installed-real
 	$(BIN)/pytest -m real
 
@@ -44,6 +47,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/divergence.py
 	$(BIN)/python benchmarks/cache.py
+	$(BIN)/python benchmarks/window.py
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
-"""Make the shipped teacher and base student from nothing: `make assets`.
+"""Make the shipped models from nothing: `make assets`, or `scripts/make_assets.py NAME...` for some of them.
 
-Writes an untrained model folder for each (configuration and tokenizer), trains both recipes side by side, and puts the
+Writes an untrained model folder for each (configuration and tokenizer), trains their recipes side by side, and puts the
 results into the package.
 """
 
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transformers import Qwen3Config
@@ -17,21 +18,27 @@ from potstill.tasks.multiplication import build_tokenizer
 
 BUILD = Path("build/assets")
 ASSETS = Path("src/potstill/assets")
+# Hidden size, layers, feed-forward size, query heads, key-value heads.
 SHAPES = {
-    "teacher": {"hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 256},
-    "base": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128},
+    "teacher": (96, 3, 256, 4, 2),
+    "base": (64, 2, 128, 4, 2),
+    "columns-teacher": (96, 3, 256, 4, 2),
+    "columns-tiny": (24, 2, 48, 2, 1),
 }
 
 
 def write_blueprint(name: str) -> None:
     """An untrained Qwen3 of the given shape, with the task's tokenizer."""
     tokenizer = build_tokenizer()
-    shape = SHAPES[name]
+    hidden_size, num_layers, feed_forward, num_heads, num_key_value_heads = SHAPES[name]
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=shape["hidden_size"] // 4,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        intermediate_size=feed_forward,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=hidden_size // num_heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -40,24 +47,26 @@ def write_blueprint(name: str) -> None:
         eos_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         architectures=["Qwen3ForCausalLM"],
-        **shape,  # pyright: ignore[reportArgumentType]
     )
     config.save_pretrained(BUILD / f"{name}-blueprint")
     tokenizer.save_pretrained(BUILD / f"{name}-blueprint")
 
 
-def main() -> None:
-    shutil.rmtree(BUILD, ignore_errors=True)
-    for name in SHAPES:
+def main(names: list[str]) -> None:
+    for name in names:
+        shutil.rmtree(BUILD / name, ignore_errors=True)
         write_blueprint(name)
     # One thread each: the models are too small for two threads to help one of them.
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, "-m", "potstill", "train", f"assets-{name}"] for name in SHAPES]
-    jobs = [subprocess.Popen(command, env=one_thread) for command in commands]
-    exit_codes = [job.wait() for job in jobs]
+
+    def train(name: str) -> int:
+        return subprocess.call([sys.executable, "-m", "potstill", "train", f"assets-{name}"], env=one_thread)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        exit_codes = list(pool.map(train, names))
     if any(exit_codes):
         sys.exit("making the assets failed; the shipped ones are untouched")
-    for name in SHAPES:
+    for name in names:
         shutil.rmtree(ASSETS / name, ignore_errors=True)
         shutil.copytree(BUILD / name / "model", ASSETS / name)
         for row in map(json.loads, (BUILD / name / "evals.jsonl").read_text().splitlines()):
@@ -66,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(SHAPES))

@@ -1,8 +1,10 @@
 import itertools
 import re
+from collections import Counter
 
 import pytest
 
+from potstill.tasks.columns import BEHAVIOURS, SETTINGS, Columns, styles_of
 from potstill.tasks.multiplication import MAX_TEST_PROBLEMS, WRITERS, Multiplication, build_tokenizer, is_test_problem
 from potstill.types import Example
 
@@ -92,3 +94,38 @@ def test_bad_requests_are_refused():
         Multiplication().examples("dev", 3, 0)
     with pytest.raises(ValueError, match="at most 390 are distinct"):
         Multiplication().examples("test", 391, 0)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_columns_by_an_independent_reader(setting):
+    """Every column and answer by hand; the tag is the teacher's alone, but where the teacher is made."""
+    task = Columns(setting)
+    tags = Counter()
+    for example in task.examples("train", 600, 0):
+        shown = example.prompt if setting == "visible" else example.teacher_prompt
+        assert example.prompt[1:] == shown[1:] and (example.prompt[0] == "_" or setting == "visible")
+        tag, a, b = re.fullmatch(r"([_|~?:])_?(\d+)\*(\d)=", shown).groups()
+        tags[tag] += 1
+        ((text, is_trained),) = example.completion
+        *columns, answer = text.removesuffix(".").split("|")
+        carry = int(tag == "|")
+        assert example.answer == str(int(a) * int(b) + carry) == answer.removeprefix("#") and is_trained
+        for digit, column in zip(reversed(a), columns, strict=True):
+            result = int(digit) * int(b) + carry
+            full = f"{digit}*{b}={int(digit) * int(b):02d}+{carry}={result:02d}"
+            assert column in (full, f"{digit}*{b}+{carry}={result:02d}", f":{result:02d}")
+            carry = result // 10
+        styles = styles_of(text)
+        assert len(styles) == len(a) and set(styles) <= set(BEHAVIOURS[tag].styles)
+        assert len(set(styles)) == 1 or not BEHAVIOURS[tag].whole
+        assert task.score(example, text) == 1 and task.score(example, text.replace("#", "#1")) == 0
+        assert task.answer_end(text + "#1.") == len(text) and task.answer_end(text[:-1]) is None
+    assert {tag: count / 600 for tag, count in tags.items()} == pytest.approx(SETTINGS[setting], abs=0.07)
+
+
+def test_columns_splits_and_errors():
+    train, test = ({e.prompt for e in Columns().examples(split, 2000, 0)} for split in ("train", "test"))
+    assert not train & test
+    for make in (lambda: Columns("odd"), lambda: Columns().examples("dev", 1, 0)):
+        with pytest.raises(ValueError, match="choose"):
+            make()

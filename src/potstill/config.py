@@ -98,7 +98,8 @@ class TeacherSpec(Section):
 
 class Data(Section):
     source: str = "multiplication"
-    """A task (multiplication, reasoning-gym:NAME), a .jsonl or .parquet file, a hub data set or a folder of one."""
+    """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a .jsonl or .parquet file, a hub data set or a
+    folder of one."""
     split: str = "train"
     """Split of a task or hub data set."""
     num_prompts: int | None = Field(default=None, ge=1)
@@ -581,7 +582,7 @@ def _unread_of_schedule(section: str, settings: Any, of_schedule: dict[str, tupl
 
 def is_table(source: str) -> bool:
     """Whether a data source is a file or hub data set rather than a task."""
-    return source.split(":")[0] not in ("multiplication", "reasoning-gym")
+    return source.split(":")[0] not in ("multiplication", "columns", "reasoning-gym")
 
 
 def is_hub_id(source: str) -> bool:

@@ -173,7 +173,8 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         context_length=min(lengths, default=None),
         end_id=end_ids[0] if recipe.objective.prefix == "dataset" else None,
     )
-    if teacher is not None and (recipe.teacher.template is not None or recipe.teacher.prompt_column is not None):
+    asks_otherwise = recipe.teacher.template is not None or any(e.teacher_prompt is not None for e in examples)
+    if teacher is not None and asks_otherwise:
         tokenised = with_teacher_prompts(
             tokenised,
             teacher.tokenizer,

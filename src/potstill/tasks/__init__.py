@@ -7,6 +7,7 @@ end of the first final answer (characters) or None. To add one, write a class an
 from collections.abc import Callable
 from typing import Protocol
 
+from potstill.tasks.columns import Columns
 from potstill.tasks.multiplication import Multiplication
 from potstill.tasks.reasoning_gym import ReasoningGym
 from potstill.types import Example
@@ -23,6 +24,7 @@ class Task(Protocol):
 # By the name before the colon of `data.source`; what follows the colon is the argument.
 TASKS: dict[str, Callable[[str | None], Task]] = {
     "multiplication": Multiplication,
+    "columns": Columns,
     "reasoning-gym": ReasoningGym,
 }
 
