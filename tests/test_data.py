@@ -136,9 +136,10 @@ def test_reasoning_gym_by_name():
 
     task = make_task("reasoning-gym:basic_arithmetic")
     example = task.examples("train", 3, 0)[1]
-    assert task.score(example, example.answer) == 0
-    assert task.score(example, f"so <answer>{example.answer}</answer> it is") == 1
-    assert task.score(example, f"first 1, then <answer>{example.answer}1</answer>") < 1
+    right = f"so <answer>{example.answer}</answer> it is"
+    wrong = f"first 1, then <answer>{example.answer}1</answer>"
+    grades = task.grade([example] * 3, [example.answer, right, wrong])
+    assert grades[0].score == 0 and grades[1].score == 1 and grades[2].score < 1
     assert all(e.prompt.endswith("between <answer> and </answer>.") for e in examples)
     assert task.answer_end("x <answer>3</answer> y") == 20
 

@@ -2,6 +2,8 @@ import pytest
 import torch
 from conftest import make_model
 
+from potstill import evaluation
+from potstill.cli import main
 from potstill.config import Evaluation, RecipeError
 from potstill.evaluation import evaluate, summarize
 from potstill.metrics import num_tokens_to_answer, step_means, zlib_ratio
@@ -21,37 +23,74 @@ def test_two_evaluations_with_one_seed_are_identical():
     assert without_times(evaluate("potstill:base", other, quiet=True)) != first
 
 
+def response(problem, score, answer, length, entropy, **more):
+    row = {"problem": problem, "level": "", "score": score, "answer": answer, "note": "", "stop": "end", "text": ""}
+    row |= {"length": length, "length_to_answer": length, "entropy": entropy, "entropy_before_answer": entropy}
+    return row | {"zlib_ratio": 1.0, "is_loop": False} | more
+
+
 def test_metrics_by_hand():
-    problems = [
-        {
-            "score": 2,
-            "correct": 2,
-            "entropy": 8.0,
-            "entropy_before_answer": 3.0,
-            "tokens": 20,
-            "tokens_before_answer": 10,
-        },
-        {
-            "score": 0,
-            "correct": 0,
-            "entropy": 1.0,
-            "entropy_before_answer": 1.0,
-            "tokens": 10,
-            "tokens_before_answer": 10,
-        },
+    rows = [
+        response("a", 1.0, "7", 10, 4.0, length_to_answer=4, entropy_before_answer=2.0, stop="length", is_loop=True),
+        response("a", 1.0, "7", 2, 1.0),
+        response("a", 0.0, "8", 4, 3.0),
+        response("a", 0.0, None, 4, 0.0, zlib_ratio=9.0),
+        *[response("b", 0.0, "1", 5, 1.0, stop="length") for _ in range(4)],
     ]
-    for problem in problems:
-        problem |= {"truncation": 1, "zlib_ratio": 4.0}
-    row = summarize(problems, num_responses=4)
+    row = summarize(rows, num_responses=4)
     assert row["avg"].value == pytest.approx(0.25)
-    assert {k: round(v.value, 6) for k, v in row["pass"].items()} == {
-        "1": 0.25,
-        "2": round((1 - 1 / 6) / 2, 6),
-        "4": 0.5,
-    }
-    assert row["entropy"].value == pytest.approx(9 / 30)
-    assert row["entropy_before_answer"].value == pytest.approx(4 / 20)
-    assert (row["length"].value, row["truncation"].value, row["zlib_ratio"].value) == pytest.approx((3.75, 0.25, 1.0))
+    expected = {"1": 0.25, "2": (1 - 1 / 6) / 2, "3": 0.5, "4": 0.5}
+    assert {k: v.value for k, v in row["pass"].items()} == pytest.approx(expected)
+    assert row["majority"].value == 0.5 and row["answered"].value == pytest.approx(7 / 8)
+    assert row["entropy"].value == pytest.approx(12 / 40)
+    assert row["entropy_before_answer"].value == pytest.approx(10 / 34)
+    assert (row["length"].value, row["length_to_answer"].value) == pytest.approx((5.0, 34 / 8))
+    assert (row["truncation"].value, row["repetition"].value) == pytest.approx((5 / 8, 1 / 8))
+    assert row["zlib_ratio"].value == pytest.approx(2.0)
+
+
+def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypatch):
+    settings = SMALL.model_copy(update={"batch_size": 5})
+
+    def without_times(rows):
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    whole = without_times(evaluate("potstill:base", settings, responses=tmp_path / "whole", quiet=True))
+    assert whole == without_times(evaluate("potstill:base", settings, quiet=True))
+    real, calls = evaluation.sample, []
+
+    def killed(*args, **options):
+        calls.append(len(args[1]))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(evaluation, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)
+    (file,) = (tmp_path / "killed").iterdir()
+    assert len(file.read_text().splitlines()) == 15
+    # As if it had died in the middle of writing a batch.
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:12]) + lines[12][:30])
+    monkeypatch.setattr(evaluation, "sample", real)
+    again = without_times(evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True))
+    assert again == whole
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "killed")]
+    assert files[0] == files[1] and len(files[0]) == 2
+    # What is there is not sampled again, and other settings are another file.
+    monkeypatch.setattr(evaluation, "sample", None)
+    assert without_times(evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)) == whole
+    monkeypatch.setattr(evaluation, "sample", real)
+    evaluate("potstill:base", settings.model_copy(update={"seed": 3}), responses=tmp_path / "killed", quiet=True)
+    assert len(list((tmp_path / "killed").iterdir())) == 4
+
+
+def test_models_are_compared_on_the_same_problems(capsys, tmp_path):
+    main(["evaluate", "potstill:base", "potstill:teacher", "--num-problems", "12", "--num-responses", "2"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " - base at T=" in line]
+    assert [line.partition(":")[0] for line in lines] == ["teacher - base at T=1", "teacher - base at T=0.6"]
+    assert all("+" in line and "Holm over 2" in line for line in lines)
 
 
 def test_levels_average_to_the_whole():

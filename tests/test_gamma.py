@@ -4,11 +4,13 @@ In the setting "two-algorithms" the teacher does half of its work in full and ha
 first column depends on nothing. The shipped tiny student can do the one and not the other.
 """
 
+import dataclasses
+
 import pytest
 from conftest import tiny_recipe
 
 import potstill
-from potstill import runlog
+from potstill import runlog, training
 from potstill.config import RecipeError, Sampling, make_recipe
 from potstill.data import make_prompts
 from potstill.models import LanguageModel
@@ -35,7 +37,7 @@ def test_gamma_is_refused_where_it_would_be_another_gradient(data, message):
         make_recipe({**data, "objective": objective | data.get("objective", {})})
 
 
-def test_the_baseline_survives_a_resume(tmp_path):
+def test_a_run_with_gamma_resumes(tmp_path):
     from conftest import interrupted_at
 
     def recipe(name):
@@ -59,6 +61,19 @@ def test_slices_of_the_batch_do_not_change_the_gradient(tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+def test_rollouts_may_be_longer_than_any_at_the_step_before(tmp_path, monkeypatch):
+    real = training.write_rollouts
+
+    def growing(writing, prompts, seeds):
+        (_, round_, _), *_ = seeds
+        return real(dataclasses.replace(writing, window=4 + 8 * round_), prompts, seeds)
+
+    monkeypatch.setattr(training, "write_rollouts", growing)
+    objective = {"prefix": "student", "kl": "reverse", "gamma": 1.0}
+    result = potstill.train(tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 3}), quiet=True)
+    assert result.metrics["length"] > 12
+
+
 def write(student: LanguageModel, num_problems: int, num_responses: int) -> tuple[float, float]:
     """Accuracy and the share of columns that are written in full, at temperature 1."""
     task = Columns("two-algorithms")
@@ -74,7 +89,7 @@ def write(student: LanguageModel, num_problems: int, num_responses: int) -> tupl
     )
     texts = [student.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
     styles = [style for text in texts for style in styles_of(text)]
-    scores = [task.score(example, text) for example, text in zip(examples, texts, strict=True)]
+    scores = [grade.score for grade in task.grade(examples, texts)]
     return sum(scores) / len(scores), styles.count(FULL) / len(styles)
 
 
@@ -90,12 +105,12 @@ def test_only_the_whole_gradient_drops_what_the_student_cannot_do(tmp_path):
                 "data": {"source": "columns:two-algorithms", "num_prompts": 12_000},
                 "objective": {"prefix": "student", "kl": "reverse", "gamma": gamma},
                 "window": {"tokens": 80},
-                "train": {"steps": 250, "checkpoint_every": 250},
+                # At 3e-3, where the local gradient is well, the noise of the later costs takes the whole one astray.
+                "train": {"steps": 250, "checkpoint_every": 250, "lr": 1e-3},
             }
         )
         found[gamma] = write(potstill.train(recipe, quiet=True).student.eval(), 64, 32)
     print({gamma: f"accuracy {a:.1%}, in full {share:.1%}" for gamma, (a, share) in found.items()})
     (local, local_share), (whole, whole_share) = found[0.0], found[1.0]
-    # feasibility: 28 % and .36 against 84 % and 1.00.
     assert 0.2 < local_share < 0.6 and local < 0.5
     assert whole_share > 0.95 and whole > local + 0.25

@@ -3,8 +3,16 @@ from math import comb
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from potstill.statistics import mean_over_problems, pass_at_k, ratio_over_problems
+from potstill.statistics import (
+    holm,
+    mean_over_problems,
+    paired,
+    pass_at_k,
+    ratio_over_problems,
+    seeds_and_problems,
+)
 
 
 @pytest.mark.parametrize("num_responses", [1, 4, 6])
@@ -55,3 +63,41 @@ def test_ratio_is_of_sums_and_resamples_problems_together():
 def test_equal_values_have_no_width():
     assert mean_over_problems([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
     assert mean_over_problems([0.7]) == (0.7, 0.7, 0.7)
+
+
+def test_paired_differences_and_their_test():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(40), rng.random(40)
+    found = paired(a.tolist(), b.tolist())
+    assert found.difference.value == pytest.approx((a - b).mean())
+    assert found.p_value == pytest.approx(scipy.stats.wilcoxon(a - b).pvalue)
+    # By brute force: of seven differences of one sign all 2^7 signs are as likely, and two are as extreme.
+    assert paired([1, 2, 3, 4, 5, 6, 7], [0.0] * 7).p_value == pytest.approx(2 / 2**7)
+    assert paired([1.0, 2.0], [1.0, 2.0]) == ((0.0, 0.0, 0.0), 1.0)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_intervals_over_seeds_and_problems_cover():
+    """95 % +- 2 % where seeds and problems both vary; over problems alone it would be far less."""
+    rng = np.random.default_rng(1)
+    hits = problems_alone = 0
+    num_trials = 600
+    for _ in range(num_trials):
+        seeds, problems = rng.normal(0, 0.5, (24, 1)), rng.normal(0, 1, (1, 60))
+        table = 3 + seeds + problems + rng.normal(0, 0.3, (24, 60))
+        found = seeds_and_problems(table.tolist(), num_resamples=400)
+        hits += found.low <= 3 <= found.high
+        alone = mean_over_problems(table[0].tolist())
+        problems_alone += alone.low <= 3 <= alone.high
+    assert 0.93 <= hits / num_trials <= 0.97
+    assert problems_alone / num_trials < 0.7
+
+
+def test_intervals_over_problems_cover():
+    rng = np.random.default_rng(2)
+    found = [mean_over_problems(rng.binomial(8, rng.beta(2, 2, 80)) / 8) for _ in range(500)]
+    assert 0.92 <= np.mean([each.low <= 0.5 <= each.high for each in found]) <= 0.97

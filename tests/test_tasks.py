@@ -67,8 +67,8 @@ def test_scoring():
     task, example = Multiplication(), Example("x", "_347*6=", answer="2082")
     right = ["7*6=42+0=42|4*6+4=28|:20|#2082.", "#2082", "#1?:42|#2082.", "#2082.#2082."]
     wrong = ["", "2082", "#2083.", "#2082?#1.", "#20820", "#", "# 2082"]
-    assert [task.score(example, text) for text in right] == [1.0] * len(right)
-    assert [task.score(example, text) for text in wrong] == [0.0] * len(wrong)
+    for texts, score in ((right, 1.0), (wrong, 0.0)):
+        assert [grade.score for grade in task.grade([example] * len(texts), texts)] == [score] * len(texts)
 
 
 def test_where_the_answer_ends():
@@ -118,7 +118,8 @@ def test_columns_by_an_independent_reader(setting):
         styles = styles_of(text)
         assert len(styles) == len(a) and set(styles) <= set(BEHAVIOURS[tag].styles)
         assert len(set(styles)) == 1 or not BEHAVIOURS[tag].whole
-        assert task.score(example, text) == 1 and task.score(example, text.replace("#", "#1")) == 0
+        grades = task.grade([example] * 2, [text, text.replace("#", "#1")])
+        assert [grade.score for grade in grades] == [1, 0] and grades[0].answer == example.answer
         assert task.answer_end(text + "#1.") == len(text) and task.answer_end(text[:-1]) is None
     assert {tag: count / 600 for tag, count in tags.items()} == pytest.approx(SETTINGS[setting], abs=0.07)
 

@@ -73,7 +73,7 @@ def test_run_folder_and_saved_model(tmp_path):
     result = potstill.train(recipe, quiet=True)
     names = {path.name for path in result.folder.iterdir() if not path.name.startswith(".")}
     files = {"recipe.toml", "environment.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl"}
-    assert names == files | {"checkpoint", "model", "DONE"}
+    assert names == files | {"checkpoint", "responses", "model", "DONE"}
     assert not [path for path in result.folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
     assert potstill.load_recipe(result.folder / "recipe.toml").hash() == recipe.hash()
     model = AutoModelForCausalLM.from_pretrained(result.folder / "model")

@@ -91,12 +91,15 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         models: Positional[tuple[str, ...]],
         settings: OmitArgPrefixes[Evaluation] = MULTIPLICATION,
         out: Path | None = None,
+        responses: Path | None = None,
     ) -> None:
-        """Evaluate models or finished runs on held-out problems.
+        """Evaluate models or finished runs on held-out problems; compare each with the first.
 
         Args:
             models: Run folders, model folders, hub ids, or potstill:teacher and potstill:base.
             out: Also write the results to this JSON file (one model). A run's results are added to its folder.
+            responses: Folder for the responses of models that are no runs; an evaluation that was stopped goes on from
+                them. Those of a run are in its own folder.
         """
         from potstill.evaluation import evaluate_and_store
 
@@ -105,7 +108,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             raise RecipeError("nothing to evaluate; give run folders, model folders, or potstill:base")
         if out is not None and len(models) > 1:
             raise RecipeError(f"--out takes the results of one model, and {len(models)} are given")
-        evaluate_and_store(models, settings, out)
+        evaluate_and_store(models, settings, out, responses)
 
     @app.command
     def sample(

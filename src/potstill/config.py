@@ -297,7 +297,8 @@ class Train(Section):
 
 class Evaluation(Section):
     source: str | None = None
-    """Task that the problems come from, as in data.source; without one nothing is evaluated."""
+    """Task that the problems come from: as in data.source, or a benchmark (gsm8k, math500, amc23, aime24) of the hub or
+    of a local file (gsm8k:FILE). Without one nothing is evaluated."""
     split: str = "test"
     """Split of a task or hub data set."""
     template: Literal["chat", "raw"] | None = None
@@ -308,6 +309,10 @@ class Evaluation(Section):
     """Responses per problem; Pass@k is reported for every k up to it, at powers of two."""
     temperatures: tuple[float, ...] = (1.0, 0.6)
     """Sampling temperatures, each evaluated on its own."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """As in sampling.top_p."""
+    top_k: int = Field(default=0, ge=0)
+    """As in sampling.top_k."""
     max_tokens: int = Field(default=128, ge=1)
     """Completion length cap in evaluation."""
     batch_size: int = Field(default=256, ge=1)
@@ -582,7 +587,7 @@ def _unread_of_schedule(section: str, settings: Any, of_schedule: dict[str, tupl
 
 def is_table(source: str) -> bool:
     """Whether a data source is a file or hub data set rather than a task."""
-    return source.split(":")[0] not in ("multiplication", "columns", "reasoning-gym")
+    return source.split(":")[0] not in TASK_NAMES
 
 
 def is_hub_id(source: str) -> bool:
@@ -673,4 +678,6 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+# What makes or scores problems (`tasks.TASKS`); any other data source is a table.
+TASK_NAMES = ("multiplication", "columns", "reasoning-gym", "gsm8k", "math500", "amc23", "aime24")
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"

@@ -39,7 +39,7 @@ def load_examples(
             return make_task(source).examples(split, num_examples or DEFAULT_TASK_PROMPTS, seed)
         except ValueError as error:
             raise DataError(f"data source {source!r}: {error}") from None
-    rows = _read_rows(source, split)
+    rows = read_table(source, split)
     if not rows:
         raise DataError(f"{source!r} has no rows; give a data source with at least one prompt")
     if num_examples is not None and num_examples > len(rows):
@@ -50,7 +50,8 @@ def load_examples(
     return [example_from_row(row, i, source, prompt_column, teacher_column) for i, row in enumerate(rows)]
 
 
-def _read_rows(source: str, split: str) -> list[dict[str, Any]]:
+def read_table(source: str, split: str, config: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a .jsonl or .parquet file, or of a split of a hub data set. Raises DataError."""
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
@@ -59,10 +60,12 @@ def _read_rows(source: str, split: str) -> list[dict[str, Any]]:
         if Path(source).is_file():
             raise DataError(f"data file {source!r} is of no known kind; give a .jsonl or .parquet file")
         try:
-            return datasets.load_dataset(source, split=split).to_list()
+            return datasets.load_dataset(source, config, split=split).to_list()
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"data set {source!r} (split {split!r}) cannot be read: {reason}") from None
+            raise DataError(
+                f"data set {source!r} (split {split!r}) cannot be read: {reason}; without the network give a local file"
+            ) from None
     if not Path(source).is_file():
         raise DataError(f"data file {source!r} does not exist; give a .jsonl or .parquet file, a task or a hub id")
     if Path(source).stat().st_size == 0:

@@ -88,14 +88,6 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     return total.tolist()
 
 
-def mean_by_position(sums_2L: Tensor, world: World) -> tuple[float, ...]:
-    """Means over all ranks from each rank's sums and counts [2, L]; 0 where there is none. Ranks may differ in L."""
-    length = max_over_ranks(sums_2L.shape[1], world)
-    padded_2L = torch.nn.functional.pad(sums_2L, (0, length - sums_2L.shape[1]))
-    sums, counts = torch.tensor(sum_over_ranks(padded_2L.flatten().tolist(), world)).view(2, length)
-    return tuple((sums / counts.clamp(min=1)).tolist())
-
-
 def max_over_ranks(value: int, world: World) -> int:
     if world.size == 1:
         return value

@@ -1,22 +1,25 @@
 """Evaluation: n responses a problem, graded up to their first end token; Avg@n, Pass@k, entropy, length, truncation."""
 
+import hashlib
 import json
+import re
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from potstill.config import Evaluation, RecipeError, Sampling, is_table
 from potstill.data import DataError, make_prompts, template_warning
-from potstill.metrics import num_tokens_to_answer, zlib_ratio
-from potstill.models import LanguageModel, end_set, load_model
+from potstill.grading import Grade, majority
+from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
+from potstill.models import LanguageModel, end_set, fingerprint, load_model
 from potstill.progress import token_bar
 from potstill.report import Entry, print_table
 from potstill.runlog import append, read_rows, write_atomically
 from potstill.sampling import sample
-from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
+from potstill.statistics import Estimate, holm, mean_over_problems, paired, pass_at_k, ratio_over_problems
 from potstill.tasks import Task, make_task
 from potstill.types import Example, Prompt
 
@@ -26,14 +29,20 @@ def evaluate(
     evaluation: Evaluation,
     *,
     end_ids: Sequence[int] | None = None,
+    responses: Path | None = None,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Evaluate a loaded model, a model folder, a hub id or a run folder; one row of results for each temperature.
 
-    A row holds `avg` (the mean score), `pass` (by k, unbiased), `entropy` and `entropy_before_answer` (nats a token, of
-    the distribution sampled from), `length` (tokens), `truncation` and `zlib_ratio`, each as value, low and high of the
-    95 % bootstrap interval over problems, and `avg` and `pass` for each difficulty level. Two calls with one seed
-    sample the same responses.
+    A row holds `avg` (the mean score), `pass` (by k, unbiased, every k up to n), `majority` (the score of the most
+    common answer), `answered` (the share of responses that give one), `entropy` and `entropy_before_answer` (nats a
+    token, of the distribution sampled from), `length` and `length_to_answer` (tokens), `truncation`, `repetition` (the
+    share of loops) and `zlib_ratio`, each as value, low and high of the 95 % bootstrap interval over problems; `avg`
+    and `pass` for each difficulty level; the mean score of each problem; and what was noted in grading. Two calls with
+    one seed sample the same responses.
+
+    With a folder for `responses` each response is written there as soon as it is graded, in one file for each model,
+    set of settings and temperature; a call that was killed goes on after the last whole batch.
     """
     # Before the model is loaded, which can take long.
     make_problems(evaluation)
@@ -47,44 +56,99 @@ def evaluate(
     rows = []
     for temperature in evaluation.temperatures:
         started = time.perf_counter()
-        repeated = [(i, j) for i in range(len(prompts)) for j in range(evaluation.num_responses)]
-        with token_bar(f"{model.name} at T={temperature:g}", len(repeated), evaluation, quiet) as on_tokens:
-            completions = sample(
-                model.model,
-                [prompts[i].token_ids for i, _ in repeated],
-                [(evaluation.seed, i, j) for i, j in repeated],
-                max_tokens=evaluation.max_tokens,
-                end_ids=end_ids,
-                sampling=Sampling(temperature=temperature, batch_size=evaluation.batch_size),
-                on_tokens=on_tokens,
-            )
-        texts = model.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
-        per_problem: list[dict[str, Any]] = [defaultdict(float) for _ in prompts]
-        for (i, _), completion, text in zip(repeated, completions, texts, strict=True):
-            before = num_tokens_to_answer(completion.token_ids, text, model.tokenizer, task.answer_end)
-            problem = per_problem[i]
-            score = task.score(examples[i], text)
-            problem["score"] += score
-            problem["correct"] += score >= 1
-            problem["entropy"] += sum(completion.entropies)
-            problem["entropy_before_answer"] += sum(completion.entropies[:before])
-            problem["tokens"] += len(completion.token_ids)
-            problem["tokens_before_answer"] += before
-            problem["truncation"] += completion.stop == "length"
-            problem["zlib_ratio"] += zlib_ratio(text)
-        levels = sorted({example.level for example in examples})
-        row = {"model": model.name, "temperature": temperature, **summarize(per_problem, evaluation.num_responses)}
+        file = None
+        if responses is not None:
+            file = responses / _file_name(model, evaluation, temperature, end_ids)
+            file.parent.mkdir(parents=True, exist_ok=True)
+        found = write_responses(model, evaluation, temperature, task, examples, prompts, end_ids, file, quiet)
+        row = {"model": model.name, "temperature": temperature, **summarize(found, evaluation.num_responses)}
         row["levels"] = {
-            level: accuracy(
-                [p for p, e in zip(per_problem, examples, strict=True) if e.level == level], evaluation.num_responses
-            )
-            for level in levels
+            level: accuracy(by_problem([r for r in found if r["level"] == level]), evaluation.num_responses)
+            for level in sorted({example.level for example in examples})
         }
-        row["num_tokens"] = int(sum(problem["tokens"] for problem in per_problem))
+        row["problems"] = [
+            [each[0]["problem"], round(sum(r["score"] for r in each) / len(each), 6)] for each in by_problem(found)
+        ]
+        row["notes"] = dict(Counter(r["note"] for r in found if r["note"]))
+        row["num_tokens"] = sum(r["length"] for r in found)
         row["seconds"] = round(time.perf_counter() - started, 2)
-        row["settings"] = evaluation.model_dump(mode="json", exclude={"temperatures"})
+        row["settings"] = evaluation.model_dump(mode="json", exclude={"temperatures"}) | {"end_ids": list(end_ids)}
         rows.append(row)
     return rows
+
+
+def write_responses(
+    model: LanguageModel,
+    evaluation: Evaluation,
+    temperature: float,
+    task: Task,
+    examples: Sequence[Example],
+    prompts: Sequence[Prompt],
+    end_ids: Sequence[int],
+    file: Path | None = None,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Sample and grade all responses at one temperature, batch by batch; those of a file are not sampled again."""
+    places = [(i, j) for i in range(len(prompts)) for j in range(evaluation.num_responses)]
+    size = evaluation.batch_size
+    sampling = Sampling(temperature=temperature, top_p=evaluation.top_p, top_k=evaluation.top_k, batch_size=size)
+    # Batches are always the same rows, so that a resumed evaluation rounds as an uninterrupted one.
+    rows = read_rows(file) if file is not None else []
+    rows = rows if len(rows) == len(places) else rows[: len(rows) // size * size]
+    if file is not None and file.exists():
+        write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with token_bar(f"{model.name} at T={temperature:g}", len(places), len(rows), quiet) as advance:
+        for start in range(len(rows), len(places), size):
+            batch = places[start : start + size]
+            completions = sample(
+                model.model,
+                [prompts[i].token_ids for i, _ in batch],
+                [(evaluation.seed, i, j) for i, j in batch],
+                max_tokens=evaluation.max_tokens,
+                end_ids=end_ids,
+                sampling=sampling,
+            )
+            texts = model.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+            grades = task.grade([examples[i] for i, _ in batch], texts)
+            for (i, j), completion, text, grade in zip(batch, completions, texts, grades, strict=True):
+                num = num_tokens_to_answer(completion.token_ids, text, model.tokenizer, task.answer_end)
+                row = {
+                    "problem": examples[i].id,
+                    "level": examples[i].level,
+                    "response": j,
+                    "text": text,
+                    "stop": completion.stop,
+                    "score": grade.score,
+                    "answer": grade.answer,
+                    "note": grade.note,
+                    "length": len(completion.token_ids),
+                    "length_to_answer": num,
+                    "entropy": sum(completion.entropies),
+                    "entropy_before_answer": sum(completion.entropies[:num]),
+                    "zlib_ratio": zlib_ratio(text),
+                    "is_loop": is_loop(text),
+                }
+                rows.append(row)
+                if file is not None:
+                    append(file, row)
+            advance(len(batch))
+    return rows
+
+
+def _file_name(model: LanguageModel, evaluation: Evaluation, temperature: float, end_ids: Sequence[int]) -> str:
+    """One file for each set of weights, settings and temperature: what would be sampled otherwise is never mixed."""
+    settings = evaluation.model_dump(mode="json", exclude={"temperatures"})
+    identity = json.dumps([fingerprint(model), settings, temperature, list(end_ids)], sort_keys=True)
+    source = re.sub(r"[^\w.-]+", "-", str(evaluation.source))[:60]
+    return f"{source}-T{temperature:g}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
+
+
+def by_problem(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The responses to each problem, in order."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["problem"]].append(row)
+    return list(found.values())
 
 
 def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
@@ -114,35 +178,42 @@ def prepare_problems(model: LanguageModel, evaluation: Evaluation) -> tuple[Task
     return task, examples, prompts
 
 
-def accuracy(per_problem: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
-    """Avg@n and Pass@k at powers of two, with intervals over problems."""
-    scores = [problem["score"] / num_responses for problem in per_problem]
-    ks = [2**i for i in range(num_responses.bit_length()) if 2**i <= num_responses]
+def accuracy(problems: Sequence[Sequence[dict[str, Any]]], num_responses: int) -> dict[str, Any]:
+    """Avg@n and Pass@k for every k up to n, with intervals over problems."""
+    scores = [sum(row["score"] for row in rows) / num_responses for rows in problems]
+    num_correct = [sum(row["score"] >= 1 for row in rows) for rows in problems]
     pass_at = {
-        k: mean_over_problems([pass_at_k(num_responses, int(problem["correct"]), k) for problem in per_problem])
-        for k in ks
+        str(k): mean_over_problems([pass_at_k(num_responses, c, k) for c in num_correct])
+        for k in range(1, num_responses + 1)
     }
-    return {"avg": mean_over_problems(scores), "pass": {str(k): value for k, value in pass_at.items()}}
+    return {"avg": mean_over_problems(scores), "pass": pass_at}
 
 
-def summarize(per_problem: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
-    """All metrics of one model at one temperature from sums over each problem's responses."""
+def summarize(rows: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
+    """All metrics of one model at one temperature from its responses."""
+    problems = by_problem(rows)
 
-    def per_response(name: str) -> Estimate:
-        return mean_over_problems([problem[name] / num_responses for problem in per_problem])
+    def per_response(value: Callable[[dict[str, Any]], float]) -> Estimate:
+        return mean_over_problems([sum(map(value, each)) / num_responses for each in problems])
 
     def per_token(name: str, tokens: str) -> Estimate:
-        return ratio_over_problems([p[name] for p in per_problem], [p[tokens] for p in per_problem])
+        sums = [[sum(row[key] for row in each) for each in problems] for key in (name, tokens)]
+        return ratio_over_problems(*sums)
 
+    votes = [majority([Grade(row["score"], row["answer"]) for row in each]) for each in problems]
     return {
-        "num_problems": len(per_problem),
+        "num_problems": len(problems),
         "num_responses": num_responses,
-        **accuracy(per_problem, num_responses),
-        "entropy": per_token("entropy", "tokens"),
-        "entropy_before_answer": per_token("entropy_before_answer", "tokens_before_answer"),
-        "length": per_response("tokens"),
-        "truncation": per_response("truncation"),
-        "zlib_ratio": per_response("zlib_ratio"),
+        **accuracy(problems, num_responses),
+        "majority": mean_over_problems(votes),
+        "answered": per_response(lambda row: row["answer"] is not None),
+        "entropy": per_token("entropy", "length"),
+        "entropy_before_answer": per_token("entropy_before_answer", "length_to_answer"),
+        "length": per_response(lambda row: row["length"]),
+        "length_to_answer": per_response(lambda row: row["length_to_answer"]),
+        "truncation": per_response(lambda row: row["stop"] == "length"),
+        "repetition": per_response(lambda row: row["is_loop"]),
+        "zlib_ratio": per_response(lambda row: row["zlib_ratio"]),
     }
 
 
@@ -158,13 +229,19 @@ def find_model(target: str | Path) -> str | Path:
     return folder / "model"
 
 
-def evaluate_and_store(models: Sequence[str], evaluation: Evaluation, out: Path | None = None) -> None:
-    """Evaluate several models, print the comparison, and store each run's results in its folder."""
+def evaluate_and_store(
+    models: Sequence[str], evaluation: Evaluation, out: Path | None = None, responses: Path | None = None
+) -> None:
+    """Evaluate several models, print the comparison and its tests, and store each run's results in its folder.
+
+    Responses go to each run's folder `responses`, and those of other models to the folder `responses`, if given.
+    """
     found = [(Path(model), find_model(model)) for model in models]
     entries = []
     for target, model in found:
-        rows = evaluate(model, evaluation)
-        if target != Path(model):
+        is_run = target != Path(model)
+        rows = evaluate(model, evaluation, responses=target / "responses" if is_run else responses)
+        if is_run:
             num_steps = read_rows(target / "metrics.jsonl")[-1]["step"]
             for row in rows:
                 append(target / "evals.jsonl", {"step": num_steps, **row})
@@ -173,6 +250,25 @@ def evaluate_and_store(models: Sequence[str], evaluation: Evaluation, out: Path 
             write_atomically(out, json.dumps(rows, indent=1) + "\n")
         entries.append(Entry(str(target).removeprefix("potstill:"), target, rows))
     print_table(entries)
+    for line in comparisons(entries):
+        print(line)
+
+
+def comparisons(entries: Sequence[Entry]) -> list[str]:
+    """Each model against the first on the same problems, at each temperature; p-values corrected over all of them."""
+    first, *others = entries
+    pairs = []
+    for other in others:
+        for a, b in zip(first.evals, other.evals, strict=True):
+            mine, theirs = dict(a["problems"]), dict(b["problems"])
+            pairs.append((other.name, a["temperature"], paired([theirs[key] for key in mine], list(mine.values()))))
+    corrected = holm([result.p_value for _, _, result in pairs])
+    return [
+        f"{name} - {first.name} at T={temperature:g}: {100 * result.difference.value:+.1f} points "
+        f"[{100 * result.difference.low:+.1f}, {100 * result.difference.high:+.1f}] (paired bootstrap over problems), "
+        f"p = {p:.2g} (Wilcoxon, Holm over {len(pairs)})"
+        for (name, temperature, result), p in zip(pairs, corrected, strict=True)
+    ]
 
 
 def show_responses(
@@ -212,7 +308,7 @@ def show_responses(
         facts = [f"{len(completion.token_ids)} tokens", f"stopped by {completion.stop}"]
         facts.append(f"entropy {sum(completion.entropies) / len(completion.entropies):.3f} nats")
         if task is not None:
-            facts.append(f"score {task.score(example, text):g}, answer {example.answer}")
+            facts.append(f"score {task.grade([example], [text])[0].score:g}, answer {example.answer}")
         # Text, not markup: what a model writes may look like markup or control codes.
         console.print(
             Text(model.tokenizer.decode(prompt.token_ids), style="dim"), Text(_printable(text), style="bold"), sep=""

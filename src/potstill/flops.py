@@ -66,8 +66,12 @@ def rollout_flops(rollouts: Iterable[Rollout], models: Mapping[Writer, ModelFlop
     return total
 
 
-def training_flops(rollouts: Sequence[Rollout], student: ModelFlops, teacher: ModelFlops | None) -> dict[str, int]:
+def training_flops(
+    rollouts: Sequence[Rollout], student: ModelFlops, teacher: ModelFlops | None, looks_ahead: bool = False
+) -> dict[str, int]:
     """One forward and backward pass, which counts as two forward ones. `teacher` is None where none scores.
+
+    With `looks_ahead` both models' forward passes and heads are computed once more, for what later tokens cost.
 
     `head` is that of both models. A cached teacher has no body, so what it scores costs its head alone, or nothing.
     """
@@ -82,4 +86,8 @@ def training_flops(rollouts: Sequence[Rollout], student: ModelFlops, teacher: Mo
         if teacher is not None:
             parts["teacher"] += teacher.backbone(len(rollout.prompt.ids_of("teacher")) + num_written)
             parts["head"] += num_loss_tokens * teacher.head
+        if looks_ahead and teacher is not None:
+            parts["student_forward"] += forward
+            parts["teacher"] += teacher.backbone(len(rollout.prompt.ids_of("teacher")) + num_written)
+            parts["head"] += num_loss_tokens * (student.head + teacher.head)
     return parts

@@ -26,7 +26,7 @@ from potstill.divergence import DIVERGENCES, merge_end_class, token_divergence
 from potstill.fused import fused_loss
 from potstill.heads import Head
 from potstill.models import LanguageModel, logits_error
-from potstill.objective import Loss, batch_loss
+from potstill.objective import Loss, batch_loss, later_costs
 from potstill.runlog import write_atomically
 from potstill.types import Example, Prompt, Rollout, Stop
 
@@ -132,7 +132,7 @@ def trained(
     baseline_T: Tensor | None = None,
 ) -> tuple[float, Tensor]:
     """What training computes on every text of a writer, weighted by its probability: value and gradient [S, V]."""
-    loss = Loss(Objective(**options), "token", vocab_size=V, baseline_T=baseline_T)
+    loss = Loss(Objective(**options), "token", vocab_size=V)
     student.zero_grad()
     value = 0.0
     for text in all_texts(window):
@@ -142,7 +142,12 @@ def trained(
         batch = make_batch([rollout])
         hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT].detach()
         probability = writer.log_prob(text).exp().item()
-        loss_sum, loss_N, _ = batch_loss(student, teacher, hidden_NE, batch, loss, 1 / probability)  # pyright: ignore
+        returns_N = None
+        if loss.objective.gamma:
+            returns_N = later_costs(student, teacher, batch, loss)  # pyright: ignore[reportArgumentType]
+            returns_N = returns_N if baseline_T is None else returns_N - baseline_T[: len(returns_N)]
+        given = (student, teacher, hidden_NE, batch, loss, 1 / probability, returns_N)
+        loss_sum, loss_N, _ = batch_loss(*given)  # pyright: ignore[reportArgumentType]
         loss_sum.backward()
         value += probability * float(loss_N.sum())
     assert student.logits_SV.grad is not None

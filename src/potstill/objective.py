@@ -4,14 +4,17 @@ Losses are sums. The one divisor, a count over the whole optimiser step, comes f
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from potstill import distributed
 from potstill.cache import CachedTeacher
 from potstill.config import Objective
+from potstill.distributed import World
 from potstill.fused import DEFAULT_BUDGET, detached, fused_loss, fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel
@@ -23,7 +26,7 @@ Teacher = LanguageModel | CachedTeacher
 
 @dataclass(frozen=True)
 class Loss:
-    """What the loss of a run is. `forward_weight` and `baseline_T`, which it has with gamma, may change by the step.
+    """What the loss of a run is, fixed before the first step but for `forward_weight`, which a schedule may change.
 
     `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one class in the
     divergence; it is empty where both models end alike or the recipe keeps them apart. `budget` (bytes) and `backend`
@@ -38,7 +41,6 @@ class Loss:
     budget: int = DEFAULT_BUDGET
     backend: str = "auto"
     forward_weight: float | None = None
-    baseline_T: Tensor | None = None
 
     def divisor(self, rollouts: list[Rollout]) -> int:
         """This rank's part of the step's one divisor: its loss tokens, or its sequences that have any."""
@@ -99,12 +101,14 @@ def batch_loss(
     batch: Batch,
     loss: Loss,
     divisor: float = 1.0,
+    returns_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """The weighted sum of the loss over the N loss tokens of a batch, over `divisor`; the loss of each; statistics.
 
     Returns `(loss_sum, loss_N, stats)`; only the first carries a gradient. `signal` is what `teacher_signal` gives; it
-    is None for hard labels, whose loss is the cross-entropy of the written token. Raises NonFiniteError for logits that
-    are not finite.
+    is None for hard labels, whose loss is the cross-entropy of the written token. `returns_N` is what each written
+    token answers for beside its own KL: as a constant, times the token's log-probability, it is added to the loss.
+    Raises NonFiniteError for logits that are not finite.
     """
     device_type = batch.input_ids_BT.device.type
     # Only the backbone computes in the lower type: bfloat16 logits would bias the gradient and the entropy.
@@ -123,20 +127,13 @@ def batch_loss(
         loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
         return loss_sum, value_N, stats
     terms = loss.terms()
-    if loss.objective.gamma:
-        with torch.no_grad():
-            kl_N = fused_statistics(hidden_ND.detach(), *sides[1:], **loss.shared_options()).reverse_kl_N
-        assert kl_N is not None, "the recipe asks for a teacher's whole signal"
-        returns_N = returns_to_go(kl_N, batch, loss.objective.gamma)
-        if loss.baseline_T is not None:
-            returns_N = returns_N - loss.baseline_T[positions(batch)]
-        # What is added to the loss is the return, a constant, times the log-probability of the written token.
+    if returns_N is not None:
         terms = dataclasses.replace(terms, cross_entropy=-returns_N)
     return fused_loss(
         *sides,
         terms,
         # Log-probabilities of the written tokens cost a gather of head rows; few losses read them.
-        labels_N=labels_N if loss.objective.signal == "labels" or loss.objective.gamma else None,
+        labels_N=labels_N if loss.objective.signal == "labels" or returns_N is not None else None,
         weights_N=weights_N,
         scale=1 / divisor,
         budget=loss.budget,
@@ -162,6 +159,39 @@ def token_weights(batch: Batch, loss: Loss, dtype: torch.dtype) -> Tensor | None
         parts_N = before * is_before_N + after * (1 - is_before_N)
         weights_N = parts_N if weights_N is None else weights_N * parts_N
     return weights_N
+
+
+@torch.no_grad()
+def later_costs(student: LanguageModel, teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor:
+    """The return [N] of each loss token of a batch (nats); takes a forward pass of both models."""
+    with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"):
+        hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT]
+    signal = teacher_signal(teacher, batch, loss)
+    assert isinstance(signal, Tensor) and teacher is not None, "the recipe asks for a teacher's whole signal"
+    stats = fused_statistics(hidden_ND, student.head, signal, teacher.head, **loss.shared_options())
+    assert stats.reverse_kl_N is not None
+    return returns_to_go(stats.reverse_kl_N, batch, loss.objective.gamma)
+
+
+def without_baseline(returns: Sequence[Tensor], batches: Sequence[Batch], world: World) -> list[Tensor]:
+    """Each return minus the mean of the other rollouts' at its position, over all batches of a step and all ranks.
+
+    The others know nothing of the token that was drawn, so no expectation changes; where no other rollout came as far
+    there is nothing to subtract.
+    """
+    places = [positions(batch) for batch in batches]
+    length = distributed.max_over_ranks(max(int(each.max()) for each in places) + 1, world)
+    sums_2L = torch.zeros(2, length, dtype=torch.float64)
+    for returns_N, places_N in zip(returns, places, strict=True):
+        ones_N = torch.ones_like(returns_N, dtype=torch.float64)
+        sums_2L.index_add_(1, places_N.cpu(), torch.stack([returns_N.double(), ones_N]).cpu())
+    total_L, count_L = torch.tensor(distributed.sum_over_ranks(sums_2L.flatten().tolist(), world)).view(2, length)
+    centred = []
+    for returns_N, places_N in zip(returns, places, strict=True):
+        others_N, sum_N = count_L[places_N.cpu()] - 1, total_L[places_N.cpu()] - returns_N.double().cpu()
+        mean_N = torch.where(others_N > 0, sum_N / others_N.clamp(min=1), 0.0)
+        centred.append(returns_N - mean_N.to(returns_N))
+    return centred
 
 
 def returns_to_go(kl_N: Tensor, batch: Batch, gamma: float) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from potstill.config import Evaluation, Recipe
+from potstill.config import Recipe
 
 if TYPE_CHECKING:
     from potstill.cache import Manifest, ShardRecord
@@ -141,14 +141,14 @@ class CacheDisplay:
 
 
 @contextmanager
-def token_bar(title: str, num_rows: int, evaluation: Evaluation, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over decoded responses; yields what the sampler calls after each batch."""
+def token_bar(title: str, num_rows: int, num_done: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over decoded responses; yields what is told how many a batch had."""
     if quiet or not sys.stderr.isatty():
-        yield lambda num_tokens: None
+        yield lambda num: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=num_rows)
-        yield lambda num_tokens: progress.advance(task, evaluation.batch_size)
+        task = progress.add_task(title, total=num_rows, completed=num_done)
+        yield lambda num: progress.advance(task, num)

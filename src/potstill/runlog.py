@@ -1,7 +1,7 @@
 """The run folder: what a run writes beside its weights, and what makes it a result.
 
 `recipe.toml`, `environment.json`, `metrics.jsonl`, `window.jsonl` (what the length gate decided and why),
-`evals.jsonl`, `samples.jsonl`, `checkpoint/`, `model/`, `DONE`.
+`evals.jsonl`, `responses/`, `samples.jsonl`, `checkpoint/`, `model/`, `DONE`.
 `DONE` holds the recipe's hash and is written last; a folder without a matching one is not a result. Needs no torch.
 """
 

@@ -51,3 +51,41 @@ def ratio_over_problems(numerators: Sequence[float], denominators: Sequence[floa
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high))
+
+
+class Paired(NamedTuple):
+    """The mean difference of two models over the same problems, and the p-value of Wilcoxon's signed-rank test."""
+
+    difference: Estimate
+    p_value: float
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
+    """a - b of one value a problem, with a paired bootstrap interval over problems; p is 1 where all are equal."""
+    from scipy.stats import wilcoxon
+
+    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    p_value = 1.0
+    if np.any(differences != 0):
+        p_value = float(wilcoxon(differences).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+    return Paired(mean_over_problems(differences.tolist()), p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for that many tests (Holm, 1979): each times how many are not smaller, never decreasing."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def seeds_and_problems(values: Sequence[Sequence[float]], num_resamples: int = NUM_RESAMPLES) -> Estimate:
+    """The mean over training seeds [S] and problems [P] of a value, with an interval that resamples both levels."""
+    table = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(table.shape[0], size=(num_resamples, table.shape[0]))
+    problems = rng.integers(table.shape[1], size=(num_resamples, table.shape[1]))
+    means = np.array([table[np.ix_(s, p)].mean() for s, p in zip(seeds, problems, strict=True)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(table.mean()), float(low), float(high))

@@ -41,7 +41,7 @@ from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, t
 from potstill.fused import MIB
 from potstill.metrics import Stopwatch, before_answer, logged_samples, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
-from potstill.objective import Loss, Teacher, batch_loss, positions, returns_to_go, teacher_signal
+from potstill.objective import Loss, Teacher, batch_loss, later_costs, teacher_signal, without_baseline
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
 from potstill.probing import probe_window
@@ -258,15 +258,11 @@ def hold_out(recipe: Recipe, prompts: list[Prompt]) -> tuple[list[Prompt], list[
 
 @dataclass(frozen=True)
 class State:
-    """What a run carries from step to step beside weights, optimiser and rollouts. A checkpoint keeps it as plain data.
-
-    `baseline` is the mean return of each position at the step before, which gamma subtracts.
-    """
+    """What a run carries from step to step beside weights, optimiser and rollouts; in checkpoints, as plain data."""
 
     mixing: MixingState
     window: WindowState
     flops: float = 0.0
-    baseline: tuple[float, ...] = ()
 
     @staticmethod
     def first(recipe: Recipe) -> "State":
@@ -277,7 +273,7 @@ class State:
     def from_data(data: dict[str, Any]) -> "State":
         """The inverse of `dataclasses.asdict`."""
         mixing, window = MixingState(**data["mixing"]), WindowState(**data["window"])
-        return State(mixing, window, data["flops"], tuple(data["baseline"]))
+        return State(mixing, window, data["flops"])
 
 
 def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
@@ -358,9 +354,8 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             weight = state.mixing.weight
             if recipe.mixing.schedule != "entropy":
                 weight = scheduled_weight(recipe.mixing, recipe.objective.forward_weight, step, config.steps)
-            baseline_T = torch.tensor(state.baseline, device=world.device) if state.baseline else None
-            loss = dataclasses.replace(setup.loss, forward_weight=weight, baseline_T=baseline_T)
-            sums, samples, baseline = accumulate_gradients(
+            loss = dataclasses.replace(setup.loss, forward_weight=weight)
+            sums, samples = accumulate_gradients(
                 setup, loss, rollouts, config.tokens_per_batch, step, world, clock, split_by
             )
 
@@ -379,14 +374,15 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window, "rollout_age": age}
             if recipe.objective.kl == "mixed":
                 metrics["forward_weight"] = weight
-            parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops)
+            looks_ahead = recipe.objective.gamma > 0
+            parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops, looks_ahead)
             parts |= {"rollout": written_flops, "probe": probe_flops}
             parts = dict(zip(parts, distributed.sum_over_ranks(list(parts.values()), world), strict=True))
             mixing = state.mixing
             if recipe.mixing.schedule == "entropy":
                 entropies = (metrics[f"{who}_entropy_before_answer"] for who in ("student", "teacher"))
                 mixing = next_weight(recipe.mixing, mixing, *entropies)
-            state = State(mixing, state.window, state.flops + sum(parts.values()), baseline)
+            state = State(mixing, state.window, state.flops + sum(parts.values()))
             metrics |= {"flops": parts, "total_flops": state.flops}
             is_last = is_spent(config, step + 1, state.flops)
             saves = (step + 1) % config.checkpoint_every == 0 or is_last
@@ -408,7 +404,8 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
         save_model(student, weights, setup.end_ids, folder / "model")
         if recipe.evaluation.source is not None:
             finished = LanguageModel(decoders["student"], student.tokenizer, str(folder))
-            for row in evaluate(finished, recipe.evaluation, end_ids=setup.end_ids, quiet=quiet):
+            options = {"end_ids": setup.end_ids, "responses": folder / "responses", "quiet": quiet}
+            for row in evaluate(finished, recipe.evaluation, **options):
                 runlog.append(folder / "evals.jsonl", {"step": step, **row})
         runlog.finish(recipe)
     distributed.wait_for_all(world)
@@ -424,11 +421,10 @@ def accumulate_gradients(
     world: World,
     clock: Stopwatch,
     split_by: Sequence[Writer] = (),
-) -> tuple[dict[str, float], list[dict[str, Any]], tuple[float, ...]]:
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one count over all ranks.
 
-    Returns the step's summed statistics over all ranks, a few of this rank's rollouts for the log, and with gamma the
-    mean return of each position over all ranks.
+    Returns the step's summed statistics over all ranks, and a few of this rank's rollouts for the log.
     """
     student = setup.student
     batches = make_batches(rollouts, tokens_per_batch, world.device)
@@ -441,14 +437,18 @@ def accumulate_gradients(
     text_of = dict(zip(map(id, rollouts), texts, strict=True))
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
     samples = []
-    # Of each position: the sum of the returns, and how many there are.
-    returns_2L = torch.zeros(2, max(len(r.completion_ids) for r in rollouts) if loss.objective.gamma else 0)
-    for batch in batches:
+    returns: list[Any] = [None] * len(batches)
+    if loss.objective.gamma:
+        # Of all batches first: what a token answers for is measured by the whole step's rollouts.
+        with clock("student"):
+            costs = [later_costs(student, setup.teacher, batch, loss) for batch in batches]
+            returns = without_baseline(costs, batches, world)
+    for batch, returns_N in zip(batches, returns, strict=True):
         with clock("teacher"):
             signal = teacher_signal(setup.teacher, batch, loss)
         with clock("student"):
             try:
-                loss_sum, loss_N, stats = batch_loss(student, setup.teacher, signal, batch, loss, divisor)
+                loss_sum, loss_N, stats = batch_loss(student, setup.teacher, signal, batch, loss, divisor, returns_N)
             except NonFiniteError as error:
                 raise _not_finite(str(error), step, [rollout.prompt for rollout in batch.rollouts]) from None
             loss_sum.backward()
@@ -462,11 +462,7 @@ def accumulate_gradients(
         )
         sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
         samples += logged_samples(batch, loss_N, stats, student.tokenizer, rollouts[:NUM_LOGGED_SAMPLES])
-        if loss.objective.gamma and stats.reverse_kl_N is not None:
-            returns_N = returns_to_go(stats.reverse_kl_N, batch, loss.objective.gamma).cpu()
-            returns_2L.index_add_(1, positions(batch).cpu(), torch.stack([returns_N, torch.ones_like(returns_N)]))
-    total = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
-    return total, samples, distributed.mean_by_position(returns_2L, world)
+    return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)), samples
 
 
 def _not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteError:

@@ -1,12 +1,14 @@
 """Where problems come from and how responses are scored.
 
-A task has `examples(split, num_examples, seed)`, `score(example, response)` in [0, 1], and `answer_end(response)`, the
-end of the first final answer (characters) or None. To add one, write a class and add a line to `TASKS`.
+A task has `examples(split, num_examples, seed)`, `grade(examples, responses)`, and `answer_end(response)`, the end of
+the first final answer (characters) or None. To add one, write a class and add a line to `TASKS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from potstill.grading import Grade
+from potstill.tasks.benchmarks import BENCHMARKS, make_benchmark
 from potstill.tasks.columns import Columns
 from potstill.tasks.multiplication import Multiplication
 from potstill.tasks.reasoning_gym import ReasoningGym
@@ -16,7 +18,7 @@ from potstill.types import Example
 class Task(Protocol):
     def examples(self, split: str, num_examples: int, seed: int) -> list[Example]: ...
 
-    def score(self, example: Example, response: str) -> float: ...
+    def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]: ...
 
     def answer_end(self, response: str) -> int | None: ...
 
@@ -26,6 +28,7 @@ TASKS: dict[str, Callable[[str | None], Task]] = {
     "multiplication": Multiplication,
     "columns": Columns,
     "reasoning-gym": ReasoningGym,
+    **{name: make_benchmark(name) for name in BENCHMARKS},
 }
 
 

@@ -9,8 +9,10 @@ Each setting has one mechanism, so what a run shows here is about that mechanism
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from potstill.grading import Grade
 from potstill.tasks.multiplication import ANSWER, is_test_problem
 from potstill.types import Example
 
@@ -110,10 +112,10 @@ class Columns:
             )
         return examples
 
-    def score(self, example: Example, response: str) -> float:
+    def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
         """1 when the last `#digits` of the response is the answer, else 0."""
-        answers = ANSWER.findall(response)
-        return float(bool(answers) and answers[-1] == example.answer)
+        given = [(ANSWER.findall(response) or [None])[-1] for response in responses]
+        return [Grade(float(a == example.answer), a) for example, a in zip(examples, given, strict=True)]
 
     def answer_end(self, response: str) -> int | None:
         """Where the first finished answer ends (characters), or None."""

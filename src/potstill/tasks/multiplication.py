@@ -11,8 +11,10 @@ falls with the number of digits, which is the difficulty level.
 import hashlib
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from potstill.grading import Grade
 from potstill.types import Example
 
 DIGITS = (2, 3, 4)
@@ -145,10 +147,10 @@ class Multiplication:
             )
         return examples
 
-    def score(self, example: Example, response: str) -> float:
+    def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
         """1 when the last `#digits` of the response is the product, else 0."""
-        answers = ANSWER.findall(response)
-        return float(bool(answers) and answers[-1] == example.answer)
+        given = [(ANSWER.findall(response) or [None])[-1] for response in responses]
+        return [Grade(float(a == example.answer), a) for example, a in zip(examples, given, strict=True)]
 
     def answer_end(self, response: str) -> int | None:
         """Where the first finished answer ends (characters), or None."""

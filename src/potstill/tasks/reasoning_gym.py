@@ -1,5 +1,8 @@
 """Procedural reasoning tasks of the reasoning-gym package, by name: `reasoning-gym:gsm_symbolic`."""
 
+from collections.abc import Sequence
+
+from potstill.grading import Grade
 from potstill.types import Example
 
 # The data sets' scorers take the answer alone: of a whole response, some would score the first number in it.
@@ -35,14 +38,18 @@ class ReasoningGym:
             examples.append(example)
         return examples
 
-    def score(self, example: Example, response: str) -> float:
+    def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
         """The data set's own score of the last text in `<answer>` tags; 0 when there is none."""
         from reasoning_gym.utils import extract_answer
 
-        dataset, entry = self._entries[example.id]
-        answer = extract_answer(response)
-        # Some data sets would give a missing answer a part of the score.
-        return 0.0 if answer is None else float(dataset.score_answer(answer=answer, entry=entry))
+        grades = []
+        for example, response in zip(examples, responses, strict=True):
+            dataset, entry = self._entries[example.id]
+            answer = extract_answer(response)
+            # Some data sets would give a missing answer a part of the score.
+            score = 0.0 if answer is None else float(dataset.score_answer(answer=answer, entry=entry))
+            grades.append(Grade(score, answer))
+        return grades
 
     def answer_end(self, response: str) -> int | None:
         """Just after the first `</answer>`."""

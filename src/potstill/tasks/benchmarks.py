@@ -1,0 +1,118 @@
+"""Mathematics benchmarks by name: gsm8k, math500, amc23, aime24; from the hub, or from a local file: `gsm8k:FILE`.
+
+A local .jsonl or .parquet file has the columns of the hub's data set. Only the last closed box of a response counts,
+compared with the gold answer in processes with a time limit (`potstill.grading`).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from potstill.grading import Grade, Grader, Kind, box_end, gsm8k_gold, integer
+from potstill.types import Example
+
+INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+class Benchmark(NamedTuple):
+    """Where a benchmark is and how its rows are read. Several names of a column: those of its copies on the hub."""
+
+    hub_id: str
+    config: str | None
+    split: str
+    problem: tuple[str, ...]
+    answer: tuple[str, ...]
+    gold: Callable[[str], str]
+    kind: Kind
+    level: str | None = None
+
+
+def _integer_gold(answer: str) -> str:
+    """An AIME answer as it is. Raises ValueError for what is no integer."""
+    if integer(answer) is None:
+        raise ValueError(f"an AIME answer is an integer, and this one is not: {answer!r}")
+    return answer
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark("openai/gsm8k", "main", "test", ("question",), ("answer",), gsm8k_gold, "latex"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", None, "test", ("problem",), ("answer",), str, "latex", "level"),
+    "amc23": Benchmark("math-ai/amc23", None, "test", ("question", "problem"), ("answer",), str, "latex"),
+    "aime24": Benchmark(
+        "HuggingFaceH4/aime_2024",
+        None,
+        "train",
+        ("problem", "Problem"),
+        ("answer", "Answer"),
+        _integer_gold,
+        "integer",
+    ),
+}
+
+
+@cache
+def _grader() -> Grader:
+    """One set of workers for the process; they end with it."""
+    import atexit
+
+    grader = Grader()
+    atexit.register(grader.close)
+    return grader
+
+
+class MathBenchmark:
+    """One of BENCHMARKS, for `evaluation.source`."""
+
+    def __init__(self, name: str, file: str | None = None):
+        self.name, self.file, self.spec = name, file, BENCHMARKS[name]
+
+    def examples(self, split: str, num_examples: int, seed: int) -> list[Example]:
+        """The first problems, in the data set's order; it has one split for evaluation, and no seed."""
+        from potstill.data import read_table
+
+        spec = self.spec
+        rows = read_table(self.file or spec.hub_id, spec.split, spec.config)
+        if num_examples > len(rows):
+            raise ValueError(f"{num_examples} problems are asked for and it has {len(rows)}; ask for at most that many")
+        return [self._example(row, i) for i, row in enumerate(rows[:num_examples])]
+
+    def _example(self, row: dict[str, Any], i: int) -> Example:
+        spec, where = self.spec, f"row {i} of {self.file or self.spec.hub_id!r}"
+        problem = next((row[name] for name in spec.problem if name in row), None)
+        answer = next((row[name] for name in spec.answer if name in row), None)
+        if not isinstance(problem, str) or answer is None:
+            raise ValueError(
+                f"{where} has the columns {', '.join(sorted(row))}; {self.name} needs {spec.problem[0]!r} and "
+                f"{spec.answer[0]!r}"
+            )
+        try:
+            gold = spec.gold(str(answer))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        level = row.get(spec.level, "") if spec.level is not None else ""
+        return Example(
+            id=str(row.get("unique_id", row.get("id", row.get("ID", i)))),
+            prompt=problem + INSTRUCTION,
+            answer=gold,
+            level=f"level {level}" if level != "" else "",
+        )
+
+    def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
+        """The last closed box of each response against its gold."""
+        return _grader().grade([example.answer or "" for example in examples], responses, self.spec.kind)
+
+    def answer_end(self, response: str) -> int | None:
+        """Just after the first closed box."""
+        return box_end(response)
+
+
+def make_benchmark(name: str) -> Callable[[str | None], MathBenchmark]:
+    """What `TASKS` holds for a benchmark: a maker that takes what follows the colon, a local file."""
+
+    def make(file: str | None) -> MathBenchmark:
+        if file is not None and not Path(file).is_file():
+            raise ValueError(f"{name}: file {file!r} does not exist; give a .jsonl or .parquet file in its schema")
+        return MathBenchmark(name, file)
+
+    return make
