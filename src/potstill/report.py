@@ -27,6 +27,8 @@ CURVES = (
     ("truncation", "share of completions cut by the window"),
     ("grad_norm", "gradient norm before clipping"),
 )
+# What controllers move, shown where it moves in any run.
+CONTROLLED = (("window", "window (tokens)"), ("forward_weight", "weight of the forward KL"))
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ def curves(runs: Sequence[Entry], colours: dict[Path, str]) -> str:
     from plotly.subplots import make_subplots
 
     shown = [(name, title) for name, title in CURVES if any(name in run.metrics[0] for run in runs)]
+    shown += [each for each in CONTROLLED if any(len({row.get(each[0]) for row in run.metrics}) > 1 for run in runs)]
     num_rows = math.ceil(len(shown) / 2)
     figure = make_subplots(rows=num_rows, cols=2, subplot_titles=[title for _, title in shown], vertical_spacing=0.09)
     for i, (name, _) in enumerate(shown):
