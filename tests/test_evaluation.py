@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_model
@@ -8,6 +10,7 @@ from potstill.config import Evaluation, RecipeError
 from potstill.evaluation import evaluate, summarize
 from potstill.metrics import num_tokens_to_answer, step_means, zlib_ratio
 from potstill.models import load_model
+from potstill.report import Entry
 from potstill.tasks.multiplication import Multiplication, build_tokenizer
 
 SMALL = Evaluation(source="multiplication", num_problems=6, num_responses=4, temperatures=(1.0, 0.6))
@@ -84,6 +87,12 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
     monkeypatch.setattr(evaluation, "sample", real)
     evaluate("potstill:base", settings.model_copy(update={"seed": 3}), responses=tmp_path / "killed", quiet=True)
     assert len(list((tmp_path / "killed").iterdir())) == 4
+
+
+def test_what_grading_gave_up_on_is_said():
+    rows = [{"temperature": 1.0, "notes": {"timeout": 3, "wrong": 9, "crash": 1}}, {"temperature": 0.6, "notes": {}}]
+    lines = evaluation.gave_up([Entry("base", Path("base"), rows)])
+    assert lines == ["base at T=1: grading gave up on responses: timeout 3, crash 1"]
 
 
 def test_models_are_compared_on_the_same_problems(capsys, tmp_path):

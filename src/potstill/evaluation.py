@@ -250,8 +250,20 @@ def evaluate_and_store(
             write_atomically(out, json.dumps(rows, indent=1) + "\n")
         entries.append(Entry(str(target).removeprefix("potstill:"), target, rows))
     print_table(entries)
-    for line in comparisons(entries):
+    for line in (*gave_up(entries), *comparisons(entries)):
         print(line)
+
+
+def gave_up(entries: Sequence[Entry]) -> list[str]:
+    """Where grading ended before it had an answer; these responses scored 0."""
+    lines = []
+    for entry in entries:
+        for row in entry.evals:
+            counts = {note: row["notes"][note] for note in ("timeout", "crash", "too long") if note in row["notes"]}
+            if counts:
+                described = ", ".join(f"{note} {num}" for note, num in counts.items())
+                lines.append(f"{entry.name} at T={row['temperature']:g}: grading gave up on responses: {described}")
+    return lines
 
 
 def comparisons(entries: Sequence[Entry]) -> list[str]:

@@ -84,8 +84,8 @@ def seeds_and_problems(values: Sequence[Sequence[float]], num_resamples: int = N
     """The mean over training seeds [S] and problems [P] of a value, with an interval that resamples both levels."""
     table = np.asarray(values, dtype=float)
     rng = np.random.default_rng(0)
-    seeds = rng.integers(table.shape[0], size=(num_resamples, table.shape[0]))
-    problems = rng.integers(table.shape[1], size=(num_resamples, table.shape[1]))
-    means = np.array([table[np.ix_(s, p)].mean() for s, p in zip(seeds, problems, strict=True)])
+    # How often each seed and each problem is drawn.
+    seeds, problems = (rng.multinomial(n, [1 / n] * n, size=num_resamples) / n for n in table.shape)
+    means = ((seeds @ table) * problems).sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(table.mean()), float(low), float(high))
