@@ -17,7 +17,8 @@ from torch import Tensor
 
 from potstill import divergence
 from potstill.heads import Head
-from potstill.passes import Gradients, Problem, Walk, gated, is_there
+from potstill.passes import Gradients, Walk, gated, is_there
+from potstill.problem import Problem
 from potstill.types import LossTerms, NonFiniteError, TokenStats, VocabShard
 
 MIB = 2**20
