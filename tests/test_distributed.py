@@ -58,6 +58,26 @@ def test_two_ranks_equal_one(tmp_path, normalize):
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-7)
 
 
+def test_two_ranks_gate_the_window_and_look_ahead_as_one(tmp_path):
+    """Seven probes on two ranks, and returns whose baseline is over both."""
+    window = {"schedule": "entropy-gated", "tokens": 32, "start": 8, "check_every": 1, "num_probes": 7, "patience": 1}
+    train = {"steps": 3, "lr": 1e-6, "checkpoint_every": 3, "tokens_per_batch": 128}
+    objective = {"prefix": "student", "kl": "reverse", "gamma": 1.0}
+    write_recipe(tmp_path, objective=objective, train=train, window=window | {"reference": "teacher"})
+    for name, ranks in (("one", 1), ("two", 2)):
+        subprocess.run(command(tmp_path, name, ranks), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+    one, two = (runlog.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [row["window"] for row in one] == [8, 16, 32]
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "reverse_kl", "grad_norm", "window", "total_flops"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    gates = [runlog.read_rows(tmp_path / name / "window.jsonl") for name in ("one", "two")]
+    for a, b in zip(*gates, strict=True):
+        assert {k: v for k, v in a.items() if not isinstance(v, float)}.items() <= b.items()
+        for key in ("entropy", "teacher_entropy", "truncation", "teacher_truncation"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
 def test_two_ranks_that_are_killed_resume(tmp_path):
     train = {"steps": 10, "checkpoint_every": 2, "lr": 1e-3}
     write_recipe(tmp_path, objective={"prefix": "teacher", "kl": "forward"}, train=train)
