@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from potstill import distributed
-from potstill.cache_build import CacheOptions, build_cache
-from potstill.config import Recipe, load_recipe
+from potstill.cache_build import build_cache
+from potstill.config import CacheOptions, Recipe, load_recipe
 from potstill.metrics import Stopwatch
 from potstill.models import LanguageModel, find_folder
 from potstill.prefixes import Writing, write_rollouts

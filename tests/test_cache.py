@@ -23,9 +23,9 @@ from potstill import cache as cache_module
 from potstill import runlog
 from potstill.batching import make_batches
 from potstill.cache import Cache, CacheError, Manifest, read_manifest
-from potstill.cache_build import CacheOptions, build_cache, findings, summary, verify_cache
+from potstill.cache_build import build_cache, findings, summary, verify_cache
 from potstill.cli import main
-from potstill.config import RecipeError, make_recipe, to_toml
+from potstill.config import CacheOptions, RecipeError, make_recipe, to_toml
 from potstill.data import load_examples
 from potstill.models import ASSETS, ModelError, load_model
 from potstill.objective import batch_loss, teacher_signal
@@ -521,6 +521,8 @@ def test_another_head_is_found_at_the_first_use_of_a_shard(copied, tmp_path):
     manifest = read_manifest(copied)
     digest = cache_module.file_digest(copied / "head.safetensors")
     (copied / "manifest.json").write_text(dataclasses.replace(manifest, head_sha256=digest).to_json())
+    verified = verify_cache(copied, quiet=True)
+    assert len(verified.broken) == len(manifest.shards) and "does not belong to the head" in verified.broken[0]
     with pytest.raises(CacheError, match=r"shard '.*' does not belong to the head of the teacher 'potstill:teacher'"):
         train_from(copied, tmp_path / "run")
     assert runlog.read_rows(tmp_path / "run/metrics.jsonl") == []

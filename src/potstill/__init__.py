@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from potstill.cache_build import CacheOptions, build_cache, verify_cache
-    from potstill.config import Recipe, load_recipe
+    from potstill.cache_build import build_cache, verify_cache
+    from potstill.config import CacheOptions, Recipe, load_recipe
     from potstill.divergence import token_divergence
     from potstill.evaluation import evaluate
     from potstill.fused import fused_loss, fused_statistics
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Imported on first use, so that `potstill --help` does not wait for torch.
 _HOMES = {
-    "CacheOptions": "potstill.cache_build",
+    "CacheOptions": "potstill.config",
     "build_cache": "potstill.cache_build",
     "verify_cache": "potstill.cache_build",
     "Recipe": "potstill.config",

@@ -251,7 +251,7 @@ class CachedTeacher:
 
     def __init__(self, cache: "Cache", device: torch.device, trust_remote_code: bool = False):
         manifest = cache.manifest
-        self.cache = cache
+        self.cache, self.device = cache, device
         self.name = manifest.teacher.name
         self.end_ids = manifest.teacher_end_ids
         self.vocab_size = manifest.teacher_vocab_size
@@ -269,7 +269,9 @@ class CachedTeacher:
 
     def signal_of(self, rollouts: Sequence[Rollout]) -> Tensor | TopK:
         """Hidden states [N, E], or the k likeliest tokens, at the loss tokens of some rollouts."""
-        return self.cache.top_k_of(rollouts) if self.head is None else self.cache.rows_of(rollouts, self.head)
+        if self.head is None:
+            return self.cache.top_k_of(rollouts, self.device)
+        return self.cache.rows_of(rollouts, self.head)
 
 
 @dataclass(frozen=True)
@@ -388,24 +390,25 @@ class Cache:
                 "the recipe or build another cache"
             )
 
+    def entries(self) -> dict[tuple[bytes, int], Place]:
+        """Where the completion of each key and number is."""
+        return {
+            (key.tobytes(), number): (shard, row)
+            for shard, index in enumerate(self.indices)
+            for row, (key, number) in enumerate(zip(index.keys, index.completion_indices.tolist(), strict=True))
+        }
+
     def places(self) -> dict[bytes, list[Place]]:
         """Where the completions of each key are, in the order of their numbers."""
-        found: dict[bytes, list[tuple[int, Place]]] = defaultdict(list)
-        for shard, index in enumerate(self.indices):
-            for row, (key, number) in enumerate(zip(index.keys, index.completion_indices.tolist(), strict=True)):
-                found[key.tobytes()].append((number, (shard, row)))
-        return {key: [place for _, place in sorted(numbered)] for key, numbered in found.items()}
-
-    def numbered_keys(self) -> set[tuple[bytes, int]]:
-        """The key and number of every completion."""
-        return {
-            (key.tobytes(), number)
-            for index in self.indices
-            for key, number in zip(index.keys, index.completion_indices.tolist(), strict=True)
-        }
+        found: dict[bytes, list[Place]] = defaultdict(list)
+        for (key, _), place in sorted(self.entries().items()):
+            found[key].append(place)
+        return dict(found)
 
     def attach(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Each prompt once for each of its cached completions, with where it is. Raises CacheError if one has none."""
+        if not prompts:
+            return []
         places, writer = self.places(), self.manifest.settings.writer
         keys = [key_of(prompt, writer) for prompt in prompts]
         missing = [prompt.example.id for prompt, key in zip(prompts, keys, strict=True) if key not in places]
@@ -442,11 +445,13 @@ class Cache:
             assert rollout.prompt.cached is not None, "attach gives each prompt its place"
             hidden_LE, scale_L, log_sum_exp_L = self._checked_rows(rollout.prompt.cached, SIGNALS["hidden"], 1)[:3]
             rows_LE = decode_rows(hidden_LE.to(head.weight_VD.device), scale_L, head.weight_VD.dtype)
-            self._check_head(rollout.prompt.cached[0], rows_LE, log_sum_exp_L, head)
+            if (shard := rollout.prompt.cached[0]) not in self._checked:
+                self._check_head(shard, rows_LE[:NUM_CHECKED], log_sum_exp_L[:NUM_CHECKED], head)
+                self._checked.add(shard)
             parts.append(rows_LE[: len(rollout.trained)][torch.tensor(rollout.trained)])
         return torch.cat(parts)
 
-    def top_k_of(self, rollouts: Sequence[Rollout]) -> TopK:
+    def top_k_of(self, rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> TopK:
         """The k likeliest tokens at the loss tokens of some rollouts."""
         columns: list[list[Tensor]] = [[] for _ in SIGNALS["topk"]]
         for rollout in rollouts:
@@ -454,7 +459,7 @@ class Cache:
             tensors = self._checked_rows(rollout.prompt.cached, SIGNALS["topk"], 1)
             for column, tensor in zip(columns, tensors, strict=True):
                 column.append(tensor[: len(rollout.trained)][torch.tensor(rollout.trained)])
-        ids, log_probs, ends, tail, entropies = (torch.cat(column) for column in columns)
+        ids, log_probs, ends, tail, entropies = (torch.cat(column).to(device) for column in columns)
         # Stored with no columns where there is no such class.
         return TopK(ids.long(), log_probs, _squeezed(ends), _squeezed(tail), entropies)
 
@@ -468,23 +473,21 @@ class Cache:
         chosen = torch.linspace(0, num_tokens - 1, min(num_rows, num_tokens)).long().unique()
         file = self._file(shard)
         hidden, scale, expected = (file.get_tensor(name)[chosen] for name in ("hidden", "scale", "log_sum_exp"))
-        rows = decode_rows(hidden, scale, head.weight_VD.dtype)
-        found = fused_statistics(rows, head).student_log_sum_exp_N
-        return ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
+        rows = decode_rows(hidden.to(head.weight_VD.device), scale, head.weight_VD.dtype)
+        return self._check_head(shard, rows, expected, head)
 
-    def _check_head(self, shard: int, rows_LE: Tensor, log_sum_exp_L: Tensor, head: Head) -> None:
-        if shard in self._checked:
-            return
-        found = fused_statistics(rows_LE[:NUM_CHECKED], head).student_log_sum_exp_N
-        expected = log_sum_exp_L[:NUM_CHECKED].to(found.device)
-        error = ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
+    def _check_head(self, shard: int, rows_LE: Tensor, log_sum_exp_L: Tensor, head: Head) -> float:
+        """Compute some log-sum-exps again; returns the largest relative error. Raises CacheError for another head."""
+        found_L = fused_statistics(rows_LE, head).student_log_sum_exp_N
+        expected_L = log_sum_exp_L.to(found_L.device)
+        error = ((found_L - expected_L).abs() / expected_L.abs().clamp(min=1)).max().item()
         if not error <= HEAD_TOLERANCE:
             raise CacheError(
                 f"shard {str(self.path(shard))!r} does not belong to the head of the teacher "
                 f"{self.manifest.teacher.name!r}: log-sum-exps differ by {error:.2g} (allowed {HEAD_TOLERANCE:g}, "
                 "relative); build the cache again"
             )
-        self._checked.add(shard)
+        return error
 
     def _checked_rows(self, place: Place, names: Sequence[str], which: int) -> list[Tensor]:
         """The named tensors of one rollout; `which` of its checksums they must match."""

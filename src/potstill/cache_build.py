@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +28,6 @@ from potstill.cache import (
     Cache,
     CacheError,
     Manifest,
-    Payload,
     Settings,
     ShardRecord,
     checksum,
@@ -42,7 +40,7 @@ from potstill.cache import (
     sampling_settings,
     tensors_digest,
 )
-from potstill.config import Recipe, RecipeError, TeacherSpec
+from potstill.config import CacheOptions, Recipe, RecipeError, TeacherSpec
 from potstill.distributed import World
 from potstill.fused import fused_statistics
 from potstill.heads import Head
@@ -61,21 +59,6 @@ VERIFIED_ROLLOUTS = 32
 
 # What a shard holds many of: a prompt, its key, and the number of its completion.
 Entry = tuple[Prompt, bytes, int]
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What is stored of each token, how many completions, and in what portions."""
-
-    payload: Payload = "hidden"
-    """hidden: the teacher's last hidden states, exact for every KL; topk: its objective.top_k likeliest tokens;
-    completions: the text alone, which the teacher scores live."""
-    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """Type of the stored hidden states. What rounding changes is measured and printed, in nats."""
-    completions: int = 1
-    """Completions of each prompt."""
-    rollouts_per_shard: int = 128
-    """Prompts with a completion in one file, which is what a kill loses at most on each rank."""
 
 
 def build_cache(
@@ -227,7 +210,7 @@ def _fill(
     manifest, out = cache.manifest, cache.folder
     # Of one text there is one entry, however often the data has it.
     unique = {key_of(prompt, manifest.settings.writer): prompt for prompt in setup.prompts}
-    there = cache.numbered_keys()
+    there = cache.entries()
     entries = [
         (prompt, key, number)
         for number in range(options.completions)

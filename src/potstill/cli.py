@@ -14,6 +14,7 @@ from tyro.extras import SubcommandApp
 
 from potstill.config import (
     METHODS,
+    CacheOptions,
     Evaluation,
     RecipeError,
     RecipeFields,
@@ -27,6 +28,7 @@ from potstill.config import (
 MULTIPLICATION = Evaluation(source="multiplication")
 EXACT_SAMPLING = Sampling()
 RECIPE_FIELDS = RecipeFields()
+HIDDEN_STATES = CacheOptions()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -208,10 +210,7 @@ def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
     def build(
         recipe: Positional[str],
         out: Path,
-        payload: Literal["hidden", "topk", "completions"] = "hidden",
-        dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16",
-        completions: int = 1,
-        rollouts_per_shard: int = 128,
+        storage: OmitArgPrefixes[CacheOptions] = HIDDEN_STATES,
     ) -> None:
         """Write a teacher's completions and signal to disk, or what is missing of them there.
 
@@ -221,18 +220,13 @@ def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
         Args:
             recipe: A TOML file, or the name of a shipped recipe such as demo.
             out: Folder of the cache.
-            payload: hidden: the last hidden states, exact for every KL; topk: the objective.top_k likeliest tokens;
-                completions: the text alone, which the teacher scores live.
-            dtype: Type of the stored hidden states; what rounding changes is measured and printed.
-            completions: Completions of each prompt.
-            rollouts_per_shard: Completions in one file, which is what a kill loses at most on each rank.
         """
         resolved = load_recipe(recipe, overrides)
         from potstill import distributed
-        from potstill.cache_build import CacheOptions, build_cache, summary
+        from potstill.cache_build import build_cache, summary
 
         world = distributed.start()
-        manifest = build_cache(resolved, out, CacheOptions(payload, dtype, completions, rollouts_per_shard))
+        manifest = build_cache(resolved, out, storage)
         distributed.stop()
         if world.is_main:
             print("\n".join(summary(manifest)))

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -321,6 +322,21 @@ class Evaluation(Section):
     """Seed of the problems and of sampling."""
 
 
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is stored of each token, how many completions, and in what portions."""
+
+    payload: Literal["hidden", "topk", "completions"] = "hidden"
+    """hidden: the teacher's last hidden states, exact for every KL; topk: its objective.top_k likeliest tokens;
+    completions: the text alone, which the teacher scores live."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """Type of the stored hidden states. What rounding changes is measured and printed, in nats."""
+    completions: int = 1
+    """Completions of each prompt."""
+    rollouts_per_shard: int = 128
+    """Prompts with a completion in one file, which is what a kill loses at most on each rank."""
+
+
 class RecipeFields(Section):
     """All fields of a recipe, each checked by itself."""
 
@@ -409,29 +425,39 @@ class Recipe(RecipeFields):
     def _check_divergence(self) -> None:
         objective, sampling = self.objective, self.sampling
         if objective.gamma:
-            reason = {
-                f'objective.prefix is "{objective.prefix}", and only tokens that the student wrote have a gradient of '
-                'how they were written; use prefix = "student"': objective.prefix != "student",
-                f'objective.kl is "{objective.kl}", and later tokens cost their reverse KL; use kl = "reverse"': (
-                    objective.kl != "reverse"
+            exact = (sampling.temperature, sampling.top_p, sampling.top_k) == (objective.temperature, 1.0, 0)
+            for is_so, reason in (
+                (
+                    objective.prefix != "student",
+                    f'objective.prefix is "{objective.prefix}", and only tokens that the student wrote have a gradient '
+                    'of how they were written; use prefix = "student"',
                 ),
-                f'objective.signal is "{objective.signal}"; use signal = "full"': objective.signal != "full",
-                "the tokens must be drawn exactly from the student; set sampling.temperature = objective.temperature, "
-                "top_p = 1 and top_k = 0": (
-                    (sampling.temperature, sampling.top_p, sampling.top_k) != (objective.temperature, 1.0, 0)
+                (
+                    objective.kl != "reverse",
+                    f'objective.kl is "{objective.kl}", and later tokens cost their reverse KL; use kl = "reverse"',
                 ),
-                f"rollouts.reuse is {self.rollouts.reuse}, and after one update the student no longer is who drew the "
-                "tokens; use reuse = 1": self.rollouts.reuse > 1,
-                "objective.split is set, and the tokens' weights would not be the later tokens'; remove it": (
-                    objective.split is not None
+                (objective.signal != "full", f'objective.signal is "{objective.signal}"; use signal = "full"'),
+                (
+                    not exact,
+                    "the tokens must be drawn exactly from the student; set sampling.temperature = "
+                    "objective.temperature, top_p = 1 and top_k = 0",
                 ),
-                'train.normalize is "sequence", whose divisor depends on how long the student goes on; use "token"': (
-                    self.train.normalize != "token"
+                (
+                    self.rollouts.reuse > 1,
+                    f"rollouts.reuse is {self.rollouts.reuse}, and after one update the student no longer is who drew "
+                    "the tokens; use reuse = 1",
                 ),
-            }
-            for text, is_so in reason.items():
+                (
+                    objective.split is not None,
+                    "objective.split is set, and the tokens' weights would not be the later tokens'; remove it",
+                ),
+                (
+                    self.train.normalize != "token",
+                    'train.normalize is "sequence", whose divisor depends on how long the student goes on; use "token"',
+                ),
+            ):
                 if is_so:
-                    raise ValueError(f"objective.gamma is {objective.gamma:g}: {text}, or gamma = 0")
+                    raise ValueError(f"objective.gamma is {objective.gamma:g}: {reason}, or gamma = 0")
         if objective.split is not None and objective.split >= self.window.tokens:
             raise ValueError(
                 f"objective.split is {objective.split} and window.tokens {self.window.tokens}: nothing comes after the "

@@ -28,7 +28,7 @@ from potstill.heads import Head
 from potstill.models import LanguageModel, logits_error
 from potstill.objective import Loss, batch_loss, later_costs
 from potstill.runlog import write_atomically
-from potstill.types import Example, Prompt, Rollout, Stop
+from potstill.types import Example, LossTerms, Prompt, Rollout, Stop
 
 V, WINDOW, END = 3, 3, 0
 # Of central differences: the error is of the order of STEP squared.
@@ -388,14 +388,19 @@ def _definition(kind: str, student: Tensor, teacher: Tensor, weight: float) -> T
     }[kind]()
 
 
+def _terms(kind: str, weight: float) -> LossTerms:
+    """What training weighs for a kind of KL."""
+    settings = {"mixed": "forward_weight", "jsd": "jsd_weight", "skew-forward": "skew", "skew-reverse": "skew"}
+    fields: dict[str, Any] = {"kl": kind} | ({settings[kind]: weight} if kind in settings else {})
+    return Loss(Objective(**fields), "token").terms()
+
+
 def _both_ways(student: Tensor, teacher: Tensor, kind: str, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
     """Value [N] and gradient of a divergence as the plain and as the fused code compute it."""
-    settings = {"mixed": "forward_weight", "jsd": "jsd_weight", "skew-forward": "skew", "skew-reverse": "skew"}
-    objective = Objective(**({"kl": kind} | ({settings[kind]: weight} if kind in settings else {})))  # pyright: ignore
     value_N, _ = token_divergence(student, teacher, kind, weight=weight)
     (gradient,) = torch.autograd.grad(value_N.sum(), student)
     head = Head(torch.eye(student.shape[1], dtype=torch.float64))
-    loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, Loss(objective, "token").terms())
+    loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, _terms(kind, weight))
     (fused,) = torch.autograd.grad(loss_sum, student)
     return {"closed form": (value_N.detach(), gradient), "fused": (loss_N, fused)}
 
@@ -454,8 +459,7 @@ def _coarse() -> Iterator[Check]:
         exact = _definition(kind, merge_end_class(student, ends), merge_end_class(teacher, ends), 0.5)
         (gradient,) = torch.autograd.grad(exact.sum(), student)
         head = Head(torch.eye(student.shape[1], dtype=torch.float64))
-        terms = Loss(Objective(kl=kind), "token").terms()  # pyright: ignore[reportArgumentType]
-        loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, terms, end_ids=ends)
+        loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, _terms(kind, 0.5), end_ids=ends)
         (fused,) = torch.autograd.grad(loss_sum, student)
         error = max(apart(loss_N, exact.detach()), apart(fused, gradient))
         yield Check(f"one end class, {kind} KL: that of the coarser distributions", error)
@@ -481,13 +485,11 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
     )
     student, teacher = hidden[1:].clone().requires_grad_(), hidden[:-1]
     checks = [Check("hidden states times head = the model's own logits, in its own type", *logits_error(model))]
-    settings = {"mixed": "forward_weight", "jsd": "jsd_weight", "skew-forward": "skew", "skew-reverse": "skew"}
     found = {}
     for kind in DIVERGENCES:
-        objective = Objective(**({"kl": kind} | ({settings[kind]: 0.3} if kind in settings else {})))  # pyright: ignore
         exact = _definition(kind, head(student), head(teacher), 0.3)
         (gradient,) = torch.autograd.grad(exact.sum(), student)
-        loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, Loss(objective, "token").terms())
+        loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, _terms(kind, 0.3))
         (fused,) = torch.autograd.grad(loss_sum, student)
         scale = float(gradient.abs().max().clamp(min=1e-30))
         found[kind] = fused

@@ -4,7 +4,7 @@ import itertools
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,10 +67,15 @@ def num_tokens_to_answer(
     return low
 
 
-def before_answer(rollout: Rollout, text: str, tokenizer, answer_end: Callable[[str], int | None]) -> list[bool]:
-    """For each loss token of a rollout, whether it comes up to the first final answer."""
-    num = num_tokens_to_answer(rollout.completion_ids, text, tokenizer, answer_end)
-    return [i < num for i, is_trained in enumerate(rollout.trained) if is_trained]
+def before_answer(
+    batch: Batch, text_of: Mapping[int, str], tokenizer, answer_end: Callable[[str], int | None]
+) -> torch.Tensor:
+    """For each loss token [N] of a batch, whether it comes up to the first final answer; texts by `id` of rollout."""
+    flags = []
+    for rollout in batch.rollouts:
+        num = num_tokens_to_answer(rollout.completion_ids, text_of[id(rollout)], tokenizer, answer_end)
+        flags += [i < num for i, is_trained in enumerate(rollout.trained) if is_trained]
+    return torch.tensor(flags, device=batch.loss_mask_BT.device)
 
 
 def is_loop(text: str) -> bool:

@@ -110,22 +110,17 @@ def batch_loss(
     token answers for beside its own KL: as a constant, times the token's log-probability, it is added to the loss.
     Raises NonFiniteError for logits that are not finite.
     """
-    device_type = batch.input_ids_BT.device.type
-    # Only the backbone computes in the lower type: bfloat16 logits would bias the gradient and the entropy.
-    with torch.autocast(device_type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"):
-        hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT]
+    hidden_ND = student_rows(student, batch, loss)
     weights_N = token_weights(batch, loss, torch.promote_types(hidden_ND.dtype, torch.float32))
     labels_N = batch.target_ids_BT[batch.loss_mask_BT]
     if isinstance(signal, TopK):
         loss_N, stats = top_k_loss(hidden_ND, student.head, signal, loss.terms(), **loss.shared_options())
-        loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
-        return loss_sum, loss_N.detach(), stats
+        return _weighted_sum(loss_N, weights_N, divisor), loss_N.detach(), stats
     teacher_head = None if signal is None or teacher is None else teacher.head
     sides = (hidden_ND, student.head, signal, teacher_head)
     if loss.objective.signal == "sampled":
         loss_N, value_N, stats = sampled_loss(*sides, labels_N, loss)
-        loss_sum = (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
-        return loss_sum, value_N, stats
+        return _weighted_sum(loss_N, weights_N, divisor), value_N, stats
     terms = loss.terms()
     if returns_N is not None:
         terms = dataclasses.replace(terms, cross_entropy=-returns_N)
@@ -139,6 +134,17 @@ def batch_loss(
         budget=loss.budget,
         **loss.shared_options(),
     )
+
+
+def student_rows(student: LanguageModel, batch: Batch, loss: Loss) -> Tensor:
+    """The student's hidden states [N, D] at a batch's loss tokens."""
+    # Only the backbone computes in the lower type: bfloat16 logits would bias the gradient and the entropy.
+    with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"):
+        return student(batch.input_ids_BT)[batch.loss_mask_BT]
+
+
+def _weighted_sum(loss_N: Tensor, weights_N: Tensor | None, divisor: float) -> Tensor:
+    return (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
 
 
 def positions(batch: Batch) -> Tensor:
@@ -164,8 +170,7 @@ def token_weights(batch: Batch, loss: Loss, dtype: torch.dtype) -> Tensor | None
 @torch.no_grad()
 def later_costs(student: LanguageModel, teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor:
     """The return [N] of each loss token of a batch (nats); takes a forward pass of both models."""
-    with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"):
-        hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT]
+    hidden_ND = student_rows(student, batch, loss)
     signal = teacher_signal(teacher, batch, loss)
     assert isinstance(signal, Tensor) and teacher is not None, "the recipe asks for a teacher's whole signal"
     stats = fused_statistics(hidden_ND, student.head, signal, teacher.head, **loss.shared_options())

@@ -9,7 +9,6 @@ import torch
 
 from potstill import distributed
 from potstill.batching import make_batches
-from potstill.cache import CachedTeacher
 from potstill.config import Recipe
 from potstill.controllers import Probe, WindowState
 from potstill.distributed import World
@@ -55,14 +54,7 @@ def probe_window(
         if scores_teacher and isinstance(setup.teacher, LanguageModel):
             sides += [setup.teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT], setup.teacher.head]
         stats = fused_statistics(*sides, **options)
-        is_before_N = torch.tensor(
-            [
-                is_before
-                for rollout in batch.rollouts
-                for is_before in before_answer(rollout, text_of[id(rollout)], student.tokenizer, setup.answer_end)
-            ],
-            device=world.device,
-        )
+        is_before_N = before_answer(batch, text_of, student.tokenizer, setup.answer_end)
         num_tokens += float(is_before_N.sum())
         entropy += float(stats.student_entropy_N[is_before_N].double().sum())
         if stats.teacher_entropy_N is not None:
@@ -73,8 +65,7 @@ def probe_window(
     flops += scored["student_forward"] + scored["teacher"] + scored["head"] - 2 * num_scored * setup.student_flops.head
     num_cut, num_teachers_cut = _num_cut(rollouts), 0.0
     if state.teacher_truncation is None:
-        if isinstance(setup.teacher, CachedTeacher) or setup.cache is not None:
-            assert setup.cache is not None
+        if setup.cache is not None:
             num_teachers_cut = _num_cut([setup.cache.rollout(prompt, state.tokens) for prompt in prompts])
         elif setup.teacher is not None and setup.teacher_flops is not None:
             written = from_one("teacher", writing, prompts, seeds)

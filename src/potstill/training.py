@@ -452,14 +452,7 @@ def accumulate_gradients(
             except NonFiniteError as error:
                 raise _not_finite(str(error), step, [rollout.prompt for rollout in batch.rollouts]) from None
             loss_sum.backward()
-        before_answer_N = torch.tensor(
-            [
-                is_before
-                for r in batch.rollouts
-                for is_before in before_answer(r, text_of[id(r)], student.tokenizer, setup.answer_end)
-            ],
-            device=world.device,
-        )
+        before_answer_N = before_answer(batch, text_of, student.tokenizer, setup.answer_end)
         sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
         samples += logged_samples(batch, loss_N, stats, student.tokenizer, rollouts[:NUM_LOGGED_SAMPLES])
     return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)), samples
