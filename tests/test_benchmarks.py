@@ -82,7 +82,7 @@ def test_an_evaluation_from_a_file(tmp_path, capsys):
     )  # The embedded tokenizer has no letters: what it does not know becomes padding.
     (row,) = evaluate(make_model(), settings, responses=tmp_path / "responses", quiet=True)
     assert row["avg"].value == 0 and row["notes"] == {"no box": 8} and row["settings"]["top_p"] == 0.9
-    assert len(row["problems"]) == 4 and row["answered"].value == 0
+    assert len(row["problems"]["id"]) == 4 and row["answered"].value == 0
 
 
 def test_bad_files(tmp_path):

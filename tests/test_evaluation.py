@@ -10,7 +10,7 @@ from potstill.config import Evaluation, RecipeError
 from potstill.evaluation import evaluate, summarize
 from potstill.metrics import num_tokens_to_answer, step_means, zlib_ratio
 from potstill.models import load_model
-from potstill.report import Entry
+from potstill.results import Entry
 from potstill.tasks.multiplication import Multiplication, build_tokenizer
 
 SMALL = Evaluation(source="multiplication", num_problems=6, num_responses=4, temperatures=(1.0, 0.6))

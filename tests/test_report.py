@@ -7,7 +7,8 @@ import pytest
 from conftest import tiny_recipe
 
 import potstill
-from potstill.report import print_table, read_entry, table, table_note, write_report
+from potstill.report import print_table, table, table_note, write_report
+from potstill.results import read_entry
 from potstill.runlog import RunError, append
 
 

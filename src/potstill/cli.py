@@ -331,7 +331,8 @@ def _print_grid() -> None:
 
 def _print_results(folders: list[Path]) -> None:
     """The comparison table of runs and evaluation files, when they hold an evaluation."""
-    from potstill.report import print_table, read_entry
+    from potstill.report import print_table
+    from potstill.results import read_entry
 
     entries = [entry for entry in map(read_entry, folders) if entry.evals]
     if entries:

@@ -10,7 +10,7 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
 
 
 NonNegative = Annotated[float, Field(ge=0)]
+AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -337,7 +338,46 @@ class CacheOptions:
     """Prompts with a completion in one file, which is what a kill loses at most on each rank."""
 
 
-class RecipeFields(Section):
+class RunRecipe(Section):
+    """What every kind of recipe is: fields, of which the chosen mode reads some, and a run folder."""
+
+    out: Path = Path("runs/run")
+
+    def unread(self) -> dict[str, str]:
+        """Fields (or whole sections) that the recipe's mode does not read, with the reason."""
+        return {}
+
+    @property
+    def method(self) -> str:
+        """What the run does, in a word or two."""
+        raise NotImplementedError
+
+    def refuse_unread(self) -> None:
+        """Raise ValueError when a field is set that is not read."""
+        unread = self.unread()
+        for name in _set_fields(self):
+            for unread_name, reason in unread.items():
+                if name == unread_name or name.startswith(unread_name + "."):
+                    raise ValueError(f"{name} is set but not read: {reason}; remove it or change the mode")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field that is read, defaults included, as plain data."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        for name in self.unread():
+            *sections, field = name.split(".")
+            section = data
+            for key in sections:
+                section = section.get(key, {})
+            section.pop(field, None)
+        return data
+
+    def hash(self) -> str:
+        """Identity of the run: the resolved recipe without the folder it is written to."""
+        data = {key: value for key, value in self.resolved().items() if key != "out"}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RecipeFields(RunRecipe):
     """All fields of a recipe, each checked by itself."""
 
     out: Path = Path("runs/run")
@@ -359,11 +399,7 @@ class Recipe(RecipeFields):
 
     @model_validator(mode="after")
     def _every_set_field_is_read(self):
-        unread = unread_fields(self)
-        for name in _set_fields(self):
-            for unread_name, reason in unread.items():
-                if name == unread_name or name.startswith(unread_name + "."):
-                    raise ValueError(f"{name} is set but not read: {reason}; remove it or change the mode")
+        self.refuse_unread()
         if self.objective.signal == "labels" and self.objective.prefix in ("student", "mixed"):
             raise ValueError(
                 f'objective.signal = "labels" on {self.objective.prefix} prefixes has zero expected gradient where the '
@@ -513,21 +549,51 @@ class Recipe(RecipeFields):
         """The name of this cell of the grid."""
         return self.objective.name
 
-    def resolved(self) -> dict[str, Any]:
-        """Every field that is read, defaults included, as plain data."""
-        data = self.model_dump(mode="json", exclude_none=True)
-        for name in unread_fields(self):
-            *sections, field = name.split(".")
-            section = data
-            for key in sections:
-                section = section.get(key, {})
-            section.pop(field, None)
-        return data
+    def unread(self) -> dict[str, str]:
+        return unread_fields(self)
 
-    def hash(self) -> str:
-        """Identity of the run: the resolved recipe without the folder it is written to."""
-        data = {key: value for key, value in self.resolved().items() if key != "out"}
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+class Grpo(Section):
+    """Group-relative policy optimisation (arXiv 2402.03300), as TRL's GRPOTrainer does it."""
+
+    steps: int = Field(default=40, ge=1)
+    """Optimiser updates."""
+    prompts_per_step: int = Field(default=12, ge=1)
+    """Prompts of one update."""
+    group_size: int = Field(default=8, ge=2)
+    """Responses to each prompt; their scores are compared with each other."""
+    lr: float = Field(default=5e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or cosine decay to 0."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear warm-up."""
+    kl_weight: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the start model; 0 does without one, as the paper does."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    checkpoint_every: int = Field(default=20, ge=1)
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of the data order and of sampling."""
+
+
+class GrpoRecipe(RunRecipe):
+    """What one GRPO run does: reinforcement learning of a task's scores, from any model or run."""
+
+    out: Path = Path("runs/grpo")
+    """Run folder. A run that is already there and unfinished is resumed."""
+    model: str = "potstill:base"
+    """Where it starts: a run folder, a model folder, a hub id or potstill:base."""
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    window: Window = Window()
+    grpo: Grpo = Grpo()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def method(self) -> str:
+        return "GRPO"
 
 
 def unread_fields(recipe: Recipe) -> dict[str, str]:
@@ -622,11 +688,21 @@ def is_hub_id(source: str) -> bool:
 
 
 def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a TOML recipe, apply dotted overrides such as {"objective.kl": "reverse"}, and validate.
+    """Read the TOML recipe of a distillation; otherwise as `load_any_recipe`."""
+    return make_recipe(read_recipe(recipe, overrides), str(recipe))
+
+
+def load_any_recipe(recipe: str | Path) -> Recipe | GrpoRecipe:
+    """Read a TOML recipe of either kind: one with a section `grpo` is of GRPO."""
+    data = read_recipe(recipe)
+    return validate(data, str(recipe), GrpoRecipe) if "grpo" in data else make_recipe(data, str(recipe))
+
+
+def read_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read a TOML recipe, apply dotted overrides such as {"objective.kl": "reverse"}, as plain data.
 
     `recipe` is a file, or the name of a shipped recipe such as "demo". Raises RecipeError with one line for a missing
-    file, broken TOML, an unknown key (with the nearest name), a wrong type, a value out of range, or a field that the
-    chosen mode does not read.
+    file or broken TOML.
     """
     path = Path(recipe)
     if not path.is_file():
@@ -646,22 +722,31 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
             if not isinstance(section, dict):
                 raise RecipeError(f"{name}: {key} is a value, not a section of the recipe")
         section[field] = value
-    return make_recipe(data, str(recipe))
+    return data
 
 
 def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate plain data; raises RecipeError with one line."""
+    """Validate the plain data of a distillation; errors as `validate`."""
+    return validate(data, where, Recipe)
+
+
+def validate(data: dict[str, Any], where: str, schema: type[AnySection]) -> AnySection:
+    """Validate plain data by a schema.
+
+    Raises RecipeError with one line for an unknown key (with the nearest name), a wrong type, a value out of range, or
+    a field that the chosen mode does not read.
+    """
     try:
-        return Recipe.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_describe(error.errors()[0])}") from None
+        raise RecipeError(f"{where}: {_describe(error.errors()[0], schema)}") from None
 
 
-def _describe(error: Any) -> str:
+def _describe(error: Any, schema: type[BaseModel]) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        names = field_names()
+        names = field_names(schema)
         nearest = difflib.get_close_matches(name, names, 1, cutoff=0) or names[:1]
         siblings = [known for known in names if known.split(".")[:-1] == location[:-1]]
         nearest = difflib.get_close_matches(name, siblings, 1, cutoff=0.4) or nearest

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potstill.config import METHODS, RecipeError, load_recipe
-from potstill.report import print_table, read_entry, write_report
+from potstill.report import print_table, write_report
+from potstill.results import read_entry
 from potstill.runlog import check_folder, is_done, read_rows
 
 POLL_SECONDS = 0.5

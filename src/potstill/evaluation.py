@@ -16,7 +16,8 @@ from potstill.grading import Grade, majority
 from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, end_set, fingerprint, load_model
 from potstill.progress import token_bar
-from potstill.report import Entry, print_table
+from potstill.report import print_table
+from potstill.results import Entry
 from potstill.runlog import append, read_rows, write_atomically
 from potstill.sampling import sample
 from potstill.statistics import Estimate, holm, mean_over_problems, paired, pass_at_k, ratio_over_problems
@@ -38,8 +39,8 @@ def evaluate(
     common answer), `answered` (the share of responses that give one), `entropy` and `entropy_before_answer` (nats a
     token, of the distribution sampled from), `length` and `length_to_answer` (tokens), `truncation`, `repetition` (the
     share of loops) and `zlib_ratio`, each as value, low and high of the 95 % bootstrap interval over problems; `avg`
-    and `pass` for each difficulty level; the mean score of each problem; and what was noted in grading. Two calls with
-    one seed sample the same responses.
+    and `pass` for each difficulty level; `problems`, one number a problem; and what was noted in grading. Two calls
+    with one seed sample the same responses.
 
     With a folder for `responses` each response is written there as soon as it is graded, in one file for each model,
     set of settings and temperature; a call that was killed goes on after the last whole batch.
@@ -66,9 +67,7 @@ def evaluate(
             level: accuracy(by_problem([r for r in found if r["level"] == level]), evaluation.num_responses)
             for level in sorted({example.level for example in examples})
         }
-        row["problems"] = [
-            [each[0]["problem"], round(sum(r["score"] for r in each) / len(each), 6)] for each in by_problem(found)
-        ]
+        row["problems"] = per_problem(by_problem(found))
         row["notes"] = dict(Counter(r["note"] for r in found if r["note"]))
         row["num_tokens"] = sum(r["length"] for r in found)
         row["seconds"] = round(time.perf_counter() - started, 2)
@@ -149,6 +148,26 @@ def by_problem(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     for row in rows:
         found[row["problem"]].append(row)
     return list(found.values())
+
+
+def per_problem(problems: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[Any]]:
+    """One column a quantity, one number a problem: what differences between models are computed from.
+
+    Means over the responses, entropies in nats a token, and how many responses are right.
+    """
+
+    def mean(rows: Sequence[dict[str, Any]], name: str, over: str | None = None) -> float:
+        return round(sum(r[name] for r in rows) / (len(rows) if over is None else sum(r[over] for r in rows)), 6)
+
+    return {
+        "id": [rows[0]["problem"] for rows in problems],
+        "score": [mean(rows, "score") for rows in problems],
+        "num_correct": [sum(r["score"] >= 1 for r in rows) for rows in problems],
+        "length": [mean(rows, "length") for rows in problems],
+        "truncation": [round(sum(r["stop"] == "length" for r in rows) / len(rows), 6) for rows in problems],
+        "entropy": [mean(rows, "entropy", "length") for rows in problems],
+        "entropy_before_answer": [mean(rows, "entropy_before_answer", "length_to_answer") for rows in problems],
+    }
 
 
 def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
@@ -272,7 +291,7 @@ def comparisons(entries: Sequence[Entry]) -> list[str]:
     pairs = []
     for other in others:
         for a, b in zip(first.evals, other.evals, strict=True):
-            mine, theirs = dict(a["problems"]), dict(b["problems"])
+            mine, theirs = (dict(zip(x["problems"]["id"], x["problems"]["score"], strict=True)) for x in (a, b))
             pairs.append((other.name, a["temperature"], paired([theirs[key] for key in mine], list(mine.values()))))
     corrected = holm([result.p_value for _, _, result in pairs])
     return [

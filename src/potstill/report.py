@@ -8,12 +8,12 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.config import METHODS, Recipe, load_recipe
-from potstill.runlog import RunError, is_done, read_rows
+from potstill.config import METHODS
+from potstill.results import Entry, read_entry
+from potstill.runlog import RunError
 
 COLOURS = {"sft": "#4477aa", "dagger": "#228833", "offline-rl": "#ccbb44", "opd": "#ee6677"}
 OTHER_COLOURS = ("#66ccee", "#aa3377", "#999933", "#882255", "#44aa99", "#332288")
@@ -29,51 +29,6 @@ CURVES = (
 )
 # What controllers move, shown where it moves in any run.
 CONTROLLED = (("window", "window (tokens)"), ("forward_weight", "weight of the forward KL"))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the comparison: a finished run, or an evaluated model without one."""
-
-    name: str
-    path: Path
-    evals: list[dict[str, Any]]
-    recipe: Recipe | None = None
-    metrics: tuple[dict[str, Any], ...] = ()
-    samples: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def cell(self) -> str | None:
-        """The key of the grid's corner that this run is in."""
-        if self.recipe is None or self.recipe.objective.signal != "full":
-            return None
-        here = (self.recipe.objective.prefix, self.recipe.objective.kl)
-        return next((key for key, method in METHODS.items() if here == (method.prefix, method.kl)), None)
-
-    @property
-    def num_loss_tokens(self) -> int | None:
-        return sum(row["num_loss_tokens"] for row in self.metrics) or None
-
-    @property
-    def seconds(self) -> float | None:
-        return sum(row["seconds"] for row in self.metrics) or None
-
-
-def read_entry(path: Path) -> Entry:
-    """A finished run folder, or a JSON file that `potstill evaluate --json` wrote. Raises RunError."""
-    if path.is_file():
-        evals = json.loads(path.read_text())
-        return Entry(evals[0]["model"].removeprefix("potstill:"), path, evals)
-    if not (path / "recipe.toml").exists():
-        raise RunError(f"{str(path)!r} is neither a run folder nor an evaluation file")
-    recipe = load_recipe(path / "recipe.toml")
-    if not is_done(path, recipe):
-        raise RunError(f"run {str(path)!r} is not finished; `potstill train {path / 'recipe.toml'}` resumes it")
-    rows = read_rows(path / "evals.jsonl")
-    # The newest evaluation at each temperature is the one that counts.
-    evals = list({row["temperature"]: row for row in rows}.values())
-    metrics, samples = read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl")
-    return Entry(recipe.method, path, evals, recipe, tuple(metrics), tuple(samples))
 
 
 def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from potstill.config import Recipe, load_recipe, to_toml
+from potstill.config import RunRecipe, load_any_recipe, to_toml
 
 PACKAGES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -24,7 +24,7 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked; the message is one line and says what to do."""
 
 
-def check_folder(recipe: Recipe) -> None:
+def check_folder(recipe: RunRecipe) -> None:
     """Raise RunError if the recipe's folder holds something other than this recipe's run. Writes nothing."""
     folder = recipe.out
     if folder.exists() and not folder.is_dir():
@@ -33,7 +33,7 @@ def check_folder(recipe: Recipe) -> None:
         return
     if not (folder / "recipe.toml").exists():
         raise RunError(f"folder {str(folder)!r} is not empty and holds no run; choose another --out")
-    other = load_recipe(folder / "recipe.toml")
+    other = load_any_recipe(folder / "recipe.toml")
     if other.hash() != recipe.hash():
         name, theirs, ours = _first_difference(other.resolved(), recipe.resolved())
         raise RunError(
@@ -52,14 +52,14 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str 
     raise AssertionError("the recipes are equal")
 
 
-def is_done(folder: Path, recipe: Recipe) -> bool:
+def is_done(folder: Path, recipe: RunRecipe) -> bool:
     """Whether the folder holds this recipe's finished run."""
     done = folder / "DONE"
     return done.exists() and done.read_text().strip() == recipe.hash()
 
 
 @contextmanager
-def open_run(recipe: Recipe, environment: dict[str, Any]) -> Iterator[None]:
+def open_run(recipe: RunRecipe, environment: dict[str, Any]) -> Iterator[None]:
     """Create the run folder or enter it again, for this process alone.
 
     Raises RunError when another process is in it, or when it was begun with other models or prompts under the same
@@ -110,7 +110,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def finish(recipe: Recipe) -> None:
+def finish(recipe: RunRecipe) -> None:
     write_atomically(recipe.out / "DONE", recipe.hash() + "\n")
 
 

@@ -1,0 +1,116 @@
+"""What run folders, evaluation files and study folders hold, for whoever compares them. Reads files; needs no torch."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from potstill.config import METHODS, GrpoRecipe, Recipe, load_any_recipe
+from potstill.runlog import RunError, is_done, read_rows
+
+# Of a study's folder: what it consists of, written before the first run.
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished run, or an evaluated model without one.
+
+    `evals` has one row a temperature (`evaluation.evaluate` says what is in it), `decisions` what the length gate did.
+    """
+
+    name: str
+    path: Path
+    evals: list[dict[str, Any]]
+    recipe: Recipe | GrpoRecipe | None = None
+    metrics: tuple[dict[str, Any], ...] = ()
+    samples: tuple[dict[str, Any], ...] = ()
+    decisions: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def cell(self) -> str | None:
+        """The key of the grid's corner that this run is in."""
+        if not isinstance(self.recipe, Recipe) or self.recipe.objective.signal != "full":
+            return None
+        here = (self.recipe.objective.prefix, self.recipe.objective.kl)
+        return next((key for key, method in METHODS.items() if here == (method.prefix, method.kl)), None)
+
+    @property
+    def start(self) -> Path | None:
+        """GRPO: the run folder or model that it started from."""
+        return Path(self.recipe.model) if isinstance(self.recipe, GrpoRecipe) else None
+
+    @property
+    def num_loss_tokens(self) -> int | None:
+        return sum(row.get("num_loss_tokens", 0) for row in self.metrics) or None
+
+    @property
+    def seconds(self) -> float | None:
+        return sum(row["seconds"] for row in self.metrics) or None
+
+    @property
+    def flops(self) -> float | None:
+        """Operations of training, where they were counted."""
+        return self.metrics[-1].get("total_flops") if self.metrics else None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Entries that can be compared with each other: one task, one pair of models.
+
+    `unfinished` are runs that belong here and have no result, each with its folder and what is known of it.
+    """
+
+    title: str
+    entries: tuple[Entry, ...]
+    note: str = ""
+    unfinished: tuple[tuple[Path, str], ...] = field(default=())
+
+
+def read_entry(path: Path) -> Entry:
+    """A finished run folder, or a JSON file that `potstill evaluate --out` wrote. Raises RunError."""
+    if path.is_file():
+        evals = json.loads(path.read_text())
+        return Entry(evals[0]["model"].removeprefix("potstill:"), path, evals)
+    if not (path / "recipe.toml").exists():
+        raise RunError(f"{str(path)!r} is neither a run folder nor an evaluation file")
+    recipe = load_any_recipe(path / "recipe.toml")
+    if not is_done(path, recipe):
+        command = "grpo" if isinstance(recipe, GrpoRecipe) else "train"
+        raise RunError(f"run {str(path)!r} is not finished; `potstill {command} {path / 'recipe.toml'}` resumes it")
+    rows = read_rows(path / "evals.jsonl")
+    # The newest evaluation at each temperature is the one that counts.
+    evals = list({row["temperature"]: row for row in rows}.values())
+    metrics, samples, decisions = (
+        tuple(read_rows(path / f"{name}.jsonl")) for name in ("metrics", "samples", "window")
+    )
+    return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions)
+
+
+def read_panels(paths: list[Path]) -> list[Panel]:
+    """The panels of each study folder, and one panel of all other runs and evaluation files. Raises RunError."""
+    panels = [panel for path in paths if (path / PLAN_FILE).exists() for panel in read_study(path)]
+    others = tuple(read_entry(path) for path in paths if not (path / PLAN_FILE).exists())
+    return [*panels, *([Panel("", others)] if others else [])]
+
+
+def read_study(folder: Path) -> list[Panel]:
+    """The panels of a study as far as it has come.
+
+    `plan.json` has `name` and `panels`, each with `title`, `note` and `runs`: `folder` (or evaluation file) in the
+    study's folder, `name` (None for the method's) and `state` as last seen.
+    """
+    panels = []
+    for planned in json.loads((folder / PLAN_FILE).read_text())["panels"]:
+        entries, unfinished = [], []
+        for run in planned["runs"]:
+            path = folder / run["folder"]
+            try:
+                entry = read_entry(path)
+            except RunError:
+                unfinished.append((path, run["state"]))
+                continue
+            name = run["name"] or entry.name
+            entries.append(Entry(name, path, entry.evals, entry.recipe, entry.metrics, entry.samples, entry.decisions))
+        panels.append(Panel(planned["title"], tuple(entries), planned["note"], tuple(unfinished)))
+    return panels
