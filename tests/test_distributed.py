@@ -47,6 +47,9 @@ def test_two_ranks_equal_one(tmp_path, normalize):
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", "length", "num_loss_tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
+    # The first rank writes what it read: the step's first rollout comes first on both sides.
+    first, second = (runlog.read_rows(tmp_path / name / "samples.jsonl")[0] for name in ("one", "two"))
+    assert first["tokens"] == second["tokens"] and first["forward_kl"] == pytest.approx(second["forward_kl"], abs=2e-5)
     states = [load_file(tmp_path / name / "checkpoint/step-000002/optimizer.safetensors") for name in ("one", "two")]
     # AdamW's first moment is a mean of the clipped gradients, which shows the gradients themselves.
     moments = [name for name in states[0] if name.endswith("exp_avg")]

@@ -104,7 +104,10 @@ def test_python_objects_take_the_place_of_names(tmp_path):
         quiet=True,
     )
     assert result.student.model is student.model
-    assert {row["prompt"] for row in runlog.read_rows(result.folder / "samples.jsonl")} <= {"__12*3=", "_123*4="}
+    assert {row["prompt"] for row in runlog.read_rows(result.folder / "samples.jsonl")} <= {
+        "<bos>__12*3=",
+        "<bos>_123*4=",
+    }
 
 
 def test_the_end_set_is_the_union_and_is_exported(tmp_path, capsys):

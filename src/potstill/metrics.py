@@ -1,6 +1,5 @@
 """From rollouts and token statistics to the numbers of a step. Sums first, so that ranks and batches add up."""
 
-import itertools
 import time
 import zlib
 from collections import defaultdict
@@ -149,27 +148,3 @@ def step_means(sums: dict[str, float], split_by: Sequence[Writer] = ()) -> dict[
             w: {"num_loss_tokens": int(sums[f"num_loss_tokens/{w}"]), **means(f"/{w}")} for w in split_by
         }
     return row
-
-
-def logged_samples(
-    batch: Batch, loss_N: torch.Tensor, stats: TokenStats, tokenizer, chosen: Sequence[Rollout]
-) -> list[dict[str, Any]]:
-    """The chosen rollouts of a batch, with the loss and the student's entropy of each loss token."""
-    samples, first = [], 0
-    for rollout in batch.rollouts:
-        rows = slice(first, first := first + sum(rollout.trained))
-        if not any(rollout is one for one in chosen):
-            continue
-        samples.append(
-            {
-                "prompt_id": rollout.prompt.example.id,
-                "prompt": rollout.prompt.example.prompt,
-                "tokens": [tokenizer.decode([i]) for i in rollout.completion_ids],
-                "writers": [[writer, len(list(run))] for writer, run in itertools.groupby(rollout.writers)],
-                "stop": rollout.stop,
-                "trained": list(rollout.trained),
-                "loss": [round(x, 5) for x in loss_N[rows].tolist()],
-                "student_entropy": [round(x, 5) for x in stats.student_entropy_N[rows].tolist()],
-            }
-        )
-    return samples

@@ -73,6 +73,14 @@ class Loss:
 
 
 @torch.no_grad()
+def known_of_teacher(teacher: Teacher, batch: Batch) -> Tensor | TopK:
+    """All that is known of the teacher at a batch's N loss tokens: hidden states [N, E], or what a cache keeps."""
+    if isinstance(teacher, CachedTeacher):
+        return teacher.signal_of(batch.rollouts)
+    return teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+
+
+@torch.no_grad()
 def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
     """What the teacher says at a batch's N loss tokens: hidden states [N, E], live or from the cache, or for
     `signal = "topk"` its likeliest tokens; None where the written tokens are the signal.
@@ -80,10 +88,7 @@ def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor 
     if loss.objective.signal == "labels":
         return None
     assert teacher is not None, "prepare loads a teacher for every other signal"
-    if isinstance(teacher, CachedTeacher):
-        signal = teacher.signal_of(batch.rollouts)
-    else:
-        signal = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+    signal = known_of_teacher(teacher, batch)
     if loss.objective.signal != "topk":
         return signal
     if isinstance(signal, TopK):

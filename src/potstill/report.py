@@ -5,13 +5,13 @@ Every number in it is read from a file that it names, and text that a model wrot
 
 import html
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from potstill.config import METHODS
+from potstill.reader import reader_data
 from potstill.results import Entry, read_entry
 from potstill.runlog import RunError
 
@@ -143,7 +143,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         note=table_note(entries),
         levels=level_table(entries),
         figures=[figure for figure in (curves(runs, colours), trade_off(entries, colours)) if figure],
-        samples=[sample for entry in runs for sample in shown_samples(entry)],
+        reader=reader_data(runs),
         plotly=get_plotlyjs(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -247,28 +247,3 @@ def trade_off(entries: Sequence[Entry], colours: dict[Path, str]) -> str:
         yaxis_title="Avg (%)",
     )
     return figure.to_html(include_plotlyjs=False, full_html=False)
-
-
-def shown_samples(entry: Entry) -> list[dict[str, Any]]:
-    """A first and a last rollout of a run, its tokens shaded by their loss."""
-    picked = [entry.samples[0], entry.samples[-1]] if len(entry.samples) > 1 else list(entry.samples)
-    shown = []
-    for sample in picked:
-        losses = iter(sample["loss"])
-        tokens = [
-            {"text": text, "shade": min(next(losses), 1.0) if trained else None}
-            for text, trained in zip(sample["tokens"], sample["trained"], strict=True)
-        ]
-        prompt = (
-            sample["prompt"] if isinstance(sample["prompt"], str) else json.dumps(sample["prompt"], ensure_ascii=False)
-        )
-        shown.append(
-            {
-                "run": entry.name,
-                "prompt": prompt,
-                "tokens": tokens,
-                "writers": ", then ".join(f"{writer} ({num})" for writer, num in sample["writers"]),
-                **{k: sample[k] for k in ("step", "stop")},
-            }
-        )
-    return shown

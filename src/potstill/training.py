@@ -39,17 +39,18 @@ from potstill.distributed import World
 from potstill.evaluation import evaluate, prepare_problems
 from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
-from potstill.metrics import Stopwatch, before_answer, logged_samples, rollout_sums, step_means, token_sums
+from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
 from potstill.objective import Loss, Teacher, batch_loss, later_costs, teacher_signal, without_baseline
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
 from potstill.probing import probe_window
 from potstill.progress import StepDisplay
+from potstill.samples import logged_samples
 from potstill.tasks import make_task
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
 
-# Decoded rollouts with per-token numbers are logged this many at a time, whenever a checkpoint is written.
+# Decoded rollouts with per-token numbers are logged this many at a time, at step 1 and with every checkpoint.
 NUM_LOGGED_SAMPLES = 2
 # Of the first prompt, to show that the template is right.
 SHOWN_CHARACTERS = 400
@@ -349,15 +350,26 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                     written_flops = rollout_flops(rollouts, writers_flops, by_token)
                 elif step == start and saved is not None:
                     rollouts = checkpoint.load_rollouts(saved, prompts, world)
-            student.train()
+
+            looks_ahead = recipe.objective.gamma > 0
+            parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops, looks_ahead)
+            parts |= {"rollout": written_flops, "probe": probe_flops}
+            parts = dict(zip(parts, distributed.sum_over_ranks(list(parts.values()), world), strict=True))
+            total_flops = state.flops + sum(parts.values())
+            is_last = is_spent(config, step + 1, total_flops)
+            saves = (step + 1) % config.checkpoint_every == 0 or is_last
 
             weight = state.mixing.weight
             if recipe.mixing.schedule != "entropy":
                 weight = scheduled_weight(recipe.mixing, recipe.objective.forward_weight, step, config.steps)
             loss = dataclasses.replace(setup.loss, forward_weight=weight)
-            sums, samples = accumulate_gradients(
-                setup, loss, rollouts, config.tokens_per_batch, step, world, clock, split_by
-            )
+            chosen = rollouts[:NUM_LOGGED_SAMPLES] if saves or step == 0 else []
+            try:
+                samples = logged_samples(student, teacher, chosen, loss, world.device) if chosen else []
+            except NonFiniteError as error:
+                raise _not_finite(str(error), step, prompts) from None
+            student.train()
+            sums = accumulate_gradients(setup, loss, rollouts, config.tokens_per_batch, step, world, clock, split_by)
 
             with clock("student"):
                 norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
@@ -374,21 +386,15 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window, "rollout_age": age}
             if recipe.objective.kl == "mixed":
                 metrics["forward_weight"] = weight
-            looks_ahead = recipe.objective.gamma > 0
-            parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops, looks_ahead)
-            parts |= {"rollout": written_flops, "probe": probe_flops}
-            parts = dict(zip(parts, distributed.sum_over_ranks(list(parts.values()), world), strict=True))
             mixing = state.mixing
             if recipe.mixing.schedule == "entropy":
                 entropies = (metrics[f"{who}_entropy_before_answer"] for who in ("student", "teacher"))
                 mixing = next_weight(recipe.mixing, mixing, *entropies)
-            state = State(mixing, state.window, state.flops + sum(parts.values()))
-            metrics |= {"flops": parts, "total_flops": state.flops}
-            is_last = is_spent(config, step + 1, state.flops)
-            saves = (step + 1) % config.checkpoint_every == 0 or is_last
+            state = State(mixing, state.window, total_flops)
+            metrics |= {"flops": parts, "total_flops": total_flops}
             if world.is_main:
                 runlog.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
-                for sample in samples if saves or step == 0 else ():
+                for sample in samples:
                     runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
             if saves:
                 is_last_use = (step + 1) % recipe.rollouts.reuse == 0
@@ -421,10 +427,10 @@ def accumulate_gradients(
     world: World,
     clock: Stopwatch,
     split_by: Sequence[Writer] = (),
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> dict[str, float]:
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one count over all ranks.
 
-    Returns the step's summed statistics over all ranks, and a few of this rank's rollouts for the log.
+    Returns the step's summed statistics over all ranks.
     """
     student = setup.student
     batches = make_batches(rollouts, tokens_per_batch, world.device)
@@ -436,7 +442,6 @@ def accumulate_gradients(
     texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
     text_of = dict(zip(map(id, rollouts), texts, strict=True))
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
-    samples = []
     returns: list[Any] = [None] * len(batches)
     if loss.objective.gamma:
         # Of all batches first: what a token answers for is measured by the whole step's rollouts.
@@ -448,14 +453,13 @@ def accumulate_gradients(
             signal = teacher_signal(setup.teacher, batch, loss)
         with clock("student"):
             try:
-                loss_sum, loss_N, stats = batch_loss(student, setup.teacher, signal, batch, loss, divisor, returns_N)
+                loss_sum, _, stats = batch_loss(student, setup.teacher, signal, batch, loss, divisor, returns_N)
             except NonFiniteError as error:
                 raise _not_finite(str(error), step, [rollout.prompt for rollout in batch.rollouts]) from None
             loss_sum.backward()
         before_answer_N = before_answer(batch, text_of, student.tokenizer, setup.answer_end)
         sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
-        samples += logged_samples(batch, loss_N, stats, student.tokenizer, rollouts[:NUM_LOGGED_SAMPLES])
-    return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)), samples
+    return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
 
 
 def _not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteError:
