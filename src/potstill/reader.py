@@ -1,4 +1,4 @@
-"""The data of the report's rollout reader: first and last logged rollouts of each run. Opens no file; needs no torch."""
+"""The data of the report's rollout reader: the first and last rollouts of runs. Opens no file; needs no torch."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +24,11 @@ MAX_TOKENS = 100_000
 def reader_data(entries: Sequence[Entry], max_tokens: int = MAX_TOKENS) -> list[dict[str, Any]]:
     """What the page's script is given: for each run with logged rollouts those of its first and last logged step.
 
-    A run has `name`, `path`, `num_steps` (how many logged steps it has), `names` of its numbers, `scale` (the value in
-    nats at which each number has its full colour) and `rollouts`, which hold what `samples.logged_samples` logged, with
-    `num_tokens` of the whole completion. Where all of them together have more than `max_tokens` tokens, each is cut to
-    the same number, and `num_tokens` tells. Numbers that are not finite become strings: JSON has none.
+    A run has `name`, `path`, `num_steps` (how many logged steps there are), `numbers` (name and label of each it has),
+    `scale` (the value in nats at which each has its full colour) and `rollouts`, which hold what
+    `samples.logged_samples` logged, with `num_tokens` of the whole completion. Where all of them together have more
+    than `max_tokens` tokens, the longest are cut to one length, and `num_tokens` tells. Numbers that are not finite
+    become strings: JSON has none.
     """
     runs = [(entry, _ends(entry.samples)) for entry in entries if entry.samples]
     limit = _fair_limit([len(sample["tokens"]) for _, samples in runs for sample in samples], max_tokens)
@@ -66,12 +67,12 @@ def _cut(sample: dict[str, Any], limit: int) -> dict[str, Any]:
 
 def _run(entry: Entry, rollouts: list[dict[str, Any]]) -> dict[str, Any]:
     numbers = {name: [x for r in rollouts for x in r.get(name, ())] for name in COLOURINGS}
-    names = {name: COLOURINGS[name] for name, values in numbers.items() if values}
+    names = [name for name, values in numbers.items() if values]
     return {
         "name": entry.name,
         "path": str(entry.path),
         "num_steps": len({sample["step"] for sample in entry.samples}),
-        "names": names,
+        "numbers": [[name, COLOURINGS[name]] for name in names],
         "scale": {name: _scale(numbers[name]) for name in names},
         "rollouts": rollouts,
     }
