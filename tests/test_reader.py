@@ -251,7 +251,7 @@ def test_what_models_write_is_text(tmp_path):
     # Each token's card is kept: what is shown on hover is in the page, too.
     script = """
         for (const token of document.querySelectorAll("#reader-response > .reader-token")) {
-          token.focus();
+          token.click();
           document.body.append(document.getElementById("reader-card").cloneNode(true));
         }
     """
@@ -281,9 +281,9 @@ def test_colours_context_writers_and_keys(tmp_path):
     last |= {name: [0.0, 0.2, 0.4] for name in ("loss", "forward_kl", "student_entropy")}
     script = """
         const tokens = document.querySelectorAll("#reader-response > .reader-token");
-        tokens[0].focus();
+        tokens[0].click();
         for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"])
-          document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+          tokens[0].dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
     """
     dom = dumped(tmp_path, [entry_of(first, last)], script)
     tags = re.findall(r'<span class="(reader-token[^"]*)" tabindex="(.*?)" .*?--share: (.*?);', dom)

@@ -18,7 +18,7 @@ CHOICES = ("teacher_choices", "student_choices")
 # Of the numbers of a run, the part that lies within its colour scale; a few large ones would pale all others.
 SCALE_SHARE = 0.95
 # What one page may hold: about 20 MB.
-MAX_TOKENS = 100_000
+MAX_TOKENS = 60_000
 
 
 def reader_data(entries: Sequence[Entry], max_tokens: int = MAX_TOKENS) -> list[dict[str, Any]]:
