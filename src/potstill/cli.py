@@ -187,18 +187,34 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         print(f"wrote {write_report(paths, out)}")
 
     @app.command
-    def demo(out: Path = Path("runs/demo"), jobs: int | None = None, steps: int | None = None) -> None:
-        """Train the four cells on the shipped pair, evaluate them beside base and teacher, and write the report.
+    def study(
+        study: Positional[str],
+        jobs: int | None = None,
+        dry_run: bool = False,
+        report: bool = True,
+    ) -> None:
+        """Run a grid of distillations, each once, and write one report of all.
+
+        Prints the plan with estimated time and disk first. The same command goes on after a kill; what crashed is done
+        again. Exits with 1 if anything crashed.
 
         Args:
-            out: Folder of the runs and the report; what is already there is not repeated.
-            jobs: Processes side by side; one a core by default.
-            steps: Steps of each run; those of the demo recipe by default.
+            study: A TOML file, or the name of a shipped study such as quick.
+            jobs: Processes side by side; by default one a core, or one where there is a GPU.
+            dry_run: Print the plan, run by run, and stop.
+            report: Write report.html into the study's folder at the end.
         """
-        from potstill.demo import run_demo
+        from potstill.study import read_study_file, run_study
 
         _refuse_overrides(overrides)
-        run_demo(out, jobs, steps)
+        found = read_study_file(study)
+        is_whole = run_study(found, jobs, dry_run)
+        if report and not dry_run:
+            from potstill.report import write_report
+
+            print(f"wrote {write_report([found.out], found.out / 'report.html')}")
+        if not is_whole:
+            sys.exit(1)
 
     return app
 

@@ -4,6 +4,7 @@ Every field is read by the mode that the recipe chooses, or it may not be set: `
 says which field needs which mode.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -714,7 +715,13 @@ def read_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
         data = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
-    for name, value in (overrides or {}).items():
+    return with_fields(data, overrides or {})
+
+
+def with_fields(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's plain data with dotted fields set over it."""
+    data = copy.deepcopy(data)
+    for name, value in fields.items():
         *sections, field = name.split(".")
         section = data
         for key in sections:
