@@ -6,6 +6,7 @@ Trials are for models so small that they cost a second; what larger ones take is
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -50,10 +51,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of one step, those of them that a cache of the teacher saves, and the bytes of what a run keeps."""
+    """Seconds of one step, those of them that a cache of the teacher saves, operations, and bytes of what a run keeps."""
 
     seconds: float
     cached_seconds: float
+    flops: float
     num_bytes: int
 
 
@@ -77,10 +79,10 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
             steps[_kind(item.recipe)] = _finished_step(item.job.path)
     students = {item.job.path: item.recipe.student.model for item in items if isinstance(item.recipe, Recipe)}
 
-    def step_cost(recipe: Recipe | GrpoRecipe, start: str) -> StepCost | None:
+    def step_cost(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
         kind = _kind(recipe)
         if kind not in steps:
-            steps[kind] = _try_steps(recipe, start)
+            steps[kind] = _try_steps(recipe, start, cached)
         return steps[kind]
 
     def evaluation_cost(model: str, evaluation: Evaluation) -> Cost | None:
@@ -99,7 +101,8 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
             start = item.job.arguments[1]
         # What does not exist yet is as large as what it is made from.
         start = students.get(Path(start), students.get(Path(start).parent, start))
-        step = step_cost(recipe, start) if item.kind != "evaluate" else StepCost(0, 0, 0)
+        cached = item.kind == "cache" or (isinstance(recipe, Recipe) and recipe.teacher.cache is not None)
+        step = step_cost(recipe, start, cached) if item.kind != "evaluate" else StepCost(0, 0, 0, 0)
         evaluated = evaluation_cost(start, item.evaluation) if item.kind != "cache" else Cost(0, 0)
         if step is None or evaluated is None:
             costs[item.job.path] = None
@@ -108,10 +111,9 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
             costs[item.job.path] = Cost(loading + seconds, 0)
         else:
             num_steps = item.job.num_steps
-            a_step = step.seconds
-            if isinstance(recipe, Recipe) and recipe.teacher.cache is not None:
-                a_step -= step.cached_seconds
-            seconds = loading + a_step * num_steps + evaluated.seconds
+            if isinstance(recipe, Recipe) and recipe.train.flops is not None and step.flops:
+                num_steps = min(num_steps, math.ceil(recipe.train.flops / step.flops))
+            seconds = loading + step.seconds * num_steps + evaluated.seconds
             costs[item.job.path] = Cost(seconds, step.num_bytes + evaluated.num_bytes)
     return costs
 
@@ -132,11 +134,15 @@ def _kind(recipe: RunRecipe) -> str:
 def _finished_step(path: Path) -> StepCost:
     metrics = read_entry(path).metrics
     num_bytes = sum(_num_bytes(path / kept) for kept in ("model", "checkpoint"))
-    return StepCost(sum(row["seconds"] for row in metrics) / len(metrics), 0.0, num_bytes)
+    flops = metrics[-1].get("total_flops", 0.0) / len(metrics)
+    return StepCost(sum(row["seconds"] for row in metrics) / len(metrics), 0.0, flops, num_bytes)
 
 
-def _try_steps(recipe: Recipe | GrpoRecipe, start: str) -> StepCost | None:
-    """A trial in a folder that is removed again, without a cache; None where it would not be quick."""
+def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
+    """A trial in a folder that is removed again; None where it would not be quick.
+
+    There is no cache yet, so what it saves is taken off.
+    """
     models = [start]
     if isinstance(recipe, Recipe) and recipe.teacher.model != "self":
         models.append(recipe.teacher.model)
@@ -161,9 +167,11 @@ def _try_steps(recipe: Recipe | GrpoRecipe, start: str) -> StepCost | None:
                 return None
         # The first step also warms up.
         last = read_entry(out).metrics[-1]
-        parts = ("rollout_seconds", "teacher_seconds")
+        saved = ("rollout", "teacher") if cached else ()
+        seconds = last["seconds"] - sum(last[f"{part}_seconds"] for part in saved)
+        flops = sum(number for part, number in last["flops"].items() if part not in saved)
         num_bytes = sum(_num_bytes(out / kept) for kept in ("model", "checkpoint"))
-        return StepCost(last["seconds"], sum(last.get(part, 0.0) for part in parts), num_bytes)
+        return StepCost(seconds, last["seconds"] - seconds, flops, num_bytes)
 
 
 def _trial(recipe: AnyRecipe, sections: dict[str, dict[str, Any]], out: Path, **start: str) -> AnyRecipe:
