@@ -135,7 +135,7 @@ def test_one_step_is_the_policy_gradient_by_hand(tmp_path, model, two_ends, writ
         "truncation": sum(response.completion.token_ids[-1] not in ends for response in responses) / 24,
     }
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    assert norm > 0.05 and 0 < row["groups_with_signal"] and len({len(r.completion.token_ids) for r in responses}) > 3
+    assert norm > 0.05 and row["groups_with_signal"] > 0 and len({len(r.completion.token_ids) for r in responses}) > 3
     # TRL's loss has the value of ratios of 1, not of log-probabilities; the gradient is the same.
     lengths = torch.tensor([float(len(r.completion.token_ids)) for r in responses])
     assert row["loss"] == pytest.approx(-(advantages * lengths).sum().item() / num_tokens, abs=1e-5)
@@ -269,4 +269,4 @@ def test_forty_steps_make_the_base_model_good(tmp_path):
     (row,) = read_entry(folder).evals
     start = json.loads((folder / "environment.json").read_text())["start"]
     assert start["score"] < 0.3
-    assert row["avg"]["low"] > 0.6
+    assert row["avg"]["low"] > start["score"] + 0.2

@@ -97,7 +97,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         dry_run: bool = False,
         fields: Annotated[GrpoFields, tyro.conf.arg(name="")] = GRPO_FIELDS,
     ) -> None:
-        """Go on from a run or model by reinforcement learning, or resume that. Every field below overrides the recipe's.
+        """Train a run or model by reinforcement learning, or resume that. Every field below overrides the recipe's.
 
         Args:
             recipe: A TOML file, or the name of a shipped recipe such as grpo.

@@ -546,8 +546,8 @@ class Recipe(RecipeFields):
 class Grpo(Section):
     """Group-relative policy optimisation (arXiv 2402.03300), as TRL's GRPOTrainer does it.
 
-    A response's advantage is its score minus its group's mean, over the group's standard deviation; the loss is the mean
-    over the tokens of the step. Each set of responses serves one update, so that nothing is clipped.
+    A response's advantage is its score minus its group's mean, over the group's standard deviation; the loss is the
+    mean over the tokens of the step. Each set of responses serves one update, so that nothing is clipped.
     """
 
     steps: int = Field(default=40, ge=1)

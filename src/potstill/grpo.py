@@ -7,6 +7,7 @@ Needs the extra `rl`. One process.
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -21,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 
 from potstill import checkpoint, distributed, runlog
 from potstill.config import Grpo, GrpoRecipe, RecipeError, Train
 from potstill.controllers import Probe, WindowState, decide, first_window, is_probe_due, scheduled_window
-from potstill.data import DataError, load_examples, make_prompts, template_warning
+from potstill.data import load_examples, make_prompts, template_warning
 from potstill.distributed import World
 from potstill.evaluation import evaluate, find_model, prepare_problems
 from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
 from potstill.metrics import Stopwatch, is_loop, num_tokens_to_answer, zlib_ratio
-from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model
+from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, without_progress_bars
 from potstill.probing import PROBE
 from potstill.progress import StepDisplay
 from potstill.sampling import sample
@@ -166,8 +168,8 @@ def verdict(start: dict[str, float]) -> list[str]:
         )
     if entropy < LOW_ENTROPY:
         warned.append(
-            f"warning: the entropy is near 0 (below {LOW_ENTROPY:g} nats), so that responses to a prompt hardly differ; "
-            "start from a checkpoint that kept its entropy (forward KL keeps it), or raise sampling.temperature"
+            f"warning: the entropy is near 0 (below {LOW_ENTROPY:g} nats), so that responses hardly differ; start "
+            "from a checkpoint that kept its entropy (forward KL keeps it), or raise sampling.temperature"
         )
     return [found + ("" if warned else ": there is entropy to explore with"), *warned]
 
@@ -231,7 +233,9 @@ def probe_window(recipe: GrpoRecipe, setup: Setup, state: WindowState, step: int
 def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool) -> None:
     """All randomness follows from the number of finished steps and the seed."""
     config, folder, model = recipe.grpo, recipe.out, setup.model
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0)
+    # What a scheduler that goes on wants to find.
+    group = {"params": list(model.parameters()), "initial_lr": config.lr}
+    optimizer = torch.optim.AdamW([group], config.lr, weight_decay=0.0)
     saved = checkpoint.latest(folder)
     step, state = 0, State(first_window(recipe.window))
     if saved is not None:
@@ -259,10 +263,9 @@ def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool)
 
 def _make_trainer(recipe: GrpoRecipe, setup: Setup, optimizer: torch.optim.Optimizer, steps: "_Steps", scratch: str):
     """TRL's trainer of the steps that are left. Its data set is the places of the prompts, step after step."""
-    import copy
-
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     config = recipe.grpo
     num_responses = config.prompts_per_step * config.group_size
@@ -292,13 +295,15 @@ def _make_trainer(recipe: GrpoRecipe, setup: Setup, optimizer: torch.optim.Optim
         disable_tqdm=True,
         seed=config.seed,
     )
+    # A copy, which TRL gives a padding token where it has none: the first end token. Masks come from lengths.
+    tokenizer = copy.deepcopy(setup.model.tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(setup.end_ids[0])
     trainer = GRPOTrainer(
         model=setup.model.model,
         reward_funcs=steps.score,
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": places}),
-        # A copy, as TRL gives it a padding token.
-        processing_class=copy.deepcopy(setup.model.tokenizer),
+        processing_class=tokenizer,
         callbacks=[steps],
         optimizers=(optimizer, _make_scheduler(config, optimizer, steps.step)),
         rollout_func=steps.write,
@@ -310,9 +315,7 @@ def _make_trainer(recipe: GrpoRecipe, setup: Setup, optimizer: torch.optim.Optim
 def _make_scheduler(config: Grpo, optimizer: torch.optim.Optimizer, start: int):
     """The rates of a distillation (`training.learning_rate`), from step `start` on."""
     rates = Train(steps=config.steps, lr=config.lr, schedule=config.schedule, warmup_steps=config.warmup_steps)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"] = config.lr
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: learning_rate(rates, start + i) / config.lr)
+    return LambdaLR(optimizer, lambda step: learning_rate(rates, step) / config.lr, last_epoch=start - 1)
 
 
 class _Steps(TrainerCallback):
@@ -354,10 +357,10 @@ class _Steps(TrainerCallback):
             "logprobs": [list(response.completion.log_probs) for response in self.responses],
         }
 
-    def score(self, prompts: list[str], **columns: Any) -> list[float]:
+    def score(self, **columns: Any) -> list[float | None]:
         """The rewards of what was written last."""
         with self.clock("grading"):
-            return score(self.setup.task, self.responses)
+            return [*score(self.setup.task, self.responses)]
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Refuse an update that is not finite."""
@@ -405,7 +408,7 @@ def _hushed() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_progress_bars():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield
