@@ -269,4 +269,5 @@ def test_forty_steps_make_the_base_model_good(tmp_path):
     (row,) = read_entry(folder).evals
     start = json.loads((folder / "environment.json").read_text())["start"]
     assert start["score"] < 0.3
-    assert row["avg"]["low"] > start["score"] + 0.2
+    _, low, _ = row["avg"]
+    assert low > start["score"] + 0.2
