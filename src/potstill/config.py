@@ -518,17 +518,7 @@ class Recipe(RecipeFields):
             )
         if window.schedule == "fixed":
             return
-        if window.start > window.tokens:
-            raise ValueError(
-                f"window.start is {window.start}, more than window.tokens = {window.tokens}; lower it or raise the cap"
-            )
-        if window.ladder is not None:
-            rungs = [window.start, *window.ladder]
-            if not window.ladder or rungs != sorted(set(rungs)) or rungs[-1] != window.tokens:
-                raise ValueError(
-                    f"window.ladder is {list(window.ladder)}; it must grow from above window.start = {window.start} to "
-                    f"window.tokens = {window.tokens}"
-                )
+        _check_ladder(window)
         if window.schedule == "entropy-gated" and window.reference == "teacher" and self.teacher.cache is not None:
             raise ValueError(
                 'window.reference is "teacher" and teacher.cache is set: a cached teacher cannot score what the '
@@ -555,7 +545,11 @@ class Recipe(RecipeFields):
 
 
 class Grpo(Section):
-    """Group-relative policy optimisation (arXiv 2402.03300), as TRL's GRPOTrainer does it."""
+    """Group-relative policy optimisation (arXiv 2402.03300), as TRL's GRPOTrainer does it.
+
+    A response's advantage is its score minus its group's mean, over the group's standard deviation; the loss is the
+    mean over the tokens of the step. Each set of responses serves one update, so that nothing is clipped.
+    """
 
     steps: int = Field(default=40, ge=1)
     """Optimiser updates."""
@@ -563,24 +557,26 @@ class Grpo(Section):
     """Prompts of one update."""
     group_size: int = Field(default=8, ge=2)
     """Responses to each prompt; their scores are compared with each other."""
+    rows_per_batch: int = Field(default=32, ge=1)
+    """Responses of one forward-backward slice, at most. Gradients do not depend on it."""
     lr: float = Field(default=5e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate; models of billions of weights take about 1e-6."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or cosine decay to 0."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up."""
     kl_weight: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the start model; 0 does without one, as the paper does."""
+    """Weight of the KL to the start model, which is then kept in memory; 0 does without one."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     checkpoint_every: int = Field(default=20, ge=1)
-    """Steps between checkpoints."""
+    """Steps between checkpoints; one is also written at the end."""
     seed: int = 0
     """Seed of the data order and of sampling."""
 
 
-class GrpoRecipe(RunRecipe):
-    """What one GRPO run does: reinforcement learning of a task's scores, from any model or run."""
+class GrpoFields(RunRecipe):
+    """All fields of a GRPO recipe, each checked by itself."""
 
     out: Path = Path("runs/grpo")
     """Run folder. A run that is already there and unfinished is resumed."""
@@ -595,6 +591,59 @@ class GrpoRecipe(RunRecipe):
     @property
     def method(self) -> str:
         return "GRPO"
+
+    def unread(self) -> dict[str, str]:
+        unread = _unread_of_window(self.window)
+        unread["data.prompt_column"] = "GRPO needs scores, so data.source is a task, which has no columns"
+        if self.evaluation.source is None:
+            unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
+        return unread
+
+
+class GrpoRecipe(GrpoFields):
+    """What one GRPO run does: reinforcement learning of a task's scores, from any model or run."""
+
+    @model_validator(mode="after")
+    def _every_set_field_is_read(self):
+        self.refuse_unread()
+        if is_table(self.data.source):
+            raise ValueError(
+                f"data.source is {self.data.source!r}; only the responses of a task can be scored: choose one of "
+                f"{', '.join(TASK_NAMES)}"
+            )
+        sampling = self.sampling
+        if not sampling.temperature or sampling.top_p < 1 or sampling.top_k:
+            raise ValueError(
+                f"sampling is temperature = {sampling.temperature:g}, top_p = {sampling.top_p:g}, top_k = "
+                f"{sampling.top_k}: the policy gradient needs tokens drawn from the whole distribution; use a "
+                "temperature above 0, top_p = 1 and top_k = 0"
+            )
+        if self.window.schedule != "fixed":
+            _check_ladder(self.window)
+        if self.window.schedule == "entropy-gated" and self.window.reference == "teacher":
+            raise ValueError(
+                'window.reference is "teacher" and GRPO has no teacher; use reference = "first" or "absolute"'
+            )
+        if self.grpo.warmup_steps > self.grpo.steps:
+            raise ValueError(
+                f"grpo.warmup_steps is {self.grpo.warmup_steps}, more than grpo.steps = {self.grpo.steps}; lower it"
+            )
+        return self
+
+
+def _check_ladder(window: Window) -> None:
+    """Refuse a first window above the cap, and a ladder that does not grow from the one to the other."""
+    if window.start > window.tokens:
+        raise ValueError(
+            f"window.start is {window.start}, more than window.tokens = {window.tokens}; lower it or raise the cap"
+        )
+    if window.ladder is not None:
+        rungs = [window.start, *window.ladder]
+        if not window.ladder or rungs != sorted(set(rungs)) or rungs[-1] != window.tokens:
+            raise ValueError(
+                f"window.ladder is {list(window.ladder)}; it must grow from above window.start = {window.start} to "
+                f"window.tokens = {window.tokens}"
+            )
 
 
 def unread_fields(recipe: Recipe) -> dict[str, str]:
@@ -628,14 +677,7 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["objective.skew"] = f'objective.kl is "{objective.kl}" and only the skew KLs are skewed'
     if objective.split is None:
         unread["objective.split_weights"] = "objective.split is not set"
-    of_schedule = {
-        "linear": ("start", "over_steps"),
-        "entropy-gated": (
-            *("start", "ladder", "check_every", "num_probes", "patience", "reference", "threshold"),
-            *("max_truncation", "max_repetition", "sticky", "step_back"),
-        ),
-    }
-    unread |= _unread_of_schedule("window", recipe.window, of_schedule)
+    unread |= _unread_of_window(recipe.window)
     if objective.signal != "topk":
         unread["objective.top_k"] = f'objective.signal is "{objective.signal}" and only "topk" keeps some tokens apart'
     if objective.signal != "sampled":
@@ -671,6 +713,17 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     return unread
 
 
+def _unread_of_window(window: Window) -> dict[str, str]:
+    of_schedule = {
+        "linear": ("start", "over_steps"),
+        "entropy-gated": (
+            *("start", "ladder", "check_every", "num_probes", "patience", "reference", "threshold"),
+            *("max_truncation", "max_repetition", "sticky", "step_back"),
+        ),
+    }
+    return _unread_of_schedule("window", window, of_schedule)
+
+
 def _unread_of_schedule(section: str, settings: Any, of_schedule: dict[str, tuple[str, ...]]) -> dict[str, str]:
     """The fields that only other schedules of a section read."""
     read = of_schedule.get(settings.schedule, ())
@@ -691,6 +744,11 @@ def is_hub_id(source: str) -> bool:
 def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read the TOML recipe of a distillation; otherwise as `load_any_recipe`."""
     return make_recipe(read_recipe(recipe, overrides), str(recipe))
+
+
+def load_grpo_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> GrpoRecipe:
+    """Read the TOML recipe of a GRPO run; otherwise as `load_any_recipe`."""
+    return validate(read_recipe(recipe, overrides), str(recipe), GrpoRecipe)
 
 
 def load_any_recipe(recipe: str | Path) -> Recipe | GrpoRecipe:

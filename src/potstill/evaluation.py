@@ -17,7 +17,7 @@ from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, end_set, fingerprint, load_model
 from potstill.progress import token_bar
 from potstill.report import print_table
-from potstill.results import Entry
+from potstill.results import Entry, resume_command
 from potstill.runlog import append, read_rows, write_atomically
 from potstill.sampling import sample
 from potstill.statistics import Estimate, holm, mean_over_problems, paired, pass_at_k, ratio_over_problems
@@ -242,9 +242,7 @@ def find_model(target: str | Path) -> str | Path:
     if not (folder / "recipe.toml").exists():
         return target
     if not (folder / "DONE").exists():
-        raise RecipeError(
-            f"run {str(folder)!r} is not finished; run `potstill train {folder / 'recipe.toml'}` to finish it"
-        )
+        raise RecipeError(f"run {str(folder)!r} is not finished; run `{resume_command(folder)}` to finish it")
     return folder / "model"
 
 

@@ -136,7 +136,7 @@ def _find(name: str) -> str:
 def _readable(name: str):
     """Quietly; what transformers raises becomes one line."""
     try:
-        with _quiet():
+        with without_progress_bars():
             yield
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, ModelError):
@@ -156,7 +156,7 @@ def _refuse_pickle(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():
+def without_progress_bars():
     """Without transformers' own progress bars, which would tear ours."""
     from transformers.utils import logging
 
@@ -175,7 +175,7 @@ def save_model(model: LanguageModel, state_dict: dict[str, Tensor], end_ids: Seq
     generation_config.eos_token_id = list(end_ids) if len(end_ids) > 1 else end_ids[0]
     kept, model.model.generation_config = model.model.generation_config, generation_config
     try:
-        with _quiet():
+        with without_progress_bars():
             model.model.save_pretrained(folder, state_dict=state_dict)
             model.tokenizer.save_pretrained(folder)
         # safetensors makes its files readable for their owner alone; the other files have the user's own mode.

@@ -16,7 +16,7 @@ import torch
 from potstill import checkpoint, distributed, runlog
 from potstill.batching import make_batches
 from potstill.cache import Cache, CachedTeacher
-from potstill.config import Recipe, Train, is_table
+from potstill.config import Recipe, Train, Window, is_table
 from potstill.controllers import (
     MixingState,
     WindowState,
@@ -182,7 +182,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             max_completion=recipe.window.tokens,
             context_length=teacher.context_length,
         )
-    tokenised, probes = hold_out(recipe, tokenised)
+    tokenised, probes = hold_out(recipe.window, tokenised)
     if cache is not None:
         cache.check_fit(end_ids, loss.vocab_size, loss.end_class)
         tokenised, probes = cache.attach(tokenised), cache.attach(probes)
@@ -237,14 +237,14 @@ def load_teacher(
     return teacher
 
 
-def hold_out(recipe: Recipe, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+def hold_out(window: Window, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on, and the last ones, which the length gate probes with and which are nowhere else.
 
     Raises DataError when too few are left.
     """
-    if recipe.window.schedule != "entropy-gated":
+    if window.schedule != "entropy-gated":
         return prompts, []
-    num = recipe.window.num_probes
+    num = window.num_probes
     probes = prompts[-num:]
     held_out = {prompt.token_ids for prompt in probes}
     kept = [prompt for prompt in prompts[:-num] if prompt.token_ids not in held_out]
@@ -301,11 +301,11 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     if world.is_main:
         runlog.rewind(folder, start)
     metrics: dict[str, Any] = {}
-    with StepDisplay(recipe, start, quiet) as display:
+    with StepDisplay(config.steps, start, quiet, config.flops) as display:
         display.note(*_opening(recipe, setup, start))
         step, is_last = start, is_spent(config, start, state.flops)
         while not is_last:
-            torch.manual_seed(_seed("step", config.seed, step, world.rank))
+            torch.manual_seed(step_seed("step", config.seed, step, world.rank))
             if follower is not None and step > 0 and step % (recipe.teacher.refresh_steps or 1) == 0:
                 distributed.refresh(follower.model, student)
             clock = Stopwatch(world.device)
@@ -498,7 +498,7 @@ def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _seed(*parts: object) -> int:
+def step_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
 
