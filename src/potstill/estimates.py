@@ -51,7 +51,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of one step, those of them that a cache of the teacher saves, operations, and bytes of what a run keeps."""
+    """Seconds of a step, those that a cache of the teacher saves it, operations, and bytes of what a run keeps."""
 
     seconds: float
     cached_seconds: float
