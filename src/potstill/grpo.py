@@ -156,8 +156,9 @@ def verdict(start: dict[str, float]) -> list[str]:
     """The numbers of `measure_start` in plain words, and a warning where there is little to learn from."""
     entropy, share = start["entropy_before_answer"], start["groups_with_signal"]
     found = (
-        f"start: entropy before the answer {entropy:.3f} nats, mean score {start['score']:.1%}; responses differ in "
-        f"score in {share:.0%} of {start['num_groups']} groups of {start['group_size']}, and only these give a gradient"
+        f"start: entropy before the answer {entropy:.3f} nats, mean score {start['score']:.1%}, cut by the window "
+        f"{start['truncation']:.0%}; responses differ in score in {share:.0%} of "
+        f"{start['num_groups']} groups of {start['group_size']}, and only these give a gradient"
     )
     warned = []
     if share < FEW_GROUPS:
