@@ -41,6 +41,15 @@ def test_every_shipped_recipe_is_valid():
         ),
         ({"objective": {"prefix": "dataset"}, "sampling": {"top_p": 0.9}}, r"sampling.top_p is set but not read"),
         (
+            {"objective": {"prefix": "dataset"}, "rollouts": {"end_set": "student"}},
+            r"rollouts.end_set is set but not read",
+        ),
+        (
+            {"teacher": {"model": "self"}, "rollouts": {"end_set": "student"}},
+            r'rollouts.end_set is set but not read: teacher.model is "self", which ends as the student does',
+        ),
+        ({"rollouts": {"end_set": "teacher"}}, r"rollouts.end_set is 'teacher': input should be 'union' or 'student'"),
+        (
             {"evaluation": {"num_problems": 9}},
             r"evaluation.num_problems is set but not read: evaluation.source is not set",
         ),
