@@ -54,7 +54,7 @@ class GoesOn:
 
 BLUEPRINTS: dict[str, Shape | GoesOn] = {
     "teacher": Shape(96, 3, 256),
-    "teacher-small": Shape(48, 2, 96),
+    "teacher-small": Shape(64, 3, 112),
     "base": Shape(64, 2, 128),
     "columns-teacher": Shape(96, 3, 256),
     "columns-plain": Shape(32, 2, 64),
