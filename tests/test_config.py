@@ -3,11 +3,22 @@ import tomllib
 import pytest
 from conftest import tiny_recipe
 
-from potstill.config import METHODS, Recipe, RecipeError, field_names, load_recipe, make_recipe, to_toml, unread_fields
+from potstill.config import (
+    METHODS,
+    SHIPPED_RECIPES,
+    Recipe,
+    RecipeError,
+    field_names,
+    load_recipe,
+    make_recipe,
+    to_toml,
+    unread_fields,
+)
 
 
 def test_every_shipped_recipe_is_valid():
-    for name in ("demo", "assets-teacher", "assets-base", "smollm2"):
+    assets = (path.stem for path in SHIPPED_RECIPES.glob("assets-*.toml"))
+    for name in ("demo", "smollm2", *assets):
         assert load_recipe(name).train.steps > 0
 
 
