@@ -228,6 +228,10 @@ class Sampling(Section):
 class Rollouts(Section):
     reuse: int = Field(default=1, ge=1)
     """Optimiser steps that each set of rollouts serves. Their age in steps is logged."""
+    end_set: Literal["union", "student"] = "union"
+    """What ends a completion, in training, evaluation and the exported model. union: any end token of student or
+    teacher; student: the student's own alone, which is how a mismatch of end tokens drives responses to the length
+    cap."""
 
 
 class Window(Section):
@@ -318,6 +322,9 @@ class Evaluation(Section):
     """As in sampling.top_k."""
     max_tokens: int = Field(default=128, ge=1)
     """Completion length cap in evaluation."""
+    end_tokens: tuple[str, ...] = ()
+    """Tokens that end a response, as the tokenizer names them; by default those stored with the model, or after
+    training those of rollouts.end_set."""
     batch_size: int = Field(default=256, ge=1)
     """Rows decoded together."""
     seed: int = 0
@@ -696,6 +703,7 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     if recipe.teacher.model == "self":
         reason = 'teacher.model is "self", which is loaded as the student is'
         unread |= {"teacher.dtype": reason, "teacher.trust_remote_code": reason}
+        unread["rollouts.end_set"] = 'teacher.model is "self", which ends as the student does'
     else:
         unread["teacher.refresh_steps"] = (
             f'teacher.model is {recipe.teacher.model!r} and only "self" can follow the student'

@@ -207,6 +207,18 @@ def end_set(student: LanguageModel, teacher: "LanguageModel | CachedTeacher | No
     return ids
 
 
+def named_end_ids(tokenizer, names: Sequence[str]) -> tuple[int, ...]:
+    """The ids of end tokens given by name. Raises ModelError for a name that is not in the vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    for name in names:
+        if name not in vocabulary:
+            known = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+            raise ModelError(
+                f"end token {name!r} is not in the tokenizer's vocabulary; its special tokens are {', '.join(known)}"
+            )
+    return tuple(dict.fromkeys(vocabulary[name] for name in names))
+
+
 def check_logits(model: LanguageModel) -> None:
     """Raise ModelError unless hidden states and head give the model's own logits, so no scaling is missed."""
     error, allowed = logits_error(model)

@@ -40,7 +40,15 @@ from potstill.evaluation import evaluate, prepare_problems
 from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
 from potstill.metrics import Stopwatch, before_answer, logged_samples, rollout_sums, step_means, token_sums
-from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
+from potstill.models import (
+    LanguageModel,
+    end_set,
+    fingerprint,
+    load_model,
+    named_end_ids,
+    save_model,
+    shared_vocab_size,
+)
 from potstill.objective import Loss, Teacher, batch_loss, later_costs, teacher_signal, without_baseline
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
@@ -132,14 +140,15 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
     student.to(world.device)
-    end_ids = end_set(student, teacher)
+    all_end_ids = end_set(student, teacher)
+    end_ids = all_end_ids if recipe.rollouts.end_set == "union" else end_set(student, None)
     ends_differ = teacher is not None and set(student.end_ids) != set(teacher.end_ids)
     loss = Loss(
         recipe.objective,
         recipe.train.normalize,
         recipe.train.compute_dtype,
         vocab_size=shared_vocab_size(student, teacher) if teacher is not None else None,
-        end_class=end_ids if ends_differ and recipe.objective.end_class == "merged" else (),
+        end_class=all_end_ids if ends_differ and recipe.objective.end_class == "merged" else (),
         budget=recipe.train.loss_memory * MIB,
         backend=recipe.train.loss_backend,
     )
@@ -194,6 +203,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     if recipe.evaluation.source is not None:
         # Its prompts are made again when the run ends; here a bad one is refused before any work is done.
         prepare_problems(student, recipe.evaluation)
+        named_end_ids(student.tokenizer, recipe.evaluation.end_tokens)
     has_task = prompts is None and not is_table(recipe.data.source)
     answer_end = make_task(recipe.data.source).answer_end if has_task else lambda text: None
     return Setup(
@@ -536,6 +546,11 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
         lines.append(
             f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}; they {treated}"
         )
+        if recipe.rollouts.end_set == "student":
+            lines.append(
+                'warning: rollouts.end_set is "student", so the end tokens that only the teacher has end nothing: '
+                "expect responses that go on to the length cap"
+            )
     if teacher is not None and student.vocab_size != teacher.vocab_size:
         lines.append(
             f"heads of {student.vocab_size} (student) and {teacher.vocab_size} (teacher) rows are cut to the "
