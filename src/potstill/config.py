@@ -863,5 +863,5 @@ def _toml_value(value: Any) -> str:
 
 
 # What makes or scores problems (`tasks.TASKS`); any other data source is a table.
-TASK_NAMES = ("multiplication", "columns", "reasoning-gym", "gsm8k", "math500", "amc23", "aime24")
+TASK_NAMES = ("multiplication", "columns", "reasoning-gym", "gsm8k", "math500", "amc23", "aime24", "deepscaler")
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
