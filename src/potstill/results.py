@@ -1,6 +1,7 @@
 """What run folders, evaluation files and study folders hold, for whoever compares them. Reads files; needs no torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,20 @@ def read_entry(path: Path) -> Entry:
         tuple(read_rows(path / f"{name}.jsonl")) for name in ("metrics", "samples", "window")
     )
     return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions)
+
+
+def recipe_key(entry: Entry, ignore: Sequence[str]) -> str:
+    """What runs agree in that differ in nothing but `ignore`: the resolved recipe as JSON, without `out` and without
+    these dotted fields or whole sections."""
+    assert entry.recipe is not None, f"{str(entry.path)!r} has no recipe"
+    data = entry.recipe.resolved()
+    for name in ("out", *ignore):
+        *sections, field = name.split(".")
+        section = data
+        for key in sections:
+            section = section.get(key, {})
+        section.pop(field, None)
+    return json.dumps(data, sort_keys=True)
 
 
 def read_panels(paths: list[Path]) -> list[Panel]:
