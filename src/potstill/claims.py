@@ -35,7 +35,6 @@ IGNORED = (
 KL = ("objective.kl", "objective.forward_weight", "objective.forward_above", "mixing")
 PREFIX = ("objective.prefix",)
 GATE = tuple(f"window.{name}" for name in Window.model_fields if name != "tokens")
-ALIKE = "that agree in all else"
 UNITS = {
     "Avg": "points",
     "Pass@k": "points",
@@ -46,6 +45,7 @@ UNITS = {
 }
 
 Verdict = Literal["supported", "contradicted", "undecided", "not measured"]
+Kind = Callable[[Recipe], bool]
 Place = Callable[[Entry], float | None]
 
 
@@ -75,7 +75,8 @@ class Comparison(NamedTuple):
     differ therefore. `contrast` makes one number of a comparison's runs. `ends`: those with the highest place minus
     those with the lowest. `top`: those with the highest. `slope`: the change by one unit of place, over at least three.
     With a `reference` a run's value is what it has more than its teacher, or than the run where its GRPO began. With
-    `of_grpo` the runs are those of GRPO, each in the place of the run where it began. `needs` says all that in words.
+    `of_grpo` the runs are those of GRPO, each in the place of the run where it began. `needs` says in words which runs
+    these are, and `per` what a unit of place is.
     """
 
     place: Place
@@ -140,7 +141,7 @@ def _judge(question: Question, entries: dict[Path, Entry], temperature: float | 
     unit = UNITS[question.metric] + question.compared.per
     claim = Claim(question.name, question.statement, question.metric, None, unit, (), "not measured", "")
     if not effects:
-        return replace(claim, detail=f"needs {question.compared.needs}")
+        return replace(claim, detail=f"needs {question.compared.needs}, alike in all else")
     effect, over = estimate(list(effects.values()))
     detail = [f"{len(effects)} seed{'s' * (len(effects) > 1)}, {len(pairs)} pair{'s' * (len(pairs) > 1)}", over]
     if unit == "times":
@@ -194,7 +195,7 @@ def estimate(seeds: Sequence[Sequence[dict[str, float]]]) -> tuple[Estimate, str
     if all(row.keys() == rows[0].keys() for row in rows):
         over = "interval over seeds" + (" and problems" if len(rows[0]) > 1 else "")
         return seeds_and_problems([[row[problem] for problem in rows[0]] for row in rows]), over
-    return seeds_and_problems([[_mean(row)] for row in rows]), "interval over seeds, each with problems of its own"
+    return seeds_and_problems([[_mean(row)] for row in rows]), "interval over seeds, evaluated on different problems"
 
 
 def _pairs(runs: Sequence[Run], weights: Sequence[float]) -> list[tuple[Path, Path]]:
@@ -291,128 +292,115 @@ def _weight(recipe: Recipe) -> float | None:
     return {"forward": 1.0, "reverse": 0.0}.get(objective.kl)
 
 
-def _sides(first: Callable[[Recipe], bool], second: Callable[[Recipe], bool]) -> Place:
+def _weighs(test: Callable[[float], bool]) -> Kind:
+    return lambda recipe: (weight := _weight(recipe)) is not None and test(weight)
+
+
+REVERSE, FORWARD, MIXED = _weighs(lambda w: w == 0), _weighs(lambda w: w == 1), _weighs(lambda w: 0.8 <= w < 1)
+
+
+def _is_cell(key: str) -> Kind:
+    method = METHODS[key]
+    direction = FORWARD if method.kl == "forward" else REVERSE
+    return lambda recipe: recipe.objective.prefix == method.prefix and direction(recipe)
+
+
+def _sides(first: Kind, second: Kind) -> Place:
     """The first kind of run against the second."""
     return lambda entry: 1.0 if first(_recipe(entry)) else 0.0 if second(_recipe(entry)) else None
 
 
-def _is_forward(recipe: Recipe) -> bool:
-    return _weight(recipe) == 1
+def _prefixes(of: Kind) -> Place:
+    """Student against teacher prefixes, of one kind of run."""
+    places = {"student": 1.0, "teacher": 0.0}
+    return lambda entry: places.get(_recipe(entry).objective.prefix) if of(_recipe(entry)) else None
 
 
-def _is_reverse(recipe: Recipe) -> bool:
-    return _weight(recipe) == 0
+def _cost(is_cached: bool) -> Place:
+    """Teacher prefixes, with or without a cache, against student prefixes."""
+    places = {("teacher", is_cached): 1.0, ("student", False): 0.0}
+    return lambda entry: places.get((_recipe(entry).objective.prefix, _recipe(entry).teacher.cache is not None))
 
 
-def _is_mostly_forward(recipe: Recipe) -> bool:
-    weight = _weight(recipe)
-    return weight is not None and 0.8 <= weight < 1
+def _window(of: Kind) -> Place:
+    """The tokens of fixed windows, of one kind of run."""
+
+    def place(entry: Entry) -> float | None:
+        recipe = _recipe(entry)
+        return recipe.window.tokens if recipe.window.schedule == "fixed" and of(recipe) else None
+
+    return place
 
 
-def _is_cell(key: str) -> Callable[[Recipe], bool]:
-    method = METHODS[key]
-    weight = 1 if method.kl == "forward" else 0
-    return lambda recipe: recipe.objective.prefix == method.prefix and _weight(recipe) == weight
+def _gate(entry: Entry) -> float | None:
+    return {"entropy-gated": 1.0, "fixed": 0.0}.get(_recipe(entry).window.schedule)
 
 
-def _prefix(writer: str, has_budget: bool) -> Callable[[Recipe], bool]:
-    """Runs of a fixed number of steps, or those that end with a number of operations."""
-    return lambda recipe: recipe.objective.prefix == writer and (recipe.train.flops is not None) == has_budget
-
-
-def _teacher_prefix(is_cached: bool) -> Callable[[Recipe], bool]:
-    return lambda recipe: recipe.objective.prefix == "teacher" and (recipe.teacher.cache is not None) == is_cached
-
-
-def _fixed_window(entry: Entry) -> float | None:
-    window = _recipe(entry).window
-    return window.tokens if window.schedule == "fixed" else None
-
-
-def _fixed_window_of_opd(entry: Entry) -> float | None:
-    return _fixed_window(entry) if _is_cell("opd")(_recipe(entry)) else None
-
-
-def _start_entropy(entry: Entry) -> float | None:
+def _entropy(entry: Entry) -> float | None:
     """Before the answer, at the highest temperature."""
-    if not entry.evals:
-        return None
-    row = max(entry.evals, key=lambda row: row["temperature"])
-    return float(np.mean(row["problems"]["entropy_before_answer"]))
+    row = max(entry.evals, key=lambda row: row["temperature"], default=None)
+    return float(np.mean(row["problems"]["entropy_before_answer"])) if row else None
 
 
-def _start_cell(key: str) -> Comparison:
+def _starts(key: str) -> Comparison:
     place = _sides(_is_cell("dagger"), _is_cell(key))
-    needs = f"GRPO runs alike from DAgger and from {METHODS[key].name} runs that agree in all else"
-    return Comparison(place, (*PREFIX, *KL), needs, of_grpo=True)
+    return Comparison(place, (*PREFIX, *KL), f"GRPO from DAgger and from {METHODS[key].name} runs", of_grpo=True)
 
 
 ENTROPY, COST = "entropy before the answer", "operations a step"
-DIRECTION = Comparison(_sides(_is_reverse, _is_forward), KL, f"runs with reverse and with forward KL {ALIKE}")
-AT_EQUAL_STEPS, AT_EQUAL_COST = (
-    Comparison(
-        _sides(_prefix("student", has_budget), _prefix("teacher", has_budget)),
-        (*PREFIX, *(("train.steps",) if has_budget else ())),
-        f"runs with student and with teacher prefixes{' and train.flops set' if has_budget else ''} {ALIKE}",
-    )
-    for has_budget in (False, True)
+DIRECTIONS = Comparison(_sides(REVERSE, FORWARD), KL, "runs with reverse and with forward KL")
+EQUAL_STEPS = Comparison(
+    _prefixes(lambda recipe: recipe.train.flops is None), PREFIX, "runs with student and with teacher prefixes"
 )
-CACHED, LIVE = (
-    Comparison(
-        _sides(_teacher_prefix(is_cached), lambda recipe: recipe.objective.prefix == "student"),
-        PREFIX,
-        f"runs with teacher prefixes {'with' if is_cached else 'without'} a cache and with student prefixes {ALIKE}",
-    )
-    for is_cached in (True, False)
+EQUAL_COST = Comparison(
+    _prefixes(lambda recipe: recipe.train.flops is not None),
+    (*PREFIX, "train.steps"),
+    "runs with student and with teacher prefixes and train.flops set",
 )
-WINDOW = Comparison(_fixed_window, ("window.tokens",), f"runs with two lengths of fixed windows {ALIKE}")
-OPD_WINDOW = Comparison(_fixed_window_of_opd, ("window.tokens",), f"OPD runs with two lengths of fixed windows {ALIKE}")
-OPD_AND_TEACHER = Comparison(
-    *(_fixed_window_of_opd, ("window.tokens",), "OPD runs and an evaluation of their teacher with the same settings"),
-    contrast="top",
-    reference="teacher",
+CACHED = Comparison(_cost(True), PREFIX, "runs with student and with cached teacher prefixes")
+LIVE = Comparison(_cost(False), PREFIX, "runs with student and with teacher prefixes, without a cache")
+WINDOWS = Comparison(_window(lambda _: True), ("window.tokens",), "runs with two lengths of fixed windows")
+OPD_WINDOWS = Comparison(_window(_is_cell("opd")), ("window.tokens",), "OPD runs with two lengths of fixed windows")
+OPD_TEACHER = OPD_WINDOWS._replace(
+    needs="OPD runs and an evaluation of their teacher with the same settings", contrast="top", reference="teacher"
 )
-MIXED = Comparison(
-    *(_sides(_is_mostly_forward, _is_reverse), KL),
-    f"runs with a constant forward weight from 0.8 to below 1 and with reverse KL {ALIKE}",
+MOSTLY_FORWARD = Comparison(
+    _sides(MIXED, REVERSE), KL, "runs with a constant forward weight from 0.8 to below 1 and with reverse KL"
 )
 WEIGHTS = Comparison(
-    *(lambda entry: _weight(_recipe(entry)), KL, f"runs with three or more forward weights {ALIKE}"),
+    lambda entry: _weight(_recipe(entry)),
+    KL,
+    "runs with three or more forward weights",
     contrast="slope",
     per=" by a weight of 1",
 )
-GATED = Comparison(
-    _sides(lambda recipe: recipe.window.schedule == "entropy-gated", lambda recipe: recipe.window.schedule == "fixed"),
-    GATE,
-    f"runs with entropy-gated and with fixed windows of the same tokens {ALIKE}",
-)
-RL_OF_OPD = Comparison(
-    *(
-        _sides(_is_cell("opd"), lambda _: False),
-        (),
-        "GRPO runs from OPD runs that were evaluated with the same settings",
-    ),
+GATED = Comparison(_gate, GATE, "runs with entropy-gated and with fixed windows of the same tokens")
+RL_OPD = Comparison(
+    _sides(_is_cell("opd"), lambda _: False),
+    (),
+    "GRPO from OPD runs, both evaluated with the same settings",
     contrast="top",
     of_grpo=True,
     reference="start",
 )
 RL_GAIN = Comparison(
-    *(_start_entropy, ("objective", "mixing", "window", "teacher", "train.steps", "train.flops")),
-    "GRPO runs alike from three or more starts of one seed, evaluated with the same settings",
+    _entropy,
+    ("objective", "mixing", "window", "teacher", "train.steps", "train.flops"),
+    "GRPO from three or more runs of a seed, all evaluated with the same settings",
     contrast="slope",
     of_grpo=True,
     reference="start",
     per=" by a nat of the start's entropy",
 )
 ROWS = (
-    Question("accuracy-entropy: accuracy", DIRECTION, "Avg", 1, "Reverse KL is more accurate than forward KL."),
-    Question("accuracy-entropy: entropy", DIRECTION, ENTROPY, -1, "Reverse KL leaves less entropy than forward KL."),
+    Question("accuracy-entropy: accuracy", DIRECTIONS, "Avg", 1, "Reverse KL is more accurate than forward KL."),
+    Question("accuracy-entropy: entropy", DIRECTIONS, ENTROPY, -1, "Reverse KL leaves less entropy than forward KL."),
     Question(
-        *("accuracy-entropy: coverage", DIRECTION, "Pass@k", -1),
+        *("accuracy-entropy: coverage", DIRECTIONS, "Pass@k", -1),
         "Reverse KL solves fewer problems in k tries: what low entropy would cost, though the paper does not claim it.",
     ),
     Question(
-        *("quality-compute: equal steps", AT_EQUAL_STEPS, "Avg", 1),
+        *("quality-compute: equal steps", EQUAL_STEPS, "Avg", 1),
         "Student prefixes are more accurate than teacher prefixes after the same number of steps.",
     ),
     Question("quality-compute: cost, cached", CACHED, COST, -1, "A step is cheaper with cached teacher prefixes.", 1),
@@ -422,37 +410,37 @@ ROWS = (
         1,
     ),
     Question(
-        *("quality-compute: equal operations", AT_EQUAL_COST, "Avg", -1),
+        *("quality-compute: equal operations", EQUAL_COST, "Avg", -1),
         "For the same operations teacher prefixes are the better buy: what their price suggests; the paper compares "
         "equal steps.",
     ),
-    Question("accuracy-stability: accuracy", WINDOW, "Avg", 1, "A longer window is more accurate."),
+    Question("accuracy-stability: accuracy", WINDOWS, "Avg", 1, "A longer window is more accurate."),
     Question(
-        "accuracy-stability: length", OPD_WINDOW, "length", 1, "OPD with a longer window writes longer responses."
+        "accuracy-stability: length", OPD_WINDOWS, "length", 1, "OPD with a longer window writes longer responses."
     ),
     Question(
-        *("accuracy-stability: truncation", OPD_WINDOW, "truncation", 1),
+        *("accuracy-stability: truncation", OPD_WINDOWS, "truncation", 1),
         "OPD with a longer window has more responses that never end.",
     ),
     Question(
-        *("accuracy-stability: collapse", OPD_AND_TEACHER, ENTROPY, -1),
+        *("accuracy-stability: collapse", OPD_TEACHER, ENTROPY, -1),
         "OPD with the longest window ends with less entropy than the teacher has.",
     ),
     Question(
-        *("forward weight >= 0.8: accuracy", MIXED, "Avg", 1),
+        *("forward weight >= 0.8: accuracy", MOSTLY_FORWARD, "Avg", 1),
         "A forward weight of at least 0.8 is safe: it costs less than 1 point of accuracy against reverse KL.",
         -1,
     ),
     Question(
-        *("forward weight >= 0.8: entropy", MIXED, ENTROPY, 1),
+        *("forward weight >= 0.8: entropy", MOSTLY_FORWARD, ENTROPY, 1),
         "A forward weight of at least 0.8 keeps more entropy than reverse KL.",
     ),
     Question(
-        *("forward weight >= 0.8: coverage", MIXED, "Pass@k", 1),
+        *("forward weight >= 0.8: coverage", MOSTLY_FORWARD, "Pass@k", 1),
         "A forward weight of at least 0.8 solves more problems in k tries than reverse KL.",
     ),
     Question(
-        *("forward weight >= 0.8: length", MIXED, "length", -1),
+        *("forward weight >= 0.8: length", MOSTLY_FORWARD, "length", -1),
         "A forward weight of at least 0.8 writes shorter responses than reverse KL.",
     ),
     Question("forward weight: entropy", WEIGHTS, ENTROPY, 1, "Entropy grows with the forward weight."),
@@ -460,12 +448,12 @@ ROWS = (
     Question("curriculum: length", GATED, "length", -1, "An entropy-gated window writes shorter responses."),
     *(
         Question(
-            *(f"RL: DAgger or {METHODS[key].name} start", _start_cell(key), "Avg", 1),
+            *(f"RL: DAgger or {METHODS[key].name} start", _starts(key), "Avg", 1),
             f"GRPO ends more accurate from a DAgger start than from one by {METHODS[key].name}.",
         )
         for key in ("sft", "offline-rl", "opd")
     ),
-    Question("RL: OPD start", RL_OF_OPD, "Avg", -1, "GRPO from an OPD start loses accuracy."),
+    Question("RL: OPD start", RL_OPD, "Avg", -1, "GRPO from an OPD start loses accuracy."),
     Question("RL: entropy of the start", RL_GAIN, "Avg", 1, "GRPO gains more from starts with more entropy."),
 )
 # What is about accuracy is asked a second time, of cooled responses.
