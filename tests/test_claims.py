@@ -1,5 +1,6 @@
 """The claims on run folders whose truth is known."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def known(recipe, sign):
 
 
 def evaluated(truth, rng, model="run", **settings):
-    """The rows of an evaluation, its problems drawn around the truth."""
+    """The rows of an evaluation, its problems drawn around the truth; cooled, all accuracies are half way to 0.5."""
     noise = 0.05 * np.random.default_rng(7).normal(size=NUM_PROBLEMS)
     noise += rng.normal(0, 0.002) + rng.normal(0, 0.02, NUM_PROBLEMS)
     columns = {
@@ -60,7 +61,9 @@ def evaluated(truth, rng, model="run", **settings):
     }
     settings = {"split": "test", "max_tokens": 128, "seed": 0, "end_ids": [1], **EVALUATION, **settings}
     row = {"step": 10, "model": model, "num_responses": NUM_RESPONSES, "problems": columns, "settings": settings}
-    return [{**row, "temperature": temperature} for temperature in (1.0, 0.6)]
+    # No claim is about anything else of cooled responses.
+    cooled = {"id": columns["id"], "score": [0.25 + score / 2 for score in columns["score"]]}
+    return [{**row, "temperature": 1.0}, {**row, "temperature": 0.6, "problems": cooled}]
 
 
 def finished(recipe, rows, cost=1.0):
@@ -143,7 +146,7 @@ def test_effects_are_those_that_were_put_in(studies):
     found = by_name(studies[1])
     for name, expected, tolerance in [
         ("accuracy-entropy: accuracy", 5, 0.6),
-        ("accuracy-entropy: accuracy, cooled", 5, 0.6),
+        ("accuracy-entropy: accuracy, cooled", 2.5, 0.3),
         ("accuracy-entropy: entropy", -(2 * 0.1 + 3 * 0.06) / 5, 0.002),
         ("quality-compute: cost, cached", 0.5, 1e-9),
         ("accuracy-stability: length", 8, 0.3),
@@ -152,9 +155,21 @@ def test_effects_are_those_that_were_put_in(studies):
         ("RL: DAgger or OPD start", 20, 1),
     ]:
         assert found[name].effect.value == pytest.approx(expected, abs=tolerance), name
-    assert (
-        found["accuracy-entropy: coverage"].metric == "Pass@k" and "k = 4" in found["accuracy-entropy: coverage"].detail
-    )
+
+
+def test_pass_at_k_is_that_of_half_the_responses(tmp_path):
+    rng = np.random.default_rng(0)
+    means, entries = [], []
+    for cell in ("offline-rl", "sft"):
+        run = make(tmp_path / cell, CELLS[cell])
+        rows = evaluated(known(run, 1), rng)
+        # Of 70 draws of four of eight responses, how many hold one of the correct ones.
+        draws = list(itertools.combinations(range(NUM_RESPONSES), 4))
+        hits = [sum(min(draw) < correct for draw in draws) for correct in rows[0]["problems"]["num_correct"]]
+        means.append(100 * np.mean(hits) / len(draws))
+        entries.append(read_entry(finished(run, rows)))
+    claim = by_name(entries)["accuracy-entropy: coverage"]
+    assert claim.effect.value == pytest.approx(means[0] - means[1]) and "k = 4" in claim.detail
 
 
 def test_every_claim_is_listed_when_there_are_no_runs(studies):
@@ -262,7 +277,7 @@ def test_intervals_are_those_of_resampled_seeds_and_problems():
     table = sum(tables) / 2
     draws = [table[rng.integers(0, 20, 20)][:, rng.integers(0, 60, 60)].mean() for _ in range(4000)]
     found, over = estimate(effects)
-    assert found.value == pytest.approx(table.mean()) and over == "interval over seeds and problems"
+    assert found.value == pytest.approx(table.mean()) and over == "interval over 20 seeds and problems"
     assert (found.low, found.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.15)
 
 

@@ -143,7 +143,7 @@ def _judge(question: Question, entries: dict[Path, Entry], temperature: float | 
     if not effects:
         return replace(claim, detail=f"needs {question.compared.needs}, alike in all else")
     effect, over = estimate(list(effects.values()))
-    detail = [f"{len(effects)} seed{'s' * (len(effects) > 1)}, {len(pairs)} pair{'s' * (len(pairs) > 1)}", over]
+    detail = [f"{len(pairs)} pair{'s' * (len(pairs) > 1)}", over]
     if unit == "times":
         effect = Estimate(*(math.exp(x) for x in effect))
         detail.append("building a cache once is not counted")
@@ -193,9 +193,11 @@ def estimate(seeds: Sequence[Sequence[dict[str, float]]]) -> tuple[Estimate, str
     if len(rows) == 1:
         return seeds_and_problems([list(rows[0].values())]), "one seed: training noise is not in the interval"
     if all(row.keys() == rows[0].keys() for row in rows):
-        over = "interval over seeds" + (" and problems" if len(rows[0]) > 1 else "")
+        over = f"interval over {len(rows)} seeds" + (" and problems" if len(rows[0]) > 1 else "")
         return seeds_and_problems([[row[problem] for problem in rows[0]] for row in rows]), over
-    return seeds_and_problems([[_mean(row)] for row in rows]), "interval over seeds, evaluated on different problems"
+    return seeds_and_problems(
+        [[_mean(row)] for row in rows]
+    ), f"interval over {len(rows)} seeds, evaluated on different problems"
 
 
 def _pairs(runs: Sequence[Run], weights: Sequence[float]) -> list[tuple[Path, Path]]:
