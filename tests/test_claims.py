@@ -248,6 +248,36 @@ def test_a_start_may_be_a_relative_path(tmp_path, monkeypatch):
     assert by_name(entries)["RL: OPD start"].pairs == ((tmp_path / "grpo", tmp_path / "runs" / "opd"),)
 
 
+def test_grpo_runs_that_differ_are_not_paired(tmp_path):
+    rng = np.random.default_rng(0)
+    entries = []
+    for cell, steps in (("dagger", 10), ("sft", 20)):
+        start = make(tmp_path / cell, CELLS[cell])
+        grpo = {"out": tmp_path / f"grpo-{cell}", "model": str(start.out), "grpo": {"steps": steps}}
+        runs = (start, GrpoRecipe.model_validate({**grpo, "evaluation": EVALUATION}))
+        entries += [read_entry(finished(run, evaluated(known(start, 1), rng))) for run in runs]
+    assert by_name(entries)["RL: DAgger or SFT start"].verdict == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "gamma", "is_measured"),
+    [
+        ("potstill:teacher", {}, 0.0, True),
+        ("another", {}, 0.0, False),
+        ("potstill:teacher", {"max_tokens": 64}, 0.0, False),
+        ("potstill:teacher", {}, 1.0, False),
+    ],
+)
+def test_opd_is_compared_with_its_own_teacher(tmp_path, model, settings, gamma, is_measured):
+    """And only with the reverse KL's local gradient is it the paper's OPD."""
+    rng = np.random.default_rng(0)
+    run = make(tmp_path / "opd", {**CELLS["opd"], "gamma": gamma})
+    (tmp_path / "teacher.json").write_text(json.dumps(evaluated(known(run, 0), rng, model, **settings)))
+    entries = [read_entry(finished(run, evaluated(known(run, 1), rng))), read_entry(tmp_path / "teacher.json")]
+    pairs = by_name(entries)["accuracy-stability: collapse"].pairs
+    assert pairs == (((tmp_path / "opd", tmp_path / "teacher.json"),) if is_measured else ())
+
+
 def test_seeds_with_problems_of_their_own_are_not_mixed_up(tmp_path):
     """A task gives the problems of every seed the same ids, so ids alone would align them."""
     rng = np.random.default_rng(0)
