@@ -1,6 +1,7 @@
 """What run folders, evaluation files and study folders hold, for whoever compares them. Reads files; needs no torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,20 @@ def resume_command(folder: Path) -> str:
     """What goes on with an unfinished run."""
     recipe = load_any_recipe(folder / "recipe.toml")
     return f"potstill {'grpo' if isinstance(recipe, GrpoRecipe) else 'train'} {folder / 'recipe.toml'}"
+
+
+def recipe_key(entry: Entry, ignore: Sequence[str]) -> str:
+    """What runs agree in that differ in nothing but `ignore`: the resolved recipe as JSON, without `out` and without
+    these dotted fields or whole sections."""
+    assert entry.recipe is not None, f"{str(entry.path)!r} has no recipe"
+    data = entry.recipe.resolved()
+    for name in ("out", *ignore):
+        *sections, field = name.split(".")
+        section = data
+        for key in sections:
+            section = section.get(key, {})
+        section.pop(field, None)
+    return json.dumps(data, sort_keys=True)
 
 
 def read_panels(paths: list[Path]) -> list[Panel]:
