@@ -24,7 +24,7 @@ $(VENV)/installed-real: $(VENV)/installed
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/potstill demo
+	$(BIN)/potstill study quick
 
 test: $(VENV)/installed
 	$(BIN)/pytest

@@ -1,44 +1,84 @@
 """Make the shipped models from nothing: `make assets`, or `scripts/make_assets.py NAME...` for some of them.
 
-Writes an untrained model folder for each (configuration and tokenizer), trains their recipes side by side, and puts the
-results into the package.
+Each is trained by the recipe `assets-NAME` from its blueprint, which is an untrained model or what another asset has
+become. Those that begin from nothing are trained side by side, then those that go on; the results are put into the
+package.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import Qwen3Config
 
+from potstill import load_recipe, train
+from potstill.data import load_examples
+from potstill.models import load_model, save_model
 from potstill.tasks.multiplication import build_tokenizer
 
 BUILD = Path("build/assets")
 ASSETS = Path("src/potstill/assets")
-# Hidden size, layers, feed-forward size, query heads, key-value heads.
-SHAPES = {
-    "teacher": (96, 3, 256, 4, 2),
-    "base": (64, 2, 128, 4, 2),
-    "columns-teacher": (96, 3, 256, 4, 2),
-    "columns-tiny": (24, 2, 48, 2, 1),
+# The token that stops-student does not know as an end, and the context for responses that do not end.
+NEW_END, LONG_CONTEXT = "<im_end>", 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An untrained Qwen3."""
+
+    hidden_size: int
+    num_layers: int
+    feed_forward: int
+    num_heads: int = 4
+    num_key_value_heads: int = 2
+
+
+@dataclass(frozen=True)
+class GoesOn:
+    """What another asset has become, with `NEW_END` in the vocabulary or even as its own end.
+
+    Its completions are followed by `num_padding` more end tokens that are trained on, as padding is that is not masked.
+    """
+
+    parent: str
+    adds_end: bool = False
+    ends_anew: bool = False
+    num_padding: int = 0
+
+
+BLUEPRINTS: dict[str, Shape | GoesOn] = {
+    "teacher": Shape(96, 3, 256),
+    "teacher-small": Shape(64, 3, 112),
+    "base": Shape(64, 2, 128),
+    "columns-teacher": Shape(96, 3, 256),
+    "columns-plain": Shape(32, 2, 64),
+    "columns-tiny": Shape(24, 2, 48, 2, 1),
+    "columns-student": GoesOn("columns-plain"),
+    "stops-student": GoesOn("base", adds_end=True),
+    "stops-teacher": GoesOn("teacher-small", adds_end=True, ends_anew=True),
+    "stops-teacher-loop": GoesOn("teacher-small", adds_end=True, ends_anew=True, num_padding=24),
 }
+# A step on the way, which is not shipped.
+UNSHIPPED = ("columns-plain",)
 
 
-def write_blueprint(name: str) -> None:
-    """An untrained Qwen3 of the given shape, with the task's tokenizer."""
+def write_untrained(shape: Shape, folder: Path) -> None:
+    """The configuration of the shape, with the task's tokenizer."""
     tokenizer = build_tokenizer()
-    hidden_size, num_layers, feed_forward, num_heads, num_key_value_heads = SHAPES[name]
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        intermediate_size=feed_forward,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_key_value_heads,
-        head_dim=hidden_size // num_heads,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        intermediate_size=shape.feed_forward,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.hidden_size // shape.num_heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -48,31 +88,57 @@ def write_blueprint(name: str) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         architectures=["Qwen3ForCausalLM"],
     )
-    config.save_pretrained(BUILD / f"{name}-blueprint")
-    tokenizer.save_pretrained(BUILD / f"{name}-blueprint")
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_successor(blueprint: GoesOn, folder: Path) -> None:
+    """The parent's weights; the embedding of a new token is the mean of the others."""
+    made = BUILD / blueprint.parent / "model"
+    model = load_model(str(made if made.exists() else ASSETS / blueprint.parent))
+    if blueprint.adds_end:
+        model.tokenizer.add_special_tokens({"additional_special_tokens": [NEW_END]})
+        model.model.config.max_position_embeddings = LONG_CONTEXT
+        embedding = model.model.resize_token_embeddings(len(model.tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            embedding.weight[-1] = embedding.weight[:-1].mean(0)
+    if blueprint.ends_anew:
+        model.tokenizer.eos_token = NEW_END
+        model.model.config.eos_token_id = model.tokenizer.eos_token_id
+    save_model(model, model.model.state_dict(), (model.tokenizer.eos_token_id,), folder)
+
+
+def make(name: str) -> None:
+    """Train one asset in its run folder, on one thread: it is too small for two threads to help."""
+    torch.set_num_threads(1)
+    blueprint, folder = BLUEPRINTS[name], BUILD / f"{name}-blueprint"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(BUILD / name, ignore_errors=True)
+    recipe, prompts = load_recipe(f"assets-{name}"), None
+    if isinstance(blueprint, Shape):
+        write_untrained(blueprint, folder)
+    else:
+        write_successor(blueprint, folder)
+        if blueprint.num_padding:
+            padding = (NEW_END * blueprint.num_padding, True)
+            examples = load_examples(recipe.data.source, num_examples=recipe.data.num_prompts)
+            prompts = [replace(each, completion=(*(each.completion or ()), padding)) for each in examples]
+    train(recipe, prompts=prompts)
 
 
 def main(names: list[str]) -> None:
+    # The second wave goes on from what the first has made.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for kind in (Shape, GoesOn):
+            list(pool.map(make, [name for name in names if isinstance(BLUEPRINTS[name], kind)]))
     for name in names:
-        shutil.rmtree(BUILD / name, ignore_errors=True)
-        write_blueprint(name)
-    # One thread each: the models are too small for two threads to help one of them.
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def train(name: str) -> int:
-        return subprocess.call([sys.executable, "-m", "potstill", "train", f"assets-{name}"], env=one_thread)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        exit_codes = list(pool.map(train, names))
-    if any(exit_codes):
-        sys.exit("making the assets failed; the shipped ones are untouched")
-    for name in names:
-        shutil.rmtree(ASSETS / name, ignore_errors=True)
-        shutil.copytree(BUILD / name / "model", ASSETS / name)
+        if name not in UNSHIPPED:
+            shutil.rmtree(ASSETS / name, ignore_errors=True)
+            shutil.copytree(BUILD / name / "model", ASSETS / name)
         for row in map(json.loads, (BUILD / name / "evals.jsonl").read_text().splitlines()):
             value, low, high = row["avg"]
             print(f"{name} at T={row['temperature']:g}: Avg@{row['num_responses']} {value:.1%} [{low:.1%}, {high:.1%}]")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(SHAPES))
+    main(sys.argv[1:] or list(BLUEPRINTS))

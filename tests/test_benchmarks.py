@@ -35,6 +35,7 @@ ROWS = {
         "url": "https://example.org",
         "year": "2024",
     },
+    "deepscaler": {"problem": "What is $2 + 3$?", "answer": "5", "solution": "It is 5."},
 }
 # (response, score) of each.
 RESPONSES = {
@@ -48,6 +49,7 @@ RESPONSES = {
     "math500": [("\\boxed{(3, \\pi/2)}", 1), ("\\boxed{(3, \\frac{\\pi}{3})}", 0), ("\\boxed{3}", 0)],
     "amc23": [("\\boxed{27}", 1), ("\\boxed{27.0}", 1), ("\\boxed{28}", 0)],
     "aime24": [("\\boxed{204}", 1), ("\\boxed{0204}", 1), ("\\boxed{204.5}", 0), ("it is 204", 0)],
+    "deepscaler": [("\\boxed{5}", 1), ("\\boxed{6}", 0)],
 }
 
 

@@ -3,11 +3,22 @@ import tomllib
 import pytest
 from conftest import tiny_recipe
 
-from potstill.config import METHODS, Recipe, RecipeError, field_names, load_recipe, make_recipe, to_toml, unread_fields
+from potstill.config import (
+    METHODS,
+    SHIPPED_RECIPES,
+    Recipe,
+    RecipeError,
+    field_names,
+    load_recipe,
+    make_recipe,
+    to_toml,
+    unread_fields,
+)
 
 
 def test_every_shipped_recipe_is_valid():
-    for name in ("demo", "assets-teacher", "assets-base", "smollm2"):
+    assets = (path.stem for path in SHIPPED_RECIPES.glob("assets-*.toml"))
+    for name in ("demo", "smollm2", *assets):
         assert load_recipe(name).train.steps > 0
 
 
@@ -40,6 +51,15 @@ def test_every_shipped_recipe_is_valid():
             r"teacher.model is set but not",
         ),
         ({"objective": {"prefix": "dataset"}, "sampling": {"top_p": 0.9}}, r"sampling.top_p is set but not read"),
+        (
+            {"objective": {"prefix": "dataset"}, "rollouts": {"end_set": "student"}},
+            r"rollouts.end_set is set but not read",
+        ),
+        (
+            {"teacher": {"model": "self"}, "rollouts": {"end_set": "student"}},
+            r'rollouts.end_set is set but not read: teacher.model is "self", which ends as the student does',
+        ),
+        ({"rollouts": {"end_set": "teacher"}}, r"rollouts.end_set is 'teacher': input should be 'union' or 'student'"),
         (
             {"evaluation": {"num_problems": 9}},
             r"evaluation.num_problems is set but not read: evaluation.source is not set",

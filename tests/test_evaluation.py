@@ -108,13 +108,9 @@ def test_levels_average_to_the_whole():
     assert sum(level["avg"].value for level in row["levels"].values()) / 3 == pytest.approx(row["avg"].value)
 
 
-def test_responses_are_graded_up_to_their_first_end_token():
-    """A model that always answers, ends, and would go on: nothing after the end may count."""
+def scripted_model(script):
+    """A model that writes these ids and then its last one for ever."""
     model = make_model()
-    tokenizer = build_tokenizer()
-    answer = Multiplication().examples("test", 6, 0)[3].answer
-    pieces = [f"#{answer}.", "<eos>", "#99."]
-    script = [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
 
     def scripted(input_ids, position_ids, **inputs):
         out = forward(input_ids=input_ids, position_ids=position_ids, **inputs)
@@ -124,10 +120,52 @@ def test_responses_are_graded_up_to_their_first_end_token():
         return out
 
     forward, model.model.forward = model.model.forward, scripted
-    (row,) = evaluate(model, SMALL.model_copy(update={"temperatures": (1.0,), "max_tokens": 32}), quiet=True)
+    return model
+
+
+def test_responses_are_graded_up_to_their_first_end_token():
+    """A model that always answers, ends, and would go on: nothing after the end may count."""
+    tokenizer = build_tokenizer()
+    answer = Multiplication().examples("test", 6, 0)[3].answer
+    script = tokenizer.encode(f"#{answer}.<eos>#99.", add_special_tokens=False)
+    settings = SMALL.model_copy(update={"temperatures": (1.0,), "max_tokens": 32})
+    (row,) = evaluate(scripted_model(script), settings, quiet=True)
     assert row["length"].value == len(f"#{answer}.") + 1 and row["truncation"].value == 0
     # One of the six problems has this answer, and the other answer comes after the end.
     assert row["avg"].value == pytest.approx(1 / 6)
+
+
+def test_end_tokens_say_what_ends_a_response(tmp_path):
+    """One model, three ends: the first answer, the second, and none before the cap."""
+    tokenizer = build_tokenizer()
+    answer = Multiplication().examples("test", 6, 0)[3].answer
+    script = tokenizer.encode(f"#{answer}.<eos>#99.<bos>#{answer}.", add_special_tokens=False)
+    model, first, cap = scripted_model(script), len(f"#{answer}.") + 1, 32
+    for end_tokens, end_ids, length, avg in (
+        (("<eos>", "<bos>"), [2, 1], first, 1 / 6),
+        (("<bos>",), [1], first + len("#99.") + 1, 0.0),
+        (("<pad>",), [0], cap, 1 / 6),
+    ):
+        update = {"temperatures": (1.0,), "max_tokens": cap, "end_tokens": end_tokens}
+        settings = SMALL.model_copy(update=update)
+        # What it says wins over what a caller gives, as a run's end set.
+        (row,) = evaluate(model, settings, end_ids=(2,), responses=tmp_path, quiet=True)
+        assert (row["length"].value, row["truncation"].value) == (length, end_ids == [0])
+        assert row["avg"].value == pytest.approx(avg) and row["answered"].value == 1
+        # Where nothing follows the answer, the end token counts too.
+        assert row["length_to_answer"].value == first - (length > first)
+        assert (row["settings"]["end_tokens"], row["settings"]["end_ids"]) == (list(end_tokens), end_ids)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_unknown_end_tokens_are_refused_with_the_known_ones(capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "sample", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "potstill:base", "--end-tokens", "<eos>", "<im_end>"])
+    assert stopped.value.code == 2
+    assert "'<im_end>' is not in the tokenizer's vocabulary; its special tokens are <pad>, <bos>, <eos>" in (
+        capsys.readouterr().err
+    )
 
 
 def test_only_tasks_can_be_scored():

@@ -115,7 +115,21 @@ def test_scaling_and_soft_capping_of_other_architectures(architecture):
 
 def test_shipped_folders_are_small_safetensors():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 3_000_000
+    later = [path for path in files if path.parent.name not in ("teacher", "base")]
+    assert sum(path.stat().st_size for path in later) < 3_000_000
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     for name in ("teacher", "base"):
         assert json.loads((ASSETS / name / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_the_shipped_models_of_the_stop_study_end_differently():
+    """One vocabulary, two ends; at the end of an answer each is as good as sure of its own, one teacher repeats it."""
+    eos, im_end, after = 2, 23, {}
+    for name, end_id in (("student", eos), ("teacher", im_end), ("teacher-loop", im_end)):
+        model = load_model(f"potstill:stops-{name}")
+        assert model.end_ids == (end_id,) and len(model.tokenizer) == model.vocab_size == 24
+        ids = model.tokenizer.encode("__84*2=4*2+0=08|8*2+0=16|#168.<im_end>")
+        probs_TV = model.model(input_ids=torch.tensor([ids])).logits[0, -2:].softmax(-1)
+        assert probs_TV[0, end_id] > 0.8
+        after[name] = probs_TV[1, im_end].item()
+    assert after["teacher-loop"] > 0.9 > 0.1 > after["teacher"]

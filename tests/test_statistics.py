@@ -81,20 +81,39 @@ def test_holm_by_hand():
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
-def test_intervals_over_seeds_and_problems_cover():
-    """95 % +- 2 % where seeds and problems both vary; over problems alone it would be far less."""
+@pytest.mark.parametrize(("num_seeds", "of_seeds", "least"), [(24, 0.5, 0.93), (5, 0.1, 0.93), (3, 0.5, 0.90)])
+def test_intervals_over_seeds_and_problems_cover(num_seeds, of_seeds, least):
+    """At least 95 % - 2 % where seeds and problems both vary, a little less where three seeds are all that varies."""
     rng = np.random.default_rng(1)
-    hits = problems_alone = 0
     num_trials = 600
+    hits = problems_alone = 0
     for _ in range(num_trials):
-        seeds, problems = rng.normal(0, 0.5, (24, 1)), rng.normal(0, 1, (1, 60))
-        table = 3 + seeds + problems + rng.normal(0, 0.3, (24, 60))
-        found = seeds_and_problems(table.tolist(), num_resamples=400)
+        seeds, problems = rng.normal(0, of_seeds, (num_seeds, 1)), rng.normal(0, 1, (1, 60))
+        table = 3 + seeds + problems + rng.normal(0, 0.3, (num_seeds, 60))
+        found = seeds_and_problems(table.tolist())
         hits += found.low <= 3 <= found.high
-        alone = mean_over_problems(table[0].tolist())
-        problems_alone += alone.low <= 3 <= alone.high
-    assert 0.93 <= hits / num_trials <= 0.97
-    assert problems_alone / num_trials < 0.7
+        half = 1.96 * table[0].std() / 60**0.5
+        problems_alone += abs(table[0].mean() - 3) <= half
+    assert least <= hits / num_trials <= 0.97
+    if of_seeds == 0.5:
+        assert problems_alone / num_trials < 0.7
+
+
+def test_intervals_over_many_seeds_and_problems_are_those_of_the_bootstrap():
+    rng = np.random.default_rng(3)
+    table = 3 + rng.normal(0, 0.5, (40, 1)) + rng.normal(0, 1, (1, 60)) + rng.normal(0, 0.3, (40, 60))
+    draws = [table[rng.integers(0, 40, 40)][:, rng.integers(0, 60, 60)].mean() for _ in range(3000)]
+    found = seeds_and_problems(table.tolist())
+    assert found.value == pytest.approx(table.mean())
+    assert (found.low, found.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.05)
+
+
+def test_seeds_alone_are_students_t_and_one_seed_is_the_bootstrap_over_problems():
+    values = [0.1, 0.4, 0.25, 0.3]
+    expected = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
+    assert seeds_and_problems([[v] for v in values])[1:] == pytest.approx(expected)
+    assert seeds_and_problems([values]) == mean_over_problems(values)
+    assert seeds_and_problems([[0.5, 0.5], [0.5, 0.5]]) == (0.5, 0.5, 0.5)
 
 
 def test_intervals_over_problems_cover():

@@ -14,7 +14,7 @@ from conftest import make_model, tiny_recipe
 from safetensors.torch import load_file
 
 import potstill
-from potstill import runlog
+from potstill import runlog, training
 from potstill.config import METHODS, RecipeError, to_toml
 from potstill.data import DataError
 from potstill.models import ModelError
@@ -123,6 +123,48 @@ def test_the_end_set_is_the_union_and_is_exported(tmp_path, capsys):
     assert "warning: the student ends on (2,), the teacher on (22,)" in capsys.readouterr().err
     exported = json.loads((result.folder / "model" / "generation_config.json").read_text())
     assert exported["eos_token_id"] == [2, 22]
+
+
+@pytest.mark.parametrize("prefix", ["student", "teacher"])
+def test_the_end_set_of_the_student_alone_ends_nothing_else(tmp_path, capsys, monkeypatch, prefix):
+    """Both writers, both settings: what stands inside the rollouts, and what is stored and exported."""
+    real, written = training.write_rollouts, {}
+
+    def keep(*given):
+        written[end_set] = real(*given)
+        return written[end_set]
+
+    monkeypatch.setattr(training, "write_rollouts", keep)
+    train = {"steps": 1, "prompts_per_step": 48}
+    for end_set, end_ids in (("union", [2, 22]), ("student", [2])):
+        recipe = tiny_recipe(
+            tmp_path / end_set,
+            objective={"prefix": prefix},
+            rollouts={"end_set": end_set},
+            train=train,
+            evaluation={"source": "multiplication", "num_problems": 3, "temperatures": (1.0,), "max_tokens": 16},
+        )
+        result = potstill.train(recipe, student=make_model(seed=0), teacher=make_model(seed=1, eos_token_id=22))
+        environment = json.loads((result.folder / "environment.json").read_text())
+        # Which ids are one class in the loss is another question.
+        assert environment["end_ids"] == end_ids and environment["end_class_merged"]
+        assert runlog.read_rows(result.folder / "evals.jsonl")[0]["settings"]["end_ids"] == end_ids
+        exported = json.loads((result.folder / "model" / "generation_config.json").read_text())["eos_token_id"]
+        assert exported == (end_ids if len(end_ids) > 1 else end_ids[0])
+        assert ('warning: rollouts.end_set is "student"' in capsys.readouterr().err) == (end_set == "student")
+        for rollout in written[end_set]:
+            *inside, last = rollout.completion_ids
+            assert not set(inside) & set(end_ids) and (rollout.stop == "end") == (last in end_ids)
+            assert rollout.stop == "end" or len(rollout.completion_ids) == 24
+    assert any(rollout.completion_ids[-1] == 22 for rollout in written["union"])
+    assert any(22 in rollout.completion_ids[:-1] for rollout in written["student"])
+
+
+def test_unknown_end_tokens_are_refused_before_any_work(tmp_path):
+    evaluation = {"source": "multiplication", "end_tokens": ("<eos>", "<im_end>")}
+    with pytest.raises(ModelError, match=r"end token '<im_end>' is not in .* special tokens are <pad>, <bos>, <eos>"):
+        potstill.train(tiny_recipe(tmp_path / "run", evaluation=evaluation), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_killed_runs_resume_to_the_same_bits(tmp_path):

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from potstill.cache_build import build_cache, verify_cache
-    from potstill.config import CacheOptions, Recipe, load_recipe
+    from potstill.config import CacheOptions, GrpoRecipe, Recipe, load_grpo_recipe, load_recipe
     from potstill.divergence import token_divergence
     from potstill.evaluation import evaluate
     from potstill.fused import fused_loss, fused_statistics
+    from potstill.grpo import run_grpo
     from potstill.heads import Head
     from potstill.training import train
     from potstill.types import LossTerms
@@ -18,7 +19,9 @@ _HOMES = {
     "CacheOptions": "potstill.config",
     "build_cache": "potstill.cache_build",
     "verify_cache": "potstill.cache_build",
+    "GrpoRecipe": "potstill.config",
     "Recipe": "potstill.config",
+    "load_grpo_recipe": "potstill.config",
     "load_recipe": "potstill.config",
     "token_divergence": "potstill.divergence",
     "evaluate": "potstill.evaluation",
@@ -26,10 +29,12 @@ _HOMES = {
     "fused_statistics": "potstill.fused",
     "Head": "potstill.heads",
     "LossTerms": "potstill.types",
+    "run_grpo": "potstill.grpo",
     "train": "potstill.training",
 }
 __all__ = [
     "CacheOptions",
+    "GrpoRecipe",
     "Head",
     "LossTerms",
     "Recipe",
@@ -37,7 +42,9 @@ __all__ = [
     "evaluate",
     "fused_loss",
     "fused_statistics",
+    "load_grpo_recipe",
     "load_recipe",
+    "run_grpo",
     "token_divergence",
     "train",
     "verify_cache",

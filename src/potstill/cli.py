@@ -16,10 +16,12 @@ from potstill.config import (
     METHODS,
     CacheOptions,
     Evaluation,
+    GrpoFields,
     RecipeError,
     RecipeFields,
     Sampling,
     field_names,
+    load_grpo_recipe,
     load_recipe,
     to_toml,
 )
@@ -28,6 +30,7 @@ from potstill.config import (
 MULTIPLICATION = Evaluation(source="multiplication")
 EXACT_SAMPLING = Sampling()
 RECIPE_FIELDS = RecipeFields()
+GRPO_FIELDS = GrpoFields()
 HIDDEN_STATES = CacheOptions()
 
 
@@ -87,6 +90,28 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         if world.is_main:
             print(f"{resolved.method}: the student is in {result.folder / 'model'}")
             _print_results([result.folder])
+
+    @app.command
+    def grpo(
+        recipe: Positional[str],
+        dry_run: bool = False,
+        fields: Annotated[GrpoFields, tyro.conf.arg(name="")] = GRPO_FIELDS,
+    ) -> None:
+        """Train a run or model by reinforcement learning, or resume that. Every field below overrides the recipe's.
+
+        Args:
+            recipe: A TOML file, or the name of a shipped recipe such as grpo.
+            dry_run: Print the resolved recipe and stop.
+        """
+        resolved = load_grpo_recipe(recipe, overrides)
+        if dry_run:
+            print(to_toml(resolved.resolved()), end="")
+            return
+        from potstill.grpo import run_grpo
+
+        folder = run_grpo(resolved)
+        print(f"GRPO from {resolved.model}: the model is in {folder / 'model'}")
+        _print_results([folder])
 
     @app.command
     def evaluate(
@@ -187,18 +212,34 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         print(f"wrote {write_report(paths, out)}")
 
     @app.command
-    def demo(out: Path = Path("runs/demo"), jobs: int | None = None, steps: int | None = None) -> None:
-        """Train the four cells on the shipped pair, evaluate them beside base and teacher, and write the report.
+    def study(
+        study: Positional[str],
+        jobs: int | None = None,
+        dry_run: bool = False,
+        report: bool = True,
+    ) -> None:
+        """Run a grid of distillations, each once, and write one report of all.
+
+        Prints the plan with estimated time and disk first. The same command goes on after a kill; what crashed is done
+        again. Exits with 1 if anything crashed.
 
         Args:
-            out: Folder of the runs and the report; what is already there is not repeated.
-            jobs: Processes side by side; one a core by default.
-            steps: Steps of each run; those of the demo recipe by default.
+            study: A TOML file, or the name of a shipped study such as quick.
+            jobs: Processes side by side; by default one a core, or one where there is a GPU.
+            dry_run: Print the plan, run by run, and stop.
+            report: Write report.html into the study's folder at the end.
         """
-        from potstill.demo import run_demo
+        from potstill.study import read_study_file, run_study
 
         _refuse_overrides(overrides)
-        run_demo(out, jobs, steps)
+        found = read_study_file(study)
+        is_whole = run_study(found, jobs, dry_run)
+        if report and not dry_run:
+            from potstill.report import write_report
+
+            print(f"wrote {write_report([found.out], found.out / 'report.html')}")
+        if not is_whole:
+            sys.exit(1)
 
     return app
 
@@ -268,11 +309,14 @@ def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `--section.field VALUE` (and `train`'s `--out`) out of the arguments, with values read as TOML would."""
+    """Take `--section.field VALUE`, and of the command's recipe `--out` and the like, out of the arguments.
+
+    Values are read as TOML would.
+    """
     rest: list[str] = []
     overrides: dict[str, Any] = {}
-    is_train = argv[:1] == ["train"]
-    top_level = {name for name in field_names() if "." not in name} if is_train else set()
+    schema = {"train": RecipeFields, "grpo": GrpoFields}.get(argv[0]) if argv else None
+    top_level = {name for name in field_names(schema) if "." not in name} if schema else set()
     i = 0
     while i < len(argv):
         name, equals, value = argv[i].removeprefix("--").partition("=")
@@ -302,8 +346,8 @@ def _literal(text: str) -> Any:
 def _refuse_overrides(overrides: dict[str, Any]) -> None:
     if overrides:
         raise RecipeError(
-            f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train` and `potstill cache build` "
-            "take"
+            f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train`, `potstill grpo` and "
+            "`potstill cache build` take"
         )
 
 

@@ -4,6 +4,7 @@ Every field is read by the mode that the recipe chooses, or it may not be set: `
 says which field needs which mode.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -227,6 +228,10 @@ class Sampling(Section):
 class Rollouts(Section):
     reuse: int = Field(default=1, ge=1)
     """Optimiser steps that each set of rollouts serves. Their age in steps is logged."""
+    end_set: Literal["union", "student"] = "union"
+    """What ends a completion, in training, evaluation and the exported model. union: any end token of student or
+    teacher; student: the student's own alone, which is how a mismatch of end tokens drives responses to the length
+    cap."""
 
 
 class Window(Section):
@@ -317,6 +322,9 @@ class Evaluation(Section):
     """As in sampling.top_k."""
     max_tokens: int = Field(default=128, ge=1)
     """Completion length cap in evaluation."""
+    end_tokens: tuple[str, ...] = ()
+    """Tokens that end a response, as the tokenizer names them; by default those stored with the model, or after
+    training those of rollouts.end_set."""
     batch_size: int = Field(default=256, ge=1)
     """Rows decoded together."""
     seed: int = 0
@@ -517,17 +525,7 @@ class Recipe(RecipeFields):
             )
         if window.schedule == "fixed":
             return
-        if window.start > window.tokens:
-            raise ValueError(
-                f"window.start is {window.start}, more than window.tokens = {window.tokens}; lower it or raise the cap"
-            )
-        if window.ladder is not None:
-            rungs = [window.start, *window.ladder]
-            if not window.ladder or rungs != sorted(set(rungs)) or rungs[-1] != window.tokens:
-                raise ValueError(
-                    f"window.ladder is {list(window.ladder)}; it must grow from above window.start = {window.start} to "
-                    f"window.tokens = {window.tokens}"
-                )
+        _check_ladder(window)
         if window.schedule == "entropy-gated" and window.reference == "teacher" and self.teacher.cache is not None:
             raise ValueError(
                 'window.reference is "teacher" and teacher.cache is set: a cached teacher cannot score what the '
@@ -554,7 +552,11 @@ class Recipe(RecipeFields):
 
 
 class Grpo(Section):
-    """Group-relative policy optimisation (arXiv 2402.03300), as TRL's GRPOTrainer does it."""
+    """Group-relative policy optimisation (arXiv 2402.03300), as TRL's GRPOTrainer does it.
+
+    A response's advantage is its score minus its group's mean, over the group's standard deviation; the loss is the
+    mean over the tokens of the step. Each set of responses serves one update, so that nothing is clipped.
+    """
 
     steps: int = Field(default=40, ge=1)
     """Optimiser updates."""
@@ -562,24 +564,26 @@ class Grpo(Section):
     """Prompts of one update."""
     group_size: int = Field(default=8, ge=2)
     """Responses to each prompt; their scores are compared with each other."""
+    rows_per_batch: int = Field(default=32, ge=1)
+    """Responses of one forward-backward slice, at most. Gradients do not depend on it."""
     lr: float = Field(default=5e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate; models of billions of weights take about 1e-6."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or cosine decay to 0."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up."""
     kl_weight: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the start model; 0 does without one, as the paper does."""
+    """Weight of the KL to the start model, which is then kept in memory; 0 does without one."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     checkpoint_every: int = Field(default=20, ge=1)
-    """Steps between checkpoints."""
+    """Steps between checkpoints; one is also written at the end."""
     seed: int = 0
     """Seed of the data order and of sampling."""
 
 
-class GrpoRecipe(RunRecipe):
-    """What one GRPO run does: reinforcement learning of a task's scores, from any model or run."""
+class GrpoFields(RunRecipe):
+    """All fields of a GRPO recipe, each checked by itself."""
 
     out: Path = Path("runs/grpo")
     """Run folder. A run that is already there and unfinished is resumed."""
@@ -594,6 +598,59 @@ class GrpoRecipe(RunRecipe):
     @property
     def method(self) -> str:
         return "GRPO"
+
+    def unread(self) -> dict[str, str]:
+        unread = _unread_of_window(self.window)
+        unread["data.prompt_column"] = "GRPO needs scores, so data.source is a task, which has no columns"
+        if self.evaluation.source is None:
+            unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
+        return unread
+
+
+class GrpoRecipe(GrpoFields):
+    """What one GRPO run does: reinforcement learning of a task's scores, from any model or run."""
+
+    @model_validator(mode="after")
+    def _every_set_field_is_read(self):
+        self.refuse_unread()
+        if is_table(self.data.source):
+            raise ValueError(
+                f"data.source is {self.data.source!r}; only the responses of a task can be scored: choose one of "
+                f"{', '.join(TASK_NAMES)}"
+            )
+        sampling = self.sampling
+        if not sampling.temperature or sampling.top_p < 1 or sampling.top_k:
+            raise ValueError(
+                f"sampling is temperature = {sampling.temperature:g}, top_p = {sampling.top_p:g}, top_k = "
+                f"{sampling.top_k}: the policy gradient needs tokens drawn from the whole distribution; use a "
+                "temperature above 0, top_p = 1 and top_k = 0"
+            )
+        if self.window.schedule != "fixed":
+            _check_ladder(self.window)
+        if self.window.schedule == "entropy-gated" and self.window.reference == "teacher":
+            raise ValueError(
+                'window.reference is "teacher" and GRPO has no teacher; use reference = "first" or "absolute"'
+            )
+        if self.grpo.warmup_steps > self.grpo.steps:
+            raise ValueError(
+                f"grpo.warmup_steps is {self.grpo.warmup_steps}, more than grpo.steps = {self.grpo.steps}; lower it"
+            )
+        return self
+
+
+def _check_ladder(window: Window) -> None:
+    """Refuse a first window above the cap, and a ladder that does not grow from the one to the other."""
+    if window.start > window.tokens:
+        raise ValueError(
+            f"window.start is {window.start}, more than window.tokens = {window.tokens}; lower it or raise the cap"
+        )
+    if window.ladder is not None:
+        rungs = [window.start, *window.ladder]
+        if not window.ladder or rungs != sorted(set(rungs)) or rungs[-1] != window.tokens:
+            raise ValueError(
+                f"window.ladder is {list(window.ladder)}; it must grow from above window.start = {window.start} to "
+                f"window.tokens = {window.tokens}"
+            )
 
 
 def unread_fields(recipe: Recipe) -> dict[str, str]:
@@ -627,14 +684,7 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["objective.skew"] = f'objective.kl is "{objective.kl}" and only the skew KLs are skewed'
     if objective.split is None:
         unread["objective.split_weights"] = "objective.split is not set"
-    of_schedule = {
-        "linear": ("start", "over_steps"),
-        "entropy-gated": (
-            *("start", "ladder", "check_every", "num_probes", "patience", "reference", "threshold"),
-            *("max_truncation", "max_repetition", "sticky", "step_back"),
-        ),
-    }
-    unread |= _unread_of_schedule("window", recipe.window, of_schedule)
+    unread |= _unread_of_window(recipe.window)
     if objective.signal != "topk":
         unread["objective.top_k"] = f'objective.signal is "{objective.signal}" and only "topk" keeps some tokens apart'
     if objective.signal != "sampled":
@@ -653,6 +703,7 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     if recipe.teacher.model == "self":
         reason = 'teacher.model is "self", which is loaded as the student is'
         unread |= {"teacher.dtype": reason, "teacher.trust_remote_code": reason}
+        unread["rollouts.end_set"] = 'teacher.model is "self", which ends as the student does'
     else:
         unread["teacher.refresh_steps"] = (
             f'teacher.model is {recipe.teacher.model!r} and only "self" can follow the student'
@@ -668,6 +719,17 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     if recipe.evaluation.source is None:
         unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
     return unread
+
+
+def _unread_of_window(window: Window) -> dict[str, str]:
+    of_schedule = {
+        "linear": ("start", "over_steps"),
+        "entropy-gated": (
+            *("start", "ladder", "check_every", "num_probes", "patience", "reference", "threshold"),
+            *("max_truncation", "max_repetition", "sticky", "step_back"),
+        ),
+    }
+    return _unread_of_schedule("window", window, of_schedule)
 
 
 def _unread_of_schedule(section: str, settings: Any, of_schedule: dict[str, tuple[str, ...]]) -> dict[str, str]:
@@ -692,6 +754,11 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
     return make_recipe(read_recipe(recipe, overrides), str(recipe))
 
 
+def load_grpo_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> GrpoRecipe:
+    """Read the TOML recipe of a GRPO run; otherwise as `load_any_recipe`."""
+    return validate(read_recipe(recipe, overrides), str(recipe), GrpoRecipe)
+
+
 def load_any_recipe(recipe: str | Path) -> Recipe | GrpoRecipe:
     """Read a TOML recipe of either kind: one with a section `grpo` is of GRPO."""
     data = read_recipe(recipe)
@@ -714,7 +781,13 @@ def read_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
         data = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
-    for name, value in (overrides or {}).items():
+    return with_fields(data, overrides or {})
+
+
+def with_fields(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's plain data with dotted fields set over it."""
+    data = copy.deepcopy(data)
+    for name, value in fields.items():
         *sections, field = name.split(".")
         section = data
         for key in sections:
@@ -790,5 +863,5 @@ def _toml_value(value: Any) -> str:
 
 
 # What makes or scores problems (`tasks.TASKS`); any other data source is a table.
-TASK_NAMES = ("multiplication", "columns", "reasoning-gym", "gsm8k", "math500", "amc23", "aime24")
+TASK_NAMES = ("multiplication", "columns", "reasoning-gym", "gsm8k", "math500", "amc23", "aime24", "deepscaler")
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"

@@ -14,10 +14,10 @@ from potstill.config import Evaluation, RecipeError, Sampling, is_table
 from potstill.data import DataError, make_prompts, template_warning
 from potstill.grading import Grade, majority
 from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
-from potstill.models import LanguageModel, end_set, fingerprint, load_model
+from potstill.models import LanguageModel, end_set, fingerprint, load_model, named_end_ids
 from potstill.progress import token_bar
 from potstill.report import print_table
-from potstill.results import Entry
+from potstill.results import Entry, resume_command
 from potstill.runlog import append, read_rows, write_atomically
 from potstill.sampling import sample
 from potstill.statistics import Estimate, holm, mean_over_problems, paired, pass_at_k, ratio_over_problems
@@ -43,7 +43,9 @@ def evaluate(
     with one seed sample the same responses.
 
     With a folder for `responses` each response is written there as soon as it is graded, in one file for each model,
-    set of settings and temperature; a call that was killed goes on after the last whole batch.
+    set of settings and temperature; a call that was killed goes on after the last whole batch. What ends a response is
+    `evaluation.end_tokens`, else `end_ids`, else what is stored with the model. Raises RecipeError, ModelError or
+    DataError before anything is sampled.
     """
     # Before the model is loaded, which can take long.
     make_problems(evaluation)
@@ -52,7 +54,7 @@ def evaluate(
     task, examples, prompts = prepare_problems(model, evaluation)
     if (warning := template_warning(prompts, model.tokenizer, evaluation.template)) and not quiet:
         print(warning, file=sys.stderr)
-    end_ids = end_ids or end_set(model, None)
+    end_ids = named_end_ids(model.tokenizer, evaluation.end_tokens) or end_ids or end_set(model, None)
     model.eval()
     rows = []
     for temperature in evaluation.temperatures:
@@ -242,9 +244,7 @@ def find_model(target: str | Path) -> str | Path:
     if not (folder / "recipe.toml").exists():
         return target
     if not (folder / "DONE").exists():
-        raise RecipeError(
-            f"run {str(folder)!r} is not finished; run `potstill train {folder / 'recipe.toml'}` to finish it"
-        )
+        raise RecipeError(f"run {str(folder)!r} is not finished; run `{resume_command(folder)}` to finish it")
     return folder / "model"
 
 

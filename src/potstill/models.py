@@ -136,7 +136,7 @@ def _find(name: str) -> str:
 def _readable(name: str):
     """Quietly; what transformers raises becomes one line."""
     try:
-        with _quiet():
+        with without_progress_bars():
             yield
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, ModelError):
@@ -156,7 +156,7 @@ def _refuse_pickle(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():
+def without_progress_bars():
     """Without transformers' own progress bars, which would tear ours."""
     from transformers.utils import logging
 
@@ -175,7 +175,7 @@ def save_model(model: LanguageModel, state_dict: dict[str, Tensor], end_ids: Seq
     generation_config.eos_token_id = list(end_ids) if len(end_ids) > 1 else end_ids[0]
     kept, model.model.generation_config = model.model.generation_config, generation_config
     try:
-        with _quiet():
+        with without_progress_bars():
             model.model.save_pretrained(folder, state_dict=state_dict)
             model.tokenizer.save_pretrained(folder)
         # safetensors makes its files readable for their owner alone; the other files have the user's own mode.
@@ -205,6 +205,18 @@ def end_set(student: LanguageModel, teacher: "LanguageModel | CachedTeacher | No
     if not ids:
         raise ModelError(f"model {student.name!r} names no end token; set eos_token_id in its generation_config.json")
     return ids
+
+
+def named_end_ids(tokenizer, names: Sequence[str]) -> tuple[int, ...]:
+    """The ids of end tokens given by name. Raises ModelError for a name that is not in the vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    for name in names:
+        if name not in vocabulary:
+            known = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+            raise ModelError(
+                f"end token {name!r} is not in the tokenizer's vocabulary; its special tokens are {', '.join(known)}"
+            )
+    return tuple(dict.fromkeys(vocabulary[name] for name in names))
 
 
 def check_logits(model: LanguageModel) -> None:

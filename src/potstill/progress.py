@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from potstill.config import Recipe
-
 if TYPE_CHECKING:
     from potstill.cache import Manifest, ShardRecord
 
@@ -17,10 +15,11 @@ PLAIN_INTERVAL = 5.0
 
 
 class StepDisplay:
-    """Progress of a training run: step, tokens/s, both KLs, entropies, length, window, time left."""
+    """Progress of a training run: step, tokens/s, KLs or rewards, entropies, length, window, time left."""
 
-    def __init__(self, recipe: Recipe, start: int, quiet: bool):
-        self.train = recipe.train
+    def __init__(self, num_steps: int, start: int, quiet: bool, flops: float | None = None):
+        self.num_steps = num_steps
+        self.flops = flops
         self.start = start
         self.quiet = quiet
         self.live = sys.stderr.isatty() and not quiet
@@ -40,7 +39,7 @@ class StepDisplay:
                 console=Console(stderr=True),
             )
             self.progress.start()
-            self.task = self.progress.add_task("first step", total=self.train.steps, completed=self.start)
+            self.task = self.progress.add_task("first step", total=self.num_steps, completed=self.start)
         return self
 
     def __exit__(self, *error):
@@ -66,10 +65,10 @@ class StepDisplay:
         if self.quiet:
             return
         now, step = time.perf_counter(), metrics["step"]
-        num_steps = self.train.steps
-        if self.train.flops is not None:
+        num_steps = self.num_steps
+        if self.flops is not None:
             # As many as the operations so far promise.
-            promised = math.ceil(step * self.train.flops / metrics["total_flops"])
+            promised = math.ceil(step * self.flops / metrics["total_flops"])
             num_steps = min(num_steps, max(promised, step))
         self.num_tokens += metrics["num_loss_tokens"]
         shown = _describe(metrics, self.num_tokens / (now - self.began))
@@ -87,6 +86,8 @@ def _describe(metrics: dict[str, Any], tokens_per_second: float) -> str:
         parts.append(f"KL fwd {metrics['forward_kl']:.4f} rev {metrics['reverse_kl']:.4f}")
         parts.append(f"entropy {metrics['student_entropy']:.3f} (teacher {metrics['teacher_entropy']:.3f})")
     else:
+        if "reward" in metrics:
+            parts.append(f"reward {metrics['reward']:.3f} (groups with signal {metrics['groups_with_signal']:.0%})")
         parts.append(f"entropy {metrics['student_entropy']:.3f}")
     parts.append(f"length {metrics['length']:.0f}/{metrics['window']}")
     return "  ".join(parts)

@@ -1,6 +1,7 @@
 """What run folders, evaluation files and study folders hold, for whoever compares them. Reads files; needs no torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,7 @@ def read_entry(path: Path) -> Entry:
         raise RunError(f"{str(path)!r} is neither a run folder nor an evaluation file")
     recipe = load_any_recipe(path / "recipe.toml")
     if not is_done(path, recipe):
-        command = "grpo" if isinstance(recipe, GrpoRecipe) else "train"
-        raise RunError(f"run {str(path)!r} is not finished; `potstill {command} {path / 'recipe.toml'}` resumes it")
+        raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
     rows = read_rows(path / "evals.jsonl")
     # The newest evaluation at each temperature is the one that counts.
     evals = list({row["temperature"]: row for row in rows}.values())
@@ -85,6 +85,26 @@ def read_entry(path: Path) -> Entry:
         tuple(read_rows(path / f"{name}.jsonl")) for name in ("metrics", "samples", "window")
     )
     return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions)
+
+
+def resume_command(folder: Path) -> str:
+    """What goes on with an unfinished run."""
+    recipe = load_any_recipe(folder / "recipe.toml")
+    return f"potstill {'grpo' if isinstance(recipe, GrpoRecipe) else 'train'} {folder / 'recipe.toml'}"
+
+
+def recipe_key(entry: Entry, ignore: Sequence[str]) -> str:
+    """What runs agree in that differ in nothing but `ignore`: the resolved recipe as JSON, without `out` and without
+    these dotted fields or whole sections."""
+    assert entry.recipe is not None, f"{str(entry.path)!r} has no recipe"
+    data = entry.recipe.resolved()
+    for name in ("out", *ignore):
+        *sections, field = name.split(".")
+        section = data
+        for key in sections:
+            section = section.get(key, {})
+        section.pop(field, None)
+    return json.dumps(data, sort_keys=True)
 
 
 def read_panels(paths: list[Path]) -> list[Panel]:

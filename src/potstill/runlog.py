@@ -17,7 +17,7 @@ from typing import Any
 
 from potstill.config import RunRecipe, load_any_recipe, to_toml
 
-PACKAGES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+PACKAGES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "trl")
 
 
 class RunError(ValueError):

@@ -80,12 +80,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def seeds_and_problems(values: Sequence[Sequence[float]], num_resamples: int = NUM_RESAMPLES) -> Estimate:
-    """The mean over training seeds [S] and problems [P] of a value, with an interval that resamples both levels."""
+def seeds_and_problems(values: Sequence[Sequence[float]]) -> Estimate:
+    """The mean over training seeds [S] and problems [P] of a value, with an interval for both levels.
+
+    The variances of the seeds' means and of the problems' means add up, and Student's t has the degrees of freedom of
+    the sum (Satterthwaite, 1946). What single responses add is counted on both levels, which makes the interval a
+    little too wide. Resampling the seeds instead would make it far too narrow: of three seeds' means, 25 % of all draws
+    have one sign without any effect. With one seed the interval is over problems alone.
+    """
+    from scipy.stats import t
+
     table = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(0)
-    # How often each seed and each problem is drawn.
-    seeds, problems = (rng.multinomial(n, [1 / n] * n, size=num_resamples) / n for n in table.shape)
-    means = ((seeds @ table) * problems).sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(table.mean()), float(low), float(high))
+    if len(table) == 1:
+        return mean_over_problems(table[0].tolist())
+    levels = [means for means in (table.mean(axis=1), table.mean(axis=0)) if len(means) > 1]
+    variances = [float(means.var(ddof=1)) / len(means) for means in levels]
+    value, variance = float(table.mean()), sum(variances)
+    if variance == 0:
+        return Estimate(value, value, value)
+    freedom = variance**2 / sum(v**2 / (len(means) - 1) for v, means in zip(variances, levels, strict=True))
+    half = float(t.ppf(0.975, freedom)) * variance**0.5
+    return Estimate(value, value - half, value + half)

@@ -16,7 +16,7 @@ import torch
 from potstill import checkpoint, distributed, runlog
 from potstill.batching import make_batches
 from potstill.cache import Cache, CachedTeacher
-from potstill.config import Recipe, Train, is_table
+from potstill.config import Recipe, Train, Window, is_table
 from potstill.controllers import (
     MixingState,
     WindowState,
@@ -40,7 +40,15 @@ from potstill.evaluation import evaluate, prepare_problems
 from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
 from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
-from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, shared_vocab_size
+from potstill.models import (
+    LanguageModel,
+    end_set,
+    fingerprint,
+    load_model,
+    named_end_ids,
+    save_model,
+    shared_vocab_size,
+)
 from potstill.objective import Loss, Teacher, batch_loss, later_costs, teacher_signal, without_baseline
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
@@ -133,14 +141,15 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
     student.to(world.device)
-    end_ids = end_set(student, teacher)
+    all_end_ids = end_set(student, teacher)
+    end_ids = all_end_ids if recipe.rollouts.end_set == "union" else end_set(student, None)
     ends_differ = teacher is not None and set(student.end_ids) != set(teacher.end_ids)
     loss = Loss(
         recipe.objective,
         recipe.train.normalize,
         recipe.train.compute_dtype,
         vocab_size=shared_vocab_size(student, teacher) if teacher is not None else None,
-        end_class=end_ids if ends_differ and recipe.objective.end_class == "merged" else (),
+        end_class=all_end_ids if ends_differ and recipe.objective.end_class == "merged" else (),
         budget=recipe.train.loss_memory * MIB,
         backend=recipe.train.loss_backend,
     )
@@ -183,7 +192,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             max_completion=recipe.window.tokens,
             context_length=teacher.context_length,
         )
-    tokenised, probes = hold_out(recipe, tokenised)
+    tokenised, probes = hold_out(recipe.window, tokenised)
     if cache is not None:
         cache.check_fit(end_ids, loss.vocab_size, loss.end_class)
         tokenised, probes = cache.attach(tokenised), cache.attach(probes)
@@ -195,6 +204,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     if recipe.evaluation.source is not None:
         # Its prompts are made again when the run ends; here a bad one is refused before any work is done.
         prepare_problems(student, recipe.evaluation)
+        named_end_ids(student.tokenizer, recipe.evaluation.end_tokens)
     has_task = prompts is None and not is_table(recipe.data.source)
     answer_end = make_task(recipe.data.source).answer_end if has_task else lambda text: None
     return Setup(
@@ -238,14 +248,14 @@ def load_teacher(
     return teacher
 
 
-def hold_out(recipe: Recipe, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+def hold_out(window: Window, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on, and the last ones, which the length gate probes with and which are nowhere else.
 
     Raises DataError when too few are left.
     """
-    if recipe.window.schedule != "entropy-gated":
+    if window.schedule != "entropy-gated":
         return prompts, []
-    num = recipe.window.num_probes
+    num = window.num_probes
     probes = prompts[-num:]
     held_out = {prompt.token_ids for prompt in probes}
     kept = [prompt for prompt in prompts[:-num] if prompt.token_ids not in held_out]
@@ -302,11 +312,11 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     if world.is_main:
         runlog.rewind(folder, start)
     metrics: dict[str, Any] = {}
-    with StepDisplay(recipe, start, quiet) as display:
+    with StepDisplay(config.steps, start, quiet, config.flops) as display:
         display.note(*_opening(recipe, setup, start))
         step, is_last = start, is_spent(config, start, state.flops)
         while not is_last:
-            torch.manual_seed(_seed("step", config.seed, step, world.rank))
+            torch.manual_seed(step_seed("step", config.seed, step, world.rank))
             if follower is not None and step > 0 and step % (recipe.teacher.refresh_steps or 1) == 0:
                 distributed.refresh(follower.model, student)
             clock = Stopwatch(world.device)
@@ -502,7 +512,7 @@ def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _seed(*parts: object) -> int:
+def step_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
 
@@ -540,6 +550,11 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
         lines.append(
             f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}; they {treated}"
         )
+        if recipe.rollouts.end_set == "student":
+            lines.append(
+                'warning: rollouts.end_set is "student", so the end tokens that only the teacher has end nothing: '
+                "expect responses that go on to the length cap"
+            )
     if teacher is not None and student.vocab_size != teacher.vocab_size:
         lines.append(
             f"heads of {student.vocab_size} (student) and {teacher.vocab_size} (teacher) rows are cut to the "

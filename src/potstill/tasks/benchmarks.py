@@ -1,4 +1,4 @@
-"""Mathematics benchmarks by name: gsm8k, math500, amc23, aime24; from the hub, or from a local file: `gsm8k:FILE`.
+"""Mathematics problems by name: gsm8k, math500, amc23, aime24, deepscaler; from the hub or a file: `gsm8k:FILE`.
 
 A local .jsonl or .parquet file has the columns of the hub's data set. Only the last closed box of a response counts,
 compared with the gold answer in processes with a time limit (`potstill.grading`).
@@ -48,6 +48,10 @@ BENCHMARKS = {
         _integer_gold,
         "integer",
     ),
+    # To train on: 40,000 problems with answers.
+    "deepscaler": Benchmark(
+        "agentica-org/DeepScaleR-Preview-Dataset", None, "train", ("problem",), ("answer",), str, "latex"
+    ),
 }
 
 
@@ -62,7 +66,7 @@ def _grader() -> Grader:
 
 
 class MathBenchmark:
-    """One of BENCHMARKS, for `evaluation.source`."""
+    """One of BENCHMARKS, for `evaluation.source`, and for `data.source` where it is there to train on."""
 
     def __init__(self, name: str, file: str | None = None):
         self.name, self.file, self.spec = name, file, BENCHMARKS[name]

@@ -1,0 +1,292 @@
+"""Studies: which runs there are, that each is done once, what a crash or a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import tiny_recipe
+
+from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
+from potstill.estimates import estimate
+from potstill.results import read_panels
+from potstill.runlog import append, finish, is_done, read_rows
+from potstill.study import SWEEP_EVALUATION_SEED, choose, plan, read_study_file, run_study
+
+HEAD = """
+out = "{out}"
+recipe = "demo"
+[fields]
+data.num_prompts = 64
+train.steps = 2
+train.warmup_steps = 0
+train.prompts_per_step = 4
+window.tokens = 8
+evaluation.num_problems = 2
+evaluation.num_responses = 2
+evaluation.max_tokens = 8
+evaluation.temperatures = [1.0]
+"""
+
+
+def write_study(folder, text, name="study.toml", out=None):
+    file = folder / name
+    file.write_text(HEAD.format(out=out or folder / "study") + text)
+    return read_study_file(file)
+
+
+def items_of(study, chosen=None):
+    return [item for panel in plan(study, chosen or {}) for item in panel.items]
+
+
+GRID = """
+seeds = [3, 4]
+[[panels]]
+title = "Natural"
+models = ["potstill:base"]
+[[panels.groups]]
+axes.method = ["sft", "opd"]
+axes.window.tokens = [6, 8]
+cache = true
+grpo = true
+"""
+
+
+def with_top_level(text):
+    """Keys of the study before its tables."""
+    key, _, rest = text.strip().partition("\n")
+    return key, rest
+
+
+def test_a_study_is_every_combination_with_every_seed(tmp_path):
+    file = tmp_path / "study.toml"
+    key, rest = with_top_level(GRID)
+    file.write_text(key + HEAD.format(out=tmp_path / "study") + rest)
+    study = read_study_file(file)
+    (panel,) = plan(study, {})
+    runs = [item for item in panel.items if item.kind == "train"]
+    found = {(r.recipe.method, r.recipe.window.tokens, r.recipe.train.seed, r.recipe.data.seed) for r in runs}
+    assert found == {(m, w, s, s) for m in ("SFT", "OPD") for w in (6, 8) for s in (3, 4)}
+    assert {run.recipe.evaluation.seed for run in runs} == {0}
+    # A folder is named by what is in it, and its recipe by what it was asked for alone.
+    for run in runs:
+        assert run.job.path == tmp_path / "study/runs" / f"{run.recipe.method.lower()}-{run.recipe.hash()}"
+        fields = {"objective.prefix": run.recipe.objective.prefix, "objective.kl": run.recipe.objective.kl}
+        fields |= {"window.tokens": run.recipe.window.tokens, "train.seed": run.recipe.train.seed}
+        fields |= {"data.seed": run.recipe.data.seed, "out": str(run.job.path)}
+        if run.recipe.teacher.cache:
+            fields |= {"teacher.cache": run.recipe.teacher.cache}
+        assert run.recipe.hash() == load_recipe("demo", study.fields | fields).hash()
+    # One cache a seed serves both windows; only teacher prefixes read it.
+    caches = {item.job.path: item for item in panel.items if item.kind == "cache"}
+    assert len(caches) == 2 and all(cache.recipe.window.tokens == 8 for cache in caches.values())
+    for run in runs:
+        assert run.job.needs == ((tmp_path / "x" / run.recipe.teacher.cache,) if run.recipe.method == "SFT" else ())
+        assert set(run.job.needs) <= set(caches)
+    grpo = [item for item in panel.items if item.kind == "grpo"]
+    assert [item.job.needs for item in grpo] == [(run.job.path,) for run in runs]
+    assert [item.recipe.model for item in grpo] == [str(run.job.path) for run in runs]
+    assert [(item.recipe.grpo.seed, item.recipe.evaluation) for item in grpo] == [
+        (run.recipe.train.seed, run.recipe.evaluation) for run in runs
+    ]
+    names = [item.name for item in panel.items if item.kind != "cache"]
+    assert len(set(names)) == len(names) and "OPD, window.tokens=6, seed 3" in names
+    assert [item.name for item in panel.items if item.kind == "evaluate"] == ["base"]
+
+
+SWEEP = """
+[[panels]]
+title = "Natural"
+[panels.sweep]
+field = "train.lr"
+values = [1e-3, 2e-3, 4e-3]
+methods = ["sft", "opd"]
+[[panels.groups]]
+axes.method = ["sft", "opd"]
+[[panels.groups]]
+fields.objective.prefix = "student"
+fields.objective.kl = "mixed"
+sweep_as = "opd"
+"""
+
+
+def pretend(item, avg):
+    """A finished run with a given accuracy."""
+    item.job.path.mkdir(parents=True, exist_ok=True)
+    (item.job.path / "recipe.toml").write_text(to_toml(item.recipe.resolved()))
+    append(item.job.path / "metrics.jsonl", {"step": 2, "seconds": 1.0, "total_flops": 5.0})
+    for temperature, value in ((1.0, avg), (0.6, 1 - avg)):
+        append(item.job.path / "evals.jsonl", {"temperature": temperature, "avg": [value, 0, 1], "seconds": 1})
+    finish(item.recipe)
+
+
+def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path):
+    study = write_study(tmp_path, SWEEP)
+    sweep, natural = plan(study, choose(study))
+    assert sweep.is_sweep and not natural.is_sweep
+    assert all(item.pending for item in natural.items)
+    assert {item.recipe.evaluation.seed for item in sweep.items} == {SWEEP_EVALUATION_SEED}
+    for item, avg in zip(sweep.items[:5], (0.1, 0.3, 0.2, 0.7, 0.6), strict=True):
+        pretend(item, avg)
+    # One run of on-policy distillation is missing.
+    assert choose(study) == {("Natural", "sft"): 2e-3}
+    pretend(sweep.items[5], 0.5)
+    assert choose(study) == {("Natural", "sft"): 2e-3, ("Natural", "opd"): 1e-3}
+    _, natural = plan(study, choose(study))
+    assert [item.recipe.train.lr for item in natural.items] == [2e-3, 1e-3, 1e-3]
+    assert not any(item.pending for item in natural.items)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ('axes.method = ["odp"]', "method is 'odp' on an axis; choose one of sft, dagger"),
+        ("axes.train.lrr = [1]", "panel 'A': train.lrr is not a field.*nearest is train.lr"),
+        ('axis.method = ["opd"]', "axis is not a field"),
+        ("fields.train.lr = -1", "panel 'A': train.lr is -1: input should be greater"),
+    ],
+)
+def test_what_could_not_begin_is_refused_before_any_work(tmp_path, group, message):
+    with pytest.raises(RecipeError, match=message):
+        run_study(write_study(tmp_path, f'[[panels]]\ntitle = "A"\n[[panels.groups]]\n{group}\n'), dry_run=True)
+    assert not (tmp_path / "study").exists()
+
+
+def test_files_that_are_no_study_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="study 'quik' does not exist; give a TOML file or one of paper-mini"):
+        read_study_file("quik")
+    (tmp_path / "s.toml").write_text("out = [")
+    with pytest.raises(RecipeError, match=r"s.toml is not valid TOML"):
+        read_study_file(tmp_path / "s.toml")
+
+
+def test_a_recipe_is_found_beside_the_study(tmp_path):
+    (tmp_path / "mine.toml").write_text(to_toml(load_recipe("demo", {"train.lr": 7e-4}).resolved()))
+    (tmp_path / "s.toml").write_text('out = "o"\nrecipe = "mine.toml"\n[[panels]]\ntitle = "A"\n[[panels.groups]]\n')
+    (item,) = items_of(read_study_file(tmp_path / "s.toml"))
+    assert item.recipe.train.lr == 7e-4
+
+
+@pytest.mark.parametrize("name", ["quick", "paper-mini", "paper-mini-full", "paper-qwen3"])
+def test_every_run_of_a_shipped_study_could_begin(name):
+    study = read_study_file(name)
+    chosen = {
+        (panel.title, method): panel.sweep.values[0]
+        for panel in study.panels
+        if panel.sweep is not None
+        for method in panel.sweep.methods
+    }
+    items = items_of(study, chosen)
+    assert len(items) > 5 and not any(item.pending for item in items)
+    # What is written for a process reads as the same recipe.
+    for item in items:
+        if item.kind == "train":
+            assert make_recipe(with_fields(item.recipe.resolved(), {})).hash() == item.recipe.hash()
+
+
+RUNS = """
+[[panels]]
+title = "Natural"
+models = ["potstill:base"]
+[[panels.groups]]
+axes.method = ["opd", "sft"]
+cache = true
+[[panels.groups.judgements]]
+label = "greedy"
+fields.temperatures = [0.0]
+fields.num_responses = 1
+[[panels.groups]]
+label = "broken"
+axes.method = ["dagger"]
+fields.objective.temperature = 1e-30
+[[panels.groups.judgements]]
+label = "greedy"
+fields.temperatures = [0.0]
+"""
+
+
+def test_each_run_is_done_once_and_a_crash_is_shown_and_done_again(tmp_path, capfd):
+    study = write_study(tmp_path, RUNS)
+    assert not run_study(study, num_jobs=2)
+    captured = capfd.readouterr()
+    assert "CRASHED DAgger, broken: potstill: step 1: the gradient is not finite" in captured.err
+    (panel,) = read_panels([study.out])
+    assert {entry.name for entry in panel.entries} == {"base", "OPD", "SFT", "OPD, greedy", "SFT, greedy"}
+    states = {path.name: state for path, state in panel.unfinished}
+    assert len(states) == 2
+    assert [
+        state[:43] for name, state in sorted(states.items()) if name.startswith("dagger-d") or "crashed" in state
+    ] == ["crashed: potstill: step 1: the gradient is n"[:43]]
+    assert "not begun" in states.values()
+    assert {entry.evals[0]["temperature"] for entry in panel.entries if "greedy" in entry.name} == {0.0}
+    (sft,) = [entry for entry in panel.entries if entry.name == "SFT"]
+    assert sft.metrics[0]["flops"]["teacher"] == 0, "the teacher came from the cache"
+
+    finished = {path: path.stat().st_mtime_ns for path in study.out.rglob("DONE")}
+    assert len(finished) == 2
+    # The same study again: only what crashed, and what is new.
+    study = write_study(tmp_path, RUNS.replace("objective.temperature = 1e-30", "objective.temperature = 2.0"))
+    assert run_study(study, num_jobs=2)
+    out = capfd.readouterr().out
+    assert "2 to do, 2 at a time" in out and "from finished runs and trials" in out
+    assert finished.items() <= {path: path.stat().st_mtime_ns for path in study.out.rglob("DONE")}.items()
+    (panel,) = read_panels([study.out])
+    assert not panel.unfinished and len(panel.entries) == 7
+    assert run_study(study) and "nothing is left to do" in capfd.readouterr().out
+
+
+def test_a_killed_study_takes_its_processes_along_and_goes_on(tmp_path):
+    text = RUNS[: RUNS.index("[[panels.groups]]\nlabel")].replace("cache = true\n", "fields.train.steps = 400\n")
+    study = write_study(tmp_path, text.replace('models = ["potstill:base"]\n', ""))
+    command = [sys.executable, "-m", "potstill", "study", str(tmp_path / "study.toml"), "--jobs", "2", "--no-report"]
+    process = subprocess.Popen(command, start_new_session=True)
+    runs = [item for item in items_of(study) if item.kind == "train"]
+    while not all(read_rows(run.job.path / "metrics.jsonl") for run in runs):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while _processes_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _processes_of(process.pid)
+    assert not any(is_done(run.job.path, run.recipe) for run in runs)
+    before = [len(read_rows(run.job.path / "metrics.jsonl")) for run in runs]
+    (panel,) = read_panels([study.out])
+    assert len(panel.unfinished) == 4
+
+    process = subprocess.Popen(command, start_new_session=True)
+    while not all(len(read_rows(run.job.path / "metrics.jsonl")) > n for run, n in zip(runs, before, strict=True)):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+
+
+def _processes_of(session):
+    found = subprocess.run(["ps", "-s", str(session), "-o", "pid=,stat="], capture_output=True, text=True, check=False)
+    return [line for line in found.stdout.splitlines() if "Z" not in line.split()[1]]
+
+
+def test_estimates_come_from_finished_runs_of_a_kind(tmp_path):
+    study = write_study(tmp_path, '[[panels]]\ntitle = "A"\n[[panels.groups]]\naxes.train.lr = [1e-3, 2e-3]\n')
+    first, second = items_of(study)
+    pretend(first, 0.5)
+    costs = estimate([first, second], one_thread=True)
+    # A second a row of metrics, two steps; and the evaluation that was tried.
+    assert set(costs) == {second.job.path} and 2 < costs[second.job.path].seconds < 60
+    hub = write_study(tmp_path, '[[panels]]\ntitle = "A"\n[[panels.groups]]\naxes.student.model = ["org/not-here"]\n')
+    assert list(estimate(items_of(hub), one_thread=True).values()) == [None]
+
+
+def test_plan_file_is_plain_data(tmp_path):
+    study = write_study(tmp_path, '[[panels]]\ntitle = "A"\nnote = "b"\n[[panels.groups]]\n')
+    (item,) = items_of(study)
+    pretend(item, 0.5)
+    assert run_study(study)
+    (panel,) = json.loads((study.out / "plan.json").read_text())["panels"]
+    assert (panel["title"], panel["note"], panel["runs"][0]["state"]) == ("A", "b", "done")
+    assert tiny_recipe(tmp_path / "x").hash() != item.recipe.hash()
