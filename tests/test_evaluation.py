@@ -152,8 +152,7 @@ def test_end_tokens_say_what_ends_a_response(tmp_path):
         (row,) = evaluate(model, settings, end_ids=(2,), responses=tmp_path, quiet=True)
         assert (row["length"].value, row["truncation"].value) == (length, end_ids == [0])
         assert row["avg"].value == pytest.approx(avg) and row["answered"].value == 1
-        # Where nothing follows the answer, the end token counts too.
-        assert row["length_to_answer"].value == first - (length > first)
+        assert row["length_to_answer"].value == first - 1
         assert (row["settings"]["end_tokens"], row["settings"]["end_ids"]) == (list(end_tokens), end_ids)
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -202,6 +201,11 @@ def test_tokens_up_to_the_answer():
     assert num_tokens_to_answer(ids, tokenizer.decode(ids), tokenizer, task.answer_end) == 8
     assert num_tokens_to_answer(ids[:7], tokenizer.decode(ids[:7]), tokenizer, task.answer_end) == 7
     assert num_tokens_to_answer(ids[:8], tokenizer.decode(ids[:8]), tokenizer, task.answer_end) == 8
+    # End tokens leave no text, so a loop of them looks like nothing at all.
+    for num_ends in (1, 30):
+        response = [*ids[:8], *[tokenizer.eos_token_id] * num_ends]
+        text = tokenizer.decode(response, skip_special_tokens=True)
+        assert num_tokens_to_answer(response, text, tokenizer, task.answer_end) == 8
 
 
 def test_zlib_ratio_tells_a_loop_from_prose():

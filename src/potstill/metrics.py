@@ -51,10 +51,11 @@ def num_tokens_to_answer(
 ) -> int:
     """How many tokens there are up to the end of the first final answer; all of them when there is none.
 
-    What follows the answer, a loop above all, would otherwise dominate the entropy and the length.
+    What follows the answer, a loop above all, would otherwise dominate the entropy and the length. The end token is not
+    counted, nor others after it: the text, which has none of them, does not show whether they are one or many.
     """
     end = answer_end(text)
-    if end is None or end >= len(text):
+    if end is None:
         return len(completion_ids)
     low, high = 1, len(completion_ids)
     while low < high:
