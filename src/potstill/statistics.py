@@ -1,6 +1,7 @@
 """Statistics of an evaluation. The problem is the unit: responses to one problem are not independent evidence."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import comb
 from typing import NamedTuple
 
@@ -83,9 +84,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def seeds_and_problems(values: Sequence[Sequence[float]], num_resamples: int = NUM_RESAMPLES) -> Estimate:
     """The mean over training seeds [S] and problems [P] of a value, with an interval that resamples both levels."""
     table = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(0)
-    # How often each seed and each problem is drawn.
-    seeds, problems = (rng.multinomial(n, [1 / n] * n, size=num_resamples) / n for n in table.shape)
-    means = ((seeds @ table) * problems).sum(axis=1)
+    seeds, problems = _shares(*table.shape, num_resamples)
+    means = ((problems @ table.T) * seeds).sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(table.mean()), float(low), float(high))
+
+
+@lru_cache(maxsize=4)
+def _shares(num_seeds: int, num_problems: int, num_resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed [R, S] and each problem [R, P] is drawn, as shares; kept, as many tables have one shape."""
+    rng = np.random.default_rng(0)
+    seeds, problems = (rng.multinomial(n, [1 / n] * n, size=num_resamples) / n for n in (num_seeds, num_problems))
+    return seeds, problems
