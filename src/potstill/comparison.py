@@ -5,7 +5,7 @@ Works on what `results` read, and needs no torch.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,8 @@ def summarize(entries: Sequence[Entry], metric: Metric) -> Summary | None:
         return None
     per_run = tuple((entry.path, estimate[0]) for entry, estimate in found)
     if len(found) == 1:
-        value, low, high = (*found[0][1], None, None)[:3] if len(found[0][1]) == 1 else found[0][1]
+        value, *bounds = found[0][1]
+        low, high = bounds or (None, None)
         return Summary(value, low, high, per_run)
     value = sum(value for _, value in per_run) / len(per_run)
     estimate = resample([problem_values(entry, metric) for entry, _ in found])
@@ -174,11 +175,19 @@ def pair_up(first: Group, second: Group) -> list[tuple[Entry, Entry]]:
     return [(by_seed[seed], entry) for entry in second.entries if (seed := seed_of(entry)) in by_seed]
 
 
-def seed_of(entry: Entry) -> str:
-    """The run's seeds, of training first; "" of a model without a run."""
+def seed_of(entry: Entry) -> tuple[Any, ...]:
+    """The run's seeds, None where its recipe has no such field."""
     fields = flat(entry)
-    seeds = [str(fields[name]) for name in ("train.seed", "grpo.seed", "data.seed") if name in fields]
-    return "/".join(seeds)
+    return tuple(fields.get(name) for name in SEEDS)
+
+
+def seed_names(group: Group) -> dict[Path, str]:
+    """What to call a group's runs: the seeds that vary, that of training where none does; "" of a model."""
+    seeds = [seed_of(entry) for entry in group.entries]
+    varying = [i for i in range(len(SEEDS)) if len({each[i] for each in seeds}) > 1]
+    shown = varying or [i for i in range(len(SEEDS)) if SEEDS[i] != "data.seed"]
+    texts = ["/".join(str(each[i]) for i in shown if each[i] is not None) for each in seeds]
+    return {entry.path: text and f"seed {text}" for entry, text in zip(group.entries, texts, strict=True)}
 
 
 def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Group]:
@@ -221,15 +230,17 @@ def flat(entry: Entry) -> dict[str, Any]:
 
 
 def tell_apart(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """For each of these settings, what is not the same in all of them: fields that all have, or any if need be."""
+    """For each of these settings a text of the fewest fields that tell them apart, those that all have first."""
     names = list(dict.fromkeys(name for fields in settings for name in fields))
-    varying = [name for name in names if len({json.dumps(fields.get(name)) for fields in settings}) > 1]
-    shared = [name for name in varying if all(name in fields for fields in settings)]
-    for shown in (shared, varying):
-        texts = [", ".join(_text(name, fields[name]) for name in shown if name in fields) for fields in settings]
-        if len(set(texts)) == len(texts):
-            break
-    return texts
+    shared = [name for name in names if all(name in fields for fields in settings)]
+    chosen: list[str] = []
+    num_kinds = 1
+    for name in dict.fromkeys((*shared, *names)):
+        num_with = len({json.dumps([fields.get(each) for each in (*chosen, name)]) for fields in settings})
+        if num_with > num_kinds:
+            chosen, num_kinds = [*chosen, name], num_with
+    texts = [", ".join(_text(name, fields[name]) for name in chosen if name in fields) for fields in settings]
+    return [text or ", ".join(f"no {name}" for name in chosen) for text in texts]
 
 
 def _text(name: str, value: Any) -> str:
@@ -239,8 +250,10 @@ def _text(name: str, value: Any) -> str:
     return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
-def partition(groups: Iterable[Group], axes: Sequence[str]) -> list[Part]:
-    """Sets of distillations that agree on all but these axes (fields or sections) and seeds.
+def partition(
+    groups: Iterable[Group], axes: Sequence[str], keep: Callable[[Sequence[Group]], bool] = bool
+) -> list[Part]:
+    """Sets of distillations that agree on all but these axes (fields or sections) and seeds, as far as they are kept.
 
     Their learning rates may differ, as each can have its best one, unless that would put two groups in one place.
     """
@@ -249,27 +262,19 @@ def partition(groups: Iterable[Group], axes: Sequence[str]) -> list[Part]:
         parts: dict[str, list[Group]] = defaultdict(list)
         for group in found:
             parts[recipe_key(group.entries[0], (*SEEDS, *ignored))].append(group)
-        places = [[place(group, axes) for group in part] for part in parts.values()]
+        places = [[json.dumps(split_fields(group, axes)[0]) for group in part] for part in parts.values()]
         if all(len(set(each)) == len(each) for each in places):
             break
-    settings = [
-        {
-            name: value
-            for name, value in flat(part[0].entries[0]).items()
-            if not any(name == field or name.startswith(field + ".") for field in (*SEEDS, *ignored))
-        }
-        for part in parts.values()
-    ]
-    return [
-        Part(label, tuple(part)) for label, part in zip(tell_apart(settings), parts.values(), strict=True)
-    ]
+    kept = [part for part in parts.values() if keep(part)]
+    settings = [split_fields(part[0], (*SEEDS, *ignored))[1] for part in kept]
+    return [Part(label, tuple(part)) for label, part in zip(tell_apart(settings), kept, strict=True)]
 
 
-def place(group: Group, axes: Sequence[str]) -> str:
-    """Where a group is along these axes."""
+def split_fields(group: Group, axes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A group's fields along these axes (fields or sections), and the others."""
     fields = flat(group.entries[0])
-    mine = {name: fields[name] for name in fields if any(name == a or name.startswith(a + ".") for a in axes)}
-    return json.dumps(mine, sort_keys=True)
+    along = {name for name in fields if any(name == axis or name.startswith(axis + ".") for axis in axes)}
+    return {name: fields[name] for name in fields if name in along}, {n: v for n, v in fields.items() if n not in along}
 
 
 def grids(groups: Sequence[Group]) -> list[Part]:
@@ -277,9 +282,8 @@ def grids(groups: Sequence[Group]) -> list[Part]:
 
     Where some grid has two corners or more, those with a single one are left out.
     """
-    parts = partition([group for group in groups if group.entries[0].cell and group.entries[0].evals], GRID_AXES)
-    several = [part for part in parts if len(part.groups) > 1]
-    return several or parts
+    corners = [group for group in groups if group.entries[0].cell and group.entries[0].evals]
+    return partition(corners, GRID_AXES, lambda part: len(part) > 1) or partition(corners, GRID_AXES)
 
 
 def budgets(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
@@ -300,11 +304,14 @@ def has_flops(part: Part) -> bool:
 def mixing_sweeps(groups: Sequence[Group]) -> list[Part]:
     """Groups that differ in a constant forward weight alone, in its order; pure KLs are its ends."""
     found = [group for group in groups if forward_weight(group) is not None]
-    sweeps = []
-    for part in partition(found, MIXING_AXES):
-        if any(group.entries[0].cell is None for group in part.groups) and len(part.groups) > 1:
-            sweeps.append(Part(part.label, tuple(sorted(part.groups, key=lambda group: forward_weight(group) or 0.0))))
-    return sweeps
+
+    def is_sweep(part: Sequence[Group]) -> bool:
+        return len(part) > 1 and any(group.entries[0].cell is None for group in part)
+
+    return [
+        Part(part.label, tuple(sorted(part.groups, key=lambda group: forward_weight(group) or 0.0)))
+        for part in partition(found, MIXING_AXES, is_sweep)
+    ]
 
 
 def forward_weight(group: Group) -> float | None:
@@ -319,13 +326,13 @@ def forward_weight(group: Group) -> float | None:
 
 def window_comparisons(groups: Sequence[Group]) -> list[Part]:
     """Groups that differ in the window alone, where one of them has a gate."""
-    parts = partition([group for group in groups if group.entries[0].evals], WINDOW_AXES)
-    return [part for part in parts if len(part.groups) > 1 and any(is_gated(group) for group in part.groups)]
+    evaluated = [group for group in groups if group.entries[0].evals]
+    return partition(evaluated, WINDOW_AXES, lambda part: len(part) > 1 and any(map(is_gated, part)))
 
 
 def is_gated(group: Group) -> bool:
     recipe = group.entries[0].recipe
-    return recipe is not None and getattr(recipe, "window").schedule == "entropy-gated"
+    return recipe is not None and recipe.window.schedule == "entropy-gated"
 
 
 def grpo_pairs(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[BeforeAndAfter]:
@@ -337,8 +344,10 @@ def grpo_pairs(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Befor
         pairs = [(starts[entry.path], entry) for entry in group.entries if entry.path in starts]
         if pairs:
             differences = {m.key: difference(pairs, m) for m in metrics if m.temperature is not None}
-            begun = tuple(dict.fromkeys(start for start, _ in pairs))
+            begun = tuple({start.path: start for start, _ in pairs}.values())
             before = {m.key: summary for m in metrics if (summary := summarize(begun, m)) is not None}
             found.append(BeforeAndAfter(Group(group_of[begun[0].path].label, begun, before), group, differences))
     best = metrics[0].key if metrics else ""
-    return sorted(found, key=lambda pair: pair.after.summaries[best].value if best in pair.after.summaries else 0.0)[::-1]
+    return sorted(found, key=lambda pair: pair.after.summaries[best].value if best in pair.after.summaries else 0.0)[
+        ::-1
+    ]

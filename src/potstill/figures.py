@@ -93,8 +93,11 @@ def shown_curves(runs: Sequence[Entry]) -> list[tuple[str, str]]:
     return shown + moved
 
 
-def curve(name: str, title: str, runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link):
+def curve(
+    name: str, title: str, runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link
+) -> Figure:
     """One quantity of training over steps, a line a run; the page's list of runs says which are drawn."""
+    shape = "hv" if name == "window" else "linear"
     lines = []
     for run, line in zip(runs, line_styles(runs), strict=True):
         rows = thin(run.metrics)
@@ -105,7 +108,7 @@ def curve(name: str, title: str, runs: Sequence[Entry], labels: dict[Path, str],
                 "x": [row["step"] for row in rows],
                 "y": [rounded(row.get(name)) for row in rows],
                 "name": html.escape(labels[run.path]),
-                "line": line,
+                "line": line | {"shape": shape},
                 "visible": run.path in visible,
                 "meta": link(run.path),
                 "hovertemplate": "%{y:.4~g} at step %{x}<br>%{fullData.name}<extra></extra>",
@@ -125,45 +128,34 @@ def line_styles(runs: Sequence[Entry]) -> list[dict[str, Any]]:
     return styles
 
 
-def trade_off(
-    avg: Metric, others: Sequence[Metric], entries: Sequence[Entry], labels: dict[Path, str], link: Link
-) -> Figure:
-    """Accuracy against each of these metrics, a mark a run with its intervals, side by side."""
-    traces = []
-    for place, metric in enumerate(others, start=1):
-        by_family: dict[str, list[tuple[Entry, Sequence[float], Sequence[float]]]] = {}
-        for entry in entries:
-            x, y = stored(entry, metric), stored(entry, avg)
-            if x is not None and y is not None:
-                by_family.setdefault(family(entry), []).append((entry, x, y))
-        for name, found in by_family.items():
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": name,
-                    "legendgroup": name,
-                    "showlegend": place == 1,
-                    "xaxis": f"x{place}",
-                    "x": [rounded(metric.scale * x[0]) for _, x, _ in found],
-                    "y": [rounded(avg.scale * y[0]) for _, _, y in found],
-                    "error_x": errors(metric, [x for _, x, _ in found]),
-                    "error_y": errors(avg, [y for _, _, y in found]),
-                    "marker": {"size": 10, "color": COLOURS[name], "symbol": SYMBOLS[name]},
-                    "text": [html.escape(labels[entry.path]) for entry, _, _ in found],
-                    "customdata": [link(entry.path) for entry, _, _ in found],
-                    "hovertemplate": f"%{{text}}<br>{avg.title} %{{y:.1f}} %<br>{metric.title} %{{x}} {metric.unit}"
-                    "<extra></extra>",
-                }
-            )
-    figure = layout(traces, 430, axis(""), axis(f"{avg.title} (%)"), legend=True)
-    width = 1 / len(others)
-    for place, metric in enumerate(others, start=1):
-        kind = "log" if metric.temperature is None else "linear"
-        domain = [(place - 1) * width + (0.03 if place > 1 else 0), place * width - (0.03 if place < len(others) else 0)]
-        figure["layout"][f"xaxis{place}"] = axis(f"{metric.title} ({metric.unit})", kind) | {"domain": domain}
-    del figure["layout"]["xaxis"]
-    return figure
+def trade_off(avg: Metric, other: Metric, entries: Sequence[Entry], labels: dict[Path, str], link: Link) -> Figure:
+    """Accuracy against another metric, a mark a run with its intervals; models without a run bear their names."""
+    by_family: dict[str, list[tuple[Entry, Sequence[float], Sequence[float]]]] = {}
+    for entry in entries:
+        x, y = stored(entry, other), stored(entry, avg)
+        if x is not None and y is not None:
+            by_family.setdefault(family(entry), []).append((entry, x, y))
+    marks = [
+        {
+            "type": "scatter",
+            "mode": "markers+text" if name == "model" else "markers",
+            "textposition": "top center",
+            "name": name,
+            "x": [rounded(other.scale * x[0]) for _, x, _ in found],
+            "y": [rounded(avg.scale * y[0]) for _, _, y in found],
+            "error_x": errors(other, [x for _, x, _ in found]),
+            "error_y": errors(avg, [y for _, _, y in found]),
+            "marker": {"size": 10, "color": COLOURS[name], "symbol": SYMBOLS[name]},
+            "text": [html.escape(labels[entry.path]) for entry, _, _ in found],
+            "customdata": [link(entry.path) for entry, _, _ in found],
+            "hovertemplate": f"%{{text}}<br>{avg.title} %{{y:.1f}} %<br>{other.title} %{{x}} {other.unit}"
+            "<extra></extra>",
+        }
+        for name, found in by_family.items()
+    ]
+    kind = "log" if other.temperature is None else "linear"
+    x_axis, y_axis = axis(f"{other.title} ({other.unit})", kind), axis(f"{avg.title} (%)")
+    return layout(marks, 400, x_axis, y_axis, f"{avg.title} against {other.title}", legend=True)
 
 
 def errors(metric: Metric, estimates: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -205,7 +197,9 @@ def sweep(metric: Metric, sweeps: Sequence[Part], link: Link) -> Figure:
                 "hovertemplate": f"%{{text}}<br>%{{y}} {metric.unit} at weight %{{x}}<extra></extra>",
             }
         )
-    return layout(lines, 320, axis("weight of the forward KL"), axis(""), f"{metric.title} ({metric.unit})", legend=True)
+    return layout(
+        lines, 320, axis("weight of the forward KL"), axis(""), f"{metric.title} ({metric.unit})", legend=True
+    )
 
 
 def sweep_prefix(part: Part) -> str:
@@ -307,11 +301,11 @@ def layout(
 ) -> Figure:
     """A figure without colours of its own for text and background: the page sets them."""
     return {
+        "title": title,
         "data": traces,
         "layout": {
             "height": height,
-            "title": {"text": title, "font": {"size": 14}, "x": 0, "xref": "paper"},
-            "margin": {"t": 40 if title else 16, "l": 50, "r": 12, "b": 44},
+            "margin": {"t": 26, "l": 50, "r": 12, "b": 44},
             "xaxis": x,
             "yaxis": y,
             "showlegend": legend,

@@ -29,13 +29,12 @@ from potstill.comparison import (
     metrics_of,
     mixing_sweeps,
     pair_up,
-    seed_of,
+    seed_names,
     stored,
-    summarize,
     window_comparisons,
 )
-from potstill.config import METHODS, GrpoRecipe, Recipe
-from potstill.figures import Figure, Link
+from potstill.config import METHODS, Recipe
+from potstill.figures import Link
 from potstill.results import Entry, Panel, read_panels
 from potstill.runlog import RunError, write_atomically
 from potstill.statistics import Estimate
@@ -154,9 +153,9 @@ class Comparison:
     def labels(self) -> dict[Path, str]:
         """A name for each run that no other run has."""
         return {
-            entry.path: group.label + (f" · seed {seed_of(entry)}" if len(group.entries) > 1 else "")
+            path: f"{group.label} · {seed}" if len(group.entries) > 1 else group.label
             for group in self.groups
-            for entry in group.entries
+            for path, seed in seed_names(group).items()
         }
 
 
@@ -214,9 +213,7 @@ def compare(panel: Panel) -> Comparison:
 
     metrics = metrics_of(panel.entries)
     groups = make_groups(panel.entries, metrics)
-    return Comparison(
-        panel, metrics, groups, grids(groups), grpo_pairs(groups, metrics), list(claims(panel.entries))
-    )
+    return Comparison(panel, metrics, groups, grids(groups), grpo_pairs(groups, metrics), list(claims(panel.entries)))
 
 
 def finite(value: Any) -> Any:
@@ -247,7 +244,6 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             {
                 "path": link(entry.path),
                 "label": labels[entry.path],
-                "seed": seed_of(entry),
                 "recipe": entry.recipe.resolved() if entry.recipe is not None else None,
                 "num_steps": entry.metrics[-1]["step"] if entry.metrics else None,
                 "num_loss_tokens": entry.num_loss_tokens,
@@ -313,19 +309,22 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
     swept = [metric for metric in metrics if metric.temperature is not None]
     sweeps = mixing_sweeps(groups)
     gated = [entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions]
+    gated_drawn = drawn_first([group for group in groups if is_gated(group)])
     by_budget = budgets(comparison.grids)
     return {
         "title": panel.title or "Runs",
         "note": panel.note,
         "unfinished": [(str(path), link(path) if path.exists() else None, state) for path, state in panel.unfinished],
-        "findings": [(text, [(labels[p], link(p)) for p in paths]) for text, paths in findings(comparison)],
+        "findings": [
+            (text, [(path.name, link(path)) for path in paths[:NUM_DRAWN]], len(paths) - NUM_DRAWN)
+            for text, paths in findings(comparison)
+        ],
         "claims": [
             {
                 "claim": claim,
-                "effect": claim.effect and f"{claim.effect.value:+.3g} [{claim.effect.low:.3g}, {claim.effect.high:.3g}]",
-                "pairs": [
-                    [(labels.get(path, path.name), link(path)) for path in pair] for pair in claim.pairs
-                ],
+                "effect": claim.effect
+                and f"{claim.effect.value:+.3g} [{claim.effect.low:.3g}, {claim.effect.high:.3g}]",
+                "pairs": [[(labels.get(path, path.name), link(path)) for path in pair] for pair in claim.pairs],
             }
             for claim in comparison.claims
         ],
@@ -337,21 +336,27 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         ],
         "header": [*header, *(metric.unit for metric in costs)],
         "rows": [
-            (labels[entry.path], link(entry.path), [*cells[1:], *(number(stored(entry, metric), metric) for metric in costs)])
+            (
+                labels[entry.path],
+                link(entry.path),
+                [*cells[1:], *(number(stored(entry, metric), metric) for metric in costs)],
+            )
             for entry, cells in zip(entries, rows, strict=True)
         ],
         "table_note": table_note(entries),
         "levels": level_table([replace(entry, name=labels[entry.path]) for entry in entries]),
         "trade_offs": [
-            (avg.title, figures.trade_off(avg, at_temperature(metrics, avg), entries, labels, link)) for avg in avgs
+            (
+                avg.title,
+                [figures.trade_off(avg, other, entries, labels, link) for other in at_temperature(metrics, avg)],
+            )
+            for avg in avgs
         ],
         "runs": [(labels[run.path], link(run.path), figures.family(run), run.path in drawn) for run in runs],
-        "curves": [
-            figures.curve(name, title, runs, labels, drawn, link) for name, title in figures.shown_curves(runs)
-        ],
+        "curves": [figures.curve(name, title, runs, labels, drawn, link) for name, title in figures.shown_curves(runs)],
         "sweeps": [figures.sweep(metric, sweeps, link) for metric in swept] if sweeps else [],
-        "gated": [(labels[run.path], link(run.path), figures.family(run), run.path in drawn) for run in gated],
-        "windows": figures.windows(gated, labels, drawn, link) if gated else None,
+        "gated": [(labels[run.path], link(run.path), figures.family(run), run.path in gated_drawn) for run in gated],
+        "windows": figures.windows(gated, labels, gated_drawn, link) if gated else None,
         "window_tables": [
             (part.label, [(group.label, runs_of(group, None, link), values(group, metrics)) for group in part.groups])
             for part in window_comparisons(groups)
@@ -360,7 +365,9 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             [(metric, [grid(part, metric, comparison.grids, link) for part in same]) for metric in [*avgs[:1], *costs]]
             for same in by_budget
         ],
-        "compute": figures.trade_off(avgs[0], costs, entries, labels, link) if avgs and costs and not by_budget else None,
+        "compute": figures.trade_off(avgs[0], costs[0], runs, labels, link)
+        if avgs and costs and not by_budget
+        else None,
         "grpo": [
             {
                 "before": (pair.before.label, runs_of(pair.before, None, link)),
@@ -477,12 +484,11 @@ def runs_of(group: Group, metric: Metric | None, link: Link) -> list[tuple[str, 
     own = dict(group.summaries[metric.key].per_run) if metric is not None else {}
     return [
         (
-            (f"seed {seed_of(entry)}" if seed_of(entry) else entry.name)
-            + (f": {number((own[entry.path],), metric)}" if metric is not None and len(own) > 1 else ""),
-            link(entry.path),
+            (seed or path.name) + (f": {number((own[path],), metric)}" if metric is not None and len(own) > 1 else ""),
+            link(path),
         )
-        for entry in group.entries
-        if metric is None or entry.path in own
+        for path, seed in seed_names(group).items()
+        if metric is None or path in own
     ]
 
 
