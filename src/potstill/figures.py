@@ -5,6 +5,7 @@ the links to run folders.
 """
 
 import html
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,8 @@ def decision_text(row: dict[str, Any]) -> str:
 def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link) -> Figure:
     """A metric before and after GRPO, a row a start, the best end on top."""
     shown = [p for p in pairs if metric.key in p.before.summaries and metric.key in p.after.summaries][::-1]
-    names = [html.escape(pair.after.label) for pair in shown]
+    lines = [textwrap.wrap(pair.after.label, 26) for pair in shown]
+    names = ["<br>".join(html.escape(line) for line in each) for each in lines]
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter",
@@ -284,7 +286,13 @@ def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link
                 "hovertemplate": f"%{{y}}<br>{when}: %{{x}} {metric.unit}<extra></extra>",
             }
         )
-    return layout(traces, 130 + 26 * len(shown), axis(f"{metric.title} ({metric.unit})"), axis(""), legend=True)
+    return layout(
+        traces,
+        130 + sum(12 + 16 * len(each) for each in lines),
+        axis(f"{metric.title} ({metric.unit})"),
+        axis(""),
+        legend=True,
+    )
 
 
 def ends(pair: BeforeAndAfter, metric: Metric) -> tuple[float, float]:
