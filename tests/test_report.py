@@ -321,6 +321,8 @@ def test_what_is_no_number_is_null_and_no_other_file_is_replaced(study, evals, t
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "results.json").write_text(json.dumps(evals[0]))
+    with pytest.raises(RunError, match="one of the files to report on"):
+        write_report([folder, page], page)
     with pytest.raises(RunError, match=r"results.json' is there and is no report's"):
         write_report([mine / "results.json"], mine / "report.html")
     assert (mine / "results.json").read_text() == json.dumps(evals[0]) and not (mine / "report.html").exists()

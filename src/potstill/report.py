@@ -171,6 +171,8 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         raise RunError("a report needs at least one run folder, evaluation file or study folder")
     results_file = out.parent / RESULTS_FILE
     refuse_to_replace(results_file)
+    if out.is_dir() or out.resolve() in [path.resolve() for path in paths]:
+        raise RunError(f"--out is {str(out)!r}, a folder or one of the files to report on; give the name of a new file")
     comparisons = [compare(panel) for panel in read_panels(list(paths))]
 
     def link(path: Path) -> str:
@@ -399,13 +401,9 @@ def findings(comparison: Comparison) -> list[tuple[str, list[Path]]]:
     scored = [group for group in comparison.groups if avg.key in group.summaries]
     trained = [group for group in scored if isinstance(group.entries[0].recipe, Recipe)] or scored
     best = max(trained, key=lambda group: group.summaries[avg.key].value)
-    sentences = [
-        (
-            f"Highest {avg.title} of {counted(len(trained), 'setting')}: {best.label} with "
-            f"{values(best, [avg])[0]} % ({counted(len(best.entries), 'seed')}).",
-            [entry.path for entry in best.entries],
-        )
-    ]
+    facts = f"{best.label} with {values(best, [avg])[0]} % ({counted(len(best.entries), 'seed')})"
+    first = f"Highest {avg.title} of {len(trained)} settings" if len(trained) > 1 else avg.title
+    sentences = [(f"{first}: {facts}.", [entry.path for entry in best.entries])]
     others = sorted((g for g in trained if g is not best), key=lambda g: -g.summaries[avg.key].value)
     effects = [(group, difference(pair_up(group, best), avg)) for group in others]
     undecided = [group for group, effect in effects if effect is not None and effect.low <= 0]
