@@ -63,7 +63,7 @@ def write_run(
     evals: list[dict[str, Any]],
     num_steps: int = 40,
     decisions: list[dict[str, Any]] | None = None,
-    **sections: dict[str, Any],
+    **sections: Any,
 ) -> Path:
     """A finished run with this evaluation; `sections` are those of its recipe, with `model` for GRPO."""
     data = {"out": str(folder), **sections}

@@ -1,3 +1,4 @@
+import html
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from synthetic_runs import evaluate, write_run
 
 import potstill
 from potstill.claims import Claim
-from potstill.comparison import make_groups, metrics_of, problem_values, stored
+from potstill.comparison import grids, make_groups, metrics_of, problem_values, stored
 from potstill.report import print_table, table, table_note, write_report
 from potstill.results import group_by_seed, read_entry, recipe_key
 from potstill.runlog import RunError, append
@@ -265,6 +266,21 @@ def test_seeds_group_and_other_fields_do_not(tmp_path, evals):
     assert labels == [f"{name} · train.lr {lr}" for lr in rates for name in ("SFT", "GRPO · from SFT")]
 
 
+def test_cells_may_have_learning_rates_of_their_own(tmp_path, evals):
+    def run(kl: str, lr: float):
+        path = tmp_path / f"{kl}-{lr}"
+        return read_entry(path if path.exists() else write_run(path, evals[0], objective={"kl": kl}, train={"lr": lr}))
+
+    def cells(*entries):
+        return [[g.entries[0].path.name for g in p.groups] for p in grids(make_groups(entries, []))]
+
+    forward, reverse, other = run("forward", 1e-3), run("reverse", 2e-3), run("forward", 2e-3)
+    assert cells(forward, reverse) == [["forward-0.001", "reverse-0.002"]]
+    # Two rates in one corner: only what has the same rate is compared.
+    assert cells(forward, reverse, other) == [["reverse-0.002", "forward-0.002"]]
+    assert cells(forward) == [["forward-0.001"]]
+
+
 def test_unfinished_runs_of_a_study_are_listed(study, tmp_path):
     folder = tmp_path / "a study"
     shutil.copytree(study / "mixed", folder / "mixed")
@@ -345,19 +361,45 @@ def test_two_hundred_runs(evals, tmp_path):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
     runs = enumerate(sorted(study.iterdir()))
-    planned = [{"folder": str(path), "name": f"{ATTACK} {i}", "state": "done"} for i, path in runs]
+    planned = [{"folder": str(path), "name": f"{ATTACK} name {i}", "state": "done"} for i, path in runs]
     panels = [{"title": f"panel {ATTACK}", "note": ATTACK, "runs": planned}]
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "plan.json").write_text(json.dumps({"name": "s", "panels": panels}))
     page = write_report([tmp_path / "study"], tmp_path / "report.html")
+    # A reader who presses every button on a narrow screen.
+    narrow = "<style>html { width: 400px; }</style></head>"
+    script = """<script>
+        const drawn = () => document.querySelectorAll(".chart.js-plotly-plot").length;
+        const seen = { first: drawn(), charts: document.querySelectorAll(".chart").length };
+        for (const button of document.querySelectorAll(".buttons button, th button")) button.click();
+        seen.all = drawn();
+        document.querySelector('.runs input[value*="/mixed/"]').click();
+        const lines = document.querySelector(".drawn .chart").data;
+        seen.lines = [lines.length, lines.filter((line) => line.visible).length];
+        const field = document.querySelector(".find");
+        field.value = "NAME 3";
+        field.dispatchEvent(new Event("input"));
+        const rows = [...document.querySelectorAll(".sortable tbody tr")].filter((row) => !row.hidden);
+        seen.rows = rows.map((row) => row.cells[0].textContent);
+        seen.overflow = document.body.scrollWidth - document.body.clientWidth;
+        seen.broken = !document.getElementById("broken").hidden;
+        document.body.dataset.seen = JSON.stringify(seen);
+    </script></body>"""
+    tried = tmp_path / "tried.html"
+    tried.write_text(page.read_text().replace("</head>", narrow).replace("</body>", script))
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    options += "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom"
-    command = ["chromium", *options.split(), f"--user-data-dir={tmp_path / 'browser'}", page.resolve().as_uri()]
-    seen = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    body = seen[seen.index("<body>") :]
-    assert '<p id="broken" role="alert" hidden=""></p>' in body
-    assert "<title>potstill report</title>" in seen and not re.search(r"<img[^>]*onerror", body)
+    options += "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom --window-size=500,900"
+    command = ["chromium", *options.split(), f"--user-data-dir={tmp_path / 'browser'}", tried.resolve().as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "<title>potstill report</title>" in dom and not re.search(r"<img[^>]*onerror", dom[dom.index("<body") :])
+    found = re.search(r'<body data-seen="([^"]*)"', dom)
+    assert found, "a script failed"
+    seen = json.loads(html.unescape(found[1]))
     # Of several views by buttons the first is drawn, the others when they are chosen.
     num_temperatures, num_metrics = 2, 6
-    num_hidden = 2 * (num_temperatures - 1) + num_metrics - 1
-    assert body.count('class="chart js-plotly-plot"') == page.read_text().count('<div class="chart"') - num_hidden > 10
+    assert seen["charts"] - seen["first"] == 2 * (num_temperatures - 1) + num_metrics - 1
+    assert seen["all"] == seen["charts"] > 15 and not seen["broken"]
+    num_runs = len(planned)
+    assert seen["lines"] == [num_runs, num_runs - 1]
+    assert [name.removeprefix(ATTACK) for name in seen["rows"]] == [" name 3"]
+    assert seen["overflow"] == 0
