@@ -346,6 +346,7 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             for entry, cells in zip(entries, rows, strict=True)
         ],
         "table_note": table_note(entries),
+        "hrefs": {labels[entry.path]: link(entry.path) for entry in entries},
         "levels": level_table([replace(entry, name=labels[entry.path]) for entry in entries]),
         "trade_offs": [
             (
