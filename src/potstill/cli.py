@@ -200,10 +200,10 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
 
     @app.command
     def report(paths: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
-        """Write one HTML file that compares runs.
+        """Write one HTML file that compares runs, and `results.json` with its numbers beside it.
 
         Args:
-            paths: Run folders, and JSON files that `potstill evaluate --out` wrote.
+            paths: Run folders, study folders, and JSON files that `potstill evaluate --out` wrote.
             out: The file to write.
         """
         from potstill.report import write_report

@@ -166,6 +166,7 @@ def per_problem(problems: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[
         "score": [mean(rows, "score") for rows in problems],
         "num_correct": [sum(r["score"] >= 1 for r in rows) for rows in problems],
         "length": [mean(rows, "length") for rows in problems],
+        "length_to_answer": [mean(rows, "length_to_answer") for rows in problems],
         "truncation": [round(sum(r["stop"] == "length" for r in rows) / len(rows), 6) for rows in problems],
         "entropy": [mean(rows, "entropy", "length") for rows in problems],
         "entropy_before_answer": [mean(rows, "entropy_before_answer", "length_to_answer") for rows in problems],

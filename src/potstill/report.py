@@ -1,41 +1,57 @@
-"""One self-contained HTML file from run folders and evaluation files. Reads files only; needs no torch.
+"""One self-contained HTML file from run folders, evaluation files and studies, and `results.json` with its numbers.
 
-Every number in it is read from a file that it names, and text that a model wrote is escaped.
+Reads files only; needs no torch. Every number in it is read or computed from the files that it links to, and text that
+a model or a user wrote is escaped.
 """
 
-import html
-import itertools
+import json
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from potstill.config import METHODS
-from potstill.reader import reader_data
-from potstill.results import Entry, read_entry
-from potstill.runlog import RunError
-
-COLOURS = {"sft": "#4477aa", "dagger": "#228833", "offline-rl": "#ccbb44", "opd": "#ee6677"}
-OTHER_COLOURS = ("#66ccee", "#aa3377", "#999933", "#882255", "#44aa99", "#332288")
-GREYS = ("#bbbbbb", "#555555")
-SYMBOLS = ("circle", "diamond", "square", "cross")
-CURVES = (
-    ("forward_kl", "forward KL (nats a token)"),
-    ("reverse_kl", "reverse KL (nats a token)"),
-    ("student_entropy_before_answer", "student entropy up to the answer (nats)"),
-    ("length", "completion length (tokens)"),
-    ("truncation", "share of completions cut by the window"),
-    ("grad_norm", "gradient norm before clipping"),
+from potstill import figures
+from potstill.comparison import (
+    BeforeAndAfter,
+    Group,
+    Metric,
+    Part,
+    Summary,
+    budgets,
+    difference,
+    grids,
+    grpo_pairs,
+    is_gated,
+    make_groups,
+    metrics_of,
+    mixing_sweeps,
+    pair_up,
+    seed_names,
+    stored,
+    window_comparisons,
 )
-# What controllers move, shown where it moves in any run.
-CONTROLLED = (("window", "window (tokens)"), ("forward_weight", "weight of the forward KL"))
+from potstill.config import METHODS, Recipe
+from potstill.figures import Link
+from potstill.reader import reader_data
+from potstill.results import Entry, Panel, read_panels
+from potstill.runlog import RunError, write_atomically
+from potstill.statistics import Estimate
+
+RESULTS_FILE = "results.json"
+# How many runs' curves are drawn before the reader chooses.
+NUM_DRAWN = 12
+# How many names a sentence lists.
+NUM_NAMED = 6
 
 
 def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison, for the terminal and for the report."""
     temperatures = sorted({row["temperature"] for entry in entries for row in entry.evals}, reverse=True)
     num_responses = max((row["num_responses"] for entry in entries for row in entry.evals), default=1)
-    k = min(8, num_responses)
+    k = min([8, *(row["num_responses"] for entry in entries for row in entry.evals)])
     header = ["model"]
     for temperature in temperatures:
         header += [f"Avg@{num_responses} T={temperature:g}", f"Pass@{k} T={temperature:g}"]
@@ -123,127 +139,376 @@ def _number(estimate: Sequence[float], digits: int) -> str:
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A panel with what is computed from it: what the page shows and `results.json` holds."""
+
+    panel: Panel
+    metrics: list[Metric]
+    groups: list[Group]
+    grids: list[Part]
+    grpo: list[BeforeAndAfter]
+    claims: list[Any]
+
+    @property
+    def labels(self) -> dict[Path, str]:
+        """A name for each run that no other run has."""
+        return {
+            path: f"{group.label} · {seed}" if len(group.entries) > 1 else group.label
+            for group in self.groups
+            for path, seed in seed_names(group).items()
+        }
+
+
 def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Write the report over run folders and evaluation files; returns its path. Raises RunError."""
+    """Write the report over run folders, evaluation files and study folders, and `results.json` beside it.
+
+    Returns the path of the page. Raises RunError, also where there already is a `results.json` that is no report's.
+    """
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    entries = [read_entry(path) for path in paths]
-    if not entries:
-        raise RunError("a report needs at least one run folder or evaluation file")
-    header, rows = table(entries)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("potstill", "templates"), autoescape=True)
+    if not paths:
+        raise RunError("a report needs at least one run folder, evaluation file or study folder")
+    results_file = out.parent / RESULTS_FILE
+    refuse_to_replace(results_file)
+    if out.is_dir() or out.resolve() in [path.resolve() for path in paths]:
+        raise RunError(f"--out is {str(out)!r}, a folder or one of the files to report on; give the name of a new file")
+    comparisons = [compare(panel) for panel in read_panels(list(paths))]
+
+    def link(path: Path) -> str:
+        """The URL of a folder or file from the page."""
+        relative = os.path.relpath(path.resolve(), out.parent.resolve())
+        return quote(Path(relative).as_posix()) + ("/" if path.is_dir() else "")
+
+    entries = [entry for comparison in comparisons for entry in comparison.panel.entries]
     runs = [entry for entry in entries if entry.metrics]
-    colours = colour_by_path(entries)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("potstill", "templates"), autoescape=True)
     text = environment.get_template("report.html").render(
-        grid=grid(entries),
-        header=header,
-        rows=rows,
-        paths=[str(entry.path) for entry in entries],
-        note=table_note(entries),
-        levels=level_table(entries),
-        figures=[figure for figure in (curves(runs, colours), trade_off(entries, colours)) if figure],
+        panels=[page_of(comparison, link) for comparison in comparisons],
+        num_runs=len(runs),
+        results_file=RESULTS_FILE,
+        colours=figures.COLOURS,
         reader=reader_data(runs),
         plotly=get_plotlyjs(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
+    results = {"report": out.name, "panels": [numbers_of(comparison, link) for comparison in comparisons]}
+    write_atomically(results_file, json.dumps(finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(out, text)
     return out
 
 
-def colour_by_path(entries: Sequence[Entry]) -> dict[Path, str]:
-    """One colour an entry: a corner's own for its first run, then others in turn; greys for models without a run."""
-    others, greys = itertools.cycle(OTHER_COLOURS), itertools.cycle(GREYS)
-    colours: dict[Path, str] = {}
-    for entry in entries:
-        own = COLOURS.get(entry.cell or "")
-        if not entry.metrics:
-            colours[entry.path] = next(greys)
-        else:
-            colours[entry.path] = own if own and own not in colours.values() else next(others)
-    return colours
+def refuse_to_replace(path: Path) -> None:
+    """Raise RunError when there is a file of this name that an earlier report did not write."""
+    if path.exists():
+        try:
+            is_ours = "report" in json.loads(path.read_text())
+        except ValueError:
+            is_ours = False
+        if not is_ours:
+            raise RunError(f"{str(path)!r} is there and is no report's; choose an --out in another folder, or move it")
 
 
-def grid(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The corners with their runs' first-temperature results, in reading order."""
+def compare(panel: Panel) -> Comparison:
+    """Everything that is computed from a panel's entries."""
+    from potstill.claims import claims
+
+    metrics = metrics_of(panel.entries)
+    groups = make_groups(panel.entries, metrics)
+    return Comparison(panel, metrics, groups, grids(groups), grpo_pairs(groups, metrics), list(claims(panel.entries)))
+
+
+def finite(value: Any) -> Any:
+    """Plain data for strict JSON: a number that is not finite is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """A panel's numbers as plain data, with paths relative to the page."""
+    labels = comparison.labels
+
+    def summaries(of: dict[str, Summary]) -> dict[str, Any]:
+        return {
+            key: {"value": s.value, "low": s.low, "high": s.high, "runs": {link(path): v for path, v in s.per_run}}
+            for key, s in of.items()
+        }
+
+    return {
+        "title": comparison.panel.title,
+        "note": comparison.panel.note,
+        "findings": [text for text, _ in findings(comparison)],
+        "metrics": {metric.key: {"title": metric.title, "unit": metric.unit} for metric in comparison.metrics},
+        "runs": [
+            {
+                "path": link(entry.path),
+                "label": labels[entry.path],
+                "recipe": entry.recipe.resolved() if entry.recipe is not None else None,
+                "num_steps": entry.metrics[-1]["step"] if entry.metrics else None,
+                "num_loss_tokens": entry.num_loss_tokens,
+                "flops": entry.flops,
+                "seconds": entry.seconds,
+                "evals": [evaluation_of(row) for row in entry.evals],
+                "curves": {
+                    name: [row.get(name) for row in figures.thin(entry.metrics)]
+                    for name in ("step", *(name for name, _ in figures.CURVES + figures.CONTROLLED))
+                    if any(row.get(name) is not None for row in entry.metrics)
+                },
+                "decisions": list(entry.decisions),
+            }
+            for entry in comparison.panel.entries
+        ],
+        "groups": [
+            {
+                "label": group.label,
+                "paths": [link(entry.path) for entry in group.entries],
+                "metrics": summaries(group.summaries),
+            }
+            for group in comparison.groups
+        ],
+        "grids": [
+            {"label": part.label, "cells": {group.entries[0].cell: group.label for group in part.groups}}
+            for part in comparison.grids
+        ],
+        "claims": [
+            asdict(claim) | {"pairs": [[link(a), link(b)] for a, b in claim.pairs], "effect": interval(claim.effect)}
+            for claim in comparison.claims
+        ],
+        "grpo": [
+            {
+                "before": {"label": pair.before.label, "metrics": summaries(pair.before.summaries)},
+                "after": {"label": pair.after.label, "metrics": summaries(pair.after.summaries)},
+                "differences": {key: interval(effect) for key, effect in pair.differences.items()},
+            }
+            for pair in comparison.grpo
+        ],
+        "unfinished": [{"path": link(path), "state": state} for path, state in comparison.panel.unfinished],
+    }
+
+
+def interval(effect: Estimate | None) -> dict[str, float] | None:
+    return None if effect is None else {"value": effect.value, "low": effect.low, "high": effect.high}
+
+
+def evaluation_of(row: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation without its columns of problems, and of its levels what is shown."""
+    levels = {level: {"avg": estimates["avg"]} for level, estimates in row["levels"].items()}
+    return {key: value for key, value in row.items() if key != "problems"} | {"levels": levels}
+
+
+def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """What the template shows of a panel; a section that its runs do not feed is empty."""
+    panel, metrics, groups, labels = comparison.panel, comparison.metrics, comparison.groups, comparison.labels
+    entries = panel.entries
+    runs = [entry for entry in entries if entry.metrics]
+    drawn = drawn_first(groups)
+    header, rows = table(entries)
+    costs = [metric for metric in metrics if metric.key == "gflops"]
+    avgs = [metric for metric in metrics if metric.column == "avg"]
+    swept = [metric for metric in metrics if metric.temperature is not None]
+    sweeps = mixing_sweeps(groups)
+    gated = [entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions]
+    gated_drawn = drawn_first([group for group in groups if is_gated(group)])
+    by_budget = budgets(comparison.grids)
+    return {
+        "title": panel.title or "Runs",
+        "note": panel.note,
+        "unfinished": [(str(path), link(path) if path.exists() else None, state) for path, state in panel.unfinished],
+        "findings": [
+            (text, [(path.name, link(path)) for path in paths[:NUM_DRAWN]], len(paths) - NUM_DRAWN)
+            for text, paths in findings(comparison)
+        ],
+        "claims": [
+            {
+                "claim": claim,
+                "effect": claim.effect
+                and f"{claim.effect.value:+.3g} [{claim.effect.low:.3g}, {claim.effect.high:.3g}]",
+                "pairs": [[(labels.get(path, path.name), link(path)) for path in pair] for pair in claim.pairs],
+            }
+            for claim in comparison.claims
+        ],
+        "metrics": metrics,
+        "grids": [
+            {"metric": metric, "parts": [grid(part, metric, comparison.grids, link) for part in comparison.grids]}
+            for metric in metrics
+            if any(metric.key in group.summaries for part in comparison.grids for group in part.groups)
+        ],
+        "header": [*header, *(metric.unit for metric in costs)],
+        "rows": [
+            (
+                labels[entry.path],
+                link(entry.path),
+                [*cells[1:], *(number(stored(entry, metric), metric) for metric in costs)],
+            )
+            for entry, cells in zip(entries, rows, strict=True)
+        ],
+        "table_note": table_note(entries),
+        "hrefs": {labels[entry.path]: link(entry.path) for entry in entries},
+        "levels": level_table([replace(entry, name=labels[entry.path]) for entry in entries]),
+        "trade_offs": [
+            (
+                avg.title,
+                [figures.trade_off(avg, other, entries, labels, link) for other in at_temperature(metrics, avg)],
+            )
+            for avg in avgs
+        ],
+        "runs": [(labels[run.path], link(run.path), figures.family(run), run.path in drawn) for run in runs],
+        "curves": [figures.curve(name, title, runs, labels, drawn, link) for name, title in figures.shown_curves(runs)],
+        "sweeps": [figures.sweep(metric, sweeps, link) for metric in swept] if sweeps else [],
+        "gated": [(labels[run.path], link(run.path), figures.family(run), run.path in gated_drawn) for run in gated],
+        "windows": figures.windows(gated, labels, gated_drawn, link) if gated else None,
+        "window_tables": [
+            (part.label, [(group.label, runs_of(group, None, link), values(group, metrics)) for group in part.groups])
+            for part in window_comparisons(groups)
+        ],
+        "budgets": [
+            [(metric, [grid(part, metric, comparison.grids, link) for part in same]) for metric in [*avgs[:1], *costs]]
+            for same in by_budget
+        ],
+        "compute": figures.trade_off(avgs[0], costs[0], runs, labels, link)
+        if avgs and costs and not by_budget
+        else None,
+        "grpo": [
+            {
+                "before": (pair.before.label, runs_of(pair.before, None, link)),
+                "after": (pair.after.label, runs_of(pair.after, None, link)),
+                "cells": [
+                    (
+                        values(pair.before, [metric])[0],
+                        values(pair.after, [metric])[0],
+                        number(pair.differences[metric.key], metric, sign="+"),
+                    )
+                    for metric in swept
+                ],
+            }
+            for pair in comparison.grpo
+        ],
+        "grpo_header": [metric.title for metric in swept],
+        "grpo_figures": [figures.before_and_after(metric, comparison.grpo, link) for metric in swept]
+        if comparison.grpo
+        else [],
+    }
+
+
+def findings(comparison: Comparison) -> list[tuple[str, list[Path]]]:
+    """What was found, in sentences computed from the numbers, each with the runs it speaks of."""
+    metrics = {metric.key: metric for metric in comparison.metrics}
+    avg = next((metric for metric in comparison.metrics if metric.column == "avg"), None)
+    if avg is None:
+        return []
+    scored = [group for group in comparison.groups if avg.key in group.summaries]
+    trained = [group for group in scored if isinstance(group.entries[0].recipe, Recipe)] or scored
+    best = max(trained, key=lambda group: group.summaries[avg.key].value)
+    facts = f"{best.label} with {values(best, [avg])[0]} % ({counted(len(best.entries), 'seed')})"
+    first = f"Highest {avg.title} of {len(trained)} settings" if len(trained) > 1 else avg.title
+    sentences = [(f"{first}: {facts}.", [entry.path for entry in best.entries])]
+    others = sorted((g for g in trained if g is not best), key=lambda g: -g.summaries[avg.key].value)
+    effects = [(group, difference(pair_up(group, best), avg)) for group in others]
+    undecided = [group for group, effect in effects if effect is not None and effect.low <= 0]
+    unknown = [group for group, effect in effects if effect is None]
+    below = len(others) - len(undecided) - len(unknown)
+    if undecided:
+        text = f"Undecided, as the 95 % interval of the difference to it includes 0: {named(undecided)}."
+        sentences.append((text, [entry.path for group in undecided[:NUM_NAMED] for entry in group.entries]))
+    if below:
+        sentences.append((f"Below it by an interval that excludes 0: {below} of {len(others)} others.", []))
+    if unknown:
+        text = f"Not compared with it, for want of the same seeds and problems: {named(unknown)}."
+        sentences.append((text, [entry.path for group in unknown[:NUM_NAMED] for entry in group.entries]))
+    cost = metrics.get("gflops") or metrics.get("seconds")
+    costed = [group for group in trained if cost is not None and cost.key in group.summaries]
+    if cost is not None and len(costed) > 1:
+        cheapest = min(costed, key=lambda group: group.summaries[cost.key].value)
+        text = (
+            f"Cheapest by {cost.title}: {cheapest.label} with {values(cheapest, [cost])[0]} {cost.unit} and "
+            f"{avg.title} {values(cheapest, [avg])[0]} %."
+        )
+        sentences.append((text, [entry.path for entry in cheapest.entries]))
+    if comparison.grpo and avg.key in comparison.grpo[0].after.summaries:
+        pair = comparison.grpo[0]
+        text = (
+            f"Best end of GRPO: {pair.after.label}, {avg.title} {values(pair.before, [avg])[0]} % before and "
+            f"{values(pair.after, [avg])[0]} % after."
+        )
+        sentences.append((text, [entry.path for group in (pair.before, pair.after) for entry in group.entries]))
+    return sentences
+
+
+def counted(num: int, noun: str) -> str:
+    return f"{num} {noun}" + ("" if num == 1 else "s")
+
+
+def named(groups: Sequence[Group]) -> str:
+    """The labels of these groups, the first few of many."""
+    more = f" and {len(groups) - NUM_NAMED} more" if len(groups) > NUM_NAMED else ""
+    return "; ".join(group.label for group in groups[:NUM_NAMED]) + more
+
+
+def at_temperature(metrics: Sequence[Metric], avg: Metric) -> list[Metric]:
+    """Entropy and length at the temperature of this Avg."""
+    return [replace(metric, temperature=avg.temperature) for metric in metrics if metric.key in ("entropy", "length")]
+
+
+def drawn_first(groups: Sequence[Group]) -> set[Path]:
+    """The runs whose curves are drawn at first: one of each group, then their other seeds, up to a number."""
+    depth = max((len(group.entries) for group in groups), default=0)
+    in_turn = [group.entries[i] for i in range(depth) for group in groups if i < len(group.entries)]
+    return {entry.path for entry in [entry for entry in in_turn if entry.metrics][:NUM_DRAWN]}
+
+
+def grid(part: Part, metric: Metric, parts: Sequence[Part], link: Link) -> dict[str, Any]:
+    """The corners of a grid in reading order, each with its value, how dark it is, and its runs."""
+    shown = [group.summaries[metric.key].value for p in parts for group in p.groups if metric.key in group.summaries]
+    lowest, highest = min(shown), max(shown)
     cells = []
     for key, method in METHODS.items():
-        found = [entry for entry in entries if entry.cell == key and entry.evals]
-        lines = []
-        for entry in found:
-            for row in entry.evals:
-                lines.append(f"T={row['temperature']:g}: Avg@{row['num_responses']} {_percent(row['avg'])} %")
-            lines.append(f"entropy {_number(entry.evals[0]['entropy'], 3)} nats")
-        cells.append({"key": key, "method": method, "lines": lines, "colour": COLOURS[key]})
-    return cells
+        group = next((g for g in part.groups if g.entries[0].cell == key and metric.key in g.summaries), None)
+        cell: dict[str, Any] = {"key": key, "method": method, "text": None}
+        if group is not None:
+            value = group.summaries[metric.key].value
+            cell |= {
+                "text": values(group, [metric])[0],
+                "heat": (value - lowest) / (highest - lowest) if highest > lowest else 0.5,
+                "runs": runs_of(group, metric, link),
+            }
+        cells.append(cell)
+    return {"label": part.label, "cells": cells}
 
 
-def curves(runs: Sequence[Entry], colours: dict[Path, str]) -> str:
-    """Training curves of all runs, one panel a quantity, as an HTML fragment."""
-    if not runs:
-        return ""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    shown = [(name, title) for name, title in CURVES if any(name in run.metrics[0] for run in runs)]
-    shown += [each for each in CONTROLLED if any(len({row.get(each[0]) for row in run.metrics}) > 1 for run in runs)]
-    num_rows = math.ceil(len(shown) / 2)
-    figure = make_subplots(rows=num_rows, cols=2, subplot_titles=[title for _, title in shown], vertical_spacing=0.09)
-    for i, (name, _) in enumerate(shown):
-        for run in runs:
-            figure.add_trace(
-                go.Scatter(
-                    x=[row["step"] for row in run.metrics],
-                    y=[row.get(name) for row in run.metrics],
-                    name=html.escape(run.name),
-                    legendgroup=str(run.path),
-                    showlegend=i == 0,
-                    line={"color": colours[run.path], "width": 1.5},
-                ),
-                row=i // 2 + 1,
-                col=i % 2 + 1,
-            )
-    figure.update_layout(height=290 * num_rows, template="plotly_white", margin={"t": 60, "l": 50, "r": 20, "b": 40})
-    figure.update_layout(legend={"orientation": "h", "y": 1.06})
-    figure.update_xaxes(title_text="step", row=num_rows)
-    return figure.to_html(include_plotlyjs=False, full_html=False)
-
-
-def trade_off(entries: Sequence[Entry], colours: dict[Path, str]) -> str:
-    """Accuracy against entropy, a point for each model and temperature, with intervals, as an HTML fragment."""
-    if not any(entry.evals for entry in entries):
-        return ""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    temperatures = sorted({row["temperature"] for entry in entries for row in entry.evals}, reverse=True)
-    symbols = dict(zip(temperatures, SYMBOLS * len(temperatures), strict=False))
-    for entry in entries:
-        avg = [row["avg"] for row in entry.evals]
-        figure.add_trace(
-            go.Scatter(
-                x=[row["entropy"][0] for row in entry.evals],
-                y=[100 * value for value, _, _ in avg],
-                error_y={
-                    "type": "data",
-                    "array": [100 * (high - value) for value, _, high in avg],
-                    "arrayminus": [100 * (value - low) for value, low, _ in avg],
-                },
-                mode="markers",
-                marker={
-                    "size": 11,
-                    "color": colours[entry.path],
-                    "symbol": [symbols[row["temperature"]] for row in entry.evals],
-                },
-                name=html.escape(entry.name),
-            )
+def runs_of(group: Group, metric: Metric | None, link: Link) -> list[tuple[str, str]]:
+    """A text and a link for each run of a group: its seed, and its own value of a metric."""
+    own = dict(group.summaries[metric.key].per_run) if metric is not None else {}
+    return [
+        (
+            (seed or path.name) + (f": {number((own[path],), metric)}" if metric is not None and len(own) > 1 else ""),
+            link(path),
         )
-    figure.update_layout(
-        height=460,
-        template="plotly_white",
-        title="Accuracy against entropy of the responses: "
-        + ", ".join(f"{symbol} at T={temperature:g}" for temperature, symbol in symbols.items()),
-        xaxis_title="token entropy (nats)",
-        yaxis_title="Avg (%)",
-    )
-    return figure.to_html(include_plotlyjs=False, full_html=False)
+        for path, seed in seed_names(group).items()
+        if metric is None or path in own
+    ]
+
+
+def values(group: Group, metrics: Sequence[Metric]) -> list[str]:
+    """A group's metrics as text, empty where it has none."""
+    found = [(group.summaries.get(metric.key), metric) for metric in metrics]
+    return [
+        ""
+        if summary is None
+        else number((summary.value,) if summary.low is None else (summary.value, summary.low, summary.high), metric)
+        for summary, metric in found
+    ]
+
+
+def number(estimate: Sequence[float | None] | None, metric: Metric, sign: str = "") -> str:
+    """A value, and its interval where it has one, as text; empty without a value."""
+    if estimate is None:
+        return ""
+    digits = metric.digits
+    if metric.temperature is None and estimate[0]:
+        digits = max(0, 2 - math.floor(math.log10(abs(metric.scale * estimate[0]))))
+    value, *bounds = (f"{metric.scale * x:{sign},.{digits}f}" for x in estimate if x is not None)
+    return f"{value} [{', '.join(bounds)}]" if bounds else value

@@ -1,6 +1,7 @@
 """What run folders, evaluation files and study folders hold, for whoever compares them. Reads files; needs no torch."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from potstill.runlog import RunError, is_done, read_rows
 
 # Of a study's folder: what it consists of, written before the first run.
 PLAN_FILE = "plan.json"
+# Fields in which repetitions of one run differ.
+SEEDS = ("data.seed", "train.seed", "grpo.seed")
 
 
 @dataclass(frozen=True)
@@ -93,20 +96,6 @@ def resume_command(folder: Path) -> str:
     return f"potstill {'grpo' if isinstance(recipe, GrpoRecipe) else 'train'} {folder / 'recipe.toml'}"
 
 
-def recipe_key(entry: Entry, ignore: Sequence[str]) -> str:
-    """What runs agree in that differ in nothing but `ignore`: the resolved recipe as JSON, without `out` and without
-    these dotted fields or whole sections."""
-    assert entry.recipe is not None, f"{str(entry.path)!r} has no recipe"
-    data = entry.recipe.resolved()
-    for name in ("out", *ignore):
-        *sections, field = name.split(".")
-        section = data
-        for key in sections:
-            section = section.get(key, {})
-        section.pop(field, None)
-    return json.dumps(data, sort_keys=True)
-
-
 def read_panels(paths: list[Path]) -> list[Panel]:
     """The panels of each study folder, and one panel of all other runs and evaluation files. Raises RunError."""
     panels = [panel for path in paths if (path / PLAN_FILE).exists() for panel in read_study(path)]
@@ -134,3 +123,43 @@ def read_study(folder: Path) -> list[Panel]:
             entries.append(Entry(name, path, entry.evals, entry.recipe, entry.metrics, entry.samples, entry.decisions))
         panels.append(Panel(planned["title"], tuple(entries), planned["note"], tuple(unfinished)))
     return panels
+
+
+def recipe_key(entry: Entry, ignore: Sequence[str]) -> str:
+    """The resolved recipe as JSON, without `out` and without these dotted fields or sections: equal iff runs match."""
+    data = entry.recipe.resolved() if entry.recipe is not None else {}
+    for name in ("out", *ignore):
+        *sections, last = name.split(".")
+        section = data
+        for key in sections:
+            section = section.get(key, {})
+        section.pop(last, None)
+    return json.dumps(data, sort_keys=True)
+
+
+def find_starts(entries: Sequence[Entry]) -> dict[Path, Entry]:
+    """For the folder of each GRPO run, the entry among these that it started from, where there is one."""
+    known = {path.resolve(): entry for entry in entries for path in (entry.path, entry.path / "model")}
+    models = {row["model"]: entry for entry in entries if entry.recipe is None for row in entry.evals}
+    starts = {}
+    for entry in entries:
+        if entry.start is not None:
+            start = known.get(entry.start.resolve()) or models.get(str(entry.start))
+            starts |= {entry.path: start} if start is not None else {}
+    return starts
+
+
+def group_by_seed(entries: Sequence[Entry]) -> list[tuple[Entry, ...]]:
+    """Runs whose recipes agree on everything but the seeds; GRPO runs too, whose starts then differ in seeds alone.
+
+    A model without a run is a group of its own.
+    """
+    starts = find_starts(entries)
+    groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        key = (recipe_key(entry, SEEDS), "" if entry.recipe is not None else str(entry.path))
+        start = starts.get(entry.path)
+        if start is not None and start.recipe is not None:
+            key = (recipe_key(entry, (*SEEDS, "model")), recipe_key(start, SEEDS))
+        groups[key].append(entry)
+    return [tuple(group) for group in groups.values()]
