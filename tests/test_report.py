@@ -289,10 +289,10 @@ def test_unfinished_runs_of_a_study_are_listed(study, tmp_path):
     states = {"mixed": "done", "crashed": "crashed: out of memory", "later": "not begun"}
     planned = [{"folder": name, "name": f"name of {name}", "state": state} for name, state in states.items()]
     panels = [
-        {"title": ATTACK, "note": "a note", "runs": planned},
-        {"title": "nothing yet", "note": "", "runs": planned[1:]},
+        {"title": ATTACK, "note": "a note", "is_sweep": False, "runs": planned},
+        {"title": "nothing yet", "note": "", "is_sweep": False, "runs": planned[1:]},
     ]
-    (folder / "plan.json").write_text(json.dumps({"name": "s", "panels": panels}))
+    (folder / "plan.json").write_text(json.dumps({"panels": panels}))
     page = write_report([folder], tmp_path / "report.html")
     text = page.read_text()
     assert str(markupsafe.escape(ATTACK)) in text
@@ -314,14 +314,15 @@ def test_verdicts_are_words_with_their_runs(study, tmp_path, monkeypatch):
     found = [
         Claim("c1", "Reverse KL wins.", "Avg", Estimate(4.0, 1.0, 7.0), "points", (pair,), "supported", "d1"),
         Claim("c2", "It is longer.", "length", Estimate(-4.0, -7.0, -1.0), "tokens", (pair,), "contradicted", "d2"),
-        Claim("c3", "It is cheap.", "GFLOP", Estimate(0.1, -1.0, 1.0), "%", (pair,), "undecided", "d3"),
-        Claim("c4", ATTACK, "Avg", None, "points", (), "not measured", "d4"),
+        Claim("c3", f"It is cheap {ATTACK}.", "GFLOP", Estimate(0.1, -1.0, 1.0), "%", (pair,), "undecided", "d3"),
+        Claim("c4", "It is best.", "Avg", None, "points", (), "not measured", "d4"),
     ]
-    monkeypatch.setattr("potstill.claims.claims", lambda entries: found)
+    monkeypatch.setattr("potstill.report.claims", lambda entries: found)
     page = write_report(pair, tmp_path / "report.html")
-    rows = re.findall(r"<tr><td><b>c\d.*?</tr>", page.read_text(), re.DOTALL)
+    rows = re.findall(r"<tr><td><b>c\d.*?</tr>|<li><b>c\d.*?</li>", page.read_text(), re.DOTALL)
     assert [each.verdict in row for each, row in zip(found, rows, strict=True)] == [True] * 4
-    assert "+4 points" in rows[0] and "[1, 7]" in rows[0] and rows[0].count("<a href=") == 2 and ATTACK not in rows[3]
+    assert "+4 points" in rows[0] and "[1, 7]" in rows[0] and rows[0].count("<a href=") == 2
+    assert ATTACK not in rows[2] and rows[3].startswith("<li>") and "d4" in rows[3]
     (panel,) = results_of(page)["panels"]
     assert [claim["verdict"] for claim in panel["claims"]] == [each.verdict for each in found]
     assert panel["claims"][0]["effect"] == {"value": 4.0, "low": 1.0, "high": 7.0}
@@ -362,9 +363,9 @@ def test_two_hundred_runs(evals, tmp_path):
 def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
     runs = enumerate(sorted(study.iterdir()))
     planned = [{"folder": str(path), "name": f"{ATTACK} name {i}", "state": "done"} for i, path in runs]
-    panels = [{"title": f"panel {ATTACK}", "note": ATTACK, "runs": planned}]
+    panels = [{"title": f"panel {ATTACK}", "note": ATTACK, "is_sweep": False, "runs": planned}]
     (tmp_path / "study").mkdir()
-    (tmp_path / "study" / "plan.json").write_text(json.dumps({"name": "s", "panels": panels}))
+    (tmp_path / "study" / "plan.json").write_text(json.dumps({"panels": panels}))
     page = write_report([tmp_path / "study"], tmp_path / "report.html")
     # A reader who presses every button on a narrow screen.
     narrow = "<style>html { width: 400px; }</style></head>"

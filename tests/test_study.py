@@ -125,7 +125,7 @@ def pretend(item, avg):
 
 def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path):
     study = write_study(tmp_path, SWEEP)
-    sweep, natural = plan(study, choose(study))
+    natural, sweep = plan(study, choose(study))
     assert sweep.is_sweep and not natural.is_sweep
     assert all(item.pending for item in natural.items)
     assert {item.recipe.evaluation.seed for item in sweep.items} == {SWEEP_EVALUATION_SEED}
@@ -135,7 +135,7 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
     assert choose(study) == {("Natural", "sft"): 2e-3}
     pretend(sweep.items[5], 0.5)
     assert choose(study) == {("Natural", "sft"): 2e-3, ("Natural", "opd"): 1e-3}
-    _, natural = plan(study, choose(study))
+    natural, _ = plan(study, choose(study))
     assert [item.recipe.train.lr for item in natural.items] == [2e-3, 1e-3, 1e-3]
     assert not any(item.pending for item in natural.items)
 

@@ -17,6 +17,7 @@ from potstill.statistics import Estimate, pass_at_k, seeds_and_problems
 GRID_AXES = ("objective.prefix", "objective.kl")
 MIXING_AXES = ("objective.kl", "objective.forward_weight", "mixing")
 WINDOW_AXES = ("window",)
+FREE = ("train.lr", "teacher.cache")
 BUDGET = ("train.steps", "train.flops", "train.warmup_steps", "train.checkpoint_every")
 
 
@@ -255,10 +256,11 @@ def partition(
 ) -> list[Part]:
     """Sets of distillations that agree on all but these axes (fields or sections) and seeds, as far as they are kept.
 
-    Their learning rates may differ, as each can have its best one, unless that would put two groups in one place.
+    Their learning rates may differ, as each can have its best one, and some can read a cached teacher, unless that
+    would put two groups in one place.
     """
     found = [group for group in groups if isinstance(group.entries[0].recipe, Recipe)]
-    for ignored in ((*axes, "train.lr"), tuple(axes)):
+    for ignored in ((*axes, *FREE), tuple(axes)):
         parts: dict[str, list[Group]] = defaultdict(list)
         for group in found:
             parts[recipe_key(group.entries[0], (*SEEDS, *ignored))].append(group)
@@ -290,7 +292,7 @@ def budgets(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
     """Grids at equal steps beside those at equal operations, where there are both."""
     found: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
-        found[recipe_key(part.groups[0].entries[0], (*SEEDS, *GRID_AXES, *BUDGET, "train.lr"))].append(part)
+        found[recipe_key(part.groups[0].entries[0], (*SEEDS, *GRID_AXES, *BUDGET, *FREE))].append(part)
     both = [sorted(same, key=has_flops) for same in found.values() if len({has_flops(part) for part in same}) == 2]
     return [tuple(same) for same in both]
 

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -370,8 +371,12 @@ class RunRecipe(Section):
 
     def resolved(self) -> dict[str, Any]:
         """Every field that is read, defaults included, as plain data."""
+        return self.resolved_without(())
+
+    def resolved_without(self, names: Iterable[str]) -> dict[str, Any]:
+        """The same without some dotted fields or whole sections."""
         data = self.model_dump(mode="json", exclude_none=True)
-        for name in self.unread():
+        for name in (*self.unread(), *names):
             *sections, field = name.split(".")
             section = data
             for key in sections:

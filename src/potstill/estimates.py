@@ -120,13 +120,7 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
 
 def _kind(recipe: RunRecipe) -> str:
     """What runs with steps of one cost have in common."""
-    data = recipe.resolved()
-    for name in FREE_FIELDS:
-        *sections, field = name.split(".")
-        section: dict[str, Any] = data
-        for key in sections:
-            section = section.get(key, {})
-        section.pop(field, None)
+    data = recipe.resolved_without(FREE_FIELDS)
     cached = isinstance(recipe, Recipe) and recipe.teacher.cache is not None
     return json.dumps([cached, data], sort_keys=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from potstill import figures
+from potstill.claims import Claim, claims
 from potstill.comparison import (
     BeforeAndAfter,
     Group,
@@ -148,7 +149,7 @@ class Comparison:
     groups: list[Group]
     grids: list[Part]
     grpo: list[BeforeAndAfter]
-    claims: list[Any]
+    claims: list[Claim]
 
     @property
     def labels(self) -> dict[Path, str]:
@@ -212,11 +213,10 @@ def refuse_to_replace(path: Path) -> None:
 
 def compare(panel: Panel) -> Comparison:
     """Everything that is computed from a panel's entries."""
-    from potstill.claims import claims
-
     metrics = metrics_of(panel.entries)
     groups = make_groups(panel.entries, metrics)
-    return Comparison(panel, metrics, groups, grids(groups), grpo_pairs(groups, metrics), list(claims(panel.entries)))
+    judged = [] if panel.is_sweep else claims(panel.entries)
+    return Comparison(panel, metrics, groups, grids(groups), grpo_pairs(groups, metrics), judged)
 
 
 def finite(value: Any) -> Any:
@@ -322,15 +322,16 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             (text, [(path.name, link(path)) for path in paths[:NUM_DRAWN]], len(paths) - NUM_DRAWN)
             for text, paths in findings(comparison)
         ],
-        "claims": [
+        "measured": [
             {
                 "claim": claim,
-                "effect": claim.effect
-                and f"{claim.effect.value:+.3g} [{claim.effect.low:.3g}, {claim.effect.high:.3g}]",
+                "effect": f"{claim.effect.value:+.3g} [{claim.effect.low:.3g}, {claim.effect.high:.3g}]",
                 "pairs": [[(labels.get(path, path.name), link(path)) for path in pair] for pair in claim.pairs],
             }
             for claim in comparison.claims
+            if claim.effect is not None
         ],
+        "unmeasured": [claim for claim in comparison.claims if claim.effect is None],
         "metrics": metrics,
         "grids": [
             {"metric": metric, "parts": [grid(part, metric, comparison.grids, link) for part in comparison.grids]}

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,11 @@ class Entry:
 
     @property
     def start(self) -> Path | None:
-        """GRPO: the run folder or model that it started from."""
-        return Path(self.recipe.model) if isinstance(self.recipe, GrpoRecipe) else None
+        """GRPO: the run folder or model that it started from; beside this one, where both have been moved."""
+        if not isinstance(self.recipe, GrpoRecipe):
+            return None
+        named = Path(self.recipe.model)
+        return named if named.exists() else self.path.parent / named.name
 
     @property
     def num_loss_tokens(self) -> int | None:
@@ -62,13 +65,15 @@ class Entry:
 class Panel:
     """Entries that can be compared with each other: one task, one pair of models.
 
-    `unfinished` are runs that belong here and have no result, each with its folder and what is known of it.
+    The runs of a sweep decide what the others do and are compared with nothing else. `unfinished` are runs that belong
+    here and have no result, each with its folder and what is known of it.
     """
 
     title: str
     entries: tuple[Entry, ...]
     note: str = ""
-    unfinished: tuple[tuple[Path, str], ...] = field(default=())
+    unfinished: tuple[tuple[Path, str], ...] = ()
+    is_sweep: bool = False
 
 
 def read_entry(path: Path) -> Entry:
@@ -106,8 +111,8 @@ def read_panels(paths: list[Path]) -> list[Panel]:
 def read_study(folder: Path) -> list[Panel]:
     """The panels of a study as far as it has come.
 
-    `plan.json` has `name` and `panels`, each with `title`, `note` and `runs`: `folder` (or evaluation file) in the
-    study's folder, `name` (None for the method's) and `state` as last seen.
+    `plan.json` has `panels`, each with `title`, `note`, `is_sweep` and `runs`: `folder` (or evaluation file) in the
+    study's folder, `name` and `state` as last seen.
     """
     panels = []
     for planned in json.loads((folder / PLAN_FILE).read_text())["panels"]:
@@ -119,21 +124,19 @@ def read_study(folder: Path) -> list[Panel]:
             except RunError:
                 unfinished.append((path, run["state"]))
                 continue
-            name = run["name"] or entry.name
-            entries.append(Entry(name, path, entry.evals, entry.recipe, entry.metrics, entry.samples, entry.decisions))
-        panels.append(Panel(planned["title"], tuple(entries), planned["note"], tuple(unfinished)))
+            entries.append(replace(entry, name=run["name"]))
+        panels.append(Panel(planned["title"], tuple(entries), planned["note"], tuple(unfinished), planned["is_sweep"]))
     return panels
 
 
 def recipe_key(entry: Entry, ignore: Sequence[str]) -> str:
-    """The resolved recipe as JSON, without `out` and without these dotted fields or sections: equal iff runs match."""
-    data = entry.recipe.resolved() if entry.recipe is not None else {}
-    for name in ("out", *ignore):
-        *sections, last = name.split(".")
-        section = data
-        for key in sections:
-            section = section.get(key, {})
-        section.pop(last, None)
+    """The resolved recipe as JSON, without `out` and without these dotted fields or sections: equal iff runs match.
+
+    Of a teacher's cache it says only that there is one: seeds have caches of their own.
+    """
+    data = entry.recipe.resolved_without(("out", *ignore)) if entry.recipe is not None else {}
+    if "cache" in data.get("teacher", {}):
+        data["teacher"]["cache"] = True
     return json.dumps(data, sort_keys=True)
 
 

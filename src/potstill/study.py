@@ -246,17 +246,22 @@ class PlannedPanel:
 
 
 def plan(study: Study, chosen: dict[tuple[str, str], float]) -> list[PlannedPanel]:
-    """Everything that the study makes, panel by panel, sweeps first; `chosen` are the sweeps' results so far.
+    """Everything that the study makes, panel by panel, sweeps last; `chosen` are the sweeps' results so far.
 
     Raises RecipeError for any run that could not begin.
     """
-    panels = []
+    panels: list[PlannedPanel] = []
+
+    def add(title: str, note: str, items: Iterator[Item], is_sweep: bool = False) -> None:
+        # Several runs can need one cache.
+        panels.append(PlannedPanel(title, note, tuple({item.job.path: item for item in items}.values()), is_sweep))
+
+    for panel in study.panels:
+        add(panel.title, panel.note, _panel_items(study, panel, chosen))
     for panel in study.panels:
         if panel.sweep is not None:
             note = f"{panel.sweep.field} is chosen for each method by Avg on problems of its own, at one seed."
-            panels.append(PlannedPanel(f"{panel.title}: sweep", note, tuple(_sweep_items(study, panel)), True))
-    for panel in study.panels:
-        panels.append(PlannedPanel(panel.title, panel.note, tuple(_panel_items(study, panel, chosen))))
+            add(f"{panel.title}: sweep", note, _sweep_items(study, panel), is_sweep=True)
     return panels
 
 
@@ -548,7 +553,7 @@ def print_plan(
     costs = estimate(items, one_thread)
     table = Table(title=f"{study.out}", title_justify="left")
     for column in ("panel", "distil", "GRPO", "evaluate", "cache", "done", "crashed", "to do"):
-        table.add_column(column, justify="left" if column == "panel" else "right")
+        table.add_column(column, justify="left" if column == "panel" else "right", min_width=len(column))
     for panel in panels:
         found = [state_of(item, study, states) for item in panel.items]
         num_done, num_crashed = found.count("done"), sum(state.startswith("crashed") for state in found)
