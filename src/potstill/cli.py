@@ -235,9 +235,11 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         found = read_study_file(study)
         is_whole = run_study(found, jobs, dry_run)
         if report and not dry_run:
-            from potstill.report import write_report
+            from potstill.report import print_findings, write_report
 
-            print(f"wrote {write_report([found.out], found.out / 'report.html')}")
+            page = write_report([found.out], found.out / "report.html")
+            print_findings(page)
+            print(f"Open {page} for the grids, the curves and the rollouts; results.json beside it has the numbers.")
         if not is_whole:
             sys.exit(1)
 

@@ -200,6 +200,45 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     return out
 
 
+def print_findings(page: Path) -> None:
+    """What a report found, on the terminal: of each panel its groups, its findings and the claims that were judged."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    for panel in json.loads((page.parent / RESULTS_FILE).read_text())["panels"]:
+        metrics = {key: metric for key, metric in panel["metrics"].items() if key != "seconds"}
+        groups = Table(title=Text(panel["title"], style="bold"), title_justify="left", box=box.SIMPLE)
+        groups.add_column()
+        for metric in metrics.values():
+            groups.add_column(metric["title"], justify="right")
+        for group in panel["groups"]:
+            found = (_short(group["metrics"].get(key), metric["scale"]) for key, metric in metrics.items())
+            groups.add_row(Text(group["label"]), *found)
+        claimed = Table(box=box.SIMPLE)
+        for name in ("claim", "effect", "verdict"):
+            claimed.add_column(name, justify="right" if name == "effect" else "left")
+        for claim in panel["claims"]:
+            if effect := claim["effect"]:
+                interval = f"{effect['value']:+.3g} [{effect['low']:.3g}, {effect['high']:.3g}] {claim['unit']}"
+                claimed.add_row(Text(claim["name"]), Text(interval), claim["verdict"])
+        for table in (groups, claimed):
+            # A table that is folded to a narrow window cannot be read.
+            needed = Console(width=10_000).measure(table).maximum
+            if table.row_count:
+                Console(width=max(Console().width, needed)).print(table)
+        print("".join(f"{text}\n" for text in panel["findings"]))
+
+
+def _short(summary: dict[str, float] | None, scale: float) -> str:
+    """A value and half of its interval; empty without one."""
+    if summary is None:
+        return ""
+    value = f"{scale * summary['value']:.3g}"
+    return value if summary["low"] is None else f"{value} ±{scale * (summary['high'] - summary['low']) / 2:.2g}"
+
+
 def refuse_to_replace(path: Path) -> None:
     """Raise RunError when there is a file of this name that an earlier report did not write."""
     if path.exists():
@@ -242,7 +281,10 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         "title": comparison.panel.title,
         "note": comparison.panel.note,
         "findings": [text for text, _ in findings(comparison)],
-        "metrics": {metric.key: {"title": metric.title, "unit": metric.unit} for metric in comparison.metrics},
+        "metrics": {
+            metric.key: {"title": metric.title, "unit": metric.unit, "scale": metric.scale}
+            for metric in comparison.metrics
+        },
         "runs": [
             {
                 "path": link(entry.path),

@@ -1,6 +1,6 @@
 """A study: a grid of runs from one file, each done once, and a report.
 
-`read_study_file` -> `expand` (recipes) -> `plan` (jobs) -> `run_jobs`. A run's folder is named by the hash of its
+`read_study_file` -> `plan` (recipes and jobs) -> `run_jobs`. A run's folder is named by the hash of its
 resolved recipe, so that whatever is there with a matching DONE is that run, whoever made it. `plan.json` says what the
 study consists of; the report reads it.
 """
@@ -218,10 +218,13 @@ def _corner(method: str | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that a study makes: a run, a cache or an evaluation. `pending`: its recipe waits for a sweep."""
+    """One thing that a study makes: a run, a cache or an evaluation.
+
+    `label` is what the report calls it, the same for all seeds of a run; `pending`: its recipe waits for a sweep.
+    """
 
     kind: Literal["train", "grpo", "cache", "evaluate"]
-    name: str
+    label: str
     job: Job
     recipe: RunRecipe
     evaluation: Evaluation
@@ -271,8 +274,7 @@ def _sweep_items(study: Study, panel: PanelPlan) -> Iterator[Item]:
     for method, value in itertools.product(sweep.methods, sweep.values):
         fields = study.fields | panel.fields | sweep.fields | _corner(method) | {sweep.field: value}
         fields |= {"evaluation.seed": SWEEP_EVALUATION_SEED}
-        name = f"{METHODS[method].name}, {sweep.field}={value:g}"
-        yield from _run_items(study, panel, fields, study.seeds[0], name, sweep.cache)
+        yield from _run_items(study, panel, fields, study.seeds[0], [f"{sweep.field}={value:g}"], "", sweep.cache)
 
 
 def choose(study: Study) -> dict[tuple[str, str], float]:
@@ -299,8 +301,7 @@ def _panel_items(study: Study, panel: PanelPlan, chosen: dict[tuple[str, str], f
         yield _evaluation(study, model.removeprefix("potstill:"), model, base, base.evaluation)
     for model in panel.grpo_from:
         for seed in study.seeds:
-            name = f"GRPO from {model}" + (f", seed {seed}" if len(study.seeds) > 1 else "")
-            yield _grpo(study, model, base, seed, name, pending=False)
+            yield _grpo(study, model, base, seed, f"GRPO from {model}", _seed_text(seed, study.seeds), pending=False)
     for cell in cells(study, panel):
         fields, pending = cell.fields, False
         if panel.sweep is not None and cell.method in panel.sweep.methods:
@@ -308,19 +309,20 @@ def _panel_items(study: Study, panel: PanelPlan, chosen: dict[tuple[str, str], f
             pending = value is None
             fields = fields | {panel.sweep.field: panel.sweep.values[0] if value is None else value}
         for seed in cell.seeds:
-            details = [*cell.details, *([f"seed {seed}"] if len(cell.seeds) > 1 else [])]
-            made = list(_run_items(study, panel, fields, seed, ", ".join(["", *details]), cell.group.cache, pending))
+            which = _seed_text(seed, cell.seeds)
+            made = list(_run_items(study, panel, fields, seed, cell.details, which, cell.group.cache, pending))
             yield from made
             run = made[-1]
             assert isinstance(run.recipe, Recipe)
             if cell.group.grpo:
                 model = str(run.job.path)
-                yield _grpo(study, model, run.recipe, seed, f"GRPO from {run.name}", pending, (run.job.path,))
+                label = f"GRPO from {run.label}"
+                yield _grpo(study, model, run.recipe, seed, label, which, pending, (run.job.path,))
             for judgement in cell.group.judgements:
                 settings = make_recipe(
                     with_fields(run.recipe.resolved(), _in("evaluation", judgement.fields))
                 ).evaluation
-                model, name = str(run.job.path / "model"), f"{run.name}, {judgement.label}"
+                model, name = str(run.job.path / "model"), f"{run.job.name}, {judgement.label}"
                 yield _evaluation(study, name, model, run.recipe, settings, pending, (run.job.path,))
 
 
@@ -345,11 +347,12 @@ def _run_items(
     panel: PanelPlan,
     fields: dict[str, Any],
     seed: int,
-    name: str,
+    details: Sequence[str],
+    which: str,
     cached: bool,
     pending: bool = False,
 ) -> Iterator[Item]:
-    """A run, after the cache that it reads if it reads one. A name that begins with a comma follows the method's."""
+    """A run, after the cache that it reads if it reads one; `details` and `which` seed follow its method's name."""
     recipe = _recipe(panel, fields, seed, study.out)
     needs: tuple[Path, ...] = ()
     if cached and recipe.objective.prefix == "teacher":
@@ -359,9 +362,9 @@ def _run_items(
         recipe = make_recipe(with_fields(recipe.resolved(), {"teacher.cache": str(cache.job.path)}))
     folder = study.out / "runs" / f"{_slug(recipe.method)}-{recipe.hash()}"
     recipe = recipe.model_copy(update={"out": folder})
-    name = recipe.method + name if name[:1] in ("", ",") else name
-    job = _job(study, "train", name, folder, recipe.train.steps, needs)
-    yield Item("train", name, job, recipe, recipe.evaluation, pending)
+    label = ", ".join([recipe.method, *details])
+    job = _job(study, "train", label + which, folder, recipe.train.steps, needs)
+    yield Item("train", label, job, recipe, recipe.evaluation, pending)
 
 
 def _job(study: Study, command: str, name: str, folder: Path, num_steps: int, needs: tuple[Path, ...]) -> Job:
@@ -389,7 +392,14 @@ def _cache(study: Study, panel: PanelPlan, recipe: Recipe) -> Item:
 
 
 def _grpo(
-    study: Study, model: str, start: Recipe, seed: int, name: str, pending: bool, needs: tuple[Path, ...] = ()
+    study: Study,
+    model: str,
+    start: Recipe,
+    seed: int,
+    label: str,
+    which: str,
+    pending: bool,
+    needs: tuple[Path, ...] = (),
 ) -> Item:
     fields = {"model": model, "grpo.seed": seed, "data.source": start.data.source}
     fields |= {} if is_table(start.data.source) else {"data.seed": seed}
@@ -398,8 +408,12 @@ def _grpo(
     recipe = validate(data, "grpo", GrpoRecipe)
     folder = study.out / "runs" / f"grpo-{recipe.hash()}"
     recipe = recipe.model_copy(update={"out": folder})
-    job = _job(study, "grpo", name, folder, recipe.grpo.steps, needs)
-    return Item("grpo", name, job, recipe, recipe.evaluation, pending)
+    job = _job(study, "grpo", label + which, folder, recipe.grpo.steps, needs)
+    return Item("grpo", label, job, recipe, recipe.evaluation, pending)
+
+
+def _seed_text(seed: int, seeds: Sequence[int]) -> str:
+    return f", seed {seed}" if len(seeds) > 1 else ""
 
 
 def _evaluation(
@@ -454,7 +468,7 @@ def run_study(
     except Timeout:
         raise RunError(f"study {str(study.out)!r} is being run by another process; wait for it or stop it") from None
     for item, message in crashed:
-        print(f"CRASHED {item.name}: {message} ({item.job.log})", file=sys.stderr)
+        print(f"CRASHED {item.job.name}: {message} ({item.job.log})", file=sys.stderr)
     return not crashed
 
 
@@ -523,7 +537,7 @@ def _write_plan(study: Study, panels: Sequence[PlannedPanel], states: dict[str, 
             "runs": [
                 {
                     "folder": str(item.job.path.relative_to(study.out)),
-                    "name": item.name,
+                    "name": item.label,
                     "state": state_of(item, study, states),
                 }
                 for item in panel.items
@@ -563,7 +577,7 @@ def print_plan(
     console.print(table)
     for item in items if list_all else [item for item in items if state_of(item, study, states).startswith("crashed")]:
         place = "" if item.pending else f" ({item.job.path})"
-        console.print(f"{item.name}: {state_of(item, study, states)}{place}", markup=False, highlight=False)
+        console.print(f"{item.job.name}: {state_of(item, study, states)}{place}", markup=False, highlight=False)
     known = [cost for cost in costs.values() if cost is not None]
     if not costs:
         print("nothing is left to do")
