@@ -187,7 +187,8 @@ def seed_names(group: Group) -> dict[Path, str]:
     seeds = [seed_of(entry) for entry in group.entries]
     varying = [i for i in range(len(SEEDS)) if len({each[i] for each in seeds}) > 1]
     shown = varying or [i for i in range(len(SEEDS)) if SEEDS[i] != "data.seed"]
-    texts = ["/".join(str(each[i]) for i in shown if each[i] is not None) for each in seeds]
+    # Seeds of one number, as a study sets them, are said once.
+    texts = ["/".join(dict.fromkeys(str(each[i]) for i in shown if each[i] is not None)) for each in seeds]
     return {entry.path: text and f"seed {text}" for entry, text in zip(group.entries, texts, strict=True)}
 
 

@@ -359,7 +359,10 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
     return {
         "title": panel.title or "Runs",
         "note": panel.note,
-        "unfinished": [(str(path), link(path) if path.exists() else None, state) for path, state in panel.unfinished],
+        "unfinished": [
+            {"name": path.name, "href": link(path) if path.exists() else None, "state": state}
+            for path, state in panel.unfinished
+        ],
         "findings": [
             (text, [(path.name, link(path)) for path in paths[:NUM_DRAWN]], len(paths) - NUM_DRAWN)
             for text, paths in findings(comparison)

@@ -474,7 +474,9 @@ def run_study(
 
 def _processes(num_jobs: int | None) -> tuple[int, bool]:
     """How many processes, and whether each is to compute with one thread: where they share the cores of a CPU."""
-    has_gpu = Path("/dev/nvidiactl").exists()
+    import torch
+
+    has_gpu = torch.cuda.is_available()
     num_parallel = num_jobs or (1 if has_gpu else os.cpu_count() or 1)
     return num_parallel, num_parallel > 1 and not has_gpu
 
