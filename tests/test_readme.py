@@ -1,9 +1,11 @@
 """The README says only what is there."""
 
 import re
+import tomllib
 from pathlib import Path
 
 from potstill.config import make_recipe
+from potstill.study import plan, read_study_file
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,11 +18,13 @@ def test_the_map_lists_every_module():
     assert listed == modules
 
 
-def test_the_recipe_is_valid_and_links_exist():
-    import tomllib
-
-    (toml,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    make_recipe(tomllib.loads(toml))
+def test_recipe_and_study_are_valid_and_links_exist(tmp_path):
+    recipe, study = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    make_recipe(tomllib.loads(recipe))
+    (tmp_path / "study.toml").write_text(study)
+    natural, sweep = plan(read_study_file(tmp_path / "study.toml"), {})
+    assert len([item for item in natural.items if item.kind == "train"]) == (4 * 2 + 2) * 3
+    assert len([item for item in sweep.items if item.kind == "train"]) == 4 * 3
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
 

@@ -2,12 +2,10 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import tiny_recipe
@@ -294,12 +292,3 @@ def test_plan_file_is_plain_data(tmp_path):
     (panel,) = json.loads((study.out / "plan.json").read_text())["panels"]
     assert (panel["title"], panel["note"], panel["runs"][0]["state"]) == ("A", "b", "done")
     assert tiny_recipe(tmp_path / "x").hash() != item.recipe.hash()
-
-
-def test_the_readme_has_a_study_that_could_begin(tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (text,) = [block for block in re.findall(r"```toml\n(.*?)```", readme, re.DOTALL) if "[[panels]]" in block]
-    (tmp_path / "study.toml").write_text(text)
-    natural, sweep = plan(read_study_file(tmp_path / "study.toml"), {})
-    assert len([item for item in natural.items if item.kind == "train"]) == (4 * 2 + 2) * 3
-    assert len([item for item in sweep.items if item.kind == "train"]) == 4 * 3

@@ -45,7 +45,8 @@ class Entry:
         if not isinstance(self.recipe, GrpoRecipe):
             return None
         named = Path(self.recipe.model)
-        return named if named.exists() else self.path.parent / named.name
+        beside = self.path.parent / named.name
+        return beside if not named.exists() and beside.exists() else named
 
     @property
     def num_loss_tokens(self) -> int | None:
@@ -122,7 +123,8 @@ def read_study(folder: Path) -> list[Panel]:
             try:
                 entry = read_entry(path)
             except RunError:
-                unfinished.append((path, run["state"]))
+                is_begun = path.exists() and not run["state"].startswith("crashed")
+                unfinished.append((path, "unfinished" if is_begun else run["state"]))
                 continue
             entries.append(replace(entry, name=run["name"]))
         panels.append(Panel(planned["title"], tuple(entries), planned["note"], tuple(unfinished), planned["is_sweep"]))

@@ -368,8 +368,12 @@ def _run_items(
 
 
 def _job(study: Study, command: str, name: str, folder: Path, num_steps: int, needs: tuple[Path, ...]) -> Job:
-    recipe, log = (study.out / kind / f"{folder.name}.{end}" for kind, end in (("recipes", "toml"), ("logs", "log")))
-    return Job(name, (command, str(recipe)), folder, log, folder / "DONE", needs=needs, num_steps=num_steps)
+    arguments, log = (command, str(_recipe_file(study, folder))), study.out / "logs" / f"{folder.name}.log"
+    return Job(name, arguments, folder, log, folder / "DONE", needs=needs, num_steps=num_steps)
+
+
+def _recipe_file(study: Study, folder: Path) -> Path:
+    return study.out / "recipes" / f"{folder.name}.toml"
 
 
 def _cache(study: Study, panel: PanelPlan, recipe: Recipe) -> Item:
@@ -384,7 +388,7 @@ def _cache(study: Study, panel: PanelPlan, recipe: Recipe) -> Item:
     job = _job(study, "cache", f"cache of {recipe.teacher.model}", folder, 0, ())
     job = dataclasses.replace(
         job,
-        arguments=("cache", "build", job.arguments[1], "--out", str(folder)),
+        arguments=("cache", "build", str(_recipe_file(study, folder)), "--out", str(folder)),
         done=folder.with_name(f"{folder.name}.DONE"),
         marks=True,
     )
@@ -443,7 +447,7 @@ def run_study(
     num_jobs: int | None = None,
     dry_run: bool = False,
 ) -> bool:
-    """Do what is missing of a study, sweeps first, and write its report; returns whether nothing crashed.
+    """Do what is missing of a study, sweeps first; returns whether nothing crashed.
 
     Prints the plan with estimated time and disk before it begins, and asks nothing. What crashed in an earlier call is
     done again. Raises RecipeError or RunError before any work when a run could not begin.
@@ -489,10 +493,10 @@ def _run_stage(
     items = {item.job.path: item for panel in stage for item in panel.items if not (item.is_done or item.pending)}
     states = _last_states(study)
     for item in items.values():
-        recipe_file = Path(item.job.arguments[-1 if item.kind in ("train", "grpo") else 2])
         if item.kind != "evaluate":
-            recipe_file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(recipe_file, to_toml(item.recipe.resolved()))
+            file = _recipe_file(study, item.job.path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, to_toml(item.recipe.resolved()))
         states.pop(str(item.job.path.relative_to(study.out)), None)
     _write_plan(study, panels, states)
     crashed = []
