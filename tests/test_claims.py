@@ -66,11 +66,14 @@ def evaluated(truth, rng, model="run", **settings):
     return [{**row, "temperature": 1.0}, {**row, "temperature": 0.6, "problems": cooled}]
 
 
-def finished(recipe, rows, cost=1.0):
+def finished(recipe, rows, cost=1.0, entropy=0.25):
     """A finished run's folder."""
     recipe.out.mkdir(parents=True)
     (recipe.out / "recipe.toml").write_text(to_toml(recipe.resolved()))
-    append(recipe.out / "metrics.jsonl", {"step": 10, "total_flops": 1e9 * cost, "seconds": 1.0})
+    for step in (9, 10):
+        row = {"step": step, "total_flops": 1e8 * cost * step, "seconds": 1.0, "teacher_entropy_before_answer": 0.25}
+        row["student_entropy_before_answer"] = entropy + 0.001 * (step % 2)
+        append(recipe.out / "metrics.jsonl", row)
     for row in rows:
         append(recipe.out / "evals.jsonl", row)
     finish(recipe)
@@ -103,7 +106,8 @@ def write_study(folder, sign, seeds=(0, 1, 2)):
     paths = []
     for recipe in recipes:
         cost = 2 + sign * (1 if recipe.objective.prefix == "student" else -0.5)
-        paths.append(finished(recipe, evaluated(known(recipe, sign), rng), cost))
+        truth = known(recipe, sign)
+        paths.append(finished(recipe, evaluated(truth, rng), cost, truth["entropy"] + rng.normal(0, 0.002)))
     for seed in seeds:
         for cell, objective in CELLS.items():
             start = make(folder / f"{cell}-{seed}", objective, seed)
@@ -130,7 +134,7 @@ def by_name(entries):
 def test_what_is_true_is_found(studies, sign, verdict):
     found = claims(studies[sign])
     assert {claim.name: claim.verdict for claim in found} == {claim.name: verdict for claim in found}
-    assert len({claim.name for claim in found}) == len(found) == 34
+    assert len({claim.name for claim in found}) == len(found) == 35
     for claim in found:
         assert claim.effect and claim.effect.low <= claim.effect.value <= claim.effect.high
         assert "3 seeds" in claim.detail and claim.pairs

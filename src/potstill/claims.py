@@ -42,6 +42,7 @@ UNITS = {
     "entropy before the answer": "nats a token",
     "length": "tokens",
     "operations a step": "times",
+    "entropy above the teacher's": "nats a token",
 }
 
 Verdict = Literal["supported", "contradicted", "undecided", "not measured"]
@@ -147,6 +148,8 @@ def _judge(question: Question, entries: dict[Path, Entry], temperature: float | 
     if unit == "times":
         effect = Estimate(*(math.exp(x) for x in effect))
         detail.append("building a cache once is not counted")
+    elif question.metric == ABOVE_TEACHER:
+        detail.append("the last tenth of training")
     else:
         detail.insert(0, f"T = {temperature:g}")
     if question.metric == "Pass@k":
@@ -204,7 +207,8 @@ def _pairs(runs: Sequence[Run], weights: Sequence[float]) -> list[tuple[Path, Pa
     """Each run and its reference, or each that counts positively with each that counts negatively."""
     with_reference = [(run.path, run.reference) for run, w in zip(runs, weights, strict=True) if run.reference and w]
     first, second = ([r.path for r, w in zip(runs, weights, strict=True) if sign * w > 0] for sign in (1, -1))
-    return with_reference or [(a, b) for a in first for b in second]
+    # A run that is compared with what is in its own folder has no other.
+    return with_reference or [(a, b) for a in first for b in second or [a]]
 
 
 def _as_run(question: Question, entry: Entry, entries: dict[Path, Entry], temperature: float | None) -> Run | None:
@@ -244,6 +248,13 @@ def _measure(metric: str, entry: Entry, temperature: float | None) -> tuple[str,
     """What a metric was measured on and its value for each problem; the logarithm of what a step costs has none."""
     if metric == "operations a step":
         return ("", {"": math.log(entry.flops / entry.metrics[-1]["step"])}) if entry.flops else None
+    if metric == "entropy above the teacher's":
+        # Of the last tenth of training, on the tokens that the run trained on.
+        last = entry.metrics[-max(2, len(entry.metrics) // 10) :]
+        names = ("student_entropy_before_answer", "teacher_entropy_before_answer")
+        pairs = [(f"step {row['step']}", [row.get(name) for name in names]) for row in last]
+        found = {step: a - b for step, (a, b) in pairs if a is not None and b is not None}
+        return ("", found) if len(found) > 1 else None
     row: dict[str, Any] | None = next((row for row in entry.evals if row["temperature"] == temperature), None)
     if row is None:
         return None
@@ -350,6 +361,7 @@ def _starts(key: str) -> Comparison:
 
 
 ENTROPY, COST = "entropy before the answer", "operations a step"
+ABOVE_TEACHER = "entropy above the teacher's"
 DIRECTIONS = Comparison(_sides(REVERSE, FORWARD), KL, "runs with reverse and with forward KL")
 EQUAL_STEPS = Comparison(
     _prefixes(lambda recipe: recipe.train.flops is None), PREFIX, "runs with student and with teacher prefixes"
@@ -366,6 +378,7 @@ OPD_WINDOWS = Comparison(_window(_is_cell("opd")), ("window.tokens",), "OPD runs
 OPD_TEACHER = OPD_WINDOWS._replace(
     needs="OPD runs and an evaluation of their teacher with the same settings", contrast="top", reference="teacher"
 )
+OPD_ALONE = OPD_WINDOWS._replace(needs="OPD runs", contrast="top")
 MOSTLY_FORWARD = Comparison(
     _sides(MIXED, REVERSE), KL, "runs with a constant forward weight from 0.8 to below 1 and with reverse KL"
 )
@@ -427,6 +440,10 @@ ROWS = (
     Question(
         *("accuracy-stability: collapse", OPD_TEACHER, ENTROPY, -1),
         "OPD with the longest window ends with less entropy than the teacher has.",
+    ),
+    Question(
+        *("accuracy-stability: collapse, same tokens", OPD_ALONE, ABOVE_TEACHER, -1),
+        "OPD with the longest window ends with less entropy than the teacher has on the same tokens.",
     ),
     Question(
         *("forward weight >= 0.8: accuracy", MOSTLY_FORWARD, "Avg", 1),
