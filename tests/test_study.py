@@ -93,9 +93,9 @@ def test_a_study_is_every_combination_with_every_seed(tmp_path):
         (run.recipe.train.seed, run.recipe.evaluation) for run in runs
     ]
     names = [item.job.name for item in panel.items if item.kind != "cache"]
-    assert len(set(names)) == len(names) and "OPD, window.tokens=6, seed 3" in names
+    assert len(set(names)) == len(names) and "OPD, window 6, seed 3" in names
     # The report calls all seeds the same.
-    assert {item.label for item in runs} == {f"{m}, window.tokens={w}" for m in ("SFT", "OPD") for w in (6, 8)}
+    assert {item.label for item in runs} == {f"{m}, window {w}" for m in ("SFT", "OPD") for w in (6, 8)}
     assert [item.label for item in panel.items if item.kind == "evaluate"] == ["base"]
 
 

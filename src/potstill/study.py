@@ -203,9 +203,17 @@ def cells(study: Study, panel: PanelPlan) -> list[Cell]:
             method = chosen.pop("method", None)
             fields = study.fields | panel.fields | group.fields | _corner(method) | chosen
             details = [group.label] if group.label else []
-            details += [f"{field}={value}" for field, value in chosen.items() if field not in NAMED_FIELDS]
+            details += [_axis_text(field, value) for field, value in chosen.items() if field not in NAMED_FIELDS]
             found.append(Cell(fields, group.sweep_as or method, tuple(details), group.seeds or study.seeds, group))
     return found
+
+
+def _axis_text(field: str, value: Any) -> str:
+    """`window 24` for window.tokens, `teacher small` for a model's path, else the field with its value."""
+    section, _, name = field.rpartition(".")
+    if name in ("model", "tokens"):
+        return f"{section} {str(value).rstrip('/').rpartition('/')[2].removeprefix('potstill:')}"
+    return f"{field} {value}"
 
 
 def _corner(method: str | None) -> dict[str, str]:
@@ -274,7 +282,9 @@ def _sweep_items(study: Study, panel: PanelPlan) -> Iterator[Item]:
     for method, value in itertools.product(sweep.methods, sweep.values):
         fields = study.fields | panel.fields | sweep.fields | _corner(method) | {sweep.field: value}
         fields |= {"evaluation.seed": SWEEP_EVALUATION_SEED}
-        yield from _run_items(study, panel, fields, study.seeds[0], [f"{sweep.field}={value:g}"], "", sweep.cache)
+        yield from _run_items(
+            study, panel, fields, study.seeds[0], [_axis_text(sweep.field, f"{value:g}")], "", sweep.cache
+        )
 
 
 def choose(study: Study) -> dict[tuple[str, str], float]:
