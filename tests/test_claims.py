@@ -62,7 +62,8 @@ def evaluated(truth, rng, model="run", **settings):
     settings = {"split": "test", "max_tokens": 128, "seed": 0, "end_ids": [1], **EVALUATION, **settings}
     row = {"step": 10, "model": model, "num_responses": NUM_RESPONSES, "problems": columns, "settings": settings}
     # No claim is about anything else of cooled responses.
-    cooled = {"id": columns["id"], "score": [0.25 + score / 2 for score in columns["score"]]}
+    cooled = {name: columns[name] for name in ("id", "num_correct")}
+    cooled["score"] = [0.25 + score / 2 for score in columns["score"]]
     return [{**row, "temperature": 1.0}, {**row, "temperature": 0.6, "problems": cooled}]
 
 
@@ -134,7 +135,7 @@ def by_name(entries):
 def test_what_is_true_is_found(studies, sign, verdict):
     found = claims(studies[sign])
     assert {claim.name: claim.verdict for claim in found} == {claim.name: verdict for claim in found}
-    assert len({claim.name for claim in found}) == len(found) == 35
+    assert len({claim.name for claim in found}) == len(found) == 37
     for claim in found:
         assert claim.effect and claim.effect.low <= claim.effect.value <= claim.effect.high
         assert "3 seeds" in claim.detail and claim.pairs

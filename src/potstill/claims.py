@@ -90,7 +90,10 @@ class Comparison(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A claim before it is judged: the effect is above `bound` (sign 1) or below it (sign -1)."""
+    """A claim before it is judged: the effect is above `bound` (sign 1) or below it (sign -1).
+
+    `cooled` says which runs are measured at the lowest temperature that was evaluated: those at place 0, or all.
+    """
 
     name: str
     compared: Comparison
@@ -98,7 +101,7 @@ class Question(NamedTuple):
     sign: Literal[1, -1]
     statement: str
     bound: float = 0.0
-    is_cooled: bool = False
+    cooled: Literal["none", "second", "all"] = "none"
 
 
 class Run(NamedTuple):
@@ -118,13 +121,14 @@ def claims(entries: Sequence[Entry]) -> list[Claim]:
     highest = max(temperatures, default=None)
     lowest = min(temperatures - {highest}, default=None)
     by_path = {entry.path.resolve(): entry for entry in entries}
-    return [_judge(question, by_path, lowest if question.is_cooled else highest) for question in QUESTIONS]
+    at = {"none": (highest, highest), "second": (highest, lowest), "all": (lowest, lowest)}
+    return [_judge(question, by_path, at[question.cooled]) for question in QUESTIONS]
 
 
-def _judge(question: Question, entries: dict[Path, Entry], temperature: float | None) -> Claim:
+def _judge(question: Question, entries: dict[Path, Entry], temperatures: tuple[float | None, float | None]) -> Claim:
     comparisons: dict[str, list[Run]] = defaultdict(list)
     for entry in entries.values():
-        if run := _as_run(question, entry, entries, temperature):
+        if run := _as_run(question, entry, entries, temperatures):
             comparisons[run.key].append(run)
     effects: dict[tuple[int, ...], list[dict[str, float]]] = defaultdict(list)
     pairs: list[tuple[Path, Path]] = []
@@ -151,7 +155,8 @@ def _judge(question: Question, entries: dict[Path, Entry], temperature: float | 
     elif question.metric == ABOVE_TEACHER:
         detail.append("the last tenth of training")
     else:
-        detail.insert(0, f"T = {temperature:g}")
+        shown = dict.fromkeys(temperature for temperature in temperatures if temperature is not None)
+        detail.insert(0, "T = " + " against ".join(f"{temperature:g}" for temperature in shown))
     if question.metric == "Pass@k":
         compared = {path.resolve() for pair in pairs for path in pair}
         ks = {row["num_responses"] // 2 for path in compared for row in entries[path].evals}
@@ -211,7 +216,9 @@ def _pairs(runs: Sequence[Run], weights: Sequence[float]) -> list[tuple[Path, Pa
     return with_reference or [(a, b) for a in first for b in second or [a]]
 
 
-def _as_run(question: Question, entry: Entry, entries: dict[Path, Entry], temperature: float | None) -> Run | None:
+def _as_run(
+    question: Question, entry: Entry, entries: dict[Path, Entry], temperatures: tuple[float | None, float | None]
+) -> Run | None:
     """An entry's part in the comparisons of a question; None where it has none."""
     if isinstance(entry.recipe, GrpoRecipe) != question.compared.of_grpo:
         return None
@@ -219,6 +226,7 @@ def _as_run(question: Question, entry: Entry, entries: dict[Path, Entry], temper
     if placed is None or not isinstance(placed.recipe, Recipe) or placed.recipe.objective.signal != "full":
         return None
     place = question.compared.place(placed)
+    temperature = temperatures[place == 0]
     measured = _measure(question.metric, entry, temperature)
     if place is None or measured is None:
         return None
@@ -415,6 +423,16 @@ ROWS = (
         "Reverse KL solves fewer problems in k tries: what low entropy would cost, though the paper does not claim it.",
     ),
     Question(
+        *("cooling control: accuracy", DIRECTIONS, "Avg", 1),
+        "Reverse KL is more accurate than forward KL that is sampled colder: it does more than cool.",
+        cooled="second",
+    ),
+    Question(
+        *("cooling control: coverage", DIRECTIONS, "Pass@k", -1),
+        "Reverse KL solves fewer problems in k tries than forward KL that is sampled colder.",
+        cooled="second",
+    ),
+    Question(
         *("quality-compute: equal steps", EQUAL_STEPS, "Avg", 1),
         "Student prefixes are more accurate than teacher prefixes after the same number of steps.",
     ),
@@ -477,7 +495,7 @@ ROWS = (
 )
 # What is about accuracy is asked a second time, of cooled responses.
 QUESTIONS = tuple(
-    question._replace(is_cooled=is_cooled, name=question.name + (", cooled" if is_cooled else ""))
+    question._replace(cooled="all", name=f"{question.name}, cooled") if is_again else question
     for question in ROWS
-    for is_cooled in ((False, True) if question.metric == "Avg" else (False,))
+    for is_again in ((False, True) if question.metric == "Avg" and question.cooled == "none" else (False,))
 )

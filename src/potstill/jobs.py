@@ -68,7 +68,7 @@ def run_jobs(
                     if process.exitcode is None:
                         continue
                     del running[job]
-                    crashed = _last_line(job.log) if process.exitcode else None
+                    crashed = _reason(job.log, process.exitcode) if process.exitcode else None
                     if crashed is None:
                         unmet.discard(job.path)
                         if job.marks:
@@ -102,9 +102,11 @@ def _execute(arguments: tuple[str, ...], log: Path, one_thread: bool) -> None:
     main(list(arguments))
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
+def _reason(log: Path, exitcode: int) -> str:
+    """The last line of what it printed, which is its error unless a signal ended it."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    killed = f"killed by signal {-exitcode}, after: " if exitcode < 0 else ""
+    return killed + (lines[-1] if lines else "no output")
 
 
 @contextmanager
