@@ -55,7 +55,7 @@ def test_help_answers_at_once():
         (["evaluate", "potstill:base", "--num-problems", "391"], "at most 390 are distinct"),
         (["sample", "potstill:base", "--source", "nothing"], "can be scored"),
         (["evaluate", "potstill:base", "--train.lr", "1"], "--train.lr is a field of a recipe"),
-        (["report", "none"], "neither a run folder nor an evaluation file"),
+        (["report", "none"], "is no run folder, study folder or evaluation file"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):

@@ -148,6 +148,8 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
         ('axes.method = ["odp"]', "method is 'odp' on an axis; choose one of sft, dagger"),
         ("axes.train.lrr = [1]", "panel 'A': train.lrr is not a field.*nearest is train.lr"),
         ('axis.method = ["opd"]', "axis is not a field"),
+        ("axes.train.lr = []", "axes.train.lr is .*: list should have at least 1 item"),
+        ('[[panels]]\ntitle = "A"\n[[panels.groups]]', "two panels have the title 'A'; give each its own"),
         ("fields.train.lr = -1", "panel 'A': train.lr is -1: input should be greater"),
     ],
 )
@@ -158,6 +160,8 @@ def test_what_could_not_begin_is_refused_before_any_work(tmp_path, group, messag
 
 
 def test_files_that_are_no_study_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="--jobs is 0; it must be at least 1"):
+        run_study(read_study_file("quick"), num_jobs=0)
     with pytest.raises(RecipeError, match="study 'quik' does not exist; give a TOML file or one of paper-mini"):
         read_study_file("quik")
     (tmp_path / "s.toml").write_text("out = [")

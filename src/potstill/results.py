@@ -83,7 +83,7 @@ def read_entry(path: Path) -> Entry:
         evals = json.loads(path.read_text())
         return Entry(evals[0]["model"].removeprefix("potstill:"), path, evals)
     if not (path / "recipe.toml").exists():
-        raise RunError(f"{str(path)!r} is neither a run folder nor an evaluation file")
+        raise RunError(f"{str(path)!r} is no run folder, study folder or evaluation file")
     recipe = load_any_recipe(path / "recipe.toml")
     if not is_done(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.config import (
     METHODS,
@@ -62,7 +62,9 @@ def _flat(value: Any) -> Any:
 
 
 Fields = Annotated[dict[str, Any], BeforeValidator(_flat), Field(default_factory=dict)]
-Axes = Annotated[dict[str, list[Any]], BeforeValidator(_flat), Field(default_factory=dict)]
+Axes = Annotated[
+    dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_flat), Field(default_factory=dict)
+]
 MethodName = Literal["sft", "dagger", "offline-rl", "opd"]
 
 
@@ -101,7 +103,7 @@ class Sweep(Section):
 
     field: str = "train.lr"
     """The field."""
-    values: tuple[float, ...]
+    values: tuple[float, ...] = Field(min_length=1)
     """What is tried."""
     methods: tuple[MethodName, ...] = ("sft", "dagger", "offline-rl", "opd")
     """For which methods."""
@@ -150,12 +152,19 @@ class Study(Section):
     """Base recipe: a shipped one's name, or a file beside the study's."""
     fields: Fields
     """Fields of all runs, over the recipe's."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """Each run is done with each: seeds of the training problems and of sampling. Held-out problems stay the same."""
     grpo: Stage = Stage.model_validate({})
     """Reinforcement learning after distillation, for groups that ask for it."""
     panels: tuple[PanelPlan, ...] = Field(min_length=1)
     """What is compared."""
+
+    @model_validator(mode="after")
+    def _titles_differ(self):
+        titles = [panel.title for panel in self.panels]
+        if twice := next((title for title in titles if titles.count(title) > 1), None):
+            raise ValueError(f"two panels have the title {twice!r}; give each its own")
+        return self
 
 
 def read_study_file(study: str | Path) -> Study:
@@ -464,6 +473,8 @@ def run_study(
     """
     from filelock import FileLock, Timeout
 
+    if num_jobs is not None and num_jobs < 1:
+        raise RecipeError(f"--jobs is {num_jobs}; it must be at least 1")
     num_parallel, one_thread = _processes(num_jobs)
     states = _last_states(study)
     panels = plan(study, choose(study))
