@@ -55,6 +55,8 @@ def test_help_answers_at_once():
         (["evaluate", "potstill:base", "--num-problems", "391"], "at most 390 are distinct"),
         (["sample", "potstill:base", "--source", "nothing"], "can be scored"),
         (["evaluate", "potstill:base", "--train.lr", "1"], "--train.lr is a field of a recipe"),
+        (["grpo", "grpo", "--model", "no/such/folder"], "'no/such/folder' does not exist"),
+        (["study", "none"], "study 'none' does not exist"),
         (["report", "none"], "is no run folder, study folder or evaluation file"),
     ],
 )

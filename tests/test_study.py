@@ -150,11 +150,12 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
         ('axis.method = ["opd"]', "axis is not a field"),
         ("axes.train.lr = []", "axes.train.lr is .*: list should have at least 1 item"),
         ('[[panels]]\ntitle = "A"\n[[panels.groups]]', "two panels have the title 'A'; give each its own"),
+        ('fields.teacher.model = "potstill:nobody"', "'potstill:nobody' is not a shipped model; choose one of"),
         ("fields.train.lr = -1", "panel 'A': train.lr is -1: input should be greater"),
     ],
 )
 def test_what_could_not_begin_is_refused_before_any_work(tmp_path, group, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ValueError, match=message):
         run_study(write_study(tmp_path, f'[[panels]]\ntitle = "A"\n[[panels.groups]]\n{group}\n'), dry_run=True)
     assert not (tmp_path / "study").exists()
 

@@ -73,7 +73,7 @@ def load_model(
     """
     import transformers
 
-    path = _find(name)
+    path = locate(name)
     if Path(path).is_dir() and init == "pretrained":
         _refuse_pickle(Path(path))
     tokenizer = load_tokenizer(name, trust_remote_code)
@@ -95,7 +95,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     import transformers
 
     with _readable(name):
-        return transformers.AutoTokenizer.from_pretrained(_find(name), trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
 
 
 def load_config(name: str, trust_remote_code: bool = False):
@@ -103,7 +103,7 @@ def load_config(name: str, trust_remote_code: bool = False):
     import transformers
 
     with _readable(name):
-        return transformers.AutoConfig.from_pretrained(_find(name), trust_remote_code=trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
 
 
 def find_folder(name: str) -> Path | None:
@@ -119,8 +119,8 @@ def find_folder(name: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _find(name: str) -> str:
-    """The folder or hub id that a name stands for."""
+def locate(name: str) -> str:
+    """The folder or hub id that a name stands for. Raises ModelError where it can stand for nothing."""
     path = str(ASSETS / name.removeprefix("potstill:")) if name.startswith("potstill:") else name
     if name.startswith("potstill:") and not Path(path).is_dir():
         shipped = sorted(f"potstill:{entry.name}" for entry in ASSETS.iterdir() if entry.is_dir())

@@ -478,6 +478,7 @@ def run_study(
     num_parallel, one_thread = _processes(num_jobs)
     states = _last_states(study)
     panels = plan(study, choose(study))
+    _check_models(study, panels)
     print_plan(study, panels, states, num_parallel, one_thread, list_all=dry_run)
     if dry_run:
         return True
@@ -495,6 +496,21 @@ def run_study(
     for item, message in crashed:
         print(f"CRASHED {item.job.name}: {message} ({item.job.log})", file=sys.stderr)
     return not crashed
+
+
+def _check_models(study: Study, panels: Sequence[PlannedPanel]) -> None:
+    """Raise ModelError for a model that can be nowhere, but for those that the study itself makes."""
+    from potstill.models import locate
+
+    names: set[str] = set()
+    for item in (item for panel in panels for item in panel.items):
+        if isinstance(item.recipe, Recipe):
+            names |= {item.recipe.student.model, item.recipe.teacher.model} - {"self"}
+        if item.kind in ("grpo", "evaluate"):
+            names.add(item.recipe.model if isinstance(item.recipe, GrpoRecipe) else item.job.arguments[1])
+    for name in sorted(names):
+        if not Path(name).is_relative_to(study.out):
+            locate(name)
 
 
 def _processes(num_jobs: int | None) -> tuple[int, bool]:
