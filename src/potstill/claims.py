@@ -32,6 +32,7 @@ IGNORED = (
     *("train.lr", "teacher.cache", "train.checkpoint_every", "train.loss_backend", "train.loss_memory"),
     *("train.tokens_per_batch", "grpo.checkpoint_every", "evaluation"),
 )
+NUM_LAST_STEPS = 10
 KL = ("objective.kl", "objective.forward_weight", "objective.forward_above", "mixing")
 PREFIX = ("objective.prefix",)
 GATE = tuple(f"window.{name}" for name in Window.model_fields if name != "tokens")
@@ -153,7 +154,7 @@ def _judge(question: Question, entries: dict[Path, Entry], temperatures: tuple[f
         effect = Estimate(*(math.exp(x) for x in effect))
         detail.append("building a cache once is not counted")
     elif question.metric == ABOVE_TEACHER:
-        detail.append("the last tenth of training")
+        detail.append(f"the last {NUM_LAST_STEPS} steps of training")
     else:
         shown = dict.fromkeys(temperature for temperature in temperatures if temperature is not None)
         detail.insert(0, "T = " + " against ".join(f"{temperature:g}" for temperature in shown))
@@ -257,11 +258,10 @@ def _measure(metric: str, entry: Entry, temperature: float | None) -> tuple[str,
     if metric == "operations a step":
         return ("", {"": math.log(entry.flops / entry.metrics[-1]["step"])}) if entry.flops else None
     if metric == "entropy above the teacher's":
-        # Of the last tenth of training, on the tokens that the run trained on.
-        last = entry.metrics[-max(2, len(entry.metrics) // 10) :]
+        # On the tokens of the last training steps.
         names = ("student_entropy_before_answer", "teacher_entropy_before_answer")
-        pairs = [(f"step {row['step']}", [row.get(name) for name in names]) for row in last]
-        found = {step: a - b for step, (a, b) in pairs if a is not None and b is not None}
+        pairs = [[row.get(name) for name in names] for row in entry.metrics[-NUM_LAST_STEPS:]]
+        found = {f"step {i}": a - b for i, (a, b) in enumerate(pairs) if a is not None and b is not None}
         return ("", found) if len(found) > 1 else None
     row: dict[str, Any] | None = next((row for row in entry.evals if row["temperature"] == temperature), None)
     if row is None:
