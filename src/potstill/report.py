@@ -7,6 +7,7 @@ a model or a user wrote is escaped.
 import json
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -212,17 +213,17 @@ def print_findings(page: Path) -> None:
         groups = Table(title=Text(panel["title"], style="bold"), title_justify="left", box=box.SIMPLE)
         groups.add_column()
         for metric in metrics.values():
-            groups.add_column(metric["title"], justify="right")
+            groups.add_column(textwrap.fill(metric["title"], 10), justify="right")
         for group in panel["groups"]:
-            found = (_short(group["metrics"].get(key), metric["scale"]) for key, metric in metrics.items())
+            found = (_short(group["metrics"].get(key), metric) for key, metric in metrics.items())
             groups.add_row(Text(group["label"]), *found)
         claimed = Table(box=box.SIMPLE)
         for name in ("claim", "effect", "verdict"):
             claimed.add_column(name, justify="right" if name == "effect" else "left")
         for claim in panel["claims"]:
             if effect := claim["effect"]:
-                interval = f"{effect['value']:+.3g} [{effect['low']:.3g}, {effect['high']:.3g}] {claim['unit']}"
-                claimed.add_row(Text(claim["name"]), Text(interval), claim["verdict"])
+                text = f"{_effect(Estimate(**effect), claim['unit'])} {claim['unit']}"
+                claimed.add_row(Text(claim["name"]), Text(text), claim["verdict"])
         for table in (groups, claimed):
             # A table that is folded to a narrow window cannot be read.
             needed = Console(width=10_000).measure(table).maximum
@@ -231,12 +232,18 @@ def print_findings(page: Path) -> None:
         print("".join(f"{text}\n" for text in panel["findings"]))
 
 
-def _short(summary: dict[str, float] | None, scale: float) -> str:
+def _effect(effect: Estimate, unit: str) -> str:
+    sign = "" if unit == "times" else "+"
+    return f"{effect.value:{sign}.3g} [{effect.low:.3g}, {effect.high:.3g}]"
+
+
+def _short(summary: dict[str, float] | None, metric: dict[str, Any]) -> str:
     """A value and half of its interval; empty without one."""
     if summary is None:
         return ""
-    value = f"{scale * summary['value']:.3g}"
-    return value if summary["low"] is None else f"{value} ±{scale * (summary['high'] - summary['low']) / 2:.2g}"
+    scale, digits = metric["scale"], metric["digits"]
+    value = f"{scale * summary['value']:,.{digits}f}"
+    return value if summary["low"] is None else f"{value} ±{scale * (summary['high'] - summary['low']) / 2:.{digits}f}"
 
 
 def refuse_to_replace(path: Path) -> None:
@@ -282,7 +289,7 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         "note": comparison.panel.note,
         "findings": [text for text, _ in findings(comparison)],
         "metrics": {
-            metric.key: {"title": metric.title, "unit": metric.unit, "scale": metric.scale}
+            metric.key: {"title": metric.title, "unit": metric.unit, "scale": metric.scale, "digits": metric.digits}
             for metric in comparison.metrics
         },
         "runs": [
@@ -370,7 +377,7 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         "measured": [
             {
                 "claim": claim,
-                "effect": f"{claim.effect.value:+.3g} [{claim.effect.low:.3g}, {claim.effect.high:.3g}]",
+                "effect": _effect(claim.effect, claim.unit),
                 "pairs": [[(labels.get(path, path.name), link(path)) for path in pair] for pair in claim.pairs],
             }
             for claim in comparison.claims
