@@ -122,7 +122,7 @@ def pretend(item, avg):
     """A finished run with a given accuracy."""
     item.job.path.mkdir(parents=True, exist_ok=True)
     (item.job.path / "recipe.toml").write_text(to_toml(item.recipe.resolved()))
-    append(item.job.path / "metrics.jsonl", {"step": 2, "seconds": 1.0, "total_flops": 5.0})
+    append(item.job.path / "metrics.jsonl", {"step": 2, "seconds": 1.0, "total_flops": 5.0, "length": 8.0})
     for temperature, value in ((1.0, avg), (0.6, 1 - avg)):
         append(item.job.path / "evals.jsonl", {"temperature": temperature, "avg": [value, 0, 1], "seconds": 1})
     finish(item.recipe)

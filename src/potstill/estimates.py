@@ -51,11 +51,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step, those that a cache of the teacher saves it, operations, and bytes of what a run keeps."""
+    """Seconds of a step, those that a cache saves it, operations, tokens of a completion, and bytes of what is kept."""
 
     seconds: float
     cached_seconds: float
     flops: float
+    length: float
     num_bytes: int
 
 
@@ -67,6 +68,8 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
     import torch
 
     import potstill.training  # noqa: F401
+    from potstill.data import DEFAULT_TASK_PROMPTS
+    from potstill.models import load_config
 
     # Each process will load this once more.
     loading = time.perf_counter() - started
@@ -102,13 +105,16 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
         # What does not exist yet is as large as what it is made from.
         start = students.get(Path(start), students.get(Path(start).parent, start))
         cached = item.kind == "cache" or (isinstance(recipe, Recipe) and recipe.teacher.cache is not None)
-        step = step_cost(recipe, start, cached) if item.kind != "evaluate" else StepCost(0, 0, 0, 0)
+        step = step_cost(recipe, start, cached) if item.kind != "evaluate" else StepCost(0, 0, 0, 0, 0)
         evaluated = evaluation_cost(start, item.evaluation) if item.kind != "cache" else Cost(0, 0)
         if step is None or evaluated is None:
             costs[item.job.path] = None
         elif isinstance(recipe, Recipe) and item.kind == "cache":
-            seconds = step.cached_seconds * (recipe.data.num_prompts or 4096) / recipe.train.prompts_per_step
-            costs[item.job.path] = Cost(loading + seconds, 0)
+            num_prompts = recipe.data.num_prompts or DEFAULT_TASK_PROMPTS
+            seconds = step.cached_seconds * num_prompts / recipe.train.prompts_per_step
+            width = load_config(recipe.teacher.model).get_text_config().hidden_size
+            # In bfloat16; log-sum-exp, entropy, log-probability and token id beside it.
+            costs[item.job.path] = Cost(loading + seconds, num_prompts * step.length * (2 * width + 16))
         else:
             num_steps = item.job.num_steps
             if isinstance(recipe, Recipe) and recipe.train.flops is not None and step.flops:
@@ -129,7 +135,7 @@ def _finished_step(path: Path) -> StepCost:
     metrics = read_entry(path).metrics
     num_bytes = sum(_num_bytes(path / kept) for kept in ("model", "checkpoint"))
     flops = metrics[-1].get("total_flops", 0.0) / len(metrics)
-    return StepCost(sum(row["seconds"] for row in metrics) / len(metrics), 0.0, flops, num_bytes)
+    return StepCost(sum(row["seconds"] for row in metrics) / len(metrics), 0.0, flops, metrics[-1]["length"], num_bytes)
 
 
 def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
@@ -165,7 +171,7 @@ def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCos
         seconds = last["seconds"] - sum(last[f"{part}_seconds"] for part in saved)
         flops = sum(number for part, number in last["flops"].items() if part not in saved)
         num_bytes = sum(_num_bytes(out / kept) for kept in ("model", "checkpoint"))
-        return StepCost(seconds, last["seconds"] - seconds, flops, num_bytes)
+        return StepCost(seconds, last["seconds"] - seconds, flops, last["length"], num_bytes)
 
 
 def _trial(recipe: AnyRecipe, sections: dict[str, dict[str, Any]], out: Path, **start: str) -> AnyRecipe:
