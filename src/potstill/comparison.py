@@ -222,8 +222,10 @@ def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Gro
 
 
 def flat(entry: Entry) -> dict[str, Any]:
-    """The resolved recipe by dotted field, without `out`."""
+    """The resolved recipe by dotted field, without `out`. Where operations end a run, so they do as its steps."""
     data = json.loads(recipe_key(entry, ()))
+    if "flops" in data.get("train", {}):
+        data["train"]["steps"] = f"up to {data['train']['flops']:g} operations"
     return {
         (f"{section}.{name}" if name else section): value
         for section, fields in data.items()
