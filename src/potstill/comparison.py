@@ -118,7 +118,7 @@ def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:
     """One number a problem, whose mean is the stored value; None where the evaluation has no such column.
 
     Entropies are ratios of sums, nats over tokens. Of those it is the ratio plus each problem's influence on it (the
-    delta method), so that a mean of them resamples as the ratio does.
+    delta method), so that a mean of them varies as the ratio does.
     """
     row = eval_at(entry, metric.temperature) if metric.temperature is not None else None
     columns = row.get("problems", {}) if row else {}
@@ -136,7 +136,7 @@ def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:
 
 
 def summarize(entries: Sequence[Entry], metric: Metric) -> Summary | None:
-    """The mean over seeds. One seed: the stored interval over problems. More: both are resampled.
+    """The mean over seeds. One seed: the stored interval over problems. More: that over seeds and problems.
 
     There is no interval where the seeds were evaluated on different problems, nor of a cost.
     """
@@ -149,7 +149,7 @@ def summarize(entries: Sequence[Entry], metric: Metric) -> Summary | None:
         low, high = bounds or (None, None)
         return Summary(value, low, high, per_run)
     value = sum(value for _, value in per_run) / len(per_run)
-    estimate = resample([problem_values(entry, metric) for entry, _ in found])
+    estimate = over_seeds([problem_values(entry, metric) for entry, _ in found])
     return Summary(value, estimate.low if estimate else None, estimate.high if estimate else None, per_run)
 
 
@@ -159,10 +159,10 @@ def difference(pairs: Iterable[tuple[Entry, Entry]], metric: Metric) -> Estimate
     for first, second in pairs:
         a, b = problem_values(first, metric), problem_values(second, metric)
         rows.append({key: b[key] - a[key] for key in a} if a and b and a.keys() == b.keys() else None)
-    return resample(rows)
+    return over_seeds(rows)
 
 
-def resample(rows: Sequence[dict[str, float] | None]) -> Estimate | None:
+def over_seeds(rows: Sequence[dict[str, float] | None]) -> Estimate | None:
     """The mean of seeds by problems with its interval; None where there is nothing or the problems are not the same."""
     known = [row for row in rows if row]
     if not known or len(known) < len(rows) or any(row.keys() != known[0].keys() for row in known):
