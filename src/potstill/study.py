@@ -398,10 +398,11 @@ def _recipe_file(study: Study, folder: Path) -> Path:
 def _cache(study: Study, panel: PanelPlan, recipe: Recipe) -> Item:
     """The cache of a run's teacher, wide enough for every window of the panel."""
     windows = [cell.fields.get("window.tokens", recipe.window.tokens) for cell in cells(study, panel)]
-    corner = _corner("sft") | {"window.tokens": max([recipe.window.tokens, *windows])}
     read = ("student", "teacher", "data", "sampling")
     data = {key: value for key, value in recipe.resolved().items() if key in read}
-    written = make_recipe(with_fields(data, corner | {"train.seed": recipe.train.seed}))
+    fields = _corner("sft") | {"window.tokens": max([recipe.window.tokens, *windows]), "train.seed": recipe.train.seed}
+    fields |= {"rollouts.end_set": recipe.rollouts.end_set, "objective.end_class": recipe.objective.end_class}
+    written = make_recipe(with_fields(data, fields))
     folder = study.out / "caches" / f"{_slug(recipe.teacher.model)}-{written.hash()}"
     written = written.model_copy(update={"out": folder})
     job = _job(study, "cache", f"cache of {recipe.teacher.model}", folder, 0, ())
