@@ -5,7 +5,8 @@ import tomllib
 from pathlib import Path
 
 from potstill.config import make_recipe
-from potstill.study import plan, read_study_file
+from potstill.planning import plan
+from potstill.study_file import read_study_file
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -11,9 +11,11 @@ from conftest import tiny_recipe
 
 from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
 from potstill.estimates import estimate
+from potstill.planning import SWEEP_EVALUATION_SEED, choose, plan
 from potstill.results import read_panels
 from potstill.runlog import append, finish, is_done, read_rows
-from potstill.study import SWEEP_EVALUATION_SEED, choose, plan, read_study_file, run_study
+from potstill.study import run_study
+from potstill.study_file import read_study_file
 
 HEAD = """
 out = "{out}"

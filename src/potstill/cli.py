@@ -229,7 +229,8 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             dry_run: Print the plan, run by run, and stop.
             report: Write report.html into the study's folder at the end.
         """
-        from potstill.study import read_study_file, run_study
+        from potstill.study import run_study
+        from potstill.study_file import read_study_file
 
         _refuse_overrides(overrides)
         found = read_study_file(study)

@@ -19,7 +19,7 @@ from potstill.results import read_entry
 from potstill.types import NonFiniteError
 
 if TYPE_CHECKING:
-    from potstill.study import Item
+    from potstill.planning import Item
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 NUM_TRIAL_STEPS = 2

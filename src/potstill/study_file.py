@@ -1,0 +1,155 @@
+"""What the file of a study says: panels of groups of runs, as fields over a base recipe."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from potstill.config import RecipeError, Section, validate
+
+SHIPPED_STUDIES = Path(__file__).parent / "studies"
+
+
+def _flat(value: Any) -> Any:
+    """Nested tables as one with dotted names: `train.lr = 1e-3` in TOML is a table in a table."""
+    if not isinstance(value, dict):
+        return value
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= {f"{key}.{name}": v for name, v in _flat(inner).items()}
+        else:
+            flat[key] = inner
+    return flat
+
+
+Fields = Annotated[dict[str, Any], BeforeValidator(_flat), Field(default_factory=dict)]
+Axes = Annotated[
+    dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_flat), Field(default_factory=dict)
+]
+MethodName = Literal["sft", "dagger", "offline-rl", "opd"]
+
+
+class Judgement(Section):
+    """One more evaluation of each run of a group, in other settings."""
+
+    label: str
+    """What it is called beside the run's name."""
+    fields: Fields
+    """Fields of section `evaluation` that differ."""
+
+
+class Group(Section):
+    """Runs that differ in the values of some fields."""
+
+    label: str = ""
+    """What its runs are called beside their method."""
+    axes: Axes
+    """Values of fields of the recipe, every combination of which is a run; `method` sets prefix and KL."""
+    fields: Fields
+    """Fields that all runs of the group share."""
+    seeds: tuple[int, ...] | None = None
+    """Instead of the study's."""
+    sweep_as: str | None = None
+    """Take the swept value of this method; by default that of the axis `method`."""
+    cache: bool = False
+    """Runs on teacher prefixes read the teacher from a cache, which is built first."""
+    grpo: bool = False
+    """Go on from each run with the study's GRPO stage."""
+    judgements: tuple[Judgement, ...] = ()
+    """Other evaluations of each run."""
+
+
+class Sweep(Section):
+    """One field, chosen for each method before methods are compared: by Avg at one seed, on problems of its own."""
+
+    field: str = "train.lr"
+    """The field."""
+    values: tuple[float, ...] = Field(min_length=1)
+    """What is tried."""
+    methods: tuple[MethodName, ...] = ("sft", "dagger", "offline-rl", "opd")
+    """For which methods."""
+    fields: Fields
+    """Further fields of the runs that decide."""
+    cache: bool = False
+    """As for a group."""
+
+
+class PanelPlan(Section):
+    """Runs that can be compared with each other: one task, one pair of models."""
+
+    title: str
+    """As the report shows it."""
+    note: str = ""
+    """What a reader should know of it: that a setting is constructed, say."""
+    recipe: str | None = None
+    """Base recipe, instead of the study's."""
+    fields: Fields
+    """Fields of all runs of the panel."""
+    models: tuple[str, ...] = ()
+    """Models that are evaluated beside the runs."""
+    grpo_from: tuple[str, ...] = ()
+    """Models that the GRPO stage also starts from."""
+    sweep: Sweep | None = None
+    """What is chosen before anything is compared."""
+    groups: tuple[Group, ...] = Field(min_length=1)
+    """The runs."""
+
+
+class Stage(Section):
+    """The GRPO stage of a study."""
+
+    recipe: str = "grpo"
+    """Base recipe; start, seeds, folder and evaluation come from the run that it goes on from."""
+    fields: Fields
+    """Fields over the recipe's."""
+
+
+class Study(Section):
+    """A whole study."""
+
+    out: Path
+    """Folder of the study."""
+    recipe: str = "demo"
+    """Base recipe: a shipped one's name, or a file beside the study's."""
+    fields: Fields
+    """Fields of all runs, over the recipe's."""
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """Each run is done with each: seeds of the training problems and of sampling. Held-out problems stay the same."""
+    grpo: Stage = Stage.model_validate({})
+    """Reinforcement learning after distillation, for groups that ask for it."""
+    panels: tuple[PanelPlan, ...] = Field(min_length=1)
+    """What is compared."""
+
+    @model_validator(mode="after")
+    def _titles_differ(self):
+        titles = [panel.title for panel in self.panels]
+        if twice := next((title for title in titles if titles.count(title) > 1), None):
+            raise ValueError(f"two panels have the title {twice!r}; give each its own")
+        return self
+
+
+def read_study_file(study: str | Path) -> Study:
+    """A study from a TOML file, or a shipped one by its name. Raises RecipeError with one line.
+
+    Base recipes that are files are found beside the study's own.
+    """
+    path = Path(study)
+    if not path.is_file():
+        shipped = sorted(known.stem for known in SHIPPED_STUDIES.glob("*.toml"))
+        if str(study) not in shipped:
+            raise RecipeError(f"study {str(study)!r} does not exist; give a TOML file or one of {', '.join(shipped)}")
+        path = SHIPPED_STUDIES / f"{study}.toml"
+    try:
+        data = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    found = validate(data, str(study), Study)
+
+    def beside(recipe: str) -> str:
+        return str(path.parent / recipe) if (path.parent / recipe).is_file() else recipe
+
+    panels = tuple(p.model_copy(update={"recipe": beside(p.recipe or found.recipe)}) for p in found.panels)
+    stage = found.grpo.model_copy(update={"recipe": beside(found.grpo.recipe)})
+    return found.model_copy(update={"panels": panels, "grpo": stage})
