@@ -776,17 +776,25 @@ def read_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
     `recipe` is a file, or the name of a shipped recipe such as "demo". Raises RecipeError with one line for a missing
     file or broken TOML.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        shipped = sorted(known.stem for known in SHIPPED_RECIPES.glob("*.toml"))
-        if str(recipe) not in shipped:
-            raise RecipeError(f"recipe {str(recipe)!r} does not exist; give a TOML file or one of {', '.join(shipped)}")
-        path = SHIPPED_RECIPES / f"{recipe}.toml"
+    return with_fields(read_toml(find_toml("recipe", recipe, SHIPPED_RECIPES)), overrides or {})
+
+
+def find_toml(what: str, name: str | Path, shipped: Path) -> Path:
+    """A file, or the one of that name in a folder of shipped ones. Raises RecipeError where there is none."""
+    if Path(name).is_file():
+        return Path(name)
+    known = sorted(path.stem for path in shipped.glob("*.toml"))
+    if str(name) not in known:
+        raise RecipeError(f"{what} {str(name)!r} does not exist; give a TOML file or one of {', '.join(known)}")
+    return shipped / f"{name}.toml"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as plain data. Raises RecipeError where it is none."""
     try:
-        data = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
-    return with_fields(data, overrides or {})
 
 
 def with_fields(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

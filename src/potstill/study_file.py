@@ -1,12 +1,11 @@
 """What the file of a study says: panels of groups of runs, as fields over a base recipe."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from potstill.config import RecipeError, Section, validate
+from potstill.config import Section, find_toml, read_toml, validate
 
 SHIPPED_STUDIES = Path(__file__).parent / "studies"
 
@@ -135,17 +134,8 @@ def read_study_file(study: str | Path) -> Study:
 
     Base recipes that are files are found beside the study's own.
     """
-    path = Path(study)
-    if not path.is_file():
-        shipped = sorted(known.stem for known in SHIPPED_STUDIES.glob("*.toml"))
-        if str(study) not in shipped:
-            raise RecipeError(f"study {str(study)!r} does not exist; give a TOML file or one of {', '.join(shipped)}")
-        path = SHIPPED_STUDIES / f"{study}.toml"
-    try:
-        data = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from None
-    found = validate(data, str(study), Study)
+    path = find_toml("study", study, SHIPPED_STUDIES)
+    found = validate(read_toml(path), str(study), Study)
 
     def beside(recipe: str) -> str:
         return str(path.parent / recipe) if (path.parent / recipe).is_file() else recipe
