@@ -1,5 +1,8 @@
 import contextlib
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 # No test may use the network, and one thread is fastest for models this small and gives the same bits everywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +24,20 @@ from potstill.tasks.multiplication import build_tokenizer
 from potstill.types import Example, Prompt, Rollout
 
 torch.set_num_threads(1)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="neither chromium nor google-chrome is installed, in which to load the page"
+)
+
+
+def browsed(page: Path) -> str:
+    """The DOM that a browser with a narrow window makes of a page, after its scripts."""
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    options += "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom --window-size=500,900"
+    command = [str(CHROMIUM), *options.split(), f"--user-data-dir={page.parent / 'browser'}", page.resolve().as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def make_model(hidden_size: int = 16, seed: int = 0, vocab_size: int = 23, eos_token_id: int = 2) -> LanguageModel:

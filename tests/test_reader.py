@@ -4,14 +4,12 @@ import dataclasses
 import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import jinja2
 import pytest
 import torch
-from conftest import make_model, make_rollout, tiny_recipe
+from conftest import browsed, in_a_browser, make_model, make_rollout, tiny_recipe
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,10 +24,6 @@ from potstill.reader import reader_data
 from potstill.results import Entry
 from potstill.samples import NUM_CHOICES, logged_samples
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-in_a_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="neither chromium nor google-chrome is installed, in which to load the page"
-)
 CPU = torch.device("cpu")
 # Of the last digit logged, and what float32 loses before it.
 TOLERANCE = 2e-5
@@ -227,11 +221,7 @@ def dumped(folder: Path, entries, script: str = "", head: str = "") -> str:
         "</script>"
     )
     (folder / "page.html").write_text(page.render(reader=reader_data(entries), script=script, head=head))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={folder / 'browser'}", "--virtual-time-budget=3000", "--dump-dom"]
-    done = subprocess.run([*command, (folder / "page.html").as_uri()], capture_output=True, timeout=60, check=True)
-    return done.stdout.decode()
+    return browsed(folder / "page.html")
 
 
 def tokens_of(dom: str) -> list[str]:

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import markupsafe
 import pytest
-from conftest import tiny_recipe
+from conftest import browsed, in_a_browser, tiny_recipe
 from synthetic_runs import evaluate, write_run
 
 import potstill
@@ -359,7 +359,7 @@ def test_two_hundred_runs(evals, tmp_path):
     assert page.read_text().count(" checked>") == 12
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@in_a_browser
 def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
     runs = enumerate(sorted(study.iterdir()))
     planned = [{"folder": str(path), "name": f"{ATTACK} name {i}", "state": "done"} for i, path in runs]
@@ -388,10 +388,7 @@ def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
     </script></body>"""
     tried = tmp_path / "tried.html"
     tried.write_text(page.read_text().replace("</head>", narrow).replace("</body>", script))
-    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    options += "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom --window-size=500,900"
-    command = ["chromium", *options.split(), f"--user-data-dir={tmp_path / 'browser'}", tried.resolve().as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    dom = browsed(tried)
     assert "<title>potstill report</title>" in dom and not re.search(r"<img[^>]*onerror", dom[dom.index("<body") :])
     found = re.search(r'<body data-seen="([^"]*)"', dom)
     assert found, "a script failed"

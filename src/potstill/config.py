@@ -356,11 +356,6 @@ class RunRecipe(Section):
         """Fields (or whole sections) that the recipe's mode does not read, with the reason."""
         return {}
 
-    @property
-    def method(self) -> str:
-        """What the run does, in a word or two."""
-        raise NotImplementedError
-
     def refuse_unread(self) -> None:
         """Raise ValueError when a field is set that is not read."""
         unread = self.unread()

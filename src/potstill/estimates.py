@@ -64,15 +64,11 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
     """The cost of each item that is not done; None where nothing is known yet. With `one_thread` trials take one."""
     if all(item.is_done for item in items):
         return {}
-    started = time.perf_counter()
     import torch
 
-    import potstill.training  # noqa: F401
     from potstill.data import DEFAULT_TASK_PROMPTS
     from potstill.models import load_config
 
-    # Each process will load this once more.
-    loading = time.perf_counter() - started
     if one_thread:
         torch.set_num_threads(1)
     steps: dict[str, StepCost | None] = {}
@@ -97,7 +93,7 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
     costs: dict[Path, Cost | None] = {}
     for item in items:
         recipe = item.recipe
-        if item.is_done or not isinstance(recipe, Recipe | GrpoRecipe):
+        if item.is_done:
             continue
         start = recipe.model if isinstance(recipe, GrpoRecipe) else recipe.student.model
         if item.kind == "evaluate":
@@ -114,17 +110,17 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
             seconds = step.cached_seconds * num_prompts / recipe.train.prompts_per_step
             width = load_config(recipe.teacher.model).get_text_config().hidden_size
             # In bfloat16; log-sum-exp, entropy, log-probability and token id beside it.
-            costs[item.job.path] = Cost(loading + seconds, num_prompts * step.length * (2 * width + 16))
+            costs[item.job.path] = Cost(seconds, num_prompts * step.length * (2 * width + 16))
         else:
             num_steps = item.job.num_steps
             if isinstance(recipe, Recipe) and recipe.train.flops is not None and step.flops:
                 num_steps = min(num_steps, math.ceil(recipe.train.flops / step.flops))
-            seconds = loading + step.seconds * num_steps + evaluated.seconds
+            seconds = step.seconds * num_steps + evaluated.seconds
             costs[item.job.path] = Cost(seconds, step.num_bytes + evaluated.num_bytes)
     return costs
 
 
-def _kind(recipe: RunRecipe) -> str:
+def _kind(recipe: Recipe | GrpoRecipe) -> str:
     """What runs with steps of one cost have in common."""
     data = recipe.resolved_without(FREE_FIELDS)
     cached = isinstance(recipe, Recipe) and recipe.teacher.cache is not None

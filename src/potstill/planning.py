@@ -20,7 +20,6 @@ from potstill.config import (
     GrpoRecipe,
     Recipe,
     RecipeError,
-    RunRecipe,
     is_table,
     make_recipe,
     read_recipe,
@@ -91,16 +90,15 @@ class Item:
     kind: Literal["train", "grpo", "cache", "evaluate"]
     label: str
     job: Job
-    recipe: RunRecipe
+    recipe: Recipe | GrpoRecipe
     evaluation: Evaluation
     pending: bool = False
     shown: bool = True
 
     @property
     def is_done(self) -> bool:
-        if isinstance(self.recipe, Recipe | GrpoRecipe) and self.kind in ("train", "grpo"):
-            return is_done(self.job.path, self.recipe)
-        return self.job.done.exists()
+        """Whether it is there, whole and of this recipe."""
+        return is_done(self.job.path, self.recipe) if self.kind in ("train", "grpo") else self.job.done.exists()
 
 
 @dataclass(frozen=True)

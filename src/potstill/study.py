@@ -43,8 +43,9 @@ def run_study(
     try:
         with FileLock(study.out / ".lock", timeout=0):
             crashed = _run_stage(study, [panel for panel in panels if panel.is_sweep], panels, num_parallel, one_thread)
-            panels = plan(study, choose(study))
-            for (title, method), value in choose(study).items():
+            chosen = choose(study)
+            panels = plan(study, chosen)
+            for (title, method), value in chosen.items():
                 print(f"{title}: {METHODS[method].name} goes on with {value:g}")
             others = [panel for panel in panels if not panel.is_sweep]
             crashed += _run_stage(study, others, panels, num_parallel, one_thread)
