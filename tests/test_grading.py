@@ -1,7 +1,10 @@
 """The verifier: a golden set of answers to accept and to reject, hostile answers, and what is read from a response."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -153,6 +156,42 @@ def test_no_process_is_left():
         (pid,) = [worker.pid for worker in grader.idle]
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+PARENT = r"""
+from potstill.grading import Grader
+grader = Grader(num_workers=1, seconds=60.0)
+grader.grade(["1/2"], [r"so \boxed{0.5}"])
+print(grader.idle[0].pid, flush=True)
+grader.seconds = 3.0
+grader.grade(["7"], [r"so \boxed{((((((10!)!)!)!)!)!)}"])
+"""
+
+
+def is_running(pid):
+    """Whether a process is there and no zombie: a container's first process may not collect the dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the states of processes from /proc")
+def test_a_busy_worker_does_not_outlive_its_killed_parent():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    time.sleep(0.5)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    # It is busy: an idle one would end with its pipe.
+    time.sleep(0.5)
+    assert is_running(pid)
+    deadline = time.monotonic() + 20
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(pid)
 
 
 @pytest.mark.parametrize(

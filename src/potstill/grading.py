@@ -147,7 +147,7 @@ class Grader:
                     worker = self.idle.pop() if self.idle else _start()
                     assert worker.stdin is not None and worker.stdout is not None
                     try:
-                        worker.stdin.write(json.dumps(pair).encode() + b"\n")
+                        worker.stdin.write(json.dumps([*pair, self.seconds]).encode() + b"\n")
                     except BrokenPipeError:
                         # It died in the meantime, of nothing that we asked it.
                         _stop(worker)
@@ -222,9 +222,13 @@ def _stop(worker: subprocess.Popen) -> None:
 
 
 def _work() -> None:
-    """The worker's loop."""
+    """The worker's loop.
+
+    Its parent keeps the time; should that be killed, the worker's own alarm ends it, a second after its time is over.
+    """
     import logging
     import resource
+    import signal
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable(logging.CRITICAL)
@@ -234,11 +238,15 @@ def _work() -> None:
     compare("1", "2")
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
+        *pair, seconds = json.loads(line)
+        # The signal is not handled: its default ends the process whatever it is doing.
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
         try:
-            verdict = compare(*json.loads(line))
+            verdict = compare(*pair)
         # sympy raises errors of every kind on what is no expression; whichever it is, there is nothing to compare.
         except Exception:
             verdict = "unparsed"
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), file=answers, flush=True)
 
 
