@@ -11,7 +11,6 @@ from potstill.models import (
     LanguageModel,
     ModelError,
     check_logits,
-    end_set,
     find_end_ids,
     fingerprint,
     load_model,
@@ -66,13 +65,6 @@ def test_end_ids_come_from_tokenizer_settings_and_template():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
     assert find_end_ids(model.model, tokenizer) == (2, 22, tokenizer.convert_tokens_to_ids("<turn>"))
-
-
-def test_a_model_without_an_end_is_refused():
-    model = make_model()
-    model.end_ids = ()
-    with pytest.raises(ModelError, match="names no end token"):
-        end_set(model, None)
 
 
 def test_vocabularies():

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from potstill.batching import make_batch
 from potstill.config import METHODS, Objective, Sampling, load_recipe
 from potstill.data import load_examples, make_prompts
-from potstill.models import LanguageModel, end_set, load_model, shared_vocab_size
+from potstill.ends import end_set
+from potstill.models import LanguageModel, load_model, shared_vocab_size
 from potstill.objective import Loss, batch_loss, teacher_signal
 from potstill.sampling import sample
 from potstill.training import train

@@ -119,7 +119,7 @@ def test_the_end_set_is_the_union_and_is_exported(tmp_path, capsys):
         prompts=["__12*3="],
     )
     environment = json.loads((result.folder / "environment.json").read_text())
-    assert environment["end_ids"] == [2, 22] and environment["end_class_merged"]
+    assert environment["end_ids"] == [2, 22] and environment["end_class"] == [2, 22]
     assert "warning: the student ends on (2,), the teacher on (22,)" in capsys.readouterr().err
     exported = json.loads((result.folder / "model" / "generation_config.json").read_text())
     assert exported["eos_token_id"] == [2, 22]
@@ -147,7 +147,7 @@ def test_the_end_set_of_the_student_alone_ends_nothing_else(tmp_path, capsys, mo
         result = potstill.train(recipe, student=make_model(seed=0), teacher=make_model(seed=1, eos_token_id=22))
         environment = json.loads((result.folder / "environment.json").read_text())
         # Which ids are one class in the loss is another question.
-        assert environment["end_ids"] == end_ids and environment["end_class_merged"]
+        assert environment["end_ids"] == end_ids and environment["end_class"] == [2, 22]
         assert runlog.read_rows(result.folder / "evals.jsonl")[0]["settings"]["end_ids"] == end_ids
         exported = json.loads((result.folder / "model" / "generation_config.json").read_text())["eos_token_id"]
         assert exported == (end_ids if len(end_ids) > 1 else end_ids[0])

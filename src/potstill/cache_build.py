@@ -149,13 +149,13 @@ def _manifest(recipe: Recipe, setup: Setup, teacher: LanguageModel, options: Cac
         dtype=options.dtype if is_hidden else None,
         writer="teacher" if writes else "dataset",
         window=recipe.window.tokens,
-        end_ids=setup.end_ids,
+        end_ids=setup.ends.stop_ids,
         sampling=sampling_settings(recipe) if writes else None,
         seed=recipe.train.seed if writes else None,
         top_k=recipe.objective.top_k if is_topk else None,
         temperature=recipe.objective.temperature if is_topk else None,
         vocab_size=setup.loss.vocab_size if is_topk else None,
-        end_class=setup.loss.end_class if is_topk else None,
+        end_class=setup.ends.class_ids if is_topk else None,
         rollouts_per_shard=options.rollouts_per_shard,
     )
     head = teacher.head
@@ -236,7 +236,12 @@ def _make_shard(
 ) -> ShardRecord:
     """Write the completions of some entries, score them, and store both."""
     writing = Writing(
-        recipe.objective, {"teacher": teacher.model}, settings.window, setup.end_ids, recipe.sampling, len(entries)
+        recipe.objective,
+        {"teacher": teacher.model},
+        settings.window,
+        setup.ends.stop_ids,
+        recipe.sampling,
+        len(entries),
     )
     prompts = [prompt for prompt, _, _ in entries]
     seeds = [(recipe.train.seed, int.from_bytes(key), number) for _, key, number in entries]

@@ -159,7 +159,12 @@ class Objective(Section):
     baseline: Literal["none", "exact"] = "none"
     """estimator = k1: subtract the reward's exact mean, minus the reverse KL; that needs the teacher's whole output."""
     end_class: Literal["merged", "raw"] = "merged"
-    """merged: where the two models end differently, all end tokens count as one class in the loss."""
+    """merged: where the two models' end tokens are more than one, they count as one class in the loss, so that either
+    may end a text in its own way; raw: each is a token like others."""
+    separate_ends: tuple[str, ...] | None = None
+    """end_class = merged: end tokens that mean something else than the end of an answer, as the tokenizer names them.
+    They end a completion and have no part in the class. By default those that are known to hand over to a tool, such as
+    <|eom_id|> and <|call|>; a list takes their place."""
 
     @property
     def name(self) -> str:
@@ -692,9 +697,12 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread |= {"objective.estimator": reason, "objective.baseline": reason}
     elif objective.estimator != "k1":
         unread["objective.baseline"] = f'objective.estimator is "{objective.estimator}" and only "k1" has a reward'
+    if objective.end_class == "raw":
+        unread["objective.separate_ends"] = 'objective.end_class is "raw", which keeps every end token apart'
     if objective.signal == "labels":
         reason = 'objective.signal is "labels", which has no KL and needs no teacher\'s distribution'
         fields = ("kl", "forward_weight", "forward_above", "jsd_weight", "skew", "gamma", "temperature", "end_class")
+        fields += ("separate_ends",)
         unread |= {f"objective.{field}": reason for field in fields} | {"mixing": reason}
         if objective.prefix != "teacher":
             unread["teacher"] = reason

@@ -12,9 +12,10 @@ from typing import Any
 
 from potstill.config import Evaluation, RecipeError, Sampling, is_table
 from potstill.data import DataError, make_prompts, template_warning
+from potstill.ends import end_set, named_end_ids
 from potstill.grading import Grade, majority
 from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
-from potstill.models import LanguageModel, end_set, fingerprint, load_model, named_end_ids
+from potstill.models import LanguageModel, fingerprint, load_model
 from potstill.progress import token_bar
 from potstill.report import print_table
 from potstill.results import Entry, resume_command
@@ -54,7 +55,7 @@ def evaluate(
     task, examples, prompts = prepare_problems(model, evaluation)
     if (warning := template_warning(prompts, model.tokenizer, evaluation.template)) and not quiet:
         print(warning, file=sys.stderr)
-    end_ids = named_end_ids(model.tokenizer, evaluation.end_tokens) or end_ids or end_set(model, None)
+    end_ids = named_end_ids(model.tokenizer, evaluation.end_tokens) or end_ids or end_set(model)
     model.eval()
     rows = []
     for temperature in evaluation.temperatures:
@@ -331,7 +332,7 @@ def show_responses(
         [prompt.token_ids for prompt in prompts],
         [(seed, i) for i in range(len(prompts))],
         max_tokens=max_tokens,
-        end_ids=end_set(model, None),
+        end_ids=end_set(model),
         sampling=sampling,
     )
     console = Console()

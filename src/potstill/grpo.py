@@ -30,10 +30,11 @@ from potstill.config import Grpo, GrpoRecipe, RecipeError, Train
 from potstill.controllers import Probe, WindowState, decide, first_window, is_probe_due, scheduled_window
 from potstill.data import load_examples, make_prompts, template_warning
 from potstill.distributed import World
+from potstill.ends import described, end_set
 from potstill.evaluation import evaluate, find_model, prepare_problems
 from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
 from potstill.metrics import Stopwatch, is_loop, num_tokens_to_answer, zlib_ratio
-from potstill.models import LanguageModel, end_set, fingerprint, load_model, save_model, without_progress_bars
+from potstill.models import LanguageModel, fingerprint, load_model, save_model, without_progress_bars
 from potstill.probing import PROBE
 from potstill.progress import StepDisplay
 from potstill.sampling import sample
@@ -113,7 +114,7 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
 def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     """Load the model and the prompts and check that they fit together. Writes nothing."""
     model = load_model(str(find_model(recipe.model))).to(world.device)
-    end_ids = end_set(model, None)
+    end_ids = end_set(model)
     data = recipe.data
     examples = load_examples(data.source, split=data.split, num_examples=data.num_prompts, seed=data.seed)
     prompts = make_prompts(
@@ -435,10 +436,8 @@ def _environment(setup: Setup) -> dict[str, Any]:
 def _opening(recipe: GrpoRecipe, setup: Setup, step: int) -> list[str]:
     """What a user should see before the first step."""
     tokenizer = setup.model.tokenizer
-    names = tokenizer.convert_ids_to_tokens(list(setup.end_ids))
-    ends = ", ".join(f"{name} ({i})" for name, i in zip(names, setup.end_ids, strict=True))
     lines = [f"GRPO from {recipe.model}: {recipe.out}" + (f", resumed after step {step}" if step else "")]
-    lines.append(f"end set: {ends}")
+    lines.append(f"end set: {described(tokenizer, setup.end_ids)}")
     if warning := template_warning(setup.prompts, tokenizer, recipe.data.template):
         lines.append(warning)
     text = tokenizer.decode(setup.prompts[0].token_ids)

@@ -199,26 +199,6 @@ def find_end_ids(model, tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in found if i is not None))
 
 
-def end_set(student: LanguageModel, teacher: "LanguageModel | CachedTeacher | None") -> tuple[int, ...]:
-    """The union of both models' end ids. Raises ModelError when there is none: nothing would ever stop."""
-    ids = tuple(dict.fromkeys((*student.end_ids, *(teacher.end_ids if teacher else ()))))
-    if not ids:
-        raise ModelError(f"model {student.name!r} names no end token; set eos_token_id in its generation_config.json")
-    return ids
-
-
-def named_end_ids(tokenizer, names: Sequence[str]) -> tuple[int, ...]:
-    """The ids of end tokens given by name. Raises ModelError for a name that is not in the vocabulary."""
-    vocabulary = tokenizer.get_vocab()
-    for name in names:
-        if name not in vocabulary:
-            known = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-            raise ModelError(
-                f"end token {name!r} is not in the tokenizer's vocabulary; its special tokens are {', '.join(known)}"
-            )
-    return tuple(dict.fromkeys(vocabulary[name] for name in names))
-
-
 def check_logits(model: LanguageModel) -> None:
     """Raise ModelError unless hidden states and head give the model's own logits, so no scaling is missed."""
     error, allowed = logits_error(model)

@@ -29,7 +29,7 @@ class Loss:
     """What the loss of a run is, fixed before the first step but for `forward_weight`, which a schedule may change.
 
     `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one class in the
-    divergence; it is empty where both models end alike or the recipe keeps them apart. `budget` (bytes) and `backend`
+    divergence (`ends.find_ends`). `budget` (bytes) and `backend`
     are those of `fused_loss` and change no result.
     """
 

@@ -38,7 +38,7 @@ def probe_window(
     prompts = setup.probes[world.rank :: world.size]
     seeds = [(recipe.train.seed, step, i, PROBE) for i in range(world.rank, len(setup.probes), world.size)]
     writing = Writing(
-        recipe.objective, decoders, state.tokens, setup.end_ids, recipe.sampling, len(setup.probes), setup.cache
+        recipe.objective, decoders, state.tokens, setup.ends.stop_ids, recipe.sampling, len(setup.probes), setup.cache
     )
     # The whole copy that decodes: ranks do not take the same number of passes here.
     student = LanguageModel(decoders["student"], setup.student.tokenizer, "student")

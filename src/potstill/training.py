@@ -36,19 +36,12 @@ from potstill.data import (
     with_teacher_prompts,
 )
 from potstill.distributed import World
+from potstill.ends import Ends, described, find_ends, named_end_ids
 from potstill.evaluation import evaluate, prepare_problems
 from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
 from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
-from potstill.models import (
-    LanguageModel,
-    end_set,
-    fingerprint,
-    load_model,
-    named_end_ids,
-    save_model,
-    shared_vocab_size,
-)
+from potstill.models import LanguageModel, fingerprint, load_model, save_model, shared_vocab_size
 from potstill.objective import Loss, Teacher, batch_loss, later_costs, teacher_signal, without_baseline
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
@@ -82,7 +75,7 @@ class Setup:
     cache: Cache | None
     prompts: list[Prompt]
     probes: list[Prompt]
-    end_ids: tuple[int, ...]
+    ends: Ends
     loss: Loss
     answer_end: Callable[[str], int | None]
     student_flops: ModelFlops
@@ -141,15 +134,14 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
     student.to(world.device)
-    all_end_ids = end_set(student, teacher)
-    end_ids = all_end_ids if recipe.rollouts.end_set == "union" else end_set(student, None)
-    ends_differ = teacher is not None and set(student.end_ids) != set(teacher.end_ids)
+    vocab_size = shared_vocab_size(student, teacher) if teacher is not None else None
+    ends = find_ends(recipe, student, teacher, vocab_size)
     loss = Loss(
         recipe.objective,
         recipe.train.normalize,
         recipe.train.compute_dtype,
-        vocab_size=shared_vocab_size(student, teacher) if teacher is not None else None,
-        end_class=all_end_ids if ends_differ and recipe.objective.end_class == "merged" else (),
+        vocab_size=vocab_size,
+        end_class=ends.class_ids,
         budget=recipe.train.loss_memory * MIB,
         backend=recipe.train.loss_backend,
     )
@@ -181,7 +173,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         template=recipe.data.template,
         max_completion=recipe.window.tokens,
         context_length=min(lengths, default=None),
-        end_id=end_ids[0] if recipe.objective.prefix == "dataset" else None,
+        end_id=ends.stop_ids[0] if recipe.objective.prefix == "dataset" else None,
     )
     asks_otherwise = recipe.teacher.template is not None or any(e.teacher_prompt is not None for e in examples)
     if teacher is not None and asks_otherwise:
@@ -194,7 +186,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         )
     tokenised, probes = hold_out(recipe.window, tokenised)
     if cache is not None:
-        cache.check_fit(end_ids, loss.vocab_size, loss.end_class)
+        cache.check_fit(ends.stop_ids, loss.vocab_size, loss.end_class)
         tokenised, probes = cache.attach(tokenised), cache.attach(probes)
     if recipe.train.prompts_per_step % world.size:
         raise DataError(
@@ -213,7 +205,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         cache,
         tokenised,
         probes,
-        end_ids,
+        ends,
         loss,
         answer_end,
         model_flops(student),
@@ -345,7 +337,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                 recipe.objective,
                 decoders,
                 window,
-                setup.end_ids,
+                setup.ends.stop_ids,
                 recipe.sampling,
                 config.prompts_per_step,
                 setup.cache,
@@ -417,10 +409,10 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     distributed.refresh(decoders["student"], student)
     student.eval()
     if world.is_main:
-        save_model(student, weights, setup.end_ids, folder / "model")
+        save_model(student, weights, setup.ends.stop_ids, folder / "model")
         if recipe.evaluation.source is not None:
             finished = LanguageModel(decoders["student"], student.tokenizer, str(folder))
-            options = {"end_ids": setup.end_ids, "responses": folder / "responses", "quiet": quiet}
+            options = {"end_ids": setup.ends.stop_ids, "responses": folder / "responses", "quiet": quiet}
             for row in evaluate(finished, recipe.evaluation, **options):
                 runlog.append(folder / "evals.jsonl", {"step": step, **row})
         runlog.finish(recipe)
@@ -525,8 +517,8 @@ def _environment(setup: Setup, world: World) -> dict[str, Any]:
         "world_size": world.size,
         "device": str(world.device),
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
-        "end_ids": list(setup.end_ids),
-        "end_class_merged": bool(setup.loss.end_class),
+        "end_ids": list(setup.ends.stop_ids),
+        "end_class": list(setup.ends.class_ids),
         "models": {
             role: {"name": model.name, "weights": _weights(model), "end_ids": list(model.end_ids)}
             for role, model in models.items()
@@ -541,20 +533,8 @@ def _weights(model: Teacher) -> str | None:
 def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     """What a user should see before the first step."""
     student, teacher = setup.student, setup.teacher
-    names = student.tokenizer.convert_ids_to_tokens(list(setup.end_ids))
-    ends = ", ".join(f"{name} ({i})" for name, i in zip(names, setup.end_ids, strict=True))
     lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
-    lines.append(f"end set: {ends}")
-    if teacher is not None and set(student.end_ids) != set(teacher.end_ids):
-        treated = "count as one class in the loss" if setup.loss.end_class else "are kept apart in the loss"
-        lines.append(
-            f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}; they {treated}"
-        )
-        if recipe.rollouts.end_set == "student":
-            lines.append(
-                'warning: rollouts.end_set is "student", so the end tokens that only the teacher has end nothing: '
-                "expect responses that go on to the length cap"
-            )
+    lines += _about_ends(recipe, setup)
     if teacher is not None and student.vocab_size != teacher.vocab_size:
         lines.append(
             f"heads of {student.vocab_size} (student) and {teacher.vocab_size} (teacher) rows are cut to the "
@@ -569,4 +549,25 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
     if teacher is not None and example.teacher_ids is not None:
         lines.append(f"the teacher reads: {teacher.tokenizer.decode(example.teacher_ids)[:SHOWN_CHARACTERS]!r}")
+    return lines
+
+
+def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
+    """What ends a completion and how the loss counts it, with a warning where the two models end differently."""
+    student, teacher, ends = setup.student, setup.teacher, setup.ends
+    tokenizer = student.tokenizer
+    lines = [f"end set: {described(tokenizer, ends.stop_ids)}"]
+    if len(ends.all_ids) > 1 and recipe.objective.signal != "labels":
+        lines.append(
+            f"one class in the loss: {described(tokenizer, ends.class_ids) or 'none, each end token is apart'}"
+        )
+    if teacher is None:
+        return lines
+    if set(student.end_ids) != set(teacher.end_ids):
+        lines.append(f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}")
+    if set(ends.stop_ids) != set(ends.all_ids):
+        lines.append(
+            'warning: rollouts.end_set is "student", so the end tokens that only the teacher has end nothing: '
+            "expect responses that go on to the length cap"
+        )
     return lines
