@@ -1,0 +1,68 @@
+"""Small potstill commands, and whether two of them left the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SMALL = {
+    "data.num-prompts": "24",
+    "train.prompts-per-step": "4",
+    "train.warmup-steps": "1",
+    "train.steps": "6",
+    "train.checkpoint-every": "2",
+    "window.tokens": "12",
+    "evaluation.num-problems": "2",
+    "evaluation.num-responses": "2",
+    "evaluation.max-tokens": "8",
+    "evaluation.batch-size": "3",
+}
+SFT = {"objective.prefix": "teacher", "objective.kl": "forward"}
+OPD = {"objective.prefix": "student", "objective.kl": "reverse"}
+
+
+def command(text: str, *options: dict[str, str]) -> list[str]:
+    """A command line from its words and from the options, of which later ones win."""
+    merged: dict[str, str] = {}
+    for each in options:
+        merged |= each
+    return [*text.split(), *(word for name, value in merged.items() for word in (f"--{name}", *value.split()))]
+
+
+def train(*options: dict[str, str]) -> list[str]:
+    """A distillation to the folder `run`."""
+    return command("train demo --out run", SMALL, *options)
+
+
+def cache(*options: dict[str, str]) -> list[str]:
+    """The build of a teacher cache in the folder `cache`."""
+    of_recipe = {name: value for name, value in SMALL.items() if not name.startswith("evaluation")}
+    return command("cache build demo --out cache --rollouts-per-shard 5", of_recipe, SFT, *options)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What each file of a folder holds, but for locks, logs and seconds."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.name == ".lock" or path.suffix == ".log":
+            continue
+        if path.suffix in (".json", ".jsonl"):
+            lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+            found[name] = [without_seconds(json.loads(line)) for line in lines]
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def without_seconds(value: Any) -> Any:
+    """The same without keys whose values depend on the machine's speed."""
+    if isinstance(value, dict):
+        return {key: without_seconds(inner) for key, inner in value.items() if not key.endswith("seconds")}
+    return [without_seconds(inner) for inner in value] if isinstance(value, list) else value
+
+
+def differences(mine: Path, theirs: Path) -> list[str]:
+    """The files that differ, or that one side lacks."""
+    a, b = contents(mine), contents(theirs)
+    unequal = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    return [f"{name} ({'differs' if name in a and name in b else 'on one side alone'})" for name in unequal]

@@ -1,0 +1,262 @@
+"""Potstill commands as forks of one process that has loaded everything, to be killed or hindered at an exact place.
+
+A file-system event is what Python tells of a change inside the work folder: a file opened to be written, a rename, a
+removal, a new folder. Events are counted in order, so that a place in a command has a number. `python forked.py` is the
+process that has loaded everything; it forks once a line of its standard input.
+"""
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")
+TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CAP_DAC = 0b110
+"""The two rights by which root reads and writes what modes forbid: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What happens to a command. All by default: nothing.
+
+    `event`: at the event of this number (from 1, of those whose path contains `where`) it is killed. With `torn` bytes
+    it is killed by its first write after the event that passes so many bytes, of which the first `torn` are in the
+    file. With `error` the operation fails with this name of `errno`, and so does each later one. `seconds`: it is
+    killed after so long. `limits`: what `resource.setrlimit` takes; of RLIMIT_AS what is added to what the process has.
+    `bound`: file modes bind even root.
+    """
+
+    event: int | None = None
+    where: str = ""
+    torn: int | None = None
+    error: str | None = None
+    seconds: float | None = None
+    limits: dict[str, int] = field(default_factory=dict)
+    bound: bool = False
+
+    def __str__(self) -> str:
+        return f"Trouble({', '.join(f'{name}={value!r}' for name, value in asdict(self).items() if value)})"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit code, or minus the signal that killed it; how many events it had; what it printed."""
+
+    code: int
+    events: int
+    seconds: float
+    out: str
+    err: str
+
+    @property
+    def is_killed(self) -> bool:
+        return self.code < 0
+
+    @property
+    def last_line(self) -> str:
+        return (self.err.strip().splitlines() or [""])[-1]
+
+
+class Forks:
+    """The process that has loaded everything. To be closed."""
+
+    def __init__(self, scratch: Path, with_grpo: bool = False):
+        self.scratch = scratch
+        source = str(Path(__file__).parents[1] / "src")
+        one_thread = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *(["grpo"] if with_grpo else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | one_thread | {"PYTHONPATH": source, "COLUMNS": "200", "TMPDIR": str(scratch)},
+            text=True,
+        )
+
+    def run(self, folder: Path, argv: list[str], trouble: Trouble | None = None) -> Ended:
+        """Run a command in a folder until it ends, with every process that it began."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        files = {name: str(self.scratch / f"std{name}") for name in ("out", "err")}
+        request = {"argv": argv, "folder": str(folder.resolve()), "files": files}
+        print(json.dumps(request | {"trouble": asdict(trouble or Trouble())}), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        return Ended(**answer, **{name: Path(file).read_text(errors="replace") for name, file in files.items()})
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
+
+
+def serve() -> None:
+    """Load everything, then fork once a line of standard input and answer with a line."""
+    import torch
+
+    torch.set_num_threads(1)
+    import potstill.cache_build
+    import potstill.cli
+    import potstill.evaluation
+    import potstill.report
+    import potstill.study
+    import potstill.training
+    from potstill.models import load_model
+
+    if "grpo" in sys.argv:
+        import trl.trainer.grpo_trainer  # noqa: F401
+
+        import potstill.grpo  # noqa: F401
+    load_model("potstill:base")
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        counter = mmap.mmap(-1, 8)
+        started = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            _execute(request["argv"], request["folder"], request["files"], Trouble(**request["trouble"]), counter)
+        code = _wait(child, request["trouble"]["seconds"])
+        seconds = time.perf_counter() - started
+        print(
+            json.dumps({"code": code, "events": struct.unpack("q", counter)[0], "seconds": seconds}),
+            file=answers,
+            flush=True,
+        )
+
+
+def _wait(child: int, seconds: float | None) -> int:
+    """The child's exit code, once nothing of its session is left."""
+    if seconds is not None:
+        ends = time.perf_counter() + seconds
+        while time.perf_counter() < ends and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for _ in range(500):
+        if not _members(child):
+            return code
+        time.sleep(0.02)
+    raise RuntimeError(f"10 s after a command's end there are still processes of it: {_members(child)}")
+
+
+def _members(session: int) -> list[str]:
+    """The processes of a session, by what they run."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        try:
+            state, _, _, of_session = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(of_session) == session and state != "Z":
+                found.append(Path(entry.path, "cmdline").read_text().replace("\0", " "))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def _execute(argv: list[str], folder: str, files: dict[str, str], trouble: Trouble, counter: mmap.mmap) -> None:
+    """In the child: the command, with its trouble. Does not return."""
+    os.setsid()
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(files[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for name, value in trouble.limits.items():
+        used = _memory() if name == "RLIMIT_AS" else 0
+        resource.setrlimit(getattr(resource, name), (used + value, used + value))
+    if trouble.bound:
+        _give_up_rights()
+    _count_events(folder, trouble, counter)
+    from potstill.cli import main
+
+    code = 0
+    try:
+        main(argv)
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _count_events(folder: str, trouble: Trouble, counter: mmap.mmap) -> None:
+    num = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal num
+        if event not in CHANGES or not _is_inside(folder, arguments[0]):
+            return
+        if event == "open" and not (arguments[2] or 0) & TO_WRITE:
+            return
+        if trouble.where not in os.fsdecode(arguments[0]):
+            return
+        num += 1
+        struct.pack_into("q", counter, 0, num)
+        if trouble.event is None or num < trouble.event:
+            return
+        if trouble.error is not None:
+            number = getattr(errno, trouble.error)
+            raise OSError(number, os.strerror(number), str(arguments[0]))
+        if num > trouble.event:
+            return
+        if trouble.torn is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            # Of the write that passes the limit the kernel writes what is below it; the next ends the process.
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            path = Path(os.fsdecode(arguments[0]))
+            there = path.stat().st_size if event == "open" and arguments[2] & os.O_APPEND and path.exists() else 0
+            resource.setrlimit(resource.RLIMIT_FSIZE, (there + trouble.torn, there + trouble.torn))
+
+    sys.addaudithook(hook)
+
+
+def _is_inside(folder: str, path: object) -> bool:
+    """Relative paths are: they are to the folder, where the process is, or to one that is being removed."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        return False
+    text = os.fsdecode(path)
+    return not os.path.isabs(text) or text.startswith(folder + "/")
+
+
+def _memory() -> int:
+    """Bytes of address space that this process has."""
+    found = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _give_up_rights() -> None:
+    """Let file modes bind this process, even as root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("Ii", 0x20080522, 0)
+    data = ctypes.create_string_buffer(24)
+    if libc.capget(header, data) or libc.capset(header, _without(data.raw)):
+        raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
+
+
+def _without(raw: bytes) -> bytes:
+    words = list(struct.unpack("6I", raw))
+    for i in (0, 1, 2):
+        words[i] &= ~CAP_DAC
+    return struct.pack("6I", *words)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,181 @@
+"""Every command killed over and over ends with the files of one that was never killed."""
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commands import OPD, SFT, SMALL, cache, command, differences, train
+from forked import Ended, Forks, Trouble
+
+pytestmark = pytest.mark.slow
+
+GATE = {"window.schedule": "entropy-gated", "window.start": "4", "window.check-every": "2", "window.num-probes": "3"}
+GATE |= {"window.patience": "1", "window.threshold": "0.01", "window.max-truncation": "1"}
+GATE |= {"window.max-repetition": "1"}
+MIXED = {"objective.prefix": "mixed"}
+HANDOFF = {"objective.mix-unit": "handoff", "objective.handoff-tokens": "2 6", "objective.kl": "jsd"}
+ENTROPY_MIXING = {"objective.kl": "mixed", "mixing.schedule": "entropy", "mixing.rate": "0.2"}
+EVALUATE = {"num-problems": "6", "num-responses": "3", "max-tokens": "10", "batch-size": "4", "temperatures": "1.0 0.6"}
+GRPO = {name.replace("train.", "grpo."): value for name, value in SMALL.items()}
+GRPO |= {"grpo.group-size": "3", "grpo.prompts-per-step": "2", "grpo.steps": "5"}
+
+STUDY = """
+out = "study"
+recipe = "demo"
+[fields]
+data.num_prompts = 16
+train.steps = 4
+train.warmup_steps = 0
+train.prompts_per_step = 4
+train.checkpoint_every = 2
+window.tokens = 8
+evaluation.num_problems = 2
+evaluation.num_responses = 2
+evaluation.max_tokens = 8
+evaluation.temperatures = [1.0]
+[grpo.fields]
+data.num_prompts = 16
+grpo.steps = 2
+grpo.prompts_per_step = 2
+grpo.group_size = 3
+window.tokens = 8
+[[panels]]
+title = "Natural"
+models = ["potstill:base"]
+[panels.sweep]
+field = "train.lr"
+values = [1e-3, 2e-3]
+methods = ["sft"]
+[[panels.groups]]
+axes.method = ["sft", "opd"]
+cache = true
+[[panels.groups]]
+axes.method = ["sft"]
+grpo = true
+fields.window.tokens = 6
+[[panels.groups.judgements]]
+label = "longer"
+fields.max_tokens = 12
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command; what must be there before it; how often it is killed at least, and how often in one trial at most.
+
+    `at_each`: first of all it is killed once at each of its events, in trials of their own.
+    """
+
+    argv: list[str]
+    before: tuple[list[str], ...] = ()
+    kills: int = 13
+    per_trial: int = 5
+    at_each: bool = False
+    file: str = ""
+
+
+CASES = {
+    "teacher": Case(train(SFT)),
+    "student": Case(train(OPD)),
+    "dataset": Case(train(SFT, {"objective.prefix": "dataset", "data.source": "multiplication:persona"})),
+    "mixed by sequence": Case(train(MIXED, ENTROPY_MIXING, {"rollouts.reuse": "3"})),
+    "mixed by handoff": Case(train(MIXED, HANDOFF, {"rollouts.reuse": "2", "train.checkpoint-every": "3"})),
+    "mixed by token": Case(train(MIXED, {"objective.mix-unit": "token"})),
+    "mixing schedule": Case(
+        train(OPD, {"objective.kl": "mixed", "mixing.schedule": "linear", "rollouts.reuse": "4"}, {"train.steps": "9"})
+    ),
+    "from a cache": Case(train(SFT, {"teacher.cache": "cache"}), before=(cache(),)),
+    "entropy-gated window": Case(train(OPD, GATE)),
+    "teacher self": Case(train(SFT, {"teacher.model": "self", "teacher.refresh-steps": "3"})),
+    "gamma": Case(train(OPD, {"objective.gamma": "0.5"})),
+    "grpo": Case(command("grpo grpo --out run", GRPO, GATE)),
+    "cache of hidden states": Case([*cache(), "--completions", "2"], at_each=True),
+    "cache of likeliest tokens": Case([*cache(), "--payload", "topk"], at_each=True),
+    "cache of completions": Case([*cache(), "--payload", "completions"], at_each=True),
+    "evaluate": Case(command("evaluate potstill:base --out evals.json --responses responses", EVALUATE)),
+    "evaluate a run": Case(command("evaluate run", EVALUATE), before=(train(SFT),), kills=6),
+    "study": Case(["study", "study.toml", "--jobs", "2", "--no-report"], kills=8, per_trial=4, file=STUDY),
+}
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    loaded = Forks(tmp_path_factory.mktemp("forks"), with_grpo=True)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def totals(request):
+    """Counts over all commands, printed when the last one has ended."""
+    found: Counter[str] = Counter()
+    yield found
+    line = ", ".join(f"{found[name]} {name}" for name in ("kills", "trials", "equal", "differ", "not resumable"))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{line} ({found['torn']} kills in the middle of a write)")
+
+
+def moments(case: Case, rng: random.Random, whole: Ended) -> Iterator[list[Trouble]]:
+    """When to kill the command in each trial, one time after the other; without end."""
+    if case.at_each:
+        yield from ([Trouble(event=event)] for event in range(1, whole.events + 1))
+    while True:
+        yield [draw(rng, whole, is_first=i == 0) for i in range(case.per_trial)]
+
+
+def draw(rng: random.Random, whole: Ended, is_first: bool) -> Trouble:
+    """A kill at an event, in the middle of a write after one, or at any moment."""
+    kind = rng.choices(("event", "torn", "seconds"), (5, 4, 1))[0]
+    if kind == "seconds":
+        return Trouble(seconds=rng.uniform(0.1, 1) * whole.seconds)
+    event = rng.randint(1, whole.events if is_first else max(whole.events // 2, 1))
+    torn = rng.randint(1, rng.choice((40, 400, 60_000))) if kind == "torn" else None
+    return Trouble(event=event, torn=torn)
+
+
+def prepare(forks: Forks, case: Case, folder: Path) -> Path:
+    """A folder with what the command needs."""
+    folder.mkdir()
+    if case.file:
+        (folder / "study.toml").write_text(case.file)
+    for argv in case.before:
+        assert forks.run(folder, argv).code == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_command_ends_as_if_it_had_not_been(tmp_path, forks, totals, name):
+    case, rng = CASES[name], random.Random(name)
+    start = prepare(forks, case, tmp_path / "start")
+    reference = shutil.copytree(start, tmp_path / "whole")
+    whole = forks.run(reference, case.argv)
+    assert whole.code == 0, whole.err
+    found: Counter[str] = Counter()
+    failed = []
+    for planned in moments(case, rng, whole):
+        folder = shutil.copytree(start, tmp_path / "trial")
+        found["trials"] += 1
+        tried: list[Trouble] = []
+        for trouble in planned:
+            tried.append(trouble)
+            ended = forks.run(folder, case.argv, trouble)
+            found["kills"] += ended.is_killed
+            found["torn"] += ended.is_killed and trouble.torn is not None
+            if not ended.is_killed:
+                break
+        ended = forks.run(folder, case.argv)
+        wrong = differences(folder, reference) if ended.code == 0 else []
+        outcome = "not resumable" if ended.code else "differ" if wrong else "equal"
+        found[outcome] += 1
+        if outcome != "equal":
+            reason = ", ".join(wrong) or ended.last_line
+            failed.append(f"{outcome}: {reason}; `potstill {' '.join(case.argv)}` after {', '.join(map(str, tried))}")
+        shutil.rmtree(folder)
+        if found["kills"] >= case.kills and not (case.at_each and found["trials"] < whole.events):
+            break
+    totals.update(found)
+    assert not failed, "\n".join(failed)
