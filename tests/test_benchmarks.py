@@ -103,7 +103,7 @@ def test_bad_files(tmp_path):
 
 def test_clear_errors_for_missing_files_and_without_the_network(capsys):
     for source, message in [
-        ("gsm8k:nowhere.jsonl", "file 'nowhere.jsonl' does not exist; give a .jsonl or .parquet file in its schema"),
+        ("gsm8k:nowhere.jsonl", "file 'nowhere.jsonl' does not exist; give a file (.jsonl, .json, .csv, .parquet) in"),
         ("aime24", "data set 'HuggingFaceH4/aime_2024' (split 'train') cannot be read"),
     ]:
         with pytest.raises(SystemExit) as error:

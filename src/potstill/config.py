@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -101,11 +101,13 @@ class TeacherSpec(Section):
 
 
 class Data(Section):
-    source: str = "multiplication"
-    """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a .jsonl or .parquet file, a hub data set or a
-    folder of one."""
+    source: str | tuple[str, ...] = "multiplication"
+    """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a file (.jsonl, .json, .csv, .parquet, or these and
+    .gz), a pattern of files, a hub data set or a folder of one; or a list of files and data sets."""
     split: str = "train"
     """Split of a task or hub data set."""
+    config: str | None = None
+    """Configuration of a hub data set or folder that has several."""
     num_prompts: int | None = Field(default=None, ge=1)
     """How many prompts to take; all of a file by default, 4096 of a task."""
     prompt_column: str = "prompt"
@@ -606,7 +608,8 @@ class GrpoFields(RunRecipe):
 
     def unread(self) -> dict[str, str]:
         unread = _unread_of_window(self.window)
-        unread["data.prompt_column"] = "GRPO needs scores, so data.source is a task, which has no columns"
+        reason = "GRPO needs scores, so data.source is a task, which has no columns and no configurations"
+        unread |= {"data.prompt_column": reason, "data.config": reason}
         if self.evaluation.source is None:
             unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
         return unread
@@ -719,9 +722,12 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     if not is_table(recipe.data.source):
         unread["teacher.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
         unread["data.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
-    elif not is_hub_id(recipe.data.source):
-        unread["data.split"] = f"data.source is the file {recipe.data.source!r}, which has no splits"
+        unread["data.config"] = f"data.source is the task {recipe.data.source!r}, which has one configuration"
+    else:
         unread["data.seed"] = "only a task makes problems from a seed"
+        if not any(map(is_hub_id, sources(recipe.data.source))):
+            reason = f"data.source is the file {recipe.data.source!r}, which has no splits and no configurations"
+            unread |= {"data.split": reason, "data.config": reason}
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
     if recipe.evaluation.source is None:
@@ -747,14 +753,20 @@ def _unread_of_schedule(section: str, settings: Any, of_schedule: dict[str, tupl
     return {f"{section}.{f}": f'{section}.schedule is "{settings.schedule}"' for f in sorted(known - set(read))}
 
 
-def is_table(source: str) -> bool:
-    """Whether a data source is a file or hub data set rather than a task."""
-    return source.split(":")[0] not in TASK_NAMES
+def sources(source: str | Sequence[str]) -> tuple[str, ...]:
+    """The parts of a data source: one, or several."""
+    return (source,) if isinstance(source, str) else tuple(source)
+
+
+def is_table(source: str | Sequence[str]) -> bool:
+    """Whether a data source is of files or hub data sets rather than a task."""
+    return not isinstance(source, str) or source.split(":")[0] not in TASK_NAMES
 
 
 def is_hub_id(source: str) -> bool:
     """Whether a data source is for `datasets` to find: a hub id, or a folder."""
-    return is_table(source) and Path(source).suffix not in (".jsonl", ".json", ".parquet")
+    is_file = source.removesuffix(".gz").endswith(DATA_SUFFIXES) and not Path(source).is_dir()
+    return is_table(source) and not is_file and not any(mark in source for mark in "*?[")
 
 
 def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -880,4 +892,6 @@ def _toml_value(value: Any) -> str:
 
 # What makes or scores problems (`tasks.TASKS`); any other data source is a table.
 TASK_NAMES = ("multiplication", "columns", "reasoning-gym", "gsm8k", "math500", "amc23", "aime24", "deepscaler")
+# What the name of a data file ends in, or these and .gz.
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"

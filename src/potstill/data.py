@@ -1,102 +1,103 @@
-"""From a data source to prompts: tasks, JSONL and Parquet files, hub data sets; chat templates; validation.
+"""From a data source to prompts: rows or a task's problems as examples; chat templates; validation.
 
 Everything about the prompts is checked here, before any work is done.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from potstill.config import is_hub_id, is_table
+from potstill.config import is_table
+from potstill.tables import DataError, Row, make_row, read_rows, with_own_ids
 from potstill.tasks import make_task
 from potstill.types import Example, Prompt
 
 # A task makes any number of problems; this many when the recipe does not say.
 DEFAULT_TASK_PROMPTS = 4096
-
-
-class DataError(ValueError):
-    """Prompts that cannot be used; the message is one line and says what to do."""
+# Columns beside the prompt's.
+COLUMNS = ("messages", "completion", "answer", "level", "id")
 
 
 def load_examples(
-    source: str,
+    source: str | Sequence[str],
     *,
     split: str = "train",
     num_examples: int | None = None,
     prompt_column: str = "prompt",
     seed: int = 0,
     teacher_column: str | None = None,
+    config: str | None = None,
 ) -> list[Example]:
-    """Examples of a task, a .jsonl or .parquet file, or a data set that `datasets` loads (a hub id or a folder).
+    """Examples of a task, of data files, or of a data set that `datasets` loads (a hub id or a folder).
 
     A row has `prompt` (a string or chat messages), `prompt` and `completion`, or `messages` whose last one is the
     assistant's; `answer`, `level` and `id` are kept when present. `teacher_column` holds the teacher's own prompts.
     Raises DataError.
     """
-    if not is_table(source):
+    if isinstance(source, str) and not is_table(source):
         try:
             return make_task(source).examples(split, num_examples or DEFAULT_TASK_PROMPTS, seed)
         except ValueError as error:
             raise DataError(f"data source {source!r}: {error}") from None
-    rows = read_table(source, split)
+    columns = [prompt_column, *COLUMNS, *([] if teacher_column is None else [teacher_column])]
+    rows = read_rows(source, columns, num_rows=num_examples, split=split, config=config)
     if not rows:
         raise DataError(f"{source!r} has no rows; give a data source with at least one prompt")
     if num_examples is not None and num_examples > len(rows):
         raise DataError(
             f"{num_examples} examples are asked of {source!r}, which has {len(rows)}; ask for at most that many"
         )
-    rows = rows[:num_examples]
-    return [example_from_row(row, i, source, prompt_column, teacher_column) for i, row in enumerate(rows)]
+    return make_examples(rows, prompt_column, teacher_column)
 
 
-def read_table(source: str, split: str, config: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file, or of a split of a hub data set. Raises DataError."""
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    datasets.disable_progress_bars()
-    if is_hub_id(source):
-        if Path(source).is_file():
-            raise DataError(f"data file {source!r} is of no known kind; give a .jsonl or .parquet file")
-        try:
-            return datasets.load_dataset(source, config, split=split).to_list()
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"data set {source!r} (split {split!r}) cannot be read: {reason}; without the network give a local file"
-            ) from None
-    if not Path(source).is_file():
-        raise DataError(f"data file {source!r} does not exist; give a .jsonl or .parquet file, a task or a hub id")
-    if Path(source).stat().st_size == 0:
-        return []
-    kind = datasets.Dataset.from_parquet if source.endswith(".parquet") else datasets.Dataset.from_json
-    try:
-        return kind(source, keep_in_memory=True).to_list()
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"data file {source!r} cannot be read: {' '.join(str(cause).split())[:200]}") from None
+def make_examples(
+    rows: Iterable[Row | Example], prompt_column: str = "prompt", teacher_column: str | None = None
+) -> list[Example]:
+    """Each row as an example with an id of its own. Raises DataError."""
+    return with_own_ids(
+        [
+            row if isinstance(row, Example) else example_from_row(row, i, prompt_column, teacher_column)
+            for i, row in enumerate(rows)
+        ]
+    )
 
 
-def example_from_row(
-    row: dict[str, Any], i: int, source: str, prompt_column: str = "prompt", teacher_column: str | None = None
-) -> Example:
-    """Row `i` of a data source as an example; raises DataError that names the row."""
-    where = f"row {i} of {source!r}"
-    if "messages" in row and prompt_column not in row:
-        *prompt, last = _messages(row["messages"], where)
+def rows_of_objects(prompts: Sequence[Any], prompt_column: str) -> list[Row | Example]:
+    """Rows of a list from Python: strings and lists of messages are prompts, dicts rows, Examples stay as they are.
+
+    Raises DataError.
+    """
+    if isinstance(prompts, str):
+        raise DataError(f"prompts is the string {prompts[:40]!r}; give a list of strings, rows or Examples")
+    rows: list[Row | Example] = []
+    for i, given in enumerate(prompts):
+        values = {prompt_column: given} if isinstance(given, str | list) else given
+        if not isinstance(values, dict | Example):
+            raise DataError(f"prompts[{i}] is {given!r}; give a string, a list of messages, a row or an Example")
+        is_row = isinstance(values, dict)
+        rows.append(make_row(f"prompts[{i}]", values, list(values)) if is_row else values)
+    return rows
+
+
+def example_from_row(row: Row, place: int, prompt_column: str = "prompt", teacher_column: str | None = None) -> Example:
+    """A row as an example, whose id is its place where it has none; raises DataError that names the row."""
+    where, values = row.where, row.values
+    if "messages" in values and prompt_column not in values:
+        *prompt, last = _messages(values["messages"], where)
         if last["role"] != "assistant":
             raise DataError(f"{where}: the last of `messages` is by {last['role']!r}; it must be the assistant's turn")
         prompt, completion = tuple(prompt), last["content"]
-    elif prompt_column in row:
-        prompt, completion = row[prompt_column], row.get("completion")
+    elif prompt_column in values:
+        prompt, completion = values[prompt_column], values.get("completion")
         if isinstance(prompt, list):
             prompt = _messages(prompt, where)
         if isinstance(completion, list):
             completion = _messages(completion, where)[-1]["content"]
+    elif prompt_column in row.names:
+        raise DataError(f"{where}: {prompt_column!r} is empty; each row needs a prompt: remove the row or fill it")
     else:
         raise DataError(
-            f"{where} has no column {prompt_column!r} (nor `messages`), only {', '.join(sorted(row))}; "
+            f"{where} has no column {prompt_column!r} (nor `messages`), only {', '.join(sorted(row.names))}; "
             "name the column with data.prompt_column"
         )
     if not prompt or not isinstance(prompt, str | tuple):
@@ -105,20 +106,20 @@ def example_from_row(
         raise DataError(f"{where}: `completion` is {completion!r}; it must be a string or list of messages")
     teacher_prompt = None
     if teacher_column is not None:
-        teacher_prompt = row.get(teacher_column)
+        teacher_prompt = values.get(teacher_column)
         teacher_prompt = _messages(teacher_prompt, where) if isinstance(teacher_prompt, list) else teacher_prompt
         if not teacher_prompt or not isinstance(teacher_prompt, str | tuple):
             raise DataError(
                 f"{where}: {teacher_column!r} is {teacher_prompt!r}; teacher.prompt_column must name a column of "
                 "non-empty strings or lists of messages"
             )
-    answer = row.get("answer")
+    answer = values.get("answer")
     return Example(
-        id=str(row.get("id", i)),
+        id=str(values.get("id", place)),
         prompt=prompt,
         completion=None if completion is None else ((completion, True),),
         answer=None if answer is None else str(answer),
-        level=str(row.get("level", "")),
+        level=str(values.get("level", "")),
         teacher_prompt=teacher_prompt,
     )
 

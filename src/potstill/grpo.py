@@ -127,7 +127,7 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     prompts, probes = hold_out(recipe.window, prompts)
     if recipe.evaluation.source is not None:
         prepare_problems(model, recipe.evaluation)
-    return Setup(model, make_task(data.source), prompts, probes, end_ids, model_flops(model), world)
+    return Setup(model, make_task(str(data.source)), prompts, probes, end_ids, model_flops(model), world)
 
 
 def measure_start(recipe: GrpoRecipe, setup: Setup) -> dict[str, float]:

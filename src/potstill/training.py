@@ -29,9 +29,10 @@ from potstill.controllers import (
 )
 from potstill.data import (
     DataError,
-    example_from_row,
     load_examples,
+    make_examples,
     make_prompts,
+    rows_of_objects,
     template_warning,
     with_teacher_prompts,
 )
@@ -157,15 +158,11 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             prompt_column=data.prompt_column,
             seed=data.seed,
             teacher_column=recipe.teacher.prompt_column if teacher is not None else None,
+            config=data.config,
         )
     else:
-        rows = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-        examples = [
-            row
-            if isinstance(row, Example)
-            else example_from_row(row, i, "prompts", recipe.data.prompt_column, recipe.teacher.prompt_column)
-            for i, row in enumerate(rows)
-        ]
+        rows = rows_of_objects(prompts, recipe.data.prompt_column)
+        examples = make_examples(rows, recipe.data.prompt_column, recipe.teacher.prompt_column)
     lengths = [m.context_length for m in (student, teacher) if m is not None and m.context_length is not None]
     tokenised = make_prompts(
         examples,
@@ -198,7 +195,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         prepare_problems(student, recipe.evaluation)
         named_end_ids(student.tokenizer, recipe.evaluation.end_tokens)
     has_task = prompts is None and not is_table(recipe.data.source)
-    answer_end = make_task(recipe.data.source).answer_end if has_task else lambda text: None
+    answer_end = make_task(str(recipe.data.source)).answer_end if has_task else lambda text: None
     return Setup(
         student,
         teacher,

@@ -1,17 +1,21 @@
 """Mathematics problems by name: gsm8k, math500, amc23, aime24, deepscaler; from the hub or a file: `gsm8k:FILE`.
 
-A local .jsonl or .parquet file has the columns of the hub's data set. Only the last closed box of a response counts,
-compared with the gold answer in processes with a time limit (`potstill.grading`).
+A local file has the columns of the hub's data set. Only the last closed box of a response counts, compared with the
+gold answer in processes with a time limit (`potstill.grading`).
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from potstill.config import DATA_SUFFIXES
 from potstill.grading import Grade, Grader, Kind, box_end, gsm8k_gold, integer
+from potstill.tables import Row, read_rows, with_own_ids
 from potstill.types import Example
 
+# Columns that may name a problem; the first that a row has does.
+IDS = ("unique_id", "id", "ID")
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -73,30 +77,30 @@ class MathBenchmark:
 
     def examples(self, split: str, num_examples: int, seed: int) -> list[Example]:
         """The first problems, in the data set's order; it has one split for evaluation, and no seed."""
-        from potstill.data import read_table
-
         spec = self.spec
-        rows = read_table(self.file or spec.hub_id, spec.split, spec.config)
+        columns = [*spec.problem, *spec.answer, *IDS, *([] if spec.level is None else [spec.level])]
+        source = self.file or spec.hub_id
+        rows = read_rows(source, columns, num_rows=num_examples, split=spec.split, config=spec.config)
         if num_examples > len(rows):
             raise ValueError(f"{num_examples} problems are asked for and it has {len(rows)}; ask for at most that many")
-        return [self._example(row, i) for i, row in enumerate(rows[:num_examples])]
+        return with_own_ids([self._example(row, i) for i, row in enumerate(rows)])
 
-    def _example(self, row: dict[str, Any], i: int) -> Example:
-        spec, where = self.spec, f"row {i} of {self.file or self.spec.hub_id!r}"
-        problem = next((row[name] for name in spec.problem if name in row), None)
-        answer = next((row[name] for name in spec.answer if name in row), None)
+    def _example(self, row: Row, i: int) -> Example:
+        spec, values = self.spec, row.values
+        problem = next((values[name] for name in spec.problem if name in values), None)
+        answer = next((values[name] for name in spec.answer if name in values), None)
         if not isinstance(problem, str) or answer is None:
             raise ValueError(
-                f"{where} has the columns {', '.join(sorted(row))}; {self.name} needs {spec.problem[0]!r} and "
-                f"{spec.answer[0]!r}"
+                f"{row.where} has the columns {', '.join(sorted(row.names))}; {self.name} needs {spec.problem[0]!r} "
+                f"and {spec.answer[0]!r}, the first a text and neither of them null"
             )
         try:
             gold = spec.gold(str(answer))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        level = row.get(spec.level, "") if spec.level is not None else ""
+            raise ValueError(f"{row.where}: {error}") from None
+        level = values.get(spec.level, "") if spec.level is not None else ""
         return Example(
-            id=str(row.get("unique_id", row.get("id", row.get("ID", i)))),
+            id=str(next((values[name] for name in IDS if name in values), i)),
             prompt=problem + INSTRUCTION,
             answer=gold,
             level=f"level {level}" if level != "" else "",
@@ -116,7 +120,9 @@ def make_benchmark(name: str) -> Callable[[str | None], MathBenchmark]:
 
     def make(file: str | None) -> MathBenchmark:
         if file is not None and not Path(file).is_file():
-            raise ValueError(f"{name}: file {file!r} does not exist; give a .jsonl or .parquet file in its schema")
+            raise ValueError(
+                f"{name}: file {file!r} does not exist; give a file ({', '.join(DATA_SUFFIXES)}) in its schema"
+            )
         return MathBenchmark(name, file)
 
     return make

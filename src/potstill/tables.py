@@ -1,0 +1,258 @@
+"""Rows of data files and data sets: JSON lines, JSON, CSV, Parquet, what is gzipped of these, and hub data sets.
+
+JSON is taken as it is written, each line by itself: no column has a type, and no row's shape binds another's. Only the
+columns that are asked for are kept, and no more rows are read than are asked for.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import glob
+import gzip
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from potstill.config import DATA_SUFFIXES, is_hub_id, sources
+from potstill.types import Example
+
+# Rows of a Parquet file that are decoded together.
+BATCH_ROWS = 1024
+UTF8 = "save the file as UTF-8"
+
+
+class DataError(ValueError):
+    """Prompts that cannot be used; the message is one line and says what to do."""
+
+
+class Row(NamedTuple):
+    """One row: where it stands, for messages; its columns that were asked for, without nulls; the names of all."""
+
+    where: str
+    values: dict[str, Any]
+    names: tuple[str, ...]
+
+
+class WrittenFloat(float):
+    """A number that, as text, is what stood in the file: a gold answer of 1.50 stays `1.50`."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def read_rows(
+    source: str | Sequence[str],
+    columns: Sequence[str],
+    *,
+    num_rows: int | None = None,
+    split: str = "train",
+    config: str | None = None,
+) -> list[Row]:
+    """The first rows of one or more files (patterns such as `part-*.jsonl` too), folders and hub data sets, in order.
+
+    `split` and `config` are those of folders and hub data sets. Raises DataError.
+    """
+    parts: list[Iterator[Row]] = []
+    for name in sources(source):
+        if is_hub_id(name):
+            parts.append(_rows_of_data_set(name, columns, num_rows, split, config))
+        else:
+            parts += [_rows_of_file(file, columns, num_rows) for file in _find_files(name)]
+    return list(itertools.islice(itertools.chain(*parts), num_rows))
+
+
+def _find_files(name: str) -> list[str]:
+    """The files of a name or pattern, in alphabetical order."""
+    if Path(name).is_file():
+        return [name]
+    files = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+    if not files:
+        kinds = ", ".join(DATA_SUFFIXES)
+        raise DataError(f"data file {name!r} does not exist; give a file that ends in {kinds}, a task or a hub id")
+    return files
+
+
+def _rows_of_file(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[Row]:
+    kind = Path(file.removesuffix(".gz")).suffix
+    if kind not in READERS:
+        raise DataError(f"data file {file!r} is of no known kind; give a file that ends in {', '.join(DATA_SUFFIXES)}")
+    if Path(file).stat().st_size == 0:
+        return
+    try:
+        for i, values in enumerate(READERS[kind](file, columns, num_rows)):
+            yield make_row(f"row {i} of {file!r}", values, columns)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"data file {file!r} cannot be read: {_one_line(error)}; restore or repair it") from None
+
+
+def make_row(where: str, values: dict[str, Any], columns: Sequence[str]) -> Row:
+    """A row of which only some columns are kept."""
+    kept = {name: values[name] for name in columns if values.get(name) is not None}
+    return Row(where, kept, tuple(values))
+
+
+def _opened(file: str) -> BinaryIO:
+    return gzip.open(file) if file.endswith(".gz") else open(file, "rb")  # pyright: ignore[reportReturnType]
+
+
+def _json_lines(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[dict[str, Any]]:
+    with _opened(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _object(_parse(line, f"line {number} of {file!r}"), f"line {number} of {file!r}")
+
+
+def _json(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[dict[str, Any]]:
+    """A list of objects, or an object a line."""
+    with _opened(file) as lines:
+        is_list = next((line for line in lines if line.strip()), b"").decode(errors="ignore").lstrip("\ufeff \t\r\n")
+        if not is_list.startswith("["):
+            yield from _json_lines(file, columns, num_rows)
+            return
+        lines.seek(0)
+        for i, value in enumerate(_parse(lines.read(), f"data file {file!r}")):
+            yield _object(value, f"row {i} of {file!r}")
+
+
+def _parse(data: bytes, where: str) -> Any:
+    """JSON with its numbers as they are written. Raises DataError."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 (byte {data[error.start]:#04x} at {error.start + 1}); {UTF8}") from None
+    try:
+        value = json.loads(text, parse_float=WrittenFloat)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise DataError(f"{where} is no JSON: {error.msg} at {place}; repair or remove it") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{where} has half of a surrogate pair, which is no character; repair or remove it") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} cannot be read as JSON: {_one_line(error)}; repair or remove it") from None
+    return value
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is {str(value)[:80]!r}; each row must be a JSON object with the columns as keys")
+    return value
+
+
+def _csv(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[dict[str, Any]]:
+    """Rows under a header; an empty cell is absent."""
+    csv.field_size_limit(2**31 - 1)
+    with _opened(file) as data:
+        lines = (_csv_line(line, number, file) for number, line in enumerate(data, 1))
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for values in reader:
+                if None in values:
+                    raise DataError(
+                        f"line {reader.line_num} of {file!r} has more cells than the header; quote what holds commas"
+                    )
+                yield {name: value or None for name, value in values.items()}
+        except csv.Error as error:
+            raise DataError(
+                f"line {reader.reader.line_num} of {file!r} is no CSV: {error}; repair or remove it"
+            ) from None
+
+
+def _csv_line(line: bytes, number: int, file: str) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"line {number} of {file!r} is not UTF-8 (byte {line[error.start]:#04x}); {UTF8}") from None
+
+
+def _parquet(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[dict[str, Any]]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            used = [name for name in columns if name in names]
+            size = min(num_rows or BATCH_ROWS, BATCH_ROWS)
+            absent = dict.fromkeys(names)
+            for batch in table.iter_batches(batch_size=size, columns=used):
+                for values in batch.to_pylist():
+                    yield absent | without_nulls(values)
+    # Text that is not UTF-8 is a ValueError.
+    except (pyarrow.lib.ArrowException, ValueError) as error:
+        raise DataError(f"data file {file!r} cannot be read: {_one_line(error)}; restore or repair it") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """What a typed table holds, without the nulls that it has for the keys of other rows."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+READERS: dict[str, Callable[[str, Sequence[str], int | None], Iterator[dict[str, Any]]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _rows_of_data_set(
+    name: str, columns: Sequence[str], num_rows: int | None, split: str, config: str | None
+) -> Iterator[Row]:
+    """Rows of a hub data set or a folder; the files of a folder are read as any other file."""
+    import datasets
+
+    if Path(name).is_file():
+        raise DataError(f"data file {name!r} is of no known kind; give a file that ends in {', '.join(DATA_SUFFIXES)}")
+    datasets.disable_progress_bars()
+    try:
+        if Path(name).is_dir():
+            found = datasets.load_dataset_builder(name, config).config.data_files or {}
+            if split in found and all(Path(file.removesuffix(".gz")).suffix in READERS for file in found[split]):
+                for file in found[split]:
+                    yield from _rows_of_file(file, columns, num_rows)
+                return
+        table = datasets.load_dataset(name, config, split=split)
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(_why_not(name, config, split, error)) from None
+    used = [column for column in columns if column in table.column_names]
+    chosen = table.select(range(min(len(table), num_rows or len(table)))).select_columns(used)
+    absent = dict.fromkeys(table.column_names)
+    for i, values in enumerate(chosen):
+        yield make_row(f"row {i} of {name!r}", absent | without_nulls(values), columns)
+
+
+def _why_not(name: str, config: str | None, split: str, error: Exception) -> str:
+    """The line for a data set that cannot be read."""
+    import datasets
+
+    configs: list[str] = []
+    if Path(name).is_dir() or "Config name" in str(error):
+        with contextlib.suppress(OSError, ValueError):
+            configs = datasets.get_dataset_config_names(name)
+    if config not in (*configs, None) or (config is None and len(configs) > 1):
+        return f"data set {name!r} has no configuration {config!r}; set data.config to one of {', '.join(configs)}"
+    of = f"split {split!r}" + (f", configuration {config!r}" if config else "")
+    return f"data set {name!r} ({of}) cannot be read: {_one_line(error)}; without the network give a local file"
+
+
+def with_own_ids(examples: Sequence[Example]) -> list[Example]:
+    """The examples, each with an id that no other has: where any is doubled, all begin with their place."""
+    if len({example.id for example in examples}) == len(examples):
+        return list(examples)
+    return [dataclasses.replace(example, id=f"{i}:{example.id}") for i, example in enumerate(examples)]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
