@@ -1,5 +1,6 @@
-"""Which ids end a text, which are one class, and what a class does for members of any mass."""
+"""Which ids end a text, which are one class, what a class does for any masses, and what models end with."""
 
+import copy
 import itertools
 import json
 
@@ -9,11 +10,12 @@ from conftest import make_model, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 import potstill
-from potstill import evaluation, grpo
+from potstill import evaluation, grpo, training
 from potstill.config import Evaluation, GrpoRecipe, RecipeError, make_recipe
 from potstill.distributed import World
 from potstill.ends import Ends, find_ends
 from potstill.fused import fused_loss
+from potstill.habits import end_probs
 from potstill.heads import Head
 from potstill.models import ModelError, save_model
 from potstill.types import LossTerms
@@ -52,7 +54,9 @@ def ending_on(*ids, seed=0):
 def test_which_ids_stop_and_which_are_one_class(student, teacher, sections, stops, merged):
     recipe = make_recipe({"objective": {"prefix": "student"}, **sections})
     found = find_ends(recipe, ending_on(*student), ending_on(*teacher), 25)
-    assert found == Ends(tuple(dict.fromkeys(student + teacher)), stops, merged)
+    union = tuple(dict.fromkeys(student + teacher))
+    compared = tuple(i for i in union if i < 25)
+    assert found == Ends(union, stops, merged, compared if len(compared) > 1 else ())
 
 
 def test_a_separate_end_that_is_none_is_refused_with_the_list(tmp_path):
@@ -159,3 +163,97 @@ def test_a_set_of_one_id_costs_nothing():
     without, one, two = found
     assert without[:2] == one[:2] and torch.equal(without[2], one[2])
     assert two[0] > one[0] and two[1] != one[1]
+
+
+def swapped(model):
+    """A model like this one whose two ends have changed places."""
+    other = ending_on(*model.end_ids)
+    order = list(range(25))
+    order[2], order[22] = 22, 2
+    head = torch.nn.Linear(16, 25, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(model.head.weight_VD[order])
+    other.model.lm_head = head
+    return other
+
+
+@pytest.mark.parametrize("prefix", ["student", "teacher", "mixed"])
+def test_habits_are_the_models_own_probabilities(tmp_path, monkeypatch, prefix):
+    """Against whole distributions of plain forward passes, one completion at a time."""
+    written = []
+    real = training.write_rollouts
+    monkeypatch.setattr(training, "write_rollouts", lambda *given: written.append(real(*given)) or written[-1])
+    objective = {"prefix": prefix, "temperature": 1.3}
+    recipe = tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 1, "prompts_per_step": 32})
+    student, teacher = ending_on(2), ending_on(22, seed=1)
+    result = potstill.train(recipe, student=student, teacher=teacher, prompts=["__12*3="], quiet=True)
+    writer = "teacher" if prefix == "teacher" else "student"
+    ended = [r for r in written[0] if r.completion_ids[-1] in (2, 22) and r.writers[-1] == writer]
+    habits = result.metrics["end_habits"]
+    assert habits["ends_of"] == writer and habits["num_ends"] == len(ended) > 0
+    for who, model in (("student", ending_on(2)), ("teacher", teacher)):
+        with torch.no_grad():
+            rows = [
+                model.model(input_ids=torch.tensor([[*r.prompt.token_ids, *r.completion_ids[:-1]]])).logits[0, -1]
+                for r in ended
+            ]
+        expected = (torch.stack(rows) / 1.3).softmax(-1).mean(0)
+        assert list(habits[who].values()) == pytest.approx([expected[2].item(), expected[22].item()], rel=1e-4)
+
+
+def test_habits_of_every_kind_of_head():
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 6, dtype=torch.float64)
+    head = Head(torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64), 0.7, 2.0)
+    logits = head(hidden, 20) / 0.8
+    probs = end_probs(hidden, head, (3, 17), logits.logsumexp(-1), 0.8)
+    torch.testing.assert_close(probs, logits.softmax(-1)[:, [3, 17]])
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher_is_swapped", "message"),
+    [
+        ({}, False, None),
+        ({}, True, "they are one class in the loss"),
+        ({"end_class": "raw"}, True, "the loss keeps them apart"),
+        ({"separate_ends": ["<eos>"]}, True, "the loss keeps them apart"),
+    ],
+)
+def test_other_habits_are_warned_of_once(tmp_path, capsys, objective, teacher_is_swapped, message):
+    student = ending_on(2, 22)
+    with torch.no_grad():
+        # The student ends with <eos> far more often than with the other.
+        weight = student.head.weight_VD.clone()
+        weight[2] += 0.5 * weight[2].sign()
+        head = torch.nn.Linear(16, 25, bias=False)
+        head.weight.copy_(weight)
+        student.model.lm_head = head
+    teacher = swapped(student) if teacher_is_swapped else copy.deepcopy(student)
+    recipe = tiny_recipe(tmp_path / "run", objective={"prefix": "student", **objective}, train={"lr": 1e-6})
+    result = potstill.train(recipe, student=student, teacher=teacher, prompts=["__12*3=", "_123*4="])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "the student would end with" in line]
+    assert len(warnings) == (message is not None)
+    assert message is None or (message in warnings[0] and "would end with <eos> (" in warnings[0])
+    habits = result.metrics["end_habits"]
+    mine, theirs = habits["student"].values(), habits["teacher"].values()
+    assert list(mine) == pytest.approx(list(theirs)[::-1] if teacher_is_swapped else list(theirs), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("objective", "is_known", "line"),
+    [
+        ({"signal": "topk"}, False, 'is not known: with objective.signal = "topk" only its likeliest'),
+        ({"signal": "sampled", "kl": "reverse"}, False, 'is not known: with objective.signal = "sampled" only its'),
+        ({"signal": "sampled", "kl": "reverse", "baseline": "exact"}, True, None),
+    ],
+)
+def test_a_teacher_that_says_little_has_no_habits(tmp_path, capsys, objective, is_known, line):
+    recipe = tiny_recipe(tmp_path / "run", objective={"prefix": "student", **objective}, train={"steps": 1})
+    models = {"student": ending_on(2, 22), "teacher": ending_on(2, seed=1)}
+    habits = potstill.train(recipe, prompts=["__12*3="], **models).metrics["end_habits"]
+    assert ("teacher" in habits) == is_known and sum(habits["student"].values()) > 0
+    assert (line or "nothing") in capsys.readouterr().err + "nothing"
+
+
+def test_one_end_has_no_habits_to_log(tmp_path):
+    assert "end_habits" not in potstill.train(tiny_recipe(tmp_path / "run", train={"steps": 1}), quiet=True).metrics

@@ -31,12 +31,13 @@ class Ends:
     """The end tokens of a run, the student's first.
 
     `all_ids` are those of both models, `stop_ids` those that end a completion, `class_ids` those that count as one
-    class in the loss: two or more, or none.
+    class in the loss, and `compared_ids` those whose probabilities are logged; of either two or more, or none.
     """
 
     all_ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
     class_ids: tuple[int, ...] = ()
+    compared_ids: tuple[int, ...] = ()
 
 
 def find_ends(
@@ -51,10 +52,10 @@ def find_ends(
     all_ids = end_set(student, teacher)
     stop_ids = all_ids if recipe.rollouts.end_set == "union" else end_set(student)
     apart = separate_ids(student.tokenizer, all_ids, objective.separate_ends)
-    size = vocab_size or student.vocab_size
-    members = tuple(i for i in all_ids if i not in apart and i < size)
+    with_row = tuple(i for i in all_ids if i < (vocab_size or student.vocab_size))
+    members = tuple(i for i in with_row if i not in apart)
     has_class = objective.end_class == "merged" and objective.signal != "labels" and len(members) > 1
-    return Ends(all_ids, stop_ids, members if has_class else ())
+    return Ends(all_ids, stop_ids, members if has_class else (), with_row if len(with_row) > 1 else ())
 
 
 def end_set(student: LanguageModel, teacher: "LanguageModel | CachedTeacher | None" = None) -> tuple[int, ...]:

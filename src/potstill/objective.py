@@ -107,15 +107,17 @@ def batch_loss(
     loss: Loss,
     divisor: float = 1.0,
     returns_N: Tensor | None = None,
+    hidden_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """The weighted sum of the loss over the N loss tokens of a batch, over `divisor`; the loss of each; statistics.
 
     Returns `(loss_sum, loss_N, stats)`; only the first carries a gradient. `signal` is what `teacher_signal` gives; it
     is None for hard labels, whose loss is the cross-entropy of the written token. `returns_N` is what each written
     token answers for beside its own KL: as a constant, times the token's log-probability, it is added to the loss.
-    Raises NonFiniteError for logits that are not finite.
+    `hidden_ND` is what `student_rows` gives, where the caller has it already. Raises NonFiniteError for logits that are
+    not finite.
     """
-    hidden_ND = student_rows(student, batch, loss)
+    hidden_ND = student_rows(student, batch, loss) if hidden_ND is None else hidden_ND
     weights_N = token_weights(batch, loss, torch.promote_types(hidden_ND.dtype, torch.float32))
     labels_N = batch.target_ids_BT[batch.loss_mask_BT]
     if isinstance(signal, TopK):

@@ -41,9 +41,10 @@ from potstill.ends import Ends, described, find_ends, named_end_ids
 from potstill.evaluation import evaluate, prepare_problems
 from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
+from potstill.habits import disagreement, habit_sums, step_habits, what_is_unknown
 from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, fingerprint, load_model, save_model, shared_vocab_size
-from potstill.objective import Loss, Teacher, batch_loss, later_costs, teacher_signal, without_baseline
+from potstill.objective import Loss, Teacher, batch_loss, later_costs, student_rows, teacher_signal, without_baseline
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
 from potstill.probing import probe_window
@@ -301,6 +302,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     if world.is_main:
         runlog.rewind(folder, start)
     metrics: dict[str, Any] = {}
+    has_warned = False
     with StepDisplay(config.steps, start, quiet, config.flops) as display:
         display.note(*_opening(recipe, setup, start))
         step, is_last = start, is_spent(config, start, state.flops)
@@ -385,6 +387,12 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window, "rollout_age": age}
             if recipe.objective.kl == "mixed":
                 metrics["forward_weight"] = weight
+            if setup.ends.compared_ids:
+                metrics["end_habits"] = step_habits(sums, recipe.objective, setup.ends, student.tokenizer)
+                warning = disagreement(metrics["end_habits"], setup.ends, student.tokenizer)
+                if warning is not None and not has_warned:
+                    has_warned = True
+                    display.note(warning)
             mixing = state.mixing
             if recipe.mixing.schedule == "entropy":
                 entropies = (metrics[f"{who}_entropy_before_answer"] for who in ("student", "teacher"))
@@ -451,10 +459,16 @@ def accumulate_gradients(
         with clock("teacher"):
             signal = teacher_signal(setup.teacher, batch, loss)
         with clock("student"):
+            hidden_ND = student_rows(student, batch, loss)
+            given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)
             try:
-                loss_sum, _, stats = batch_loss(student, setup.teacher, signal, batch, loss, divisor, returns_N)
+                loss_sum, _, stats = batch_loss(*given)
             except NonFiniteError as error:
                 raise _not_finite(str(error), step, [rollout.prompt for rollout in batch.rollouts]) from None
+            teacher_head = None if setup.teacher is None else setup.teacher.head
+            theirs = (signal, teacher_head) if isinstance(signal, torch.Tensor) and teacher_head is not None else None
+            mine = (hidden_ND, student.head)
+            sums.update(habit_sums(batch.rollouts, loss.objective, setup.ends, stats, mine, theirs))
             loss_sum.backward()
         before_answer_N = before_answer(batch, text_of, student.tokenizer, setup.answer_end)
         sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
@@ -560,6 +574,8 @@ def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
         )
     if teacher is None:
         return lines
+    if unknown := what_is_unknown(recipe.objective, ends):
+        lines.append(unknown)
     if set(student.end_ids) != set(teacher.end_ids):
         lines.append(f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}")
     if set(ends.stop_ids) != set(ends.all_ids):
