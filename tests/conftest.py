@@ -78,6 +78,7 @@ def tiny_recipe(out, **sections) -> Recipe:
         "window": {"tokens": 24},
         "train": {"steps": 4, "prompts_per_step": 8, "tokens_per_batch": 256, "warmup_steps": 1, "checkpoint_every": 2},
     }
+    data["train"]["lr"] = 3e-3
     for name, section in sections.items():
         data[name] = {**data.get(name, {}), **section}
     return Recipe.model_validate(data)

@@ -6,14 +6,25 @@ from conftest import tiny_recipe
 from potstill.config import (
     METHODS,
     SHIPPED_RECIPES,
+    Evaluation,
+    GrpoRecipe,
     Recipe,
     RecipeError,
+    Sampling,
+    Train,
     field_names,
+    load_any_recipe,
     load_recipe,
     make_recipe,
+    not_carried_over,
+    read_recipe,
     to_toml,
     unread_fields,
 )
+from potstill.names import SYNONYMS, nearest_field
+from potstill.planning import plan
+from potstill.rates import usual_lr, with_lr
+from potstill.study_file import SHIPPED_STUDIES, read_study_file
 
 
 def test_every_shipped_recipe_is_valid():
@@ -67,6 +78,27 @@ def test_every_shipped_recipe_is_valid():
         ({"data": {"prompt_column": "question"}}, r"data.prompt_column is set but not read"),
         ({"data": {"source": "a.jsonl", "split": "test"}}, r"data.split is set but not read"),
         ({"train": {"steps": 5, "warmup_steps": 6}}, r"train.warmup_steps is 6, more than train.steps = 5"),
+        ({"train": {"steps": True}}, r"train.steps is True: input should be a valid integer"),
+        ({"train": {"steps": "2"}}, r"train.steps is '2': input should be a valid integer"),
+        ({"train": {"lr": "1e-3"}}, r"train.lr is '1e-3': input should be a valid number"),
+        ({"train": {"betas": [0.9, True]}}, r"train.betas is \[0.9, True\]: input should be a valid number"),
+        ({"mixing": {"at_steps": [["1", 0.5]]}}, r"mixing.at_steps is .*: input should be a valid integer"),
+        ({"student": {"trust_remote_code": 1}}, r"trust_remote_code is 1: input should be a valid boolean"),
+        ({"student": {"trust_remote_code": "yes"}}, r"trust_remote_code is 'yes': input should be a valid boolean"),
+        ({"train": {"steps": 2**63}}, r"train.steps is 9223372036854775808: .* less than or equal to 1000000000"),
+        ({"train": {"prompts_per_step": 10**9}}, r"prompts_per_step is 1000000000: .* less than or equal to 1000000"),
+        ({"data": {"num_prompts": 10**12}}, r"num_prompts is 1000000000000: .* less than or equal to"),
+        ({"train": {"steps": 10**5000}}, r"train.steps is a number of thousands of digits"),
+        *(
+            ({section: {"seed": -1}}, rf"{section}.seed is -1: input should be greater than or equal to 0")
+            for section in ("train", "data", "evaluation")
+        ),
+        ({"train": {"betas": [0.9, 1.0]}}, r"train.betas.1 is 1.0: input should be less than 1"),
+        ({"train": {"betas": [-0.1, 0.9]}}, r"train.betas.0 is -0.1: input should be greater than or equal to 0"),
+        ({"objective": {"split": 2, "split_weights": [0, 0]}}, r"split_weights is \[0, 0\]: no token has a weight"),
+        ({"objective": {"temperature": 1e-30}}, r"objective.temperature is 1e-30: .* greater than or equal to 0.0001"),
+        ({"train": 3}, r"train is 3: it is a section; write its fields below a line \[train\]"),
+        ({"out": "x" * 300 + "\0", "train": {"steps": "x" * 1000}}, r"train.steps is 'x{99}\.\.\.: input should"),
     ],
 )
 def test_bad_recipes_get_one_line(data, message):
@@ -81,6 +113,162 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "broken.toml").write_text("[train\nsteps = 3")
     with pytest.raises(RecipeError, match="not valid TOML"):
         load_recipe(tmp_path / "broken.toml")
+    with pytest.raises(RecipeError, match=r"is a folder; give a TOML file or one of demo, grpo, qwen3, smollm2$"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("out = 'é'".encode("latin-1"), "is no UTF-8 text"),
+        ("out = 'a'".encode("utf-16"), "is no UTF-8 text"),
+        (bytes(range(256)), "is no UTF-8 text"),
+        (b"out = 'a\0b'", "is not valid TOML"),
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "is nested too deeply"),
+        (b"[train]\nsteps = " + b"9" * 10_000, "is not valid TOML: Exceeds the limit"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path, text, message):
+    (tmp_path / "r.toml").write_bytes(text)
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(tmp_path / "r.toml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("section", [Recipe, GrpoRecipe, Train, Evaluation, Sampling])
+def test_sections_made_in_python_are_refused_in_one_line(section):
+    with pytest.raises(RecipeError, match=r"otu is not a field of the recipe; the nearest is ") as error:
+        section(otu=1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("train.learning_rate", "train.lr"),
+        ("learning_rate", "train.lr"),
+        ("lr", "train.lr"),
+        ("train.batch_size", "train.prompts_per_step"),
+        ("train.gradient_accumulation_steps", "train.tokens_per_batch"),
+        ("train.num_epochs", "train.steps"),
+        ("epochs", "train.steps"),
+        ("max_steps", "train.steps"),
+        ("train.seeds", "train.seed"),
+        ("seed", "train.seed"),
+        ("evaluation.seeed", "evaluation.seed"),
+        ("max_length", "window.tokens"),
+        ("max_new_tokens", "window.tokens"),
+        ("evaluation.max_new_tokens", "evaluation.max_tokens"),
+        ("evaluation.temperature", "evaluation.temperatures"),
+        ("objective.beta", "objective.forward_weight"),
+        ("alpha", "objective.forward_weight"),
+        ("lmbda", "objective.student_share"),
+        ("model", "student.model"),
+        ("teacher_model", "teacher.model"),
+        ("output_dir", "out"),
+        ("data.dataset", "data.source"),
+        ("obective", "objective"),
+        ("traim", "train"),
+        ("objective.prefx", "objective.prefix"),
+        ("train.tokens", "window.tokens"),
+        ("zzz", None),
+    ],
+)
+def test_names_of_other_programs_lead_to_the_field(name, field):
+    found = nearest_field(name, field_names())
+    assert found == field or (field is None and found in field_names())
+
+
+def test_every_synonym_is_of_a_field():
+    known = {*field_names(), *field_names(GrpoRecipe)}
+    assert {field for fields in SYNONYMS.values() for field in fields} <= known
+
+
+def test_a_few_steps_need_no_word_on_the_warm_up():
+    warm_ups = [make_recipe({"train": {"steps": steps}}).train.warmup_steps for steps in (1, 5, 50, 100, 2000)]
+    assert warm_ups == [0, 0, 5, 10, 10]
+
+
+def test_the_usual_rate_falls_with_size():
+    sizes = (75_000, 10**9, 4 * 10**9, 10**10, 7 * 10**10)
+    assert [usual_lr(size) for size in sizes] == pytest.approx([1e-5, 1e-5, 2.5e-6, 1e-6, 1e-6])
+    train = make_recipe({}).train
+    assert train.lr is None and with_lr(train, 4 * 10**9).lr == pytest.approx(2.5e-6)
+    assert with_lr(train.model_copy(update={"lr": 0.1}), 4 * 10**9).lr == 0.1
+
+
+# Learning rate, warm-up and steps of every shipped recipe, which no default may change.
+SHIPPED_RATES = {
+    "assets-base": (4e-3, 20, 800),
+    "assets-columns-plain": (5e-3, 20, 2000),
+    "assets-columns-student": (3e-3, 10, 500),
+    "assets-columns-teacher": (4e-3, 20, 1000),
+    "assets-columns-tiny": (6e-3, 20, 2000),
+    "assets-stops-student": (2e-3, 10, 60),
+    "assets-stops-teacher": (2e-3, 10, 90),
+    "assets-stops-teacher-loop": (2e-3, 10, 90),
+    "assets-teacher": (4e-3, 20, 1200),
+    "assets-teacher-small": (4e-3, 20, 800),
+    "demo": (3e-3, 10, 120),
+    "grpo": (5e-4, 0, 40),
+    "qwen3": (5e-7, 0, 1000),
+    "smollm2": (2e-4, 0, 5),
+}
+
+
+def test_shipped_recipes_say_their_rates():
+    found = {}
+    for path in SHIPPED_RECIPES.glob("*.toml"):
+        recipe = load_any_recipe(path.stem)
+        loop = recipe.grpo if isinstance(recipe, GrpoRecipe) else recipe.train
+        found[path.stem] = (loop.lr, loop.warmup_steps, loop.steps)
+    assert found == SHIPPED_RATES
+
+
+# Learning rates that the runs of each shipped study have; of a GRPO stage by itself.
+STUDY_RATES = {
+    "paper-mini": ({1e-3, 1.5e-3, 3e-3, 6e-3}, {5e-4}),
+    "paper-mini-full": ({7.5e-4, 1.5e-3, 3e-3, 6e-3}, {5e-4}),
+    "paper-qwen3": ({2e-7, 5e-7, 2e-6}, {1e-6}),
+    "quick": ({3e-3}, set()),
+}
+
+
+def test_shipped_studies_keep_the_rates_of_their_recipes():
+    found = {}
+    for path in SHIPPED_STUDIES.glob("*.toml"):
+        study = read_study_file(path.stem)
+        items = [item for panel in plan(study, {}) for item in panel.items]
+        rates = {item.recipe.train.lr for item in items if item.kind == "train"}
+        found[path.stem] = (rates, {item.recipe.grpo.lr for item in items if item.kind == "grpo"})
+        assert all(item.recipe.data.num_prompts for item in items if item.kind in ("train", "grpo"))
+    assert found == STUDY_RATES
+
+
+def test_what_a_shipped_recipe_says_of_its_own_model_is_not_for_others(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(to_toml(tiny_recipe(run).resolved()))
+    for recipe, fields, names in [
+        ("demo", {"student.model": "my/model"}, ["train.lr"]),
+        ("demo", {"student.model": "my/model", "train.lr": 1e-4}, []),
+        ("demo", {"student.model": "potstill:columns-student"}, []),
+        ("demo", {"student.model": str(run / "model")}, []),
+        ("demo", {"teacher.model": "my/model"}, []),
+        ("demo", {"data.source": "mine.jsonl"}, ["data.num_prompts"]),
+        ("demo", {"data.source": "columns:plain"}, []),
+        ("demo", {"train.steps": 5}, ["train.warmup_steps"]),
+        ("demo", {"train.steps": 10}, []),
+        ("grpo", {"model": "my/model"}, ["grpo.lr"]),
+        ("grpo", {"model": str(run)}, []),
+    ]:
+        assert not_carried_over(recipe, fields) == names, fields
+        data = read_recipe(recipe, fields)
+        for name in names:
+            section, field = name.split(".")
+            assert field not in data[section]
+    (tmp_path / "own.toml").write_text((SHIPPED_RECIPES / "demo.toml").read_text())
+    assert not_carried_over(tmp_path / "own.toml", {"student.model": "my/model"}) == []
 
 
 def test_overrides_win_over_the_file(tmp_path):

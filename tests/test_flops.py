@@ -11,6 +11,7 @@ from potstill import runlog, training
 from potstill.config import make_recipe
 from potstill.flops import model_flops, rollout_flops, training_flops
 from potstill.models import LanguageModel
+from potstill.rates import learning_rate
 from potstill.tasks.multiplication import build_tokenizer
 
 
@@ -83,9 +84,9 @@ def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path):
 
 def test_the_schedule_goes_by_what_is_nearer():
     config = make_recipe({"train": {"steps": 1001, "flops": 100.0, "warmup_steps": 1, "lr": 1.0}}).train
-    rates = [training.learning_rate(config, 1 + i, spent) for i, spent in enumerate((0, 25, 50, 75, 100))]
+    rates = [learning_rate(config, 1 + i, spent) for i, spent in enumerate((0, 25, 50, 75, 100))]
     assert rates == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0])
-    assert training.learning_rate(config, 501, 25) == pytest.approx(0.5)
+    assert learning_rate(config, 501, 25) == pytest.approx(0.5)
     assert (
         training.is_spent(config, 1001, 0)
         and training.is_spent(config, 3, 100)

@@ -15,7 +15,7 @@ from potstill.models import load_model, save_model
 from potstill.results import read_entry
 from potstill.types import NonFiniteError
 
-SMALL = {"steps": 4, "prompts_per_step": 3, "group_size": 4, "rows_per_batch": 5, "checkpoint_every": 2}
+SMALL = {"steps": 4, "prompts_per_step": 3, "group_size": 4, "rows_per_batch": 5, "checkpoint_every": 2, "lr": 5e-4}
 GATE = {
     "tokens": 48,
     "schedule": "entropy-gated",

@@ -18,7 +18,8 @@ from potstill import runlog, training
 from potstill.config import METHODS, RecipeError, to_toml
 from potstill.data import DataError
 from potstill.models import ModelError
-from potstill.training import learning_rate, step_indices
+from potstill.rates import learning_rate
+from potstill.training import step_indices
 from potstill.types import NonFiniteError
 
 TIMES = ("seconds", "rollout_seconds", "teacher_seconds", "student_seconds", "probe_seconds")

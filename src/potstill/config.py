@@ -5,16 +5,27 @@ says which field needs which mode.
 """
 
 import copy
-import difflib
+import functools
 import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from potstill.names import nearest_field
 
 
 class RecipeError(ValueError):
@@ -63,11 +74,64 @@ METHODS: dict[str, Method] = {
 
 
 NonNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# numpy and torch take no other seeds.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# What no run can reach; a list of that many would fill the memory before the first step.
+MANY, MANY_AT_ONCE = 10**9, 10**6
+# Of logits near 30, float32 rounding is 2e-6: divided by less than this it would be a share of a nat.
+COLDEST = 1e-4
 AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def __init__(self, /, **fields: Any) -> None:
+        """A section from Python. Raises RecipeError with one line."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise RecipeError(_describe(error.errors()[0], type(self))) from None
+
+    # Inner sections are validated by the outer one, which knows their place.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _typed_as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what would be read as a value of another type: true is no 1, and "2" is no 2."""
+        types = _plain_types(cls, str(info.field_name))
+        wanted = next((word for kind, word in WORDS.items() if kind in types), None)
+        if wanted is not None and not all(_is_typed(item, types) for item in _items(value)):
+            raise PydanticCustomError("type_as_written", f"Input should be a valid {wanted}")  # pyright: ignore
+        return value
+
+
+WORDS = {int: "integer", float: "number", bool: "boolean, true or false"}
+
+
+def _is_typed(value: Any, types: frozenset[type]) -> bool:
+    """Whether a plain value is of one of these types; whole numbers are numbers, and others are judged later."""
+    return type(value) not in (bool, str, int) or type(value) in types or (type(value) is int and float in types)
+
+
+def _items(value: Any) -> list[Any]:
+    """A value, or those of nested lists."""
+    return [item for each in value for item in _items(each)] if isinstance(value, list | tuple) else [value]
+
+
+@functools.cache
+def _plain_types(section: type[BaseModel], field: str) -> frozenset[type]:
+    """The types that a field's annotation is made of; those of the texts and numbers that it lists."""
+
+    def leaves(annotation: Any) -> list[type]:
+        inner = get_args(annotation)
+        if not inner:
+            return [annotation if isinstance(annotation, type) else type(annotation)]
+        return [leaf for each in inner for leaf in leaves(each)]
+
+    return frozenset(leaves(section.model_fields[field].annotation))
 
 
 class StudentSpec(Section):
@@ -108,13 +172,13 @@ class Data(Section):
     """Split of a task or hub data set."""
     config: str | None = None
     """Configuration of a hub data set or folder that has several."""
-    num_prompts: int | None = Field(default=None, ge=1)
+    num_prompts: int | None = Field(default=None, ge=1, le=10**8)
     """How many prompts to take; all of a file by default, 4096 of a task."""
     prompt_column: str = "prompt"
     """Column of a file or hub data set that holds the prompt."""
     template: Literal["chat", "raw"] | None = None
     """Render prompts with the chat template or take them as they are; by default chat for messages, raw for strings."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of a task's problems."""
 
 
@@ -147,7 +211,7 @@ class Objective(Section):
     """A position in the completion: tokens before it and tokens from it on have weights of their own."""
     split_weights: tuple[NonNegative, NonNegative] = (1.0, 1.0)
     """Weights of the loss before the split and from it on."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=COLDEST)
     """Divides both models' logits in the loss; sampling has its own."""
     signal: Literal["full", "topk", "sampled", "labels"] = "full"
     """full: the exact KL over the whole vocabulary; topk: the exact KL between the teacher's top_k tokens and one class
@@ -275,22 +339,28 @@ class Window(Section):
     """entropy-gated: a failed probe takes the window one step down the ladder."""
 
 
+def _few(fields: dict[str, Any]) -> int:
+    """The warm-up of a run that does not say."""
+    return min(10, fields.get("steps", 0) // 10)
+
+
 class Train(Section):
-    steps: int = Field(default=120, ge=1)
+    steps: int = Field(default=120, ge=1, le=MANY)
     """Optimiser updates, at most."""
     flops: float | None = Field(default=None, gt=0)
     """End the run with the step that brings the operations of rollouts, teacher and student to this number."""
-    prompts_per_step: int = Field(default=48, ge=1)
+    prompts_per_step: int = Field(default=48, ge=1, le=MANY_AT_ONCE)
     """Prompts (and rollouts) of one update, over all ranks."""
     tokens_per_batch: int = Field(default=4096, ge=1)
     """Padded tokens of one forward-backward slice on one rank. Gradients do not depend on it."""
-    lr: float = Field(default=3e-3, gt=0)
-    """Peak learning rate."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate. By default 1e-5 for a student of up to a billion weights, for larger ones that over their
+    billions, from ten billion on 1e-6. Fresh and very small models need far more."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine decay to 0, or constant."""
-    warmup_steps: int = Field(default=10, ge=0)
-    """Linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_steps: int = Field(default_factory=_few, ge=0)
+    """Linear warm-up. By default 10, or a tenth of the steps where they are fewer than 100."""
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     """AdamW's betas."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
@@ -306,7 +376,7 @@ class Train(Section):
     """How the loss is computed; auto: triton on a GPU, else eager. plain holds all logits in memory."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints; one is also written at the end."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data order, of sampling and of fresh weights."""
 
 
@@ -318,9 +388,9 @@ class Evaluation(Section):
     """Split of a task or hub data set."""
     template: Literal["chat", "raw"] | None = None
     """As in data.template."""
-    num_problems: int = Field(default=60, ge=1)
+    num_problems: int = Field(default=60, ge=1, le=MANY_AT_ONCE)
     """Problems, held out from training."""
-    num_responses: int = Field(default=16, ge=1)
+    num_responses: int = Field(default=16, ge=1, le=MANY_AT_ONCE)
     """Responses per problem; Pass@k is reported for every k up to it, at powers of two."""
     temperatures: tuple[float, ...] = (1.0, 0.6)
     """Sampling temperatures, each evaluated on its own."""
@@ -335,7 +405,7 @@ class Evaluation(Section):
     training those of rollouts.end_set."""
     batch_size: int = Field(default=256, ge=1)
     """Rows decoded together."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the problems and of sampling."""
 
 
@@ -509,6 +579,8 @@ class Recipe(RecipeFields):
             ):
                 if is_so:
                     raise ValueError(f"objective.gamma is {objective.gamma:g}: {reason}, or gamma = 0")
+        if objective.split is not None and not any(objective.split_weights):
+            raise ValueError("objective.split_weights is [0, 0]: no token has a weight; raise one of them")
         if objective.split is not None and objective.split >= self.window.tokens:
             raise ValueError(
                 f"objective.split is {objective.split} and window.tokens {self.window.tokens}: nothing comes after the "
@@ -565,16 +637,16 @@ class Grpo(Section):
     mean over the tokens of the step. Each set of responses serves one update, so that nothing is clipped.
     """
 
-    steps: int = Field(default=40, ge=1)
+    steps: int = Field(default=40, ge=1, le=MANY)
     """Optimiser updates."""
-    prompts_per_step: int = Field(default=12, ge=1)
+    prompts_per_step: int = Field(default=12, ge=1, le=MANY_AT_ONCE)
     """Prompts of one update."""
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = Field(default=8, ge=2, le=MANY_AT_ONCE)
     """Responses to each prompt; their scores are compared with each other."""
     rows_per_batch: int = Field(default=32, ge=1)
     """Responses of one forward-backward slice, at most. Gradients do not depend on it."""
-    lr: float = Field(default=5e-4, gt=0)
-    """Peak learning rate; models of billions of weights take about 1e-6."""
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate; very small models need far more."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or cosine decay to 0."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -585,7 +657,7 @@ class Grpo(Section):
     """Gradients are clipped to this norm."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints; one is also written at the end."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data order and of sampling."""
 
 
@@ -788,10 +860,50 @@ def load_any_recipe(recipe: str | Path) -> Recipe | GrpoRecipe:
 def read_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read a TOML recipe, apply dotted overrides such as {"objective.kl": "reverse"}, as plain data.
 
-    `recipe` is a file, or the name of a shipped recipe such as "demo". Raises RecipeError with one line for a missing
-    file or broken TOML.
+    `recipe` is a file, or the name of a shipped recipe such as "demo", of which `not_carried_over` is left out. Raises
+    RecipeError with one line for a missing file or broken TOML.
     """
-    return with_fields(read_toml(find_toml("recipe", recipe, SHIPPED_RECIPES)), overrides or {})
+    fields = overrides or {}
+    data = read_toml(find_toml("recipe", recipe, SHIPPED_RECIPES))
+    for name in not_carried_over(recipe, fields):
+        section, _, field = name.partition(".")
+        del data[section][field]
+    return with_fields(data, fields)
+
+
+def not_carried_over(recipe: str | Path, fields: dict[str, Any]) -> list[str]:
+    """What a shipped recipe says for its own model, data and number of steps, where `fields` name others.
+
+    The learning rate of a model of 75,000 weights would wreck a real one, and 8192 prompts are not in every file.
+    """
+    path = find_toml("recipe", recipe, SHIPPED_RECIPES)
+    if path.parent != SHIPPED_RECIPES:
+        return []
+    names = []
+    models = [fields[name] for name in ("student.model", "model") if name in fields]
+    if any(not _first_model(str(model)).startswith("potstill:") for model in models):
+        names += ["train.lr", "grpo.lr"]
+    if is_table(fields.get("data.source", "multiplication")):
+        names.append("data.num_prompts")
+    data = read_toml(path)
+    steps, warmup = fields.get("train.steps"), data.get("train", {}).get("warmup_steps", 0)
+    if isinstance(steps, int) and steps < warmup:
+        names.append("train.warmup_steps")
+    there = {f"{section}.{field}" for section, inner in data.items() if isinstance(inner, dict) for field in inner}
+    return [name for name in names if name in there and name not in fields]
+
+
+def _first_model(name: str) -> str:
+    """What a run began with, run by run; of a model that is no run's, itself."""
+    seen = set()
+    while name not in seen:
+        seen.add(name)
+        for file in (Path(name) / "recipe.toml", Path(name).parent / "recipe.toml"):
+            if not name.startswith("potstill:") and file.is_file():
+                data = read_toml(file)
+                name = str(data.get("model") or data.get("student", {}).get("model", "potstill:base"))
+                break
+    return name
 
 
 def find_toml(what: str, name: str | Path, shipped: Path) -> Path:
@@ -800,16 +912,26 @@ def find_toml(what: str, name: str | Path, shipped: Path) -> Path:
         return Path(name)
     known = sorted(path.stem for path in shipped.glob("*.toml"))
     if str(name) not in known:
-        raise RecipeError(f"{what} {str(name)!r} does not exist; give a TOML file or one of {', '.join(known)}")
+        # Those that made the shipped models are for who makes them again.
+        shown = ", ".join(stem for stem in known if not stem.startswith("assets-"))
+        what = f"{what} {str(name)!r}" + (" is a folder" if Path(name).is_dir() else " does not exist")
+        raise RecipeError(f"{what}; give a TOML file or one of {shown}")
     return shipped / f"{name}.toml"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as plain data. Raises RecipeError where it is none."""
     try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(path.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except RecursionError:
+        raise RecipeError(f"{path} is not valid TOML: it is nested too deeply") from None
+    # tomllib's own errors are ValueErrors, and an integer of thousands of digits is one that it does not wrap.
+    except ValueError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}; give a TOML file that can") from None
 
 
 def with_fields(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -847,14 +969,25 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        names = field_names(schema)
-        nearest = difflib.get_close_matches(name, names, 1, cutoff=0) or names[:1]
-        siblings = [known for known in names if known.split(".")[:-1] == location[:-1]]
-        nearest = difflib.get_close_matches(name, siblings, 1, cutoff=0.4) or nearest
-        return f"{name} is not a field of the recipe; the nearest is {nearest[0]}"
+        return f"{name} is not a field of the recipe; the nearest is {nearest_field(name, field_names(schema))}"
+    if error["type"] == "missing":
+        return f"{name} is missing; it has no default"
     if not location:
         return error["msg"].removeprefix("Value error, ")
-    return f"{name} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("model_type", "dict_type"):
+        message = f"it is a section; write its fields below a line [{name}]"
+    return f"{name} is {shown(error['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def shown(value: Any, width: int = 100) -> str:
+    """A value of a user's as a message shows it: quoted where it is text, and not too long."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python does not write integers of thousands of digits.
+        text = "a number of thousands of digits"
+    return text if len(text) <= width else f"{text[:width]}..."
 
 
 def field_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:

@@ -37,9 +37,10 @@ from potstill.metrics import Stopwatch, is_loop, num_tokens_to_answer, zlib_rati
 from potstill.models import LanguageModel, fingerprint, load_model, save_model, without_progress_bars
 from potstill.probing import PROBE
 from potstill.progress import StepDisplay
+from potstill.rates import learning_rate
 from potstill.sampling import sample
 from potstill.tasks import Task, make_task
-from potstill.training import SHOWN_CHARACTERS, hold_out, learning_rate, step_indices, step_seed
+from potstill.training import SHOWN_CHARACTERS, hold_out, step_indices, step_seed
 from potstill.types import Completion, NonFiniteError, Prompt, Rollout
 
 # Of the start check: prompts, and the end of the seeds of what is written to them.

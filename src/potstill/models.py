@@ -55,6 +55,10 @@ class LanguageModel(nn.Module):
         return self.model.get_output_embeddings().weight.shape[0]
 
     @property
+    def num_weights(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
     def context_length(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 

@@ -193,7 +193,7 @@ def _panel_items(study: Study, panel: PanelPlan, chosen: dict[tuple[str, str], f
 
 def _recipe(panel: PanelPlan, fields: dict[str, Any], seed: int, out: Path) -> Recipe:
     assert panel.recipe is not None
-    data = with_fields(read_recipe(panel.recipe), fields)
+    data = read_recipe(panel.recipe, fields)
     source = data.get("data", {}).get("source", "multiplication")
     seeds = {"train.seed": seed} | ({} if is_table(source) else {"data.seed": seed})
     return make_recipe(with_fields(data, seeds | {"out": str(out)}), f"panel {panel.title!r}")
@@ -274,7 +274,9 @@ def _grpo(
 ) -> Item:
     fields = {"model": model, "grpo.seed": seed, "data.source": start.data.source}
     fields |= {} if is_table(start.data.source) else {"data.seed": seed}
-    data = with_fields(read_recipe(study.grpo.recipe), study.grpo.fields | fields)
+    # What a shipped recipe says of rates is for models of its kind: those that this one began with.
+    first = start.student.model if needs else model
+    data = read_recipe(study.grpo.recipe, study.grpo.fields | fields | {"model": first}) | {"model": model}
     data["evaluation"] = start.resolved().get("evaluation", {})
     recipe = validate(data, "grpo", GrpoRecipe)
     folder = study.out / "runs" / f"grpo-{recipe.hash()}"

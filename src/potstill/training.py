@@ -49,6 +49,7 @@ from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
 from potstill.probing import probe_window
 from potstill.progress import StepDisplay
+from potstill.rates import describe_lr, learning_rate, with_lr
 from potstill.samples import logged_samples
 from potstill.tasks import make_task
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
@@ -279,13 +280,14 @@ class State:
 
 def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     """The loop. All randomness follows from the number of finished steps and the seed."""
-    config, folder = recipe.train, recipe.out
     student, teacher = setup.student, setup.teacher
+    config, folder = with_lr(recipe.train, student.num_weights), recipe.out
     decoders: dict[Writer, Any] = {"student": distributed.shard(student, world)}
     if isinstance(teacher, LanguageModel):
         decoders["teacher"] = teacher.model
     split_by: tuple[Writer, ...] = ("teacher", "student") if recipe.objective.prefix == "mixed" else ()
-    optimizer = torch.optim.AdamW(student.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
+    # Its rate is set in every step.
+    optimizer = torch.optim.AdamW(student.parameters(), 0.0, config.betas, weight_decay=config.weight_decay)
     saved = checkpoint.latest(folder)
     follower = None
     if isinstance(teacher, LanguageModel) and teacher.name == "self" and recipe.teacher.refresh_steps:
@@ -500,21 +502,6 @@ def is_spent(config: Train, num_steps: int, flops: float) -> bool:
     return num_steps >= config.steps or (config.flops is not None and flops >= config.flops)
 
 
-def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
-    """The rate of step 0, 1, ..., before which `flops` were spent: linear warm-up, then constant or a cosine.
-
-    The cosine would reach 0 after the last step, or when the operations are spent, whichever is nearer.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    if config.flops is not None:
-        progress = max(progress, flops / config.flops)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def step_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
@@ -546,6 +533,8 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     student, teacher = setup.student, setup.teacher
     lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
     lines += _about_ends(recipe, setup)
+    if recipe.train.lr is None:
+        lines.append(describe_lr(recipe.train, student.num_weights))
     if teacher is not None and student.vocab_size != teacher.vocab_size:
         lines.append(
             f"heads of {student.vocab_size} (student) and {teacher.vocab_size} (teacher) rows are cut to the "

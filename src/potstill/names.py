@@ -1,0 +1,97 @@
+"""The nearest name to one that does not exist: of a field, by its spelling or by what other programs call it."""
+
+import difflib
+from collections.abc import Sequence
+
+# What other programs call a field; where several kinds of recipe have one, the first that this one has is meant.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("train.lr", "grpo.lr"),
+    "lr_scheduler_type": ("train.schedule", "grpo.schedule"),
+    "lr_schedule": ("train.schedule", "grpo.schedule"),
+    "warmup_ratio": ("train.warmup_steps", "grpo.warmup_steps"),
+    "warmup": ("train.warmup_steps", "grpo.warmup_steps"),
+    "max_steps": ("train.steps", "grpo.steps"),
+    "num_steps": ("train.steps", "grpo.steps"),
+    "epochs": ("train.steps", "grpo.steps"),
+    "num_epochs": ("train.steps", "grpo.steps"),
+    "num_train_epochs": ("train.steps", "grpo.steps"),
+    "batch_size": ("train.prompts_per_step", "grpo.prompts_per_step"),
+    "train_batch_size": ("train.prompts_per_step", "grpo.prompts_per_step"),
+    "per_device_train_batch_size": ("train.tokens_per_batch", "grpo.rows_per_batch"),
+    "micro_batch_size": ("train.tokens_per_batch", "grpo.rows_per_batch"),
+    "gradient_accumulation": ("train.tokens_per_batch", "grpo.rows_per_batch"),
+    "gradient_accumulation_steps": ("train.tokens_per_batch", "grpo.rows_per_batch"),
+    "num_generations": ("grpo.group_size",),
+    "grad_clip": ("train.max_grad_norm", "grpo.max_grad_norm"),
+    "gradient_clip": ("train.max_grad_norm", "grpo.max_grad_norm"),
+    "clip_grad_norm": ("train.max_grad_norm", "grpo.max_grad_norm"),
+    "adam_beta1": ("train.betas",),
+    "adam_beta2": ("train.betas",),
+    "adam_betas": ("train.betas",),
+    "wd": ("train.weight_decay",),
+    "bf16": ("train.compute_dtype",),
+    "fp16": ("train.compute_dtype",),
+    "precision": ("train.compute_dtype",),
+    "torch_dtype": ("student.dtype",),
+    "save_steps": ("train.checkpoint_every", "grpo.checkpoint_every"),
+    "save_every": ("train.checkpoint_every", "grpo.checkpoint_every"),
+    "seed": ("train.seed", "grpo.seed"),
+    "beta": ("objective.forward_weight", "grpo.kl_weight"),
+    "alpha": ("objective.forward_weight",),
+    "lambda": ("objective.student_share",),
+    "lmbda": ("objective.student_share",),
+    "kl_coef": ("objective.forward_weight", "grpo.kl_weight"),
+    "divergence": ("objective.kl",),
+    "loss": ("objective.kl",),
+    "kl_type": ("objective.kl",),
+    "max_length": ("window.tokens", "evaluation.max_tokens"),
+    "max_seq_length": ("window.tokens",),
+    "max_new_tokens": ("window.tokens", "evaluation.max_tokens"),
+    "max_completion_length": ("window.tokens", "evaluation.max_tokens"),
+    "max_tokens": ("window.tokens", "evaluation.max_tokens"),
+    "student": ("student.model", "model"),
+    "teacher": ("teacher.model",),
+    "model": ("student.model", "model"),
+    "model_name": ("student.model", "model"),
+    "model_name_or_path": ("student.model", "model"),
+    "student_model": ("student.model",),
+    "teacher_model": ("teacher.model",),
+    "teacher_model_name_or_path": ("teacher.model",),
+    "dataset": ("data.source", "evaluation.source"),
+    "dataset_name": ("data.source",),
+    "dataset_path": ("data.source",),
+    "data_path": ("data.source",),
+    "prompts": ("data.source",),
+    "max_samples": ("data.num_prompts",),
+    "num_samples": ("data.num_prompts",),
+    "chat_template": ("data.template",),
+    "output_dir": ("out",),
+    "output": ("out",),
+    "run_dir": ("out",),
+    "top_p": ("sampling.top_p",),
+    "temperature": ("sampling.temperature", "evaluation.temperatures"),
+}
+
+
+def nearest_field(name: str, fields: Sequence[str]) -> str:
+    """The field that a dotted name most likely means: a slip of the pen, a synonym, or else the nearest spelling."""
+    section, _, last = name.replace("-", "_").lower().rpartition(".")
+    siblings = {field.rpartition(".")[2]: field for field in fields if field.rpartition(".")[0] == section}
+    meant = [field for field in SYNONYMS.get(last, ()) if field in fields]
+    meant.sort(key=lambda field: field not in siblings.values())
+    same = [field for field in fields if field.rpartition(".")[2] == last]
+    sections = [] if section else sorted({field.partition(".")[0] for field in fields if "." in field})
+    return (
+        siblings.get(nearest(last, list(siblings), 0.8) or "")
+        or next(iter([*meant, *same]), None)
+        or nearest(last, sections, 0.7)
+        or siblings.get(nearest(last, list(siblings), 0.4) or "")
+        or nearest(name, fields)
+        or fields[0]
+    )
+
+
+def nearest(name: str, names: Sequence[str], cutoff: float = 0.0) -> str | None:
+    """The name that is spelt most like this one; None where none is as like as `cutoff`."""
+    found = difflib.get_close_matches(name, names, 1, cutoff=cutoff)
+    return found[0] if found else None

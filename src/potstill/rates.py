@@ -1,0 +1,42 @@
+"""The learning rate of each step, and what it is where the recipe does not say."""
+
+import math
+
+from potstill.config import Train
+
+# Of a student of up to a billion weights; larger ones take that over their billions, but no less than LEAST_LR.
+USUAL_LR, LEAST_LR = 1e-5, 1e-6
+
+
+def usual_lr(num_weights: int) -> float:
+    """The peak learning rate where a recipe has none: 1e-5 to 1e-6, by the size of the student."""
+    return max(USUAL_LR / max(num_weights / 1e9, 1.0), LEAST_LR)
+
+
+def with_lr(config: Train, num_weights: int) -> Train:
+    """The settings with a learning rate, whether the recipe says one or not."""
+    return config if config.lr is not None else config.model_copy(update={"lr": usual_lr(num_weights)})
+
+
+def describe_lr(config: Train, num_weights: int) -> str:
+    """What a user should know where the recipe says no rate."""
+    return (
+        f"train.lr is not set: {usual_lr(num_weights):.2g}, which is usual for a student of {num_weights:,} weights; "
+        "very small or fresh ones need far more"
+    )
+
+
+def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
+    """The rate of step 0, 1, ..., before which `flops` were spent: linear warm-up, then constant or a cosine.
+
+    The cosine would reach 0 after the last step, or when the operations are spent, whichever is nearer.
+    """
+    assert config.lr is not None
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    if config.flops is not None:
+        progress = max(progress, flops / config.flops)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
