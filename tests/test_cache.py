@@ -171,9 +171,9 @@ def test_what_rounding_costs_is_measured_and_printed(tmp_path, dtype, bound):
         kls.append((live.exp() * (live - stored)).sum(-1))
     expected = torch.cat(kls).mean().item()
     assert 1e-9 < expected < bound
-    # A KL from float32 log-probabilities carries an absolute error of 2e-6 at most.
-    assert manifest.mean_kl == pytest.approx(expected, abs=1e-6, rel=0.02)
-    assert verified.live_kl == pytest.approx(expected, abs=1e-6, rel=0.6)
+    assert manifest.mean_kl == pytest.approx(expected, rel=0.02)
+    # Of a sample of the cache.
+    assert verified.live_kl == pytest.approx(expected, rel=0.6)
     assert f"{manifest.mean_kl:.3g} nats" in "\n".join(findings(verified)) and verified.broken == ()
 
 

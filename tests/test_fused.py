@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill.fused import fused_loss, fused_statistics
+from potstill.fused import close_kl, fused_loss, fused_statistics
 from potstill.heads import Head
 from potstill.passes import make_plan
+from potstill.tiles import log_mixture
 from potstill.types import LossTerms, NonFiniteError, TokenStats
 
 MIB = 2**20
@@ -277,6 +278,52 @@ def test_the_budget_changes_no_bit(dtype):
     ]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("rows", [13, 16])
+@pytest.mark.parametrize("kl", ["jsd", "skew forward", "skew reverse"])
+def test_the_budget_changes_no_bit_of_a_divergence_from_a_mixture(kl, rows):
+    """Whose end class is a column of its own: rounding must not tell how many rows were looked at together."""
+    for seed in range(4):
+        inputs = make_inputs(num_rows=150, vocab_size=203, seed=seed).to(torch.float32)
+        cuts = [
+            run_loss(inputs, TERMS[kl], budget=budget, tile=(rows, 50), end_ids=ENDS)
+            for budget in (0, 8 * rows * 203, 8 * 3 * rows * 203, 2**30)
+        ]
+        for cut in cuts[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(cuts[0], cut, strict=True))
+
+
+def test_a_log_mixture_is_right_and_does_not_depend_on_how_it_is_cut():
+    generator = torch.Generator().manual_seed(0)
+    ls, lt = (-30 * torch.rand(5003, generator=generator) for _ in range(2))
+    lt[:3] = torch.tensor([-torch.inf, -1e30, ls[2].item()])
+    for size in (1, 3, 7, 16, 33):
+        parts = [log_mixture(*pair, 0.3) for pair in zip(ls.split(size), lt.split(size), strict=True)]
+        assert torch.equal(torch.cat(parts), log_mixture(ls, lt, 0.3))
+    exact = [x.double().requires_grad_() for x in (ls, lt[3:])]
+    expected = torch.logaddexp(exact[1] + math.log(0.3), exact[0][3:] + math.log(0.7))
+    inputs = [x.clone().requires_grad_() for x in (ls, lt[3:])]
+    found = log_mixture(inputs[0][3:], inputs[1], 0.3)
+    torch.testing.assert_close(found.double(), expected, rtol=3e-7, atol=3e-7)
+    for a, b in zip(torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(expected.sum(), exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("end_ids", [(), ENDS], ids=["raw", "merged"])
+@pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-5, 1e-3])
+def test_the_kl_of_models_that_nearly_agree_is_right_and_never_negative(gap, end_ids):
+    exact = make_inputs(num_rows=200, vocab_size=1003, dims=(32, 32)).to(torch.float32).to(torch.float64)
+    noise = gap * torch.randn(200, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = dataclasses.replace(exact, teacher_hidden=exact.hidden.detach() + noise, teacher_head=exact.head)
+    inputs = exact.to(torch.float32)
+    expected_N = brute_force(inputs.to(torch.float64), 1.3, end_ids).forward_kl_N.detach()
+    found_N, stats = close_kl(*inputs.args(), temperature=1.3, end_ids=end_ids, tile=(64, 200))
+    assert found_N.dtype == torch.float64 and (found_N >= 0).all()
+    torch.testing.assert_close(found_N, expected_N, rtol=5e-3, atol=1e-11)
+    torch.testing.assert_close(stats.forward_kl_N.double(), expected_N, rtol=1e-5, atol=2e-6)
+    if gap == 1e-5:
+        assert (stats.forward_kl_N < 0).any(), "a difference of cross-entropies would have done"
 
 
 @given(

@@ -42,13 +42,13 @@ from potstill.cache import (
 )
 from potstill.config import CacheOptions, Recipe, RecipeError, TeacherSpec
 from potstill.distributed import World
-from potstill.fused import fused_statistics
+from potstill.fused import close_kl, fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel, find_folder, load_model
 from potstill.prefixes import Writing, write_rollouts
 from potstill.progress import CacheDisplay
 from potstill.runlog import flush, write_atomically
-from potstill.topk import top_k_of
+from potstill.topk import TopK, picked_log_probs, top_k_of
 from potstill.training import Setup, prepare
 from potstill.types import Batch, Example, Prompt
 
@@ -315,11 +315,12 @@ def _score(
     stored_NE, scale = encode_rows(hidden_NE, settings.dtype)
     rounded_NE = decode_rows(stored_NE, scale, hidden_NE.dtype)
     labels_N = batch.target_ids_BT[batch.loss_mask_BT]
-    is_exact = torch.equal(rounded_NE, hidden_NE)
-    live_NE, live_head = (None, None) if is_exact else (hidden_NE, head)
-    stats = fused_statistics(rounded_NE, head, live_NE, live_head, labels_N=labels_N)
+    if torch.equal(rounded_NE, hidden_NE):
+        kl_N, stats = None, fused_statistics(rounded_NE, head, labels_N=labels_N)
+    else:
+        kl_N, stats = close_kl(rounded_NE, head, hidden_NE, head, labels_N=labels_N)
     columns = (stored_NE, scale, stats.student_log_sum_exp_N, stats.student_entropy_N, stats.student_log_prob_N)
-    return dict(zip(SIGNALS["hidden"], columns, strict=True)), stats.forward_kl_N  # pyright: ignore[reportReturnType]
+    return dict(zip(SIGNALS["hidden"], columns, strict=True)), kl_N  # pyright: ignore[reportReturnType]
 
 
 def _column(values_N: Tensor | None, like: Tensor) -> Tensor:
@@ -417,17 +418,22 @@ def _live_kl(cache: Cache, teacher: LanguageModel, head: Head | None) -> float |
         (batch,) = make_batches([cache.stored_rollout(place)], 1, teacher.device)
         hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
         if head is not None:
-            kl_N = fused_statistics(cache.rows_of(batch.rollouts, head), head, hidden_NE, teacher.head).forward_kl_N
+            kl_N, _ = close_kl(cache.rows_of(batch.rollouts, head), head, hidden_NE, teacher.head)
         else:
-            settings, stored = cache.manifest.settings, cache.top_k_of(batch.rollouts)
-            known = stored.log_probs_NK.exp()
-            log_probs = teacher.head(hidden_NE, settings.vocab_size).cpu() / (settings.temperature or 1)
-            live = log_probs.log_softmax(-1).gather(-1, stored.token_ids_NK)
-            kl_N = (live.exp() * (live - stored.log_probs_NK) - live.exp() + known).sum(-1)
-        assert kl_N is not None
-        kl += float(kl_N.double().sum())
+            kl_N = _kept_kl(cache.top_k_of(batch.rollouts, teacher.device), hidden_NE, teacher.head, cache)
+        kl += float(kl_N.sum())
         num_tokens += len(kl_N)
     return kl / num_tokens
+
+
+def _kept_kl(stored: TopK, hidden_NE: Tensor, head: Head, cache: Cache) -> Tensor:
+    """KL(live teacher || stored) [N] of the kept tokens' measures, in float64, term by term: none is negative."""
+    settings = cache.manifest.settings
+    options = {"vocab_size": settings.vocab_size, "temperature": settings.temperature or 1}
+    log_sum_exp_N = fused_statistics(hidden_NE, head, **options).student_log_sum_exp_N
+    live = picked_log_probs(hidden_NE, head, stored.token_ids_NK, log_sum_exp_N, options["temperature"]).double()
+    d = live - stored.log_probs_NK
+    return (live.exp() * (d + torch.expm1(-d))).sum(-1)
 
 
 def summary(manifest: Manifest) -> list[str]:

@@ -294,7 +294,7 @@ class Sampling(Section):
     top_k: int = Field(default=0, ge=0)
     """Keep the k likeliest tokens; 0 keeps all."""
     batch_size: int = Field(default=64, ge=1)
-    """Rows decoded together. Results do not depend on it, but for rounding."""
+    """Rows decoded together. It changes a model's numbers by rounding alone, and so a token once in very many."""
 
 
 class Rollouts(Section):
@@ -352,7 +352,7 @@ class Train(Section):
     prompts_per_step: int = Field(default=48, ge=1, le=MANY_AT_ONCE)
     """Prompts (and rollouts) of one update, over all ranks."""
     tokens_per_batch: int = Field(default=4096, ge=1)
-    """Padded tokens of one forward-backward slice on one rank. Gradients do not depend on it."""
+    """Padded tokens of one forward-backward slice on one rank. Gradients depend on it by rounding alone."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate. By default 1e-5 for a student of up to a billion weights, for larger ones that over their
     billions, from ten billion on 1e-6. Fresh and very small models need far more."""
@@ -644,7 +644,7 @@ class Grpo(Section):
     group_size: int = Field(default=8, ge=2, le=MANY_AT_ONCE)
     """Responses to each prompt; their scores are compared with each other."""
     rows_per_batch: int = Field(default=32, ge=1)
-    """Responses of one forward-backward slice, at most. Gradients do not depend on it."""
+    """Responses of one forward-backward slice, at most. Gradients depend on it by rounding alone."""
     lr: float = Field(default=1e-6, gt=0)
     """Peak learning rate; very small models need far more."""
     schedule: Literal["constant", "cosine"] = "constant"

@@ -107,6 +107,35 @@ def fused_statistics(
     return _stats(_Statistics.apply(hidden_ND, head.weight_VD, head.bias_V, walk))  # pyright: ignore
 
 
+@torch.no_grad()
+def close_kl(
+    hidden_ND: Tensor,
+    head: Head,
+    teacher_hidden_NE: Tensor,
+    teacher_head: Head,
+    *,
+    labels_N: Tensor | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    end_ids: Sequence[int] = (),
+    tile: tuple[int, int] | None = None,
+) -> tuple[Tensor, TokenStats]:
+    """KL(teacher || student) [N] of models that nearly agree, in float64 and never negative; and all statistics.
+
+    The KL of `fused_statistics` is right to 2e-6 nats, of either sign; this one takes a pass more and is right to
+    1e-10 or better. Arguments and errors are those of `fused_statistics`.
+    """
+    sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
+    problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), None, None)
+    walk = Walk(problem, DEFAULT_BUDGET, "auto", tile, trains_head=False)
+    values, kls = [], [torch.zeros(0, dtype=torch.float64, device=problem.device)]
+    for group in walk.groups():
+        found = walk.statistics(group)
+        values.append(found.values(problem))
+        kls.append(walk.forward_kl(found))
+    return torch.cat(kls), _stats(_joined(values, problem))
+
+
 class _Loss(torch.autograd.Function):
     """The scalar loss, whose gradient is known when its value is."""
 

@@ -67,8 +67,7 @@ def _statistics_kernel(z_ptr, y_ptr, state_ptr, num_rows, num_columns, HAS_TEACH
 def _log_mixture(ls, lt, log_b, log_rest):
     """log(b p + (1 - b) q) without an exponential that could underflow."""
     of_teacher, of_student = lt + log_b, ls + log_rest
-    top = tl.maximum(of_teacher, of_student)
-    return top + tl.log(tl.exp(of_teacher - top) + tl.exp(of_student - top))
+    return tl.maximum(of_teacher, of_student) + tl.log(1 + tl.exp(-tl.abs(of_teacher - of_student)))
 
 
 @triton.jit

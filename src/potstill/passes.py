@@ -220,15 +220,17 @@ class Walk:
         if problem.shard is not None:
             state, singles = _over_ranks(state, singles, problem.shard)
         labels, classes = singles
+        if problem.label_is_end is not None:
+            labels = torch.where(problem.label_is_end[group.start : group.stop], classes, labels)
+        # Block by block, as the tiles are: how many rows a group has shows in no shape, and so in no rounding.
+        places = [_shifted(block, group) for block in self.blocks(group)]
         if problem.merges_ends:
-            column = tiles.tile_statistics(
-                classes[0][:, None], None if problem.teacher is None else classes[1][:, None]
-            )
-            state = tiles.merge(state, column)
-            if problem.label_is_end is not None:
-                labels = torch.where(problem.label_is_end[group.start : group.stop], classes, labels)
+            for here in places:
+                column = tiles.tile_statistics(*self.class_column(classes[:, here]))
+                state[..., here] = tiles.merge(state[..., here], column)
         _check_finite(state, group)
-        moments = tiles.finish(state)
+        parts = [tiles.finish(state[..., here]) for here in places]
+        moments = tiles.Moments(*(torch.cat(values) for values in zip(*parts, strict=True)))
         log_sums = torch.stack([moments.student_log_sum_exp, moments.teacher_log_sum_exp])
         mixture = state.new_zeros(3, num)
         if problem.mixture_weight is not None:
@@ -237,11 +239,28 @@ class Walk:
                 mixture[:, here] += self.backend.mixture(tile.z, tile.y, log_sums[:, here], problem.mixture_weight)
             if problem.shard is not None:
                 dist.all_reduce(mixture, group=problem.shard.group)
-            if problem.merges_ends:
-                mixture += tiles.tile_mixture(
-                    classes[0][:, None], classes[1][:, None], log_sums, problem.mixture_weight
-                )
+            for here in places if problem.merges_ends else ():
+                z, y = self.class_column(classes[:, here])
+                mixture[:, here] += tiles.tile_mixture(z, y, log_sums[:, here], problem.mixture_weight)  # pyright: ignore
         return Group(group, moments, log_sums, labels, classes, mixture)
+
+    def class_column(self, classes_2N: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The end class as a tile of one column: of the student, and of the teacher where there is one."""
+        z, y = classes_2N[:, :, None]
+        return z, None if self.problem.teacher is None else y
+
+    def forward_kl(self, found: "Group") -> Tensor:
+        """KL(teacher || student) [n] of a group term by term, in float64: a pass of its own."""
+        problem, group, log_sums = self.problem, found.rows, found.log_sums
+        kl = log_sums.new_zeros(len(group), dtype=torch.float64)
+        for tile in self.tiles(group, again=True):
+            here = _shifted(tile.block, group)
+            assert tile.y is not None
+            kl[here] += tiles.tile_forward_kl(tile.z, tile.y, log_sums[:, here])
+        if problem.merges_ends:
+            z, y = found.classes[:, :, None]
+            kl += tiles.tile_forward_kl(z, y, log_sums)
+        return kl
 
     def member_logits(self, side: Side, block: slice) -> Tensor:
         members = self.problem.members
@@ -254,83 +273,101 @@ class Walk:
 
         The loss of a token is that of `terms` plus `lse` times the student's log-sum-exp.
         """
-        problem, group = self.problem, found.rows
-        student, b = problem.student, terms.mixture_weight
-        skews, is_gated = (terms.skew_forward, terms.skew_reverse), terms.forward_above is not None
-        is_skew = any(map(is_there, skews))
-        has = Terms(
-            forward=is_there(terms.forward),
-            reverse=is_there(terms.reverse) or is_gated,
-            entropy=is_there(terms.entropy),
-            mixture=is_there(terms.jsd) or is_skew,
-            skew=is_skew,
-        )
-        others = (terms.reverse, terms.jsd, *skews, terms.entropy, terms.cross_entropy, lse)
-        is_plain_forward = has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
-        num, factor = len(group), 1.0
-        label_weight = _row(terms.cross_entropy, found, group)
-        if is_plain_forward and not is_gated:
-            coefficients, factor = None, float(terms.forward)
-        else:
-            f, r, h, e = (_row(w, found, group) for w in (terms.forward, terms.reverse, terms.entropy, lse))
-            moments = found.moments
-            if terms.forward_above is not None:
-                f, r = gated(f, r, moments.teacher_entropy, terms.forward_above)
-            # A KL(p || m) + B KL(q || m); of the JSD's own parts nothing is left in d.
-            a, s, jsd = (_row(w, found, group) for w in (*skews, terms.jsd))
-            j, d = s + (1 - b) * jsd, (1 - b) * a - b * s
-            c = f + label_weight + e - h * moments.student_entropy - j * found.mixture[1] + d * found.mixture[2]
-            # Without a teacher the reverse KL is not a number.
-            c = c - r * moments.reverse_kl if has.reverse else c
-            coefficients = torch.stack([f, r, h, j, d, c])
-        value = found.log_sums.new_zeros(num)
-        gain = scale * factor * student.gain
+        problem, group, student = self.problem, found.rows, self.problem.student
+        asked = _asked(terms, lse, found)
+        value = found.log_sums.new_zeros(len(group))
+        gain = scale * asked.factor * student.gain
         blocks = self.blocks(group)
-        for tile in self.tiles(group, again=True, with_teacher=has.teacher):
+        for tile in self.tiles(group, again=True, with_teacher=asked.has.teacher):
             here = _shifted(tile.block, group)
             g, columns = tile.z, tile.columns
             slope = None if student.softcap is None else 1 - (g / student.softcap).clamp_(min=-1).square_()
-            value[here] += self.backend.gradient(
-                g,
-                tile.y,
-                found.log_sums[:, here],
-                None if coefficients is None else coefficients[:, here],
-                has,
-                b,
-                self.scratch,
-            )
-            if is_there(terms.cross_entropy):
+            arguments = (found.log_sums[:, here], asked.rows(here), asked.has, asked.mixture_weight)
+            value[here] += self.backend.gradient(g, tile.y, *arguments, self.scratch)
+            if asked.label_weight is not None:
                 ids = problem.labels[tile.block] - columns.start  # pyright: ignore[reportOptionalSubscript]
                 is_here = (ids >= 0) & (ids < g.shape[1])
                 if problem.label_is_end is not None:
                     is_here &= ~problem.label_is_end[tile.block]
-                amount = torch.where(is_here, -label_weight[here], 0)
+                amount = torch.where(is_here, -asked.label_weight[here], 0)
                 g.scatter_add_(1, ids.clamp(0, g.shape[1] - 1)[:, None], amount[:, None])
             if slope is not None:
                 g.mul_(slope)
             if weights_N is not None:
                 g.mul_(weights_N[tile.block][:, None])
             into.add(tile, g, gain, is_last=tile.block == blocks[-1])
-        if problem.merges_ends:
-            y = None if problem.teacher is None else found.classes[1][:, None].clone()
-            g = found.classes[0][:, None].clone()
-            class_value = tiles.tile_gradient(g, y, found.log_sums, coefficients, has, b)  # pyright: ignore
-            if problem.shard is None or dist.get_rank(problem.shard.group) == 0:
-                value += class_value
-            if is_there(terms.cross_entropy):
-                g -= (label_weight * problem.label_is_end[group.start : group.stop])[:, None]  # pyright: ignore
-            if weights_N is not None:
-                g *= weights_N[group.start : group.stop, None]
-            for block in blocks if len(problem.members) else ():
-                here = _shifted(block, group)
-                logits = self.member_logits(student, block)
-                share = (logits - found.classes[0][here, None]).exp_()
-                if student.softcap is not None:
-                    share *= 1 - (logits / student.softcap) ** 2
-                into.add_members(block, problem.members, g[here] * share, gain)
+        for block in blocks if problem.merges_ends else ():
+            value[_shifted(block, group)] += self._class_gradient(block, found, asked, weights_N, gain, into)
         if problem.shard is not None:
             dist.all_reduce(value, group=problem.shard.group)
-        return value * factor
+        return value * asked.factor
+
+    def _class_gradient(
+        self, block: slice, found: "Group", asked: "Asked", weights_N: Tensor | None, gain: float, into: "Gradients"
+    ) -> Tensor:
+        """Add the gradients of the end class in a block; returns its part [n] of the KL terms, of one rank alone."""
+        problem, student, here = self.problem, self.problem.student, _shifted(block, found.rows)
+        z, y = self.class_column(found.classes[:, here].clone())
+        arguments = (found.log_sums[:, here], asked.rows(here), asked.has, asked.mixture_weight)
+        value = tiles.tile_gradient(z, y, *arguments)
+        if asked.label_weight is not None:
+            z -= (asked.label_weight[here] * problem.label_is_end[block])[:, None]  # pyright: ignore
+        if weights_N is not None:
+            z *= weights_N[block][:, None]
+        if len(problem.members):
+            logits = self.member_logits(student, block)
+            share = (logits - found.classes[0, here, None]).exp_()
+            if student.softcap is not None:
+                share *= 1 - (logits / student.softcap) ** 2
+            into.add_members(block, problem.members, z * share, gain)
+        is_first = problem.shard is None or dist.get_rank(problem.shard.group) == 0
+        return value if is_first else torch.zeros_like(value)
+
+
+class Asked(NamedTuple):
+    """What the gradient pass is to do for each row of a group: `factor` times what the coefficients [6, n] say.
+
+    Without coefficients that is the forward KL. `label_weight` [n] is that of the cross-entropy, None where it is 0.
+    """
+
+    has: Terms
+    coefficients: Tensor | None
+    factor: float
+    mixture_weight: float
+    label_weight: Tensor | None
+
+    def rows(self, here: slice) -> Tensor | None:
+        return None if self.coefficients is None else self.coefficients[:, here]
+
+
+def _asked(terms: LossTerms, lse: Weight, found: "Group") -> Asked:
+    """The terms of a loss, and `lse` times the student's log-sum-exp, as coefficients of the gradient."""
+    skews, is_gated, b = (terms.skew_forward, terms.skew_reverse), terms.forward_above is not None, terms.mixture_weight
+    is_skew = any(map(is_there, skews))
+    has = Terms(
+        forward=is_there(terms.forward),
+        reverse=is_there(terms.reverse) or is_gated,
+        entropy=is_there(terms.entropy),
+        mixture=is_there(terms.jsd) or is_skew,
+        skew=is_skew,
+    )
+    others = (terms.reverse, terms.jsd, *skews, terms.entropy, terms.cross_entropy, lse)
+    is_plain_forward = has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
+    if is_plain_forward and not is_gated:
+        return Asked(has, None, float(terms.forward), b, None)
+    label_weight = _row(terms.cross_entropy, found)
+    f, r, h, e = (_row(w, found) for w in (terms.forward, terms.reverse, terms.entropy, lse))
+    moments = found.moments
+    if terms.forward_above is not None:
+        f, r = gated(f, r, moments.teacher_entropy, terms.forward_above)
+    # A KL(p || m) + B KL(q || m); of the JSD's own parts nothing is left in d.
+    a, s, jsd = (_row(w, found) for w in (*skews, terms.jsd))
+    j, d = s + (1 - b) * jsd, (1 - b) * a - b * s
+    c = f + label_weight + e - h * moments.student_entropy - j * found.mixture[1] + d * found.mixture[2]
+    # Without a teacher the reverse KL is not a number.
+    c = c - r * moments.reverse_kl if has.reverse else c
+    coefficients = torch.stack([f, r, h, j, d, c])
+    return Asked(has, coefficients, 1.0, b, label_weight if is_there(terms.cross_entropy) else None)
 
 
 @dataclass(frozen=True)
@@ -431,9 +468,9 @@ def is_there(weight: Weight) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-def _row(weight: Weight, found: Group, group: range) -> Tensor:
+def _row(weight: Weight, found: Group) -> Tensor:
     """A term's weight for each row of a group."""
-    like = found.log_sums[0]
+    like, group = found.log_sums[0], found.rows
     if isinstance(weight, Tensor):
         return weight[group.start : group.stop].detach().to(like.dtype)
     return torch.full_like(like, weight)

@@ -2,8 +2,10 @@
 
 It drives transformers' forward and cache, so any causal LM with `past_key_values` works. Rows are decoded together in
 batches of similar length, and a finished row leaves its batch. Each row draws from a random stream of its own, so a
-completion depends on its seed and not on what else is in the batch, on how many ranks there are, or on what was sampled
-before.
+completion depends on its seed and not on what was sampled before. Nor does it depend on what else is in the batch, or
+on how many ranks there are, but for rounding: a model's numbers for a row differ in their last bits with the batch's
+shape, and a token is another one where its random number falls into that gap. The same batch on the same machine gives
+the same bits.
 """
 
 import math

@@ -137,10 +137,27 @@ def tile_mixture(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, mixture_weight
     return torch.stack([of_teacher_N, of_student_N, (ls_NV + (lt_NV - lm_NV)).exp().sum(-1)])
 
 
+def tile_forward_kl(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor) -> Tensor:
+    """A tile's part [N] of KL(p || q), in float64. Leaves the tile as it is.
+
+    Each term is p (d + exp(-d) - 1) with d = lt - ls. None is negative, and by expm1 it is right however small d is,
+    where a difference of cross-entropies, of order 1, is noise of either sign.
+    """
+    log_s_N1, log_t_N1 = log_sums_2N.double()[:, :, None]
+    lt_NV = y_NV.double() - log_t_N1
+    d_NV = lt_NV - (z_NV.double() - log_s_N1)
+    return (lt_NV.exp() * (d_NV + torch.expm1(-d_NV))).sum(-1)
+
+
 def log_mixture(student_log_probs: Tensor, teacher_log_probs: Tensor, mixture_weight: float) -> Tensor:
-    """log m by log-add-exp: the log of a sum of probabilities would be -inf where both underflow."""
+    """log m by log-add-exp: the log of a sum of probabilities would be -inf where both underflow.
+
+    Not by `torch.logaddexp`, which on a CPU rounds an element by where it lies: in a vector, or in the rest after them.
+    """
     of_teacher = teacher_log_probs + math.log(mixture_weight)
-    return torch.logaddexp(of_teacher, student_log_probs + math.log1p(-mixture_weight))
+    of_student = student_log_probs + math.log1p(-mixture_weight)
+    gap = (of_teacher - of_student).abs()
+    return torch.maximum(of_teacher, of_student) + torch.exp(-gap).log1p()
 
 
 def tile_gradient(

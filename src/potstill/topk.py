@@ -106,13 +106,9 @@ def top_k_loss(
         backend=backend,
     )
     log_sum_exp_N = stats.student_log_sum_exp_N
-    scale, bias_V = head.scale, head.bias_V
 
     def log_probs(ids: Tensor) -> Tensor:
-        logits = _Picked.apply(hidden_ND, head.weight_VD, ids)
-        logits = scale * (logits if bias_V is None else logits + bias_V[ids].to(logits.dtype))
-        logits = logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
-        return logits / temperature - log_sum_exp_N[:, None]
+        return picked_log_probs(hidden_ND, head, ids, log_sum_exp_N, temperature)
 
     students, teachers = [log_probs(teacher.token_ids_NK)], [teacher.log_probs_NK]
     if teacher.end_log_prob_N is not None:
@@ -140,6 +136,16 @@ def top_k_loss(
     }
     stats = dataclasses.replace(stats, **known)
     return token_loss(terms, stats), detached(stats)
+
+
+def picked_log_probs(
+    hidden_ND: Tensor, head: Head, ids_NK: Tensor, log_sum_exp_N: Tensor, temperature: float
+) -> Tensor:
+    """The log-probabilities [N, K] of K tokens a row, differentiable, from the log-sum-exp of the tempered logits."""
+    logits = _Picked.apply(hidden_ND, head.weight_VD, ids_NK)
+    logits = head.scale * (logits if head.bias_V is None else logits + head.bias_V[ids_NK].to(logits.dtype))
+    logits = logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+    return logits / temperature - log_sum_exp_N[:, None]
 
 
 class _Picked(torch.autograd.Function):
