@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-real lint assets bench clean
+.PHONY: demo test test-numerics test-slow test-real lint assets bench clean
 
 # Versions are pinned where there is no GPU; with one, your own torch is kept or the newest is taken.
 ifeq ($(shell command -v nvidia-smi),)
@@ -28,6 +28,18 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/pytest
+
+# The part of the tests that is about numbers, as other processors and more threads would round them.
+NUMERICS := $(addprefix tests/test_,fused.py fused_backends.py topk.py divergence.py objective.py gamma.py identities.py)
+NUMERICS += $(addprefix tests/test_,sampling_parity.py controllers.py cache.py training.py reader.py)
+HAS_AVX2 := $(shell grep -m1 -ow avx2 /proc/cpuinfo 2>/dev/null)
+
+test-numerics: $(VENV)/installed
+	ATEN_CPU_CAPABILITY=default POTSTILL_TEST_THREADS=1 $(BIN)/pytest $(NUMERICS)
+	POTSTILL_TEST_THREADS=2 $(BIN)/pytest $(NUMERICS)
+ifneq ($(HAS_AVX2),)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 POTSTILL_TEST_THREADS=1 $(BIN)/pytest $(NUMERICS)
+endif
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
