@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.config import Recipe, TeacherSpec
+from potstill.digests import file_digest, json_digest, seal, unseal
 from potstill.fused import fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel, ModelError, find_folder, fingerprint, load_config, load_tokenizer
@@ -142,7 +143,7 @@ class Manifest:
 
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
-        return json.dumps({"checksum": _digest_json(data), **data}, indent=1) + "\n"
+        return seal(data, indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -163,7 +164,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CacheError(
             f"{str(path)!r} has format {data.get('format')!r}, and {FORMAT} is known; build the cache again"
         )
-    if checksum != _digest_json(data):
+    if checksum != json_digest(data):
         raise CacheError(f"{str(path)!r} was changed after it was written; restore it or build the cache again")
     data["teacher"] = TeacherIdentity(**data["teacher"])
     data["teacher_end_ids"] = tuple(data["teacher_end_ids"])
@@ -203,22 +204,13 @@ def _files_digest(folder: Path | None) -> str | None:
 def _config_digest(config) -> str:
     # How the model was loaded and by what is no part of what it is.
     volatile = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
-    return _digest_json({key: value for key, value in config.to_diff_dict().items() if key not in volatile})
+    return json_digest({key: value for key, value in config.to_diff_dict().items() if key not in volatile})
 
 
 def _tokenizer_digests(tokenizer) -> tuple[str, str]:
     """Of the vocabulary and of the chat template."""
     words = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_ids}
-    return _digest_json(words), _digest_json(tokenizer.chat_template or "")
-
-
-def _digest_json(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return json_digest(words), json_digest(tokenizer.chat_template or "")
 
 
 def tensors_digest(tensors: dict[str, Tensor], names: Sequence[str]) -> str:

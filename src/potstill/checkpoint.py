@@ -1,14 +1,15 @@
-"""Checkpoints: safetensors and JSON, visible only when whole.
+"""Checkpoints: safetensors and JSON, visible only when whole, and read only when they are what was written.
 
-A checkpoint is a folder `checkpoint/step-000120` with the weights, the optimiser's state, the number of finished steps,
-what the next step needs to know of the steps before it, and the rollouts that it uses again, if it does. Randomness
-needs no state: the data order, the sampling and PyTorch's own generator are all seeded from the recipe's seed and the
-step.
+A checkpoint is a folder `checkpoint/step-000120` with the weights, the optimiser's state, and `state.json`: the number
+of finished steps, what the next step needs to know of the steps before it, the rollouts that it uses again, if it does,
+the size of the logs, and the SHA-256 of each file. Randomness needs no state: the data order, the sampling and
+PyTorch's own generator are all seeded from the recipe's seed and the step.
 """
 
-import json
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,45 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from potstill.digests import file_digest, seal, unseal
 from potstill.distributed import World, gather, wait_for_all
 from potstill.models import LanguageModel
-from potstill.runlog import RunError, flush
+from potstill.runlog import RunError, flush, read_json, seal_logs
 from potstill.types import Prompt, Rollout
+
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read: finished steps, plain data of the loop, each rank's rollouts, and the logs' sizes."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    rollouts: list[list[Any]]
+    logs: dict[str, dict[str, Any]]
 
 
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run folder, or None."""
-    found = sorted((folder / "checkpoint").glob("step-*"))
-    return found[-1] if found else None
+    found = {int(match[2]): path for path, match in _ours(folder / "checkpoint") if not match[1]}
+    return found[max(found)] if found else None
+
+
+def _ours(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+    """The folders of checkpoints, whole and unfinished; anything else there is somebody else's."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    matches = [(path, re.fullmatch(r"(unfinished-)?step-(\d{6,})", path.name)) for path in paths]
+    return [(path, match) for path, match in matches if match is not None and path.is_dir()]
+
+
+def tidy(folder: Path, step: int) -> None:
+    """Remove checkpoints before that of `step`, and those that a kill left unfinished."""
+    for path, match in _ours(folder / "checkpoint"):
+        if (match[1] or int(match[2]) < step) and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def save(
@@ -62,54 +92,86 @@ def save(
         save_file(tensors, unfinished / "optimizer.safetensors")
         if teacher is not None:
             save_file(_untied(teacher.state_dict(), teacher), unfinished / "teacher.safetensors")
-        (unfinished / "state.json").write_text(
-            json.dumps(
-                {"step": step, "state": state, "param_groups": optimizer_state["param_groups"], "rollouts": written}
-            )
-        )
-        for path in unfinished.iterdir():
+        data = {"step": step, "state": state, "param_groups": optimizer_state["param_groups"], "rollouts": written}
+        files = {path.name: file_digest(path) for path in unfinished.glob("*.safetensors")}
+        data |= {"logs": seal_logs(folder), "files": files}
+        (unfinished / STATE).write_text(seal(data))
+        for path in (*unfinished.iterdir(), unfinished):
             flush(path)
         unfinished.rename(target)
         flush(target.parent)
-        for old in target.parent.iterdir():
-            if old != target:
-                shutil.rmtree(old)
+        tidy(folder, step)
     wait_for_all(world)
 
 
 def load(
     checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer, teacher: LanguageModel | None = None
-) -> tuple[int, dict[str, Any]]:
-    """Restore weights and optimiser; returns the finished steps and the stored state. Every rank must call this."""
+) -> Saved:
+    """Restore weights and optimiser. Every rank must call this.
+
+    Raises RunError, before anything is changed, for a file that is not what was written.
+    """
+    models = {"model.safetensors": student} | ({} if teacher is None else {"teacher.safetensors": teacher})
+    data = _read_state(checkpoint, [*models, "optimizer.safetensors"])
+    tensors = {name: load_file(checkpoint / name) for name in data["files"]}
+    for name, model in models.items():
+        if tensors[name].keys() != _untied_names(model.state_dict(), model):
+            raise _damaged(checkpoint / name, "has the weights of another model")
     if teacher is not None:
-        teacher.load_state_dict(load_file(checkpoint / "teacher.safetensors"), strict=False)
-    saved = json.loads((checkpoint / "state.json").read_text())
+        teacher.load_state_dict(tensors["teacher.safetensors"], strict=False)
     moments: dict[str, Any] = {}
-    for name, value in load_file(checkpoint / "optimizer.safetensors").items():
+    for name, value in tensors["optimizer.safetensors"].items():
         parameter, _, key = name.rpartition(".")
         moments.setdefault(parameter, {})[key] = value
     set_state_dict(
         student,
         optimizer,
-        model_state_dict={**load_file(checkpoint / "model.safetensors")},
-        optim_state_dict={"state": moments, "param_groups": saved["param_groups"]},
-        # Not strict: a tied head is stored once, under the name of the embedding.
+        model_state_dict=tensors["model.safetensors"],
+        optim_state_dict={"state": moments, "param_groups": data["param_groups"]},
+        # Not strict: a tied head is stored once, under the name of the embedding; the others were compared above.
         options=StateDictOptions(full_state_dict=True, strict=False),
     )
-    return saved["step"], saved["state"]
+    return Saved(checkpoint, data["step"], data["state"], data["rollouts"], data["logs"])
 
 
-def load_rollouts(checkpoint: Path, prompts: Sequence[Prompt], world: World) -> list[Rollout]:
+def _read_state(checkpoint: Path, files: Sequence[str]) -> dict[str, Any]:
+    """What `save` knew, once it and all files are found to be as they were written. Raises RunError."""
+    path = checkpoint / STATE
+    if not path.is_file():
+        raise _damaged(path, "is missing")
+    try:
+        data = unseal(read_json(path))
+    except RunError:
+        data = None
+    if data is None:
+        raise _damaged(path, "was changed after it was written")
+    if data["files"].keys() != set(files):
+        raise _damaged(path, f"lists {sorted(data['files'])} and not {sorted(files)}")
+    for name, sha256 in data["files"].items():
+        if not (checkpoint / name).is_file():
+            raise _damaged(checkpoint / name, "is missing")
+        if file_digest(checkpoint / name) != sha256:
+            raise _damaged(checkpoint / name, "was changed after it was written: its SHA-256 is not that of state.json")
+    return data
+
+
+def _damaged(path: Path, what: str) -> RunError:
+    return RunError(
+        f"checkpoint file {str(path)!r} {what}; restore it, or remove the folder {str(path.parent.parent)!r} to begin "
+        "again"
+    )
+
+
+def load_rollouts(saved: Saved, prompts: Sequence[Prompt], world: World) -> list[Rollout]:
     """This rank's stored rollouts, which answer `prompts`. Raises RunError for those of another number of ranks."""
-    stored = json.loads((checkpoint / "state.json").read_text())["rollouts"]
-    if len(stored) != world.size:
+    if len(saved.rollouts) != world.size:
         raise RunError(
-            f"checkpoint {str(checkpoint)!r} holds rollouts of {len(stored)} ranks that are to be used again, and now "
-            f"there are {world.size}; resume with as many"
+            f"checkpoint {str(saved.path)!r} holds rollouts of {len(saved.rollouts)} ranks that are to be used again, "
+            f"and now there are {world.size}; resume with as many"
         )
     return [
         Rollout(prompt, tuple(completion_ids), tuple(trained), tuple(writers), stop)
-        for prompt, (completion_ids, trained, writers, stop) in zip(prompts, stored[world.rank], strict=True)
+        for prompt, (completion_ids, trained, writers, stop) in zip(prompts, saved.rollouts[world.rank], strict=True)
     ]
 
 
@@ -125,5 +187,10 @@ def weights(student: LanguageModel) -> dict[str, torch.Tensor]:
 
 def _untied(state: dict[str, Any], student: LanguageModel) -> dict[str, torch.Tensor]:
     """The state without second names of one tensor, as safetensors stores each tensor once."""
-    names = {name for name, _ in student.named_parameters()} | {name for name, _ in student.named_buffers()}
+    names = _untied_names(state, student)
     return {name: value.contiguous() for name, value in state.items() if name in names}
+
+
+def _untied_names(state: dict[str, Any], student: LanguageModel) -> set[str]:
+    names = {name for name, _ in student.named_parameters()} | {name for name, _ in student.named_buffers()}
+    return state.keys() & names

@@ -239,12 +239,13 @@ def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool)
     # What a scheduler that goes on wants to find.
     group = {"params": list(model.parameters()), "initial_lr": config.lr}
     optimizer = torch.optim.AdamW([group], config.lr, weight_decay=0.0)
-    saved = checkpoint.latest(folder)
-    step, state = 0, State(first_window(recipe.window))
-    if saved is not None:
-        step, stored = checkpoint.load(saved, model, optimizer)
-        state = State(WindowState(**stored["window"]), stored["flops"])
-    runlog.rewind(folder, step)
+    step, state, logs = 0, State(first_window(recipe.window)), {}
+    if (path := checkpoint.latest(folder)) is not None:
+        saved = checkpoint.load(path, model, optimizer)
+        step, logs = saved.step, saved.logs
+        state = State(WindowState(**saved.state["window"]), saved.state["flops"])
+    runlog.rewind(folder, step, logs)
+    checkpoint.tidy(folder, step)
     with StepDisplay(config.steps, step, quiet) as display:
         display.note(*_opening(recipe, setup, step), *verdict(start))
         if step < config.steps:

@@ -10,14 +10,26 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from potstill.config import RunRecipe, load_any_recipe, to_toml
+from potstill.digests import file_digest
 
+# What each step adds rows to; `evals.jsonl` belongs to a student that is finished.
+STEP_LOGS = ("metrics.jsonl", "window.jsonl", "samples.jsonl")
 PACKAGES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "trl")
+
+
+# What to do with a damaged file, by its name.
+REPAIRS = {
+    "evals.jsonl": "restore it, or remove it and evaluate the run again",
+    "environment.json": "restore it, or remove it: the same command writes it again",
+    "plan.json": "restore it, or remove it: `potstill study` writes it again",
+    "results.json": "remove it: `potstill report` writes it again",
+} | dict.fromkeys(STEP_LOGS, "restore it, or remove the run folder and train again")
 
 
 class RunError(ValueError):
@@ -55,7 +67,7 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str 
 def is_done(folder: Path, recipe: RunRecipe) -> bool:
     """Whether the folder holds this recipe's finished run."""
     done = folder / "DONE"
-    return done.exists() and done.read_text().strip() == recipe.hash()
+    return done.is_file() and done.read_bytes().strip() == recipe.hash().encode()
 
 
 @contextmanager
@@ -87,30 +99,113 @@ def open_run(recipe: RunRecipe, environment: dict[str, Any]) -> Iterator[None]:
         raise RunError(f"run folder {str(folder)!r} is in use by another process; wait for it or stop it") from None
 
 
-def rewind(folder: Path, num_steps: int) -> None:
-    """Forget what was logged after the checkpoint that a run is resumed from, and a line torn by a kill."""
-    for name in ("metrics.jsonl", "window.jsonl", "samples.jsonl", "evals.jsonl"):
-        path = folder / name
-        if path.exists():
-            kept = [row for row in read_rows(path) if row["step"] <= num_steps]
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+def seal_logs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Flush the logs of the steps so far; returns the size and SHA-256 of each, for `rewind`."""
+    sealed = {}
+    for name in STEP_LOGS:
+        if (path := folder / name).exists():
+            flush(path)
+            sealed[name] = {"num_bytes": path.stat().st_size, "sha256": file_digest(path)}
+    return sealed
+
+
+def rewind(folder: Path, num_steps: int, sealed: dict[str, dict[str, Any]]) -> None:
+    """Cut the logs back to what `seal_logs` saw when the checkpoint after `num_steps` steps was saved.
+
+    What came after it will be written again. Raises RunError for a log whose rows up to there are not as they were.
+    """
+    for name in sealed:
+        _check_log(folder / name, num_steps, **sealed[name])
+    for name in STEP_LOGS:
+        if (path := folder / name).exists():
+            os.truncate(path, sealed.get(name, {"num_bytes": 0})["num_bytes"])
+    evals = read_rows(folder / "evals.jsonl", ("step",))
+    if late := [row for row in evals if row["step"] > num_steps]:
+        write_rows(folder / "evals.jsonl", [row for row in evals if row not in late])
+
+
+def _check_log(path: Path, num_steps: int, num_bytes: int, sha256: str) -> None:
+    size = path.stat().st_size if path.is_file() else 0
+    if size < num_bytes:
+        found = f"has {size} bytes where {num_bytes} were written, so that rows are missing"
+    elif file_digest(path, num_bytes) != sha256:
+        found = "was changed after it was written"
+    else:
+        return
+    raise RunError(
+        f"{str(path)!r} {found} up to step {num_steps}, from which the run would go on; restore it, or remove the "
+        f"folder {str(path.parent / 'checkpoint')!r} to begin again"
+    )
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one JSON line."""
-    with path.open("a") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Add one JSON line; a last line that a kill or a full disk has torn is cut off before."""
+    with path.open("ab+") as file:
+        size = file.tell()
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json_line(row).encode())
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSONL file; none when it does not exist."""
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace a JSONL file by these rows, as `write_atomically` does."""
+    write_atomically(path, "".join(map(json_line, rows)))
+
+
+def json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_rows(path: Path, keys: Collection[str] = ()) -> list[dict[str, Any]]:
+    """All whole lines of a JSONL file; none when it does not exist.
+
+    Raises RunError that names the line for one that is no JSON object with these keys.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = _read_bytes(path).split(b"\n")[:-1]
+    return [_parse(line, path, keys, f", line {i}") for i, line in enumerate(lines, 1)]
+
+
+def read_json(path: Path, keys: Collection[str] = ()) -> dict[str, Any]:
+    """A file that is one JSON object. Raises RunError where it is not, or lacks some of the keys."""
+    return _parse(_read_bytes(path), path, keys)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{str(path)!r} cannot be read: {error.strerror}; {_repair(path)}") from None
+
+
+def _repair(path: Path) -> str:
+    return REPAIRS.get(path.name, "restore it, or remove it and make it again")
+
+
+def _parse(text: bytes, path: Path, keys: Collection[str], where: str = "") -> dict[str, Any]:
+    """A JSON object with these keys."""
+    try:
+        found = json.loads(text.decode())
+    except UnicodeDecodeError:
+        raise RunError(f"{str(path)!r}{where} is not UTF-8; {_repair(path)}") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{str(path)!r}{where} is not JSON ({error}); {_repair(path)}") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{str(path)!r}{where} is {type(found).__name__} and not a JSON object; {_repair(path)}")
+    if missing := [key for key in keys if key not in found]:
+        raise RunError(f"{str(path)!r}{where} has no {missing[0]!r}; {_repair(path)}")
+    return found
 
 
 def finish(recipe: RunRecipe) -> None:
+    """Write DONE, once all that it vouches for is on disk."""
+    model = recipe.out / "model"
+    for path in (*model.iterdir(), model, recipe.out):
+        flush(path)
     write_atomically(recipe.out / "DONE", recipe.hash() + "\n")
 
 
@@ -122,6 +217,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+    flush(path.parent)
 
 
 def flush(path: Path) -> None:

@@ -288,21 +288,21 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     split_by: tuple[Writer, ...] = ("teacher", "student") if recipe.objective.prefix == "mixed" else ()
     # Its rate is set in every step.
     optimizer = torch.optim.AdamW(student.parameters(), 0.0, config.betas, weight_decay=config.weight_decay)
-    saved = checkpoint.latest(folder)
     follower = None
     if isinstance(teacher, LanguageModel) and teacher.name == "self" and recipe.teacher.refresh_steps:
         follower = teacher
-    start, state = 0, State.first(recipe)
-    if saved is not None:
-        start, stored = checkpoint.load(saved, student, optimizer, follower)
-        state = State.from_data(stored)
+    start, state, saved = 0, State.first(recipe), None
+    if (path := checkpoint.latest(folder)) is not None:
+        saved = checkpoint.load(path, student, optimizer, follower)
+        start, state = saved.step, State.from_data(saved.state)
     writers_flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
     if setup.teacher_flops is not None and setup.cache is None:
         writers_flops["teacher"] = setup.teacher_flops
     by_token = recipe.objective.prefix == "mixed" and recipe.objective.mix_unit == "token"
     rollouts: list[Rollout] = []
     if world.is_main:
-        runlog.rewind(folder, start)
+        runlog.rewind(folder, start, {} if saved is None else saved.logs)
+        checkpoint.tidy(folder, start)
     metrics: dict[str, Any] = {}
     has_warned = False
     with StepDisplay(config.steps, start, quiet, config.flops) as display:
