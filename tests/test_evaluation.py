@@ -1,3 +1,5 @@
+import dataclasses
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -7,19 +9,22 @@ from conftest import make_model
 from potstill import evaluation
 from potstill.cli import main
 from potstill.config import Evaluation, RecipeError
+from potstill.data import DataError
 from potstill.evaluation import evaluate, summarize
 from potstill.metrics import num_tokens_to_answer, step_means, zlib_ratio
 from potstill.models import load_model
 from potstill.results import Entry
+from potstill.runlog import RunError, locked, read_rows, write_rows
 from potstill.tasks.multiplication import Multiplication, build_tokenizer
 
 SMALL = Evaluation(source="multiplication", num_problems=6, num_responses=4, temperatures=(1.0, 0.6))
 
 
-def test_two_evaluations_with_one_seed_are_identical():
-    def without_times(rows):
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+def without_times(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
+
+def test_two_evaluations_with_one_seed_are_identical():
     first, second = (without_times(evaluate("potstill:base", SMALL, quiet=True)) for _ in range(2))
     assert first == second
     other = SMALL.model_copy(update={"seed": 1})
@@ -55,9 +60,6 @@ def test_metrics_by_hand():
 def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypatch):
     settings = SMALL.model_copy(update={"batch_size": 5})
 
-    def without_times(rows):
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
     whole = without_times(evaluate("potstill:base", settings, responses=tmp_path / "whole", quiet=True))
     assert whole == without_times(evaluate("potstill:base", settings, quiet=True))
     real, calls = evaluation.sample, []
@@ -71,7 +73,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
     monkeypatch.setattr(evaluation, "sample", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)
-    (file,) = (tmp_path / "killed").iterdir()
+    (file,) = (tmp_path / "killed").glob("*.jsonl")
     assert len(file.read_text().splitlines()) == 15
     # As if it had died in the middle of writing a batch.
     lines = file.read_text().splitlines(keepends=True)
@@ -79,14 +81,83 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
     monkeypatch.setattr(evaluation, "sample", real)
     again = without_times(evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True))
     assert again == whole
-    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "killed")]
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).glob("*.jsonl")} for name in ("whole", "killed")]
     assert files[0] == files[1] and len(files[0]) == 2
     # What is there is not sampled again, and other settings are another file.
     monkeypatch.setattr(evaluation, "sample", None)
     assert without_times(evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)) == whole
     monkeypatch.setattr(evaluation, "sample", real)
     evaluate("potstill:base", settings.model_copy(update={"seed": 3}), responses=tmp_path / "killed", quiet=True)
-    assert len(list((tmp_path / "killed").iterdir())) == 4
+    assert len(list((tmp_path / "killed").glob("*.jsonl"))) == 4
+
+
+ONE = SMALL.model_copy(update={"temperatures": (1.0,), "batch_size": 4, "max_tokens": 16})
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda rows: rows[:4] + rows, 5),
+        (lambda rows: rows[4:], 1),
+        (lambda rows: [*rows[:8], rows[9], rows[8]], 9),
+        (lambda rows: [*rows, rows[-1]], 25),
+        (lambda rows: [rows[0] | {"problem": None}], 1),
+    ],
+)
+def test_only_the_expected_responses_are_taken_from_a_file(tmp_path, damage, line):
+    """A batch that stands twice, one that is missing, rows in another order, one too many, one of another problem."""
+    evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)
+    (file,) = tmp_path.glob("*.jsonl")
+    write_rows(file, damage(read_rows(file)))
+    before = file.read_bytes()
+    with pytest.raises(DataError, match=rf"{file.name}', line {line} is response .* remove the file to sample anew"):
+        evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)
+    assert file.read_bytes() == before
+
+
+def test_two_evaluations_cannot_write_one_file(tmp_path):
+    """One process is in the middle of it; the other is told so, and both results are right in the end."""
+    whole = without_times(evaluate("potstill:base", ONE, quiet=True))
+    real, refused = evaluation.sample, []
+
+    def meanwhile(*args, **options):
+        if not refused:
+            second = multiprocessing.get_context("fork").Process(
+                target=lambda: evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)
+            )
+            second.start()
+            second.join()
+            refused.append(second.exitcode)
+        return real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "sample", meanwhile)
+        assert without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)) == whole
+    assert refused == [1] and whole[0]["num_problems"] == 6
+    (file,) = tmp_path.glob("*.jsonl")
+    with locked(file, "responses file"), pytest.raises(RunError, match=r"responses file .* is in use by another"):
+        evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)
+    assert without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)) == whole
+
+
+@pytest.mark.parametrize("name", ["one", None])
+def test_problems_of_one_name_are_not_one_problem(tmp_path, name, monkeypatch, capsys):
+    """Each problem has its own place, whatever the data calls it; the names tell them apart again."""
+    apart = without_times(evaluate("potstill:base", ONE, quiet=True))[0]
+    real = evaluation.make_problems
+
+    def of_one_name(settings):
+        task, examples = real(settings)
+        return task, [dataclasses.replace(example, id=name) for example in examples]
+
+    monkeypatch.setattr(evaluation, "make_problems", of_one_name)
+    together = without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True))[0]
+    assert together["problems"].pop("id") == [f"{name} (problem {i})" for i in range(1, 7)]
+    apart["problems"].pop("id")
+    assert together == apart and together["num_problems"] == 6
+    # From the file, and against another model.
+    main(["evaluate", "potstill:base", "potstill:teacher", "--num-problems", "6", "--num-responses", "2"])
+    assert "teacher - base at T=1: +" in capsys.readouterr().out
 
 
 def test_what_grading_gave_up_on_is_said():
@@ -154,7 +225,7 @@ def test_end_tokens_say_what_ends_a_response(tmp_path):
         assert row["avg"].value == pytest.approx(avg) and row["answered"].value == 1
         assert row["length_to_answer"].value == first - 1
         assert (row["settings"]["end_tokens"], row["settings"]["end_ids"]) == (list(end_tokens), end_ids)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.glob("*.jsonl"))) == 3
 
 
 def test_unknown_end_tokens_are_refused_with_the_known_ones(capsys, monkeypatch):

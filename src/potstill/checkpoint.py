@@ -28,7 +28,6 @@ from potstill.models import LanguageModel
 from potstill.runlog import RunError, flush, read_json, seal_logs
 from potstill.types import Prompt, Rollout
 
-
 STATE = "state.json"
 
 
@@ -126,7 +125,7 @@ def load(
     set_state_dict(
         student,
         optimizer,
-        model_state_dict=tensors["model.safetensors"],
+        model_state_dict={**tensors["model.safetensors"]},
         optim_state_dict={"state": moments, "param_groups": data["param_groups"]},
         # Not strict: a tied head is stored once, under the name of the embedding; the others were compared above.
         options=StateDictOptions(full_state_dict=True, strict=False),

@@ -5,8 +5,9 @@ import json
 import re
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from potstill.models import LanguageModel, fingerprint, load_model
 from potstill.progress import token_bar
 from potstill.report import print_table
 from potstill.results import Entry, resume_command
-from potstill.runlog import append, read_rows, write_atomically
+from potstill.runlog import append, flush, last_row, locked, read_rows, store_evals, write_atomically, write_rows
 from potstill.sampling import sample
 from potstill.statistics import Estimate, holm, mean_over_problems, paired, pass_at_k, ratio_over_problems
 from potstill.tasks import Task, make_task
 from potstill.types import Example, Prompt
+
+Row = dict[str, Any]
 
 
 def evaluate(
@@ -46,7 +49,7 @@ def evaluate(
     With a folder for `responses` each response is written there as soon as it is graded, in one file for each model,
     set of settings and temperature; a call that was killed goes on after the last whole batch. What ends a response is
     `evaluation.end_tokens`, else `end_ids`, else what is stored with the model. Raises RecipeError, ModelError or
-    DataError before anything is sampled.
+    DataError before anything is sampled, and RunError for a file of responses that another process writes.
     """
     # Before the model is loaded, which can take long.
     make_problems(evaluation)
@@ -64,13 +67,15 @@ def evaluate(
         if responses is not None:
             file = responses / _file_name(model, evaluation, temperature, end_ids)
             file.parent.mkdir(parents=True, exist_ok=True)
-        found = write_responses(model, evaluation, temperature, task, examples, prompts, end_ids, file, quiet)
+        with nullcontext() if file is None else locked(file, "responses file"):
+            found = write_responses(model, evaluation, temperature, task, examples, prompts, end_ids, file, quiet)
+        problems = by_problem(found, evaluation.num_responses)
         row = {"model": model.name, "temperature": temperature, **summarize(found, evaluation.num_responses)}
         row["levels"] = {
-            level: accuracy(by_problem([r for r in found if r["level"] == level]), evaluation.num_responses)
+            level: accuracy([rows for rows in problems if rows[0]["level"] == level], evaluation.num_responses)
             for level in sorted({example.level for example in examples})
         }
-        row["problems"] = per_problem(by_problem(found))
+        row["problems"] = per_problem(problems)
         row["notes"] = dict(Counter(r["note"] for r in found if r["note"]))
         row["num_tokens"] = sum(r["length"] for r in found)
         row["seconds"] = round(time.perf_counter() - started, 2)
@@ -94,11 +99,7 @@ def write_responses(
     places = [(i, j) for i in range(len(prompts)) for j in range(evaluation.num_responses)]
     size = evaluation.batch_size
     sampling = Sampling(temperature=temperature, top_p=evaluation.top_p, top_k=evaluation.top_k, batch_size=size)
-    # Batches are always the same rows, so that a resumed evaluation rounds as an uninterrupted one.
-    rows = read_rows(file) if file is not None else []
-    rows = rows if len(rows) == len(places) else rows[: len(rows) // size * size]
-    if file is not None and file.exists():
-        write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    rows = [] if file is None else read_responses(file, examples, evaluation)
     with token_bar(f"{model.name} at T={temperature:g}", len(places), len(rows), quiet) as advance:
         for start in range(len(rows), len(places), size):
             batch = places[start : start + size]
@@ -134,6 +135,29 @@ def write_responses(
                 if file is not None:
                     append(file, row)
             advance(len(batch))
+    if file is not None:
+        flush(file)
+    return rows
+
+
+def read_responses(file: Path, examples: Sequence[Example], evaluation: Evaluation) -> list[Row]:
+    """The responses that a file has of an evaluation, in whole batches; what comes after them is cut off the file.
+
+    Raises DataError for a row that is not the response whose place it stands in.
+    """
+    rows, num = read_rows(file), evaluation.num_responses
+    for k, row in enumerate(rows):
+        problem, response = divmod(k, num)
+        if problem >= len(examples) or (row.get("problem"), row.get("response")) != (examples[problem].id, response):
+            raise DataError(
+                f"responses file {str(file)!r}, line {k + 1} is response {row.get('response')!r} to problem "
+                f"{row.get('problem')!r}, which does not stand there in this evaluation; remove the file to sample anew"
+            )
+    # Batches are always the same rows, so that a resumed evaluation rounds as an uninterrupted one.
+    if len(rows) < len(examples) * num:
+        rows = rows[: len(rows) // evaluation.batch_size * evaluation.batch_size]
+    if file.exists():
+        write_rows(file, rows)
     return rows
 
 
@@ -145,12 +169,15 @@ def _file_name(model: LanguageModel, evaluation: Evaluation, temperature: float,
     return f"{source}-T{temperature:g}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
 
 
-def by_problem(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The responses to each problem, in order."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        found[row["problem"]].append(row)
-    return list(found.values())
+def by_problem(rows: Sequence[Row], num_responses: int) -> list[Sequence[Row]]:
+    """The responses to each problem, by their places: what a problem is called is for the reader alone."""
+    return [rows[start : start + num_responses] for start in range(0, len(rows), num_responses)]
+
+
+def _distinct(names: Sequence[Any]) -> list[str]:
+    """The names as texts; those that stand more than once with their places."""
+    count = Counter(map(str, names))
+    return [f"{name} (problem {i})" if count[str(name)] > 1 else str(name) for i, name in enumerate(names, 1)]
 
 
 def per_problem(problems: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[Any]]:
@@ -163,7 +190,7 @@ def per_problem(problems: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[
         return round(sum(r[name] for r in rows) / (len(rows) if over is None else sum(r[over] for r in rows)), 6)
 
     return {
-        "id": [rows[0]["problem"] for rows in problems],
+        "id": _distinct([rows[0]["problem"] for rows in problems]),
         "score": [mean(rows, "score") for rows in problems],
         "num_correct": [sum(r["score"] >= 1 for r in rows) for rows in problems],
         "length": [mean(rows, "length") for rows in problems],
@@ -214,7 +241,7 @@ def accuracy(problems: Sequence[Sequence[dict[str, Any]]], num_responses: int) -
 
 def summarize(rows: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
     """All metrics of one model at one temperature from its responses."""
-    problems = by_problem(rows)
+    problems = by_problem(rows, num_responses)
 
     def per_response(value: Callable[[dict[str, Any]], float]) -> Estimate:
         return mean_over_problems([sum(map(value, each)) / num_responses for each in problems])
@@ -258,14 +285,13 @@ def evaluate_and_store(
     Responses go to each run's folder `responses`, and those of other models to the folder `responses`, if given.
     """
     found = [(Path(model), find_model(model)) for model in models]
+    # Of runs; read before anything is sampled.
+    steps = [last_row(target)["step"] if target != Path(model) else None for target, model in found]
     entries = []
-    for target, model in found:
-        is_run = target != Path(model)
-        rows = evaluate(model, evaluation, responses=target / "responses" if is_run else responses)
-        if is_run:
-            num_steps = read_rows(target / "metrics.jsonl")[-1]["step"]
-            for row in rows:
-                append(target / "evals.jsonl", {"step": num_steps, **row})
+    for (target, model), step in zip(found, steps, strict=True):
+        rows = evaluate(model, evaluation, responses=responses if step is None else target / "responses")
+        if step is not None:
+            store_evals(target, step, rows)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out, json.dumps(rows, indent=1) + "\n")
@@ -293,8 +319,9 @@ def comparisons(entries: Sequence[Entry]) -> list[str]:
     pairs = []
     for other in others:
         for a, b in zip(first.evals, other.evals, strict=True):
-            mine, theirs = (dict(zip(x["problems"]["id"], x["problems"]["score"], strict=True)) for x in (a, b))
-            pairs.append((other.name, a["temperature"], paired([theirs[key] for key in mine], list(mine.values()))))
+            # Of one evaluation, whose problems have the same places for all models.
+            mine, theirs = a["problems"]["score"], b["problems"]["score"]
+            pairs.append((other.name, a["temperature"], paired(theirs, mine)))
     corrected = holm([result.p_value for _, _, result in pairs])
     return [
         f"{name} - {first.name} at T={temperature:g}: {100 * result.difference.value:+.1f} points "

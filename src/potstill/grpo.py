@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import logging
 import math
 import tempfile
@@ -105,7 +104,7 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
     setup = prepare(recipe, world)
     environment = recipe.out / "environment.json"
     # The start is measured once: a run that is resumed knows it.
-    begun = json.loads(environment.read_text()) if environment.exists() else {}
+    begun = runlog.read_json(environment) if environment.exists() else {}
     start = begun.get("start") or measure_start(recipe, setup)
     with runlog.open_run(recipe, _environment(setup) | {"start": start}):
         _run(recipe, setup, start, quiet)
@@ -260,8 +259,7 @@ def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool)
     if recipe.evaluation.source is not None:
         named = LanguageModel(finished.model.to(setup.world.device), finished.tokenizer, str(folder))
         options = {"end_ids": setup.end_ids, "responses": folder / "responses", "quiet": quiet}
-        for row in evaluate(named, recipe.evaluation, **options):
-            runlog.append(folder / "evals.jsonl", {"step": config.steps, **row})
+        runlog.store_evals(folder, config.steps, evaluate(named, recipe.evaluation, **options))
     runlog.finish(recipe)
 
 

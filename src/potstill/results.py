@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, load_any_recipe
-from potstill.runlog import RunError, is_done, read_rows
+from potstill.runlog import STEP_LOGS, RunError, check_keys, is_done, read_json, read_json_list, read_rows
 
 # Of a study's folder: what it consists of, written before the first run.
 PLAN_FILE = "plan.json"
+# What every row of an evaluation has.
+EVAL_COLUMNS = ("model", "temperature", "num_responses", "avg", "pass", "levels", "problems", "settings")
 # Fields in which repetitions of one run differ.
 SEEDS = ("data.seed", "train.seed", "grpo.seed")
 
@@ -80,19 +82,17 @@ class Panel:
 def read_entry(path: Path) -> Entry:
     """A finished run folder, or a JSON file that `potstill evaluate --out` wrote. Raises RunError."""
     if path.is_file():
-        evals = json.loads(path.read_text())
+        evals = read_json_list(path, EVAL_COLUMNS)
         return Entry(evals[0]["model"].removeprefix("potstill:"), path, evals)
     if not (path / "recipe.toml").exists():
         raise RunError(f"{str(path)!r} is no run folder, study folder or evaluation file")
     recipe = load_any_recipe(path / "recipe.toml")
     if not is_done(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
-    rows = read_rows(path / "evals.jsonl")
+    rows = read_rows(path / "evals.jsonl", EVAL_COLUMNS)
     # The newest evaluation at each temperature is the one that counts.
     evals = list({row["temperature"]: row for row in rows}.values())
-    metrics, samples, decisions = (
-        tuple(read_rows(path / f"{name}.jsonl")) for name in ("metrics", "samples", "window")
-    )
+    metrics, samples, decisions = (tuple(read_rows(path / name, keys)) for name, keys in STEP_LOGS.items())
     return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions)
 
 
@@ -109,6 +109,17 @@ def read_panels(paths: list[Path]) -> list[Panel]:
     return [*panels, *([Panel("", others)] if others else [])]
 
 
+def read_plan(folder: Path) -> list[dict[str, Any]]:
+    """The panels of a study's plan. Raises RunError where the file is damaged."""
+    path = folder / PLAN_FILE
+    panels = read_json(path, ("panels",))["panels"]
+    for panel in panels:
+        check_keys(panel, path, ("title", "note", "is_sweep", "runs"), ", a panel")
+        for run in panel["runs"]:
+            check_keys(run, path, ("folder", "name", "state"), ", a run")
+    return panels
+
+
 def read_study(folder: Path) -> list[Panel]:
     """The panels of a study as far as it has come.
 
@@ -116,15 +127,17 @@ def read_study(folder: Path) -> list[Panel]:
     study's folder, `name` and `state` as last seen.
     """
     panels = []
-    for planned in json.loads((folder / PLAN_FILE).read_text())["panels"]:
+    for planned in read_plan(folder):
         entries, unfinished = [], []
         for run in planned["runs"]:
             path = folder / run["folder"]
             try:
                 entry = read_entry(path)
-            except RunError:
+            except RunError as error:
                 is_begun = path.exists() and not run["state"].startswith("crashed")
-                unfinished.append((path, "unfinished" if is_begun else run["state"]))
+                is_damaged = (path / "DONE").exists() or path.is_file()
+                state = "unfinished" if is_begun else run["state"]
+                unfinished.append((path, str(error) if is_damaged else state))
                 continue
             entries.append(replace(entry, name=run["name"]))
         panels.append(Panel(planned["title"], tuple(entries), planned["note"], tuple(unfinished), planned["is_sweep"]))

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,14 @@ from typing import Any
 from potstill.config import RunRecipe, load_any_recipe, to_toml
 from potstill.digests import file_digest
 
-# What each step adds rows to; `evals.jsonl` belongs to a student that is finished.
-STEP_LOGS = ("metrics.jsonl", "window.jsonl", "samples.jsonl")
+# What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is finished.
+STEP_LOGS = {
+    "metrics.jsonl": ("step", "seconds"),
+    "samples.jsonl": ("step", "tokens", "trained"),
+    "window.jsonl": ("step", "window", "action", "failed"),
+}
+# What tells one evaluation of a run from another.
+EVAL_KEYS = ("step", "temperature", "settings")
 PACKAGES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "trl")
 
 
@@ -77,26 +83,58 @@ def open_run(recipe: RunRecipe, environment: dict[str, Any]) -> Iterator[None]:
     Raises RunError when another process is in it, or when it was begun with other models or prompts under the same
     names: what a recipe names can change, and objects may have taken its place.
     """
-    from filelock import FileLock, Timeout
-
     folder = recipe.out
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "run folder"):
+        if (folder / "environment.json").exists():
+            begun = read_json(folder / "environment.json", ("models", "prompts"))
+            for key in ("models", "prompts"):
+                if begun[key] != environment[key]:
+                    raise RunError(
+                        f"run folder {str(folder)!r} was begun with other {key} ({json.dumps(begun[key])} there, "
+                        f"{json.dumps(environment[key])} here); choose another --out or remove the folder"
+                    )
+        if not (folder / "recipe.toml").exists():
+            write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
+        write_atomically(folder / "environment.json", json.dumps(describe_machine() | environment, indent=1) + "\n")
+        yield
+
+
+@contextmanager
+def locked(path: Path, what: str, waits: bool = False) -> Iterator[None]:
+    """A folder or file for this process alone. Raises RunError where another has it, or waits for that."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"))
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            if (folder / "environment.json").exists():
-                begun = json.loads((folder / "environment.json").read_text())
-                for key in ("models", "prompts"):
-                    if begun[key] != environment[key]:
-                        raise RunError(
-                            f"run folder {str(folder)!r} was begun with other {key} ({json.dumps(begun[key])} there, "
-                            f"{json.dumps(environment[key])} here); choose another --out or remove the folder"
-                        )
-            if not (folder / "recipe.toml").exists():
-                write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
-            write_atomically(folder / "environment.json", json.dumps(describe_machine() | environment, indent=1) + "\n")
-            yield
+        lock.acquire(timeout=-1 if waits else 0)
     except Timeout:
-        raise RunError(f"run folder {str(folder)!r} is in use by another process; wait for it or stop it") from None
+        raise RunError(f"{what} {str(path)!r} is in use by another process; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def store_evals(folder: Path, step: int, rows: Sequence[dict[str, Any]]) -> None:
+    """Add the rows of an evaluation to `evals.jsonl`, in place of those of the same step, temperature and settings."""
+
+    def key(row: dict[str, Any]) -> str:
+        return json.dumps([row[name] for name in EVAL_KEYS], sort_keys=True)
+
+    new = {key(row): row for row in ({"step": step, **row} for row in rows)}
+    path = folder / "evals.jsonl"
+    with locked(path, "evaluations", waits=True):
+        kept = [row for row in read_rows(path, EVAL_KEYS) if key(row) not in new]
+        write_rows(path, [*kept, *new.values()])
+
+
+def last_row(folder: Path) -> dict[str, Any]:
+    """The metrics of a run's last step. Raises RunError where there are none."""
+    rows = read_rows(folder / "metrics.jsonl", ("step",))
+    if not rows:
+        raise RunError(f"{str(folder / 'metrics.jsonl')!r} is missing or empty; {_repair(folder / 'metrics.jsonl')}")
+    return rows[-1]
 
 
 def seal_logs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -167,12 +205,21 @@ def read_rows(path: Path, keys: Collection[str] = ()) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = _read_bytes(path).split(b"\n")[:-1]
-    return [_parse(line, path, keys, f", line {i}") for i, line in enumerate(lines, 1)]
+    numbered = [(line, f", line {i}") for i, line in enumerate(lines, 1)]
+    return [check_keys(_parse(line, path, where), path, keys, where) for line, where in numbered]
 
 
 def read_json(path: Path, keys: Collection[str] = ()) -> dict[str, Any]:
     """A file that is one JSON object. Raises RunError where it is not, or lacks some of the keys."""
-    return _parse(_read_bytes(path), path, keys)
+    return check_keys(_parse(_read_bytes(path), path), path, keys)
+
+
+def read_json_list(path: Path, keys: Collection[str] = ()) -> list[dict[str, Any]]:
+    """A file that is a JSON list of at least one object, each with these keys. Raises RunError where it is not."""
+    found = _parse(_read_bytes(path), path)
+    if not isinstance(found, list) or not found:
+        raise RunError(f"{str(path)!r} is not a JSON list of rows; {_repair(path)}")
+    return [check_keys(row, path, keys, f", row {i}") for i, row in enumerate(found, 1)]
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -182,23 +229,26 @@ def _read_bytes(path: Path) -> bytes:
         raise RunError(f"{str(path)!r} cannot be read: {error.strerror}; {_repair(path)}") from None
 
 
-def _repair(path: Path) -> str:
-    return REPAIRS.get(path.name, "restore it, or remove it and make it again")
-
-
-def _parse(text: bytes, path: Path, keys: Collection[str], where: str = "") -> dict[str, Any]:
-    """A JSON object with these keys."""
+def _parse(text: bytes, path: Path, where: str = "") -> Any:
     try:
-        found = json.loads(text.decode())
+        return json.loads(text.decode())
     except UnicodeDecodeError:
         raise RunError(f"{str(path)!r}{where} is not UTF-8; {_repair(path)}") from None
     except (ValueError, RecursionError) as error:
         raise RunError(f"{str(path)!r}{where} is not JSON ({error}); {_repair(path)}") from None
+
+
+def check_keys(found: Any, path: Path, keys: Collection[str], where: str = "") -> dict[str, Any]:
+    """What was found in a file (`where` in it), once it is a JSON object with these keys. Raises RunError."""
     if not isinstance(found, dict):
-        raise RunError(f"{str(path)!r}{where} is {type(found).__name__} and not a JSON object; {_repair(path)}")
+        raise RunError(f"{str(path)!r}{where} is not a JSON object; {_repair(path)}")
     if missing := [key for key in keys if key not in found]:
         raise RunError(f"{str(path)!r}{where} has no {missing[0]!r}; {_repair(path)}")
     return found
+
+
+def _repair(path: Path) -> str:
+    return REPAIRS.get(path.name, "restore it, or remove it and make it again")
 
 
 def finish(recipe: RunRecipe) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from potstill.config import METHODS, GrpoRecipe, Recipe, RecipeError, to_toml
 from potstill.jobs import Job, run_jobs
 from potstill.planning import Item, PlannedPanel, choose, plan, recipe_file
-from potstill.results import PLAN_FILE
-from potstill.runlog import RunError, write_atomically
+from potstill.results import PLAN_FILE, read_plan
+from potstill.runlog import locked, write_atomically
 from potstill.study_file import Study
 
 
@@ -28,8 +28,6 @@ def run_study(
     Prints the plan with estimated time and disk before it begins, and asks nothing. What crashed in an earlier call is
     done again. Raises RecipeError or RunError before any work when a run could not begin.
     """
-    from filelock import FileLock, Timeout
-
     if num_jobs is not None and num_jobs < 1:
         raise RecipeError(f"--jobs is {num_jobs}; it must be at least 1")
     num_parallel, one_thread = _processes(num_jobs)
@@ -40,17 +38,14 @@ def run_study(
     if dry_run:
         return True
     study.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(study.out / ".lock", timeout=0):
-            crashed = _run_stage(study, [panel for panel in panels if panel.is_sweep], panels, num_parallel, one_thread)
-            chosen = choose(study)
-            panels = plan(study, chosen)
-            for (title, method), value in chosen.items():
-                print(f"{title}: {METHODS[method].name} goes on with {value:g}")
-            others = [panel for panel in panels if not panel.is_sweep]
-            crashed += _run_stage(study, others, panels, num_parallel, one_thread)
-    except Timeout:
-        raise RunError(f"study {str(study.out)!r} is being run by another process; wait for it or stop it") from None
+    with locked(study.out, "study"):
+        crashed = _run_stage(study, [panel for panel in panels if panel.is_sweep], panels, num_parallel, one_thread)
+        chosen = choose(study)
+        panels = plan(study, chosen)
+        for (title, method), value in chosen.items():
+            print(f"{title}: {METHODS[method].name} goes on with {value:g}")
+        others = [panel for panel in panels if not panel.is_sweep]
+        crashed += _run_stage(study, others, panels, num_parallel, one_thread)
     for item, message in crashed:
         print(f"CRASHED {item.job.name}: {message} ({item.job.log})", file=sys.stderr)
     return not crashed
@@ -111,10 +106,9 @@ def _run_stage(
 
 def _last_states(study: Study) -> dict[str, str]:
     """What is known of runs that crashed."""
-    file = study.out / PLAN_FILE
-    if not file.exists():
+    if not (study.out / PLAN_FILE).exists():
         return {}
-    runs = [run for panel in json.loads(file.read_text())["panels"] for run in panel["runs"]]
+    runs = [run for panel in read_plan(study.out) for run in panel["runs"]]
     return {run["folder"]: run["state"] for run in runs if run["state"].startswith("crashed")}
 
 

@@ -113,7 +113,7 @@ def train(
     if runlog.is_done(recipe.out, recipe) and all(thing is None for thing in objects):
         spec = recipe.student
         finished = load_model(str(recipe.out / "model"), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
-        return RunResult(recipe.out, finished, runlog.read_rows(recipe.out / "metrics.jsonl")[-1])
+        return RunResult(recipe.out, finished, runlog.last_row(recipe.out))
     setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts)
     if not world.is_main:
         return _run(recipe, setup, world, quiet=True)
@@ -420,8 +420,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
         if recipe.evaluation.source is not None:
             finished = LanguageModel(decoders["student"], student.tokenizer, str(folder))
             options = {"end_ids": setup.ends.stop_ids, "responses": folder / "responses", "quiet": quiet}
-            for row in evaluate(finished, recipe.evaluation, **options):
-                runlog.append(folder / "evals.jsonl", {"step": step, **row})
+            runlog.store_evals(folder, step, evaluate(finished, recipe.evaluation, **options))
         runlog.finish(recipe)
     distributed.wait_for_all(world)
     return RunResult(folder, student, metrics)
