@@ -267,6 +267,8 @@ def test_what_a_shipped_recipe_says_of_its_own_model_is_not_for_others(tmp_path)
         for name in names:
             section, field = name.split(".")
             assert field not in data[section]
+    assert "another model, data or length: train.lr" in load_recipe("demo", {"student.model": "x/y"}).notes[0]
+    assert not load_recipe("demo").notes
     (tmp_path / "own.toml").write_text((SHIPPED_RECIPES / "demo.toml").read_text())
     assert not_carried_over(tmp_path / "own.toml", {"student.model": "my/model"}) == []
 

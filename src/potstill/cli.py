@@ -23,7 +23,6 @@ from potstill.config import (
     field_names,
     load_grpo_recipe,
     load_recipe,
-    not_carried_over,
     to_toml,
 )
 
@@ -79,8 +78,8 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             if clash := sorted(corner.keys() & overrides.keys()):
                 raise RecipeError(f"--method {method} and --{clash[0]} both set {clash[0]}; give one of them")
         resolved = load_recipe(recipe, corner | overrides)
-        _say_what_is_not_carried_over(recipe, overrides)
         if dry_run:
+            print("".join(f"{note}\n" for note in resolved.notes), end="", file=sys.stderr)
             print(to_toml(resolved.resolved()), end="")
             return
         from potstill import distributed
@@ -106,8 +105,8 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             dry_run: Print the resolved recipe and stop.
         """
         resolved = load_grpo_recipe(recipe, overrides)
-        _say_what_is_not_carried_over(recipe, overrides)
         if dry_run:
+            print("".join(f"{note}\n" for note in resolved.notes), end="", file=sys.stderr)
             print(to_toml(resolved.resolved()), end="")
             return
         from potstill.grpo import run_grpo
@@ -269,7 +268,6 @@ def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
             out: Folder of the cache.
         """
         resolved = load_recipe(recipe, overrides)
-        _say_what_is_not_carried_over(recipe, overrides)
         from potstill import distributed
         from potstill.cache_build import build_cache, summary
 
@@ -355,15 +353,6 @@ def _refuse_overrides(overrides: dict[str, Any]) -> None:
         raise RecipeError(
             f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train`, `potstill grpo` and "
             "`potstill cache build` take"
-        )
-
-
-def _say_what_is_not_carried_over(recipe: str, overrides: dict[str, Any]) -> None:
-    if names := not_carried_over(recipe, overrides):
-        print(
-            f"of the shipped recipe {recipe}, not taken for another model, data or length: {', '.join(names)}; "
-            f"--{names[0]} chooses",
-            file=sys.stderr,
         )
 
 

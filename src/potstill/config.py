@@ -82,6 +82,7 @@ MANY, MANY_AT_ONCE = 10**9, 10**6
 # Of logits near 30, float32 rounding is 2e-6: divided by less than this it would be a share of a nat.
 COLDEST = 1e-4
 AnySection = TypeVar("AnySection", bound=BaseModel)
+AnyRecipe = TypeVar("AnyRecipe", bound="RunRecipe")
 
 
 class Section(BaseModel):
@@ -428,6 +429,12 @@ class RunRecipe(Section):
     """What every kind of recipe is: fields, of which the chosen mode reads some, and a run folder."""
 
     out: Path = Path("runs/run")
+    _notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should read before the run begins."""
+        return self._notes
 
     def unread(self) -> dict[str, str]:
         """Fields (or whole sections) that the recipe's mode does not read, with the reason."""
@@ -843,12 +850,22 @@ def is_hub_id(source: str) -> bool:
 
 def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read the TOML recipe of a distillation; otherwise as `load_any_recipe`."""
-    return make_recipe(read_recipe(recipe, overrides), str(recipe))
+    return _noted(make_recipe(read_recipe(recipe, overrides), str(recipe)), recipe, overrides)
 
 
 def load_grpo_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> GrpoRecipe:
     """Read the TOML recipe of a GRPO run; otherwise as `load_any_recipe`."""
-    return validate(read_recipe(recipe, overrides), str(recipe), GrpoRecipe)
+    return _noted(validate(read_recipe(recipe, overrides), str(recipe), GrpoRecipe), recipe, overrides)
+
+
+def _noted(read: AnyRecipe, recipe: str | Path, overrides: dict[str, Any] | None) -> AnyRecipe:
+    """A recipe that says what was left out of it."""
+    if names := not_carried_over(recipe, overrides or {}):
+        read._notes = (
+            f"of the shipped recipe {recipe}, not taken for another model, data or length: {', '.join(names)}; "
+            f"--{names[0]} chooses",
+        )
+    return read
 
 
 def load_any_recipe(recipe: str | Path) -> Recipe | GrpoRecipe:

@@ -438,6 +438,7 @@ def _opening(recipe: GrpoRecipe, setup: Setup, step: int) -> list[str]:
     tokenizer = setup.model.tokenizer
     lines = [f"GRPO from {recipe.model}: {recipe.out}" + (f", resumed after step {step}" if step else "")]
     lines.append(f"end set: {described(tokenizer, setup.end_ids)}")
+    lines += recipe.notes
     if warning := template_warning(setup.prompts, tokenizer, recipe.data.template):
         lines.append(warning)
     text = tokenizer.decode(setup.prompts[0].token_ids)

@@ -532,6 +532,7 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     student, teacher = setup.student, setup.teacher
     lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
     lines += _about_ends(recipe, setup)
+    lines += recipe.notes
     if recipe.train.lr is None:
         lines.append(describe_lr(recipe.train, student.num_weights))
     if teacher is not None and student.vocab_size != teacher.vocab_size:
