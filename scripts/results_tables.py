@@ -33,7 +33,7 @@ def main(file: Path) -> None:
         judged = [claim for claim in panel["claims"] if claim["effect"]]
         if judged:
             rows = [
-                [claim["name"], estimate(claim["effect"]) + " " + claim["unit"], claim["verdict"], claim["detail"]]
+                [claim["name"], estimate(claim["effect"]) + " " + claim["unit"], claim["answer"], claim["detail"]]
                 for claim in judged
             ]
             print("\n" + table(["claim", "effect", "verdict", "of what"], rows))

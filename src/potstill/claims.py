@@ -7,10 +7,12 @@ Comparisons under several conditions (teachers, windows, prefixes) are averaged 
 training varies with, and the interval is for seeds and problems (`seeds_and_problems`). Where seeds were evaluated on
 different problems it is Student's for the seeds' means, which hold the problems' noise too.
 
-A claim is supported, or contradicted, when the whole 95 % interval is on one side of its bound. Intervals are not
-corrected for the number of claims: each is a question of its own, and of twenty of which nothing is true about one gets
-a verdict. Claims about accuracy are judged at the highest temperature that was evaluated and once more at the lowest,
-since what makes the student sharper looks like a gain where cooling would do as well.
+A claim is supported, or contradicted, when the whole 95 % interval is on one side of its bound, by three seeds or more.
+With fewer it has a direction and a size and no verdict: an interval over problems does not know how much training
+varies, and rounding alone can turn over what one seed shows. Intervals are not corrected for the number of claims: each
+is a question of its own, and of twenty of which nothing is true about one gets a verdict. Claims about accuracy are
+judged at the highest temperature that was evaluated and once more at the lowest, since what makes the student sharper
+looks like a gain where cooling would do as well.
 """
 
 import json
@@ -25,7 +27,7 @@ import numpy as np
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, Window
 from potstill.results import Entry, recipe_key
-from potstill.statistics import Estimate, pass_at_k, seeds_and_problems
+from potstill.statistics import SEEDS_TO_JUDGE, Estimate, pass_at_k, seeds_and_problems
 
 # May differ within a comparison. How a run was evaluated is read from the evaluation, which can be newer.
 IGNORED = (
@@ -46,7 +48,8 @@ UNITS = {
     "entropy above the teacher's": "nats a token",
 }
 
-Verdict = Literal["supported", "contradicted", "undecided", "not measured"]
+# Those that are no verdict say how many seeds there are.
+Verdict = Literal["supported", "contradicted", "undecided", "not measured", "one seed", "two seeds"]
 Kind = Callable[[Recipe], bool]
 Place = Callable[[Entry], float | None]
 
@@ -57,7 +60,8 @@ class Claim:
 
     `effect` is of `metric` in `unit`, None where not measured. `pairs` are the run folders (or evaluation files) that
     were compared, the first minus (or, in times, over) the second. `detail` says how many there are and what the
-    interval is over, or which runs would measure it.
+    interval is over, or which runs would measure it. `direction` is "towards" where the effect is on the claim's side
+    of its bound, whatever the interval, else "against".
     """
 
     name: str
@@ -68,6 +72,12 @@ class Claim:
     pairs: tuple[tuple[Path, Path], ...]
     verdict: Verdict
     detail: str
+    direction: Literal["towards", "against", ""] = ""
+
+    @property
+    def answer(self) -> str:
+        """The verdict, or the direction where there are too few seeds for one."""
+        return f"{self.direction} ({self.verdict})" if self.verdict in ("one seed", "two seeds") else self.verdict
 
 
 class Comparison(NamedTuple):
@@ -164,11 +174,15 @@ def _judge(question: Question, entries: dict[Path, Entry], temperatures: tuple[f
         detail.append(f"k = {', '.join(map(str, sorted(ks)))}")
     if question.compared.contrast == "slope":
         detail.append("rank correlation " + ", ".join(f"{rank:.2f}" for rank in ranks))
-    verdict = _verdict(effect, question.bound, question.sign)
-    return replace(claim, effect=effect, pairs=tuple(pairs), verdict=verdict, detail="; ".join(detail))
+    verdict = _verdict(effect, question.bound, question.sign, len(effects))
+    direction = "towards" if question.sign * (effect.value - question.bound) > 0 else "against"
+    judged = replace(claim, effect=effect, verdict=verdict, direction=direction)
+    return replace(judged, pairs=tuple(pairs), detail="; ".join(detail))
 
 
-def _verdict(effect: Estimate, bound: float, sign: int) -> Verdict:
+def _verdict(effect: Estimate, bound: float, sign: int, num_seeds: int) -> Verdict:
+    if num_seeds < SEEDS_TO_JUDGE:
+        return "one seed" if num_seeds == 1 else "two seeds"
     if effect.low > bound:
         return "supported" if sign > 0 else "contradicted"
     if effect.high < bound:

@@ -314,8 +314,13 @@ def gave_up(entries: Sequence[Entry]) -> list[str]:
 
 
 def comparisons(entries: Sequence[Entry]) -> list[str]:
-    """Each model against the first on the same problems, at each temperature; p-values corrected over all of them."""
+    """Each model against the first on the same problems, at each temperature; p-values corrected over all of them.
+
+    The last line says what the intervals are about; there is none without another model.
+    """
     first, *others = entries
+    if not others:
+        return []
     pairs = []
     for other in others:
         for a, b in zip(first.evals, other.evals, strict=True):
@@ -323,12 +328,14 @@ def comparisons(entries: Sequence[Entry]) -> list[str]:
             mine, theirs = a["problems"]["score"], b["problems"]["score"]
             pairs.append((other.name, a["temperature"], paired(theirs, mine)))
     corrected = holm([result.p_value for _, _, result in pairs])
-    return [
+    lines = [
         f"{name} - {first.name} at T={temperature:g}: {100 * result.difference.value:+.1f} points "
         f"[{100 * result.difference.low:+.1f}, {100 * result.difference.high:+.1f}] (paired bootstrap over problems), "
         f"p = {p:.2g} (Wilcoxon, Holm over {len(pairs)})"
         for (name, temperature, result), p in zip(pairs, corrected, strict=True)
     ]
+    note = "Intervals and p-values are over problems alone: they are about these models, and not about how they were "
+    return [*lines, note + "trained, for which it takes at least three seeds of each."]
 
 
 def show_responses(

@@ -23,20 +23,19 @@ from potstill.comparison import (
     Part,
     Summary,
     budgets,
-    difference,
     grids,
     grpo_pairs,
     is_gated,
     make_groups,
     metrics_of,
     mixing_sweeps,
-    pair_up,
     seed_names,
     stored,
     window_comparisons,
 )
-from potstill.config import METHODS, Recipe
+from potstill.config import METHODS
 from potstill.figures import Link
+from potstill.findings import findings, number, seeds_of, values
 from potstill.reader import reader_data
 from potstill.results import Entry, Panel, read_panels
 from potstill.runlog import RunError, write_atomically
@@ -45,8 +44,6 @@ from potstill.statistics import Estimate
 RESULTS_FILE = "results.json"
 # How many runs' curves are drawn before the reader chooses.
 NUM_DRAWN = 12
-# How many names a sentence lists.
-NUM_NAMED = 6
 
 
 def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
@@ -218,12 +215,12 @@ def print_findings(page: Path) -> None:
             found = (_short(group["metrics"].get(key), metric) for key, metric in metrics.items())
             groups.add_row(Text(group["label"]), *found)
         claimed = Table(box=box.SIMPLE)
-        for name in ("claim", "effect", "verdict"):
+        for name in ("claim", "effect", "verdict, by three seeds or more"):
             claimed.add_column(name, justify="right" if name == "effect" else "left")
         for claim in panel["claims"]:
             if effect := claim["effect"]:
                 text = f"{_effect(Estimate(**effect), claim['unit'])} {claim['unit']}"
-                claimed.add_row(Text(claim["name"]), Text(text), claim["verdict"])
+                claimed.add_row(Text(claim["name"]), Text(text), claim["answer"])
         for table in (groups, claimed):
             # A table that is folded to a narrow window cannot be read.
             needed = Console(width=10_000).measure(table).maximum
@@ -287,7 +284,7 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
     return {
         "title": comparison.panel.title,
         "note": comparison.panel.note,
-        "findings": [text for text, _ in findings(comparison)],
+        "findings": [text for text, _ in findings(comparison.metrics, comparison.groups, comparison.grpo)],
         "metrics": {
             metric.key: {"title": metric.title, "unit": metric.unit, "scale": metric.scale, "digits": metric.digits}
             for metric in comparison.metrics
@@ -324,7 +321,9 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             for part in comparison.grids
         ],
         "claims": [
-            asdict(claim) | {"pairs": [[link(a), link(b)] for a, b in claim.pairs], "effect": interval(claim.effect)}
+            asdict(claim)
+            | {"pairs": [[link(a), link(b)] for a, b in claim.pairs], "effect": interval(claim.effect)}
+            | {"answer": claim.answer}
             for claim in comparison.claims
         ],
         "grpo": [
@@ -332,6 +331,7 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
                 "before": {"label": pair.before.label, "metrics": summaries(pair.before.summaries)},
                 "after": {"label": pair.after.label, "metrics": summaries(pair.after.summaries)},
                 "differences": {key: interval(effect) for key, effect in pair.differences.items()},
+                "num_seeds": len(pair.after.entries),
             }
             for pair in comparison.grpo
         ],
@@ -372,7 +372,7 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         ],
         "findings": [
             (text, [(path.name, link(path)) for path in paths[:NUM_DRAWN]], len(paths) - NUM_DRAWN)
-            for text, paths in findings(comparison)
+            for text, paths in findings(comparison.metrics, comparison.groups, comparison.grpo)
         ],
         "measured": [
             {
@@ -427,6 +427,7 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         else None,
         "grpo": [
             {
+                "seeds": seeds_of(pair.after),
                 "before": (pair.before.label, runs_of(pair.before, None, link)),
                 "after": (pair.after.label, runs_of(pair.after, None, link)),
                 "cells": [
@@ -445,60 +446,6 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         if comparison.grpo
         else [],
     }
-
-
-def findings(comparison: Comparison) -> list[tuple[str, list[Path]]]:
-    """What was found, in sentences computed from the numbers, each with the runs it speaks of."""
-    metrics = {metric.key: metric for metric in comparison.metrics}
-    avg = next((metric for metric in comparison.metrics if metric.column == "avg"), None)
-    if avg is None:
-        return []
-    scored = [group for group in comparison.groups if avg.key in group.summaries]
-    trained = [group for group in scored if isinstance(group.entries[0].recipe, Recipe)] or scored
-    best = max(trained, key=lambda group: group.summaries[avg.key].value)
-    facts = f"{best.label} with {values(best, [avg])[0]} % ({counted(len(best.entries), 'seed')})"
-    first = f"Highest {avg.title} of {len(trained)} settings" if len(trained) > 1 else avg.title
-    sentences = [(f"{first}: {facts}.", [entry.path for entry in best.entries])]
-    others = sorted((g for g in trained if g is not best), key=lambda g: -g.summaries[avg.key].value)
-    effects = [(group, difference(pair_up(group, best), avg)) for group in others]
-    undecided = [group for group, effect in effects if effect is not None and effect.low <= 0]
-    unknown = [group for group, effect in effects if effect is None]
-    below = len(others) - len(undecided) - len(unknown)
-    if undecided:
-        text = f"Undecided, as the 95 % interval of the difference to it includes 0: {named(undecided)}."
-        sentences.append((text, [entry.path for group in undecided[:NUM_NAMED] for entry in group.entries]))
-    if below:
-        sentences.append((f"Below it by an interval that excludes 0: {below} of {len(others)} others.", []))
-    if unknown:
-        text = f"Not compared with it, for want of the same seeds and problems: {named(unknown)}."
-        sentences.append((text, [entry.path for group in unknown[:NUM_NAMED] for entry in group.entries]))
-    cost = metrics.get("gflops") or metrics.get("seconds")
-    costed = [group for group in trained if cost is not None and cost.key in group.summaries]
-    if cost is not None and len(costed) > 1:
-        cheapest = min(costed, key=lambda group: group.summaries[cost.key].value)
-        text = (
-            f"Cheapest by {cost.title}: {cheapest.label} with {values(cheapest, [cost])[0]} {cost.unit} and "
-            f"{avg.title} {values(cheapest, [avg])[0]} %."
-        )
-        sentences.append((text, [entry.path for entry in cheapest.entries]))
-    if comparison.grpo and avg.key in comparison.grpo[0].after.summaries:
-        pair = comparison.grpo[0]
-        text = (
-            f"Best end of GRPO: {pair.after.label}, {avg.title} {values(pair.before, [avg])[0]} % before and "
-            f"{values(pair.after, [avg])[0]} % after."
-        )
-        sentences.append((text, [entry.path for group in (pair.before, pair.after) for entry in group.entries]))
-    return sentences
-
-
-def counted(num: int, noun: str) -> str:
-    return f"{num} {noun}" + ("" if num == 1 else "s")
-
-
-def named(groups: Sequence[Group]) -> str:
-    """The labels of these groups, the first few of many."""
-    more = f" and {len(groups) - NUM_NAMED} more" if len(groups) > NUM_NAMED else ""
-    return "; ".join(group.label for group in groups[:NUM_NAMED]) + more
 
 
 def at_temperature(metrics: Sequence[Metric], avg: Metric) -> list[Metric]:
@@ -543,25 +490,3 @@ def runs_of(group: Group, metric: Metric | None, link: Link) -> list[tuple[str, 
         for path, seed in seed_names(group).items()
         if metric is None or path in own
     ]
-
-
-def values(group: Group, metrics: Sequence[Metric]) -> list[str]:
-    """A group's metrics as text, empty where it has none."""
-    found = [(group.summaries.get(metric.key), metric) for metric in metrics]
-    return [
-        ""
-        if summary is None
-        else number((summary.value,) if summary.low is None else (summary.value, summary.low, summary.high), metric)
-        for summary, metric in found
-    ]
-
-
-def number(estimate: Sequence[float | None] | None, metric: Metric, sign: str = "") -> str:
-    """A value, and its interval where it has one, as text; empty without a value."""
-    if estimate is None:
-        return ""
-    digits = metric.digits
-    if metric.temperature is None and estimate[0]:
-        digits = max(0, 2 - math.floor(math.log10(abs(metric.scale * estimate[0]))))
-    value, *bounds = (f"{metric.scale * x:{sign},.{digits}f}" for x in estimate if x is not None)
-    return f"{value} [{', '.join(bounds)}]" if bounds else value

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 NUM_RESAMPLES = 9999
+# With fewer seeds nothing is said of training: rounding alone moves what one seed seems to show.
+SEEDS_TO_JUDGE = 3
 
 
 class Estimate(NamedTuple):
@@ -15,6 +17,11 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def seeds_in_words(num: int) -> str:
+    """How many seeds something rests on, in words where they are too few to judge by."""
+    return {1: "one seed", 2: "two seeds"}.get(num, f"{num} seeds")
 
 
 def pass_at_k(num_responses: int, num_correct: int, k: int) -> float:

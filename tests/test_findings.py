@@ -1,0 +1,82 @@
+"""What a report says of its runs, by how many seeds there are."""
+
+import json
+
+import pytest
+from synthetic_runs import evaluate, write_run
+
+from potstill.evaluation import comparisons
+from potstill.report import print_findings, write_report
+from potstill.results import Entry
+
+JUDGING = ("Below it", "Undecided", "excludes 0", "supported", "contradicted", "undecided")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three seeds of a good, a bad and a good enough method, and GRPO from the bad one."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in range(3):
+        sections = {"train": {"seed": seed}}
+        for i, (kl, accuracy) in enumerate((("reverse", 0.9), ("forward", 0.1), ("jsd", 0.9))):
+            objective = {"prefix": "student", "kl": kl}
+            write_run(folder / f"{kl}-{seed}", evaluate(10 * seed + i, accuracy), objective=objective, **sections)
+        start = str(folder / f"forward-{seed}")
+        write_run(folder / f"grpo-{seed}", evaluate(10 * seed + 5, 0.9), model=start, grpo={"seed": seed})
+    return folder
+
+
+def told(folder, num_seeds, out, capsys):
+    """Findings, claims and what is printed of the first seeds."""
+    paths = [path for path in sorted(folder.iterdir()) if int(path.name[-1]) < num_seeds]
+    page = write_report(paths, out / "report.html")
+    print_findings(page)
+    (panel,) = json.loads((out / "results.json").read_text())["panels"]
+    return panel, capsys.readouterr().out, page.read_text()
+
+
+@pytest.mark.parametrize(("num_seeds", "words"), [(1, "one seed"), (2, "two seeds")])
+def test_few_seeds_rank_nothing(folder, tmp_path, capsys, num_seeds, words):
+    panel, printed, text = told(folder, num_seeds, tmp_path, capsys)
+    found = " ".join(panel["findings"])
+    assert not any(word in found + printed for word in JUDGING)
+    alone = "; the interval is over problems alone" if num_seeds == 1 else ""
+    assert f"({words}{alone})" in panel["findings"][0]
+    (direction,) = [sentence for sentence in panel["findings"] if sentence.startswith("A direction and no ranking")]
+    by_label = {group["label"]: group["metrics"]["avg-T1"]["value"] for group in panel["groups"]}
+    best, worst = max(by_label["OPD"], by_label["Hybrid(student / jsd 0.5)"]), by_label["DAgger"]
+    assert f"DAgger by {100 * (best - worst):.1f} ({words})" in direction
+    assert {claim["verdict"] for claim in panel["claims"] if claim["effect"]} == {words}
+    assert f"towards ({words})" in printed and f"towards ({words})</span>" in text
+    # Before and after GRPO: said in the table, in the sentence and in the numbers.
+    assert panel["grpo"][0]["num_seeds"] == num_seeds and f"</b> ({words}{alone})" in text
+    assert any(s.startswith("Best end of GRPO") and f"after ({words}{alone})" in s for s in panel["findings"])
+
+
+def test_three_seeds_judge(folder, tmp_path, capsys):
+    panel, printed, _ = told(folder, 3, tmp_path, capsys)
+    assert "(3 seeds)." in panel["findings"][0] and not any("A direction" in s for s in panel["findings"])
+    assert "Below it by an interval over seeds and problems that excludes 0: 1 of 2 others." in panel["findings"]
+    assert any(s.startswith("Undecided, as the 95 % interval over seeds and problems") for s in panel["findings"])
+    verdicts = {claim["name"]: claim["verdict"] for claim in panel["claims"]}
+    assert verdicts["accuracy-entropy: accuracy"] == "supported" and "supported" in printed
+
+
+def test_models_without_training_are_compared_over_problems(tmp_path, capsys):
+    """No seed made them: the interval is about these models."""
+    for name, accuracy in (("good", 0.9), ("bad", 0.1)):
+        rows = [row | {"model": name} for row in evaluate(len(name), accuracy)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    page = write_report([tmp_path / "good.json", tmp_path / "bad.json"], tmp_path / "out" / "report.html")
+    (panel,) = json.loads((page.parent / "results.json").read_text())["panels"]
+    assert panel["findings"][0].startswith("Highest Avg@4 T=1 of 2 settings: good with")
+    assert "seed" not in " ".join(panel["findings"])
+    assert "Below it by an interval over problems that excludes 0: 1 of 1 others." in panel["findings"]
+
+
+def test_two_evaluated_models_are_compared_as_they_are(tmp_path):
+    entries = [Entry(name, tmp_path / name, evaluate(i, 0.2 + 0.6 * i)) for i, name in enumerate(("a", "b"))]
+    *lines, note = comparisons(entries)
+    assert len(lines) == 2 and all("(paired bootstrap over problems)" in line for line in lines)
+    assert "over problems alone" in note and "not about how they were trained" in note
+    assert comparisons(entries[:1]) == []
