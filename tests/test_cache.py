@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 
 import potstill
 from potstill import cache as cache_module
-from potstill import runlog
+from potstill import cache_build, runlog
 from potstill.batching import make_batches
 from potstill.cache import Cache, CacheError, Manifest, read_manifest
 from potstill.cache_build import build_cache, findings, summary, verify_cache
 from potstill.cli import main
 from potstill.config import CacheOptions, RecipeError, make_recipe, to_toml
 from potstill.data import load_examples
+from potstill.digests import file_digest, seal
 from potstill.models import ASSETS, ModelError, load_model
 from potstill.objective import batch_loss, teacher_signal
 from potstill.topk import top_k_of
@@ -510,6 +511,108 @@ def test_an_edited_manifest_is_found(copied, tmp_path):
         Cache(copied)
 
 
+def forge(folder, change):
+    """Change a manifest and give it the checksum of what it says now, which is no secret."""
+    data = json.loads((folder / "manifest.json").read_text())
+    change(data)
+    (folder / "manifest.json").write_text(seal({key: data[key] for key in data if key != "checksum"}))
+
+
+def in_shard(**fields):
+    return lambda data: data["shards"][0].update(fields)
+
+
+FORGERIES = {
+    "above": in_shard(file="../victim.safetensors"),
+    "absolute": lambda data: data["shards"][0].update(file=data["victim"]),
+    "through shards": in_shard(file="shards/../../victim.safetensors"),
+    "another kind of file": in_shard(file="shards/0123456789abcdef.txt"),
+    "a line after it": in_shard(file="shards/0123456789abcdef.safetensors\n"),
+    "no name": in_shard(file=3),
+    "no bytes": in_shard(num_bytes=-1),
+    "no hidden states": lambda data: data.update(hidden_size=-1),
+    "no width": lambda data: data.update(hidden_size=0),
+    "NaN": lambda data: data.update(head_scale=float("nan")),
+    "infinite": lambda data: data.update(head_softcap=float("inf")),
+    "a field less": lambda data: data["settings"].pop("window"),
+    "no list": lambda data: data.update(shards=7),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_manifest_deletes_and_reads_nothing_elsewhere(copied, tmp_path, forgery):
+    victim = copied.parent / "victim.safetensors"
+    shutil.copy(first_shard(copied), victim)
+
+    def change(data):
+        data["victim"] = str(victim)
+        FORGERIES[forgery](data)
+        del data["victim"]
+
+    forge(copied, change)
+    before = tree(copied)
+    for attempt in (
+        lambda: verify_cache(copied, drop_broken=True, quiet=True),
+        lambda: read_manifest(copied),
+        lambda: train_from(copied, tmp_path / "run"),
+        lambda: build(tiny_recipe("unused"), copied, FLOAT32),
+    ):
+        with pytest.raises(CacheError, match=r"manifest.json': .*, which no build writes .*; restore it"):
+            attempt()
+    assert victim.exists() and tree(copied) == before
+
+
+@pytest.mark.parametrize("linked", ["shard", "folder"])
+def test_links_in_a_cache_are_not_followed(copied, tmp_path, linked):
+    shard = first_shard(copied)
+    source = shard if linked == "shard" else shard.parent
+    target = shutil.move(source, tmp_path / "target")
+    source.symlink_to(target)
+    # Damaged, so that it would be dropped.
+    (source if linked == "shard" else source / shard.name).write_bytes(b"precious")
+    with pytest.raises(CacheError, match="is a link; put what it points to in its place"):
+        verify_cache(copied, drop_broken=True, quiet=True)
+    assert Path(target).exists()
+
+
+def test_a_build_removes_only_what_a_build_left(copied):
+    """Of shards that no manifest lists: whole ones and unfinished ones; not what has another name."""
+    shards = copied / "shards"
+    theirs = ("notes.txt", ".DS_Store", "0123456789abcdef.safetensors.bak")
+    for name in (*theirs, "0123456789abcdef.safetensors", ".unfinished-0123456789abcdef.safetensors"):
+        (shards / name).write_text("x")
+    (shards / "fedcba9876543210.safetensors").mkdir()
+    listed = {Path(record.file).name for record in read_manifest(copied).shards}
+    build(tiny_recipe("unused"), copied, FLOAT32)
+    assert {path.name for path in shards.iterdir()} == {*listed, *theirs, "fedcba9876543210.safetensors"}
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 3])
+def test_a_build_killed_before_its_manifest_goes_on(tmp_path, kill_at):
+    """SIGKILL as the head gets its name, as the manifest is first written, and before a shard is listed."""
+    options = {"student": make_model(), "teacher": make_model(seed=1), "prompts": ["__12*3=", "__13*3="]}
+    build(tiny_recipe("unused"), tmp_path / "whole", **options)
+    left = kill_at
+
+    def counted(real):
+        def call(*given):
+            nonlocal left
+            left -= 1
+            return real(*given) if left else os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    if (child := os.fork()) == 0:
+        for name in ("save_whole", "write_atomically"):
+            setattr(cache_build, name, counted(getattr(cache_build, name)))
+        build(tiny_recipe("unused"), tmp_path / "killed", **options)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / "killed/manifest.json").exists() == (kill_at > 2)
+    build(tiny_recipe("unused"), tmp_path / "killed", **options)
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
 def test_another_head_is_found_at_the_first_use_of_a_shard(copied, tmp_path):
     head = load_file(copied / "head.safetensors")
     torch.manual_seed(0)
@@ -519,7 +622,7 @@ def test_another_head_is_found_at_the_first_use_of_a_shard(copied, tmp_path):
         train_from(copied, tmp_path / "run")
     # Even where the manifest says it is the right one.
     manifest = read_manifest(copied)
-    digest = cache_module.file_digest(copied / "head.safetensors")
+    digest = file_digest(copied / "head.safetensors")
     (copied / "manifest.json").write_text(dataclasses.replace(manifest, head_sha256=digest).to_json())
     verified = verify_cache(copied, quiet=True)
     assert len(verified.broken) == len(manifest.shards) and "does not belong to the head" in verified.broken[0]

@@ -20,16 +20,17 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.config import Recipe, TeacherSpec
-from potstill.digests import file_digest, json_digest, seal
+from potstill.digests import file_digest, json_digest, seal, unseal
 from potstill.fused import fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel, ModelError, find_folder, fingerprint, load_config, load_tokenizer
@@ -52,6 +53,10 @@ SIGNALS = {
     "completions": (),
 }
 
+# The only files of a cache that are ever removed.
+SHARD_FILE = r"^shards/[0-9a-f]{16}\.safetensors$"
+
+Count = Annotated[int, Field(ge=1)]
 Payload = Literal["hidden", "topk", "completions"]
 Place = tuple[int, int]
 
@@ -84,15 +89,15 @@ class Settings:
     payload: Payload
     dtype: Literal["float32", "bfloat16", "int8"] | None
     writer: Literal["teacher", "dataset"]
-    window: int
+    window: Count
     end_ids: tuple[int, ...]
-    sampling: dict[str, float] | None
+    sampling: dict[str, int | float] | None
     seed: int | None
     top_k: int | None
     temperature: float | None
     vocab_size: int | None
     end_class: tuple[int, ...] | None
-    rollouts_per_shard: int
+    rollouts_per_shard: Count
 
     def describe(self) -> str:
         """The payload in words."""
@@ -107,10 +112,10 @@ class Settings:
 class ShardRecord:
     """What the manifest says of a shard. `kl` is the mean KL(teacher || what is stored) a token, in nats."""
 
-    file: str
-    num_rollouts: int
-    num_tokens: int
-    num_bytes: int
+    file: Annotated[str, Field(pattern=SHARD_FILE)]
+    num_rollouts: Count
+    num_tokens: Count
+    num_bytes: Count
     sha256: str
     index: str
     kl: float | None
@@ -122,10 +127,10 @@ class Manifest:
 
     teacher: TeacherIdentity
     teacher_end_ids: tuple[int, ...]
-    teacher_vocab_size: int
-    hidden_size: int
-    head_scale: float
-    head_softcap: float | None
+    teacher_vocab_size: Count
+    hidden_size: Count
+    head_scale: FiniteFloat
+    head_softcap: FiniteFloat | None
     head_sha256: str | None
     settings: Settings
     shards: tuple[ShardRecord, ...] = ()
@@ -142,38 +147,42 @@ class Manifest:
         return sum(kl * n for kl, n in known) / sum(n for _, n in known) if known else None
 
     def to_json(self) -> str:
-        data = dataclasses.asdict(self)
-        return seal(data, indent=1)
+        return seal(dataclasses.asdict(self), indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises CacheError when there is none, or it is not what a build wrote."""
+    """Raises CacheError when there is none, or it is not what a build wrote, or leads out of the folder."""
     path = folder / "manifest.json"
     if not path.is_file():
         raise CacheError(
             f"{str(folder)!r} holds no teacher cache (no manifest.json); make one with potstill cache build"
         )
     try:
-        data = json.loads(path.read_text())
-        checksum = data.pop("checksum")
-    except (ValueError, KeyError, AttributeError):
+        sealed = json.loads(path.read_bytes())
+        known = sealed["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CacheError(
             f"{str(path)!r} is no manifest of a teacher cache; restore it or build the cache again"
         ) from None
-    if data.get("format") != FORMAT:
-        raise CacheError(
-            f"{str(path)!r} has format {data.get('format')!r}, and {FORMAT} is known; build the cache again"
-        )
-    if checksum != json_digest(data):
+    if known != FORMAT:
+        raise CacheError(f"{str(path)!r} has format {known!r}, and {FORMAT} is known; build the cache again")
+    data = unseal(sealed)
+    if data is None:
         raise CacheError(f"{str(path)!r} was changed after it was written; restore it or build the cache again")
-    data["teacher"] = TeacherIdentity(**data["teacher"])
-    data["teacher_end_ids"] = tuple(data["teacher_end_ids"])
-    settings = data["settings"]
-    for name in ("end_ids", "end_class"):
-        settings[name] = None if settings[name] is None else tuple(settings[name])
-    data["settings"] = Settings(**settings)
-    data["shards"] = tuple(ShardRecord(**shard) for shard in data["shards"])
-    return Manifest(**data)
+    try:
+        manifest = TypeAdapter(Manifest).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise CacheError(
+            f"{str(path)!r}: {name} is {first['input']!r}, which no build writes ({first['msg']}); restore it or build "
+            "the cache again"
+        ) from None
+    # A link would let what is read, made again or removed here lie anywhere.
+    for linked in (folder / "shards", *(folder / record.file for record in manifest.shards)):
+        if linked.is_symlink():
+            raise CacheError(f"{str(linked)!r} is a link; put what it points to in its place")
+    return manifest
 
 
 def identify(model: LanguageModel) -> TeacherIdentity:

@@ -8,6 +8,7 @@ ranks end with the files of one. A shard gets its name when it is whole on disk,
 import contextlib
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from potstill.batching import make_batches
 from potstill.cache import (
     INDEX,
     KEY_BYTES,
+    SHARD_FILE,
     SIGNALS,
     TEXT,
     Cache,
@@ -33,7 +35,6 @@ from potstill.cache import (
     checksum,
     decode_rows,
     encode_rows,
-    file_digest,
     identify,
     key_of,
     read_manifest,
@@ -41,6 +42,7 @@ from potstill.cache import (
     tensors_digest,
 )
 from potstill.config import CacheOptions, Recipe, RecipeError, TeacherSpec
+from potstill.digests import file_digest
 from potstill.distributed import World
 from potstill.fused import close_kl, fused_statistics
 from potstill.heads import Head
@@ -134,8 +136,12 @@ def _check_folder(out: Path) -> None:
         raise CacheError(f"cache folder {str(out)!r} is a file; choose another --out")
     is_empty = not out.exists() or all(path.name.startswith(".") for path in out.iterdir())
     # A build that was killed before its manifest was written leaves these.
-    began = {"tokenizer", "head.safetensors"}
-    if is_empty or (out / "manifest.json").exists() or {p.name for p in out.iterdir() if p.name[0] != "."} <= began:
+    began = {"tokenizer", "head.safetensors", "shards"}
+    if is_empty or (out / "manifest.json").exists():
+        return
+    if {path.name for path in out.iterdir() if path.name[0] != "."} <= began and not any(
+        (out / "shards").glob("[!.]*")
+    ):
         return
     raise CacheError(f"folder {str(out)!r} is not empty and holds no teacher cache; choose another --out")
 
@@ -182,9 +188,10 @@ def _begin(out: Path, wanted: Manifest, teacher: LanguageModel) -> None:
             save_whole({name: t for name, t in tensors.items() if t is not None}, out / "head.safetensors")
             sha256 = file_digest(out / "head.safetensors")
         write_atomically(out / "manifest.json", dataclasses.replace(wanted, head_sha256=sha256).to_json())
-    listed = {Path(record.file).name for record in read_manifest(out).shards}
+    listed = {record.file for record in read_manifest(out).shards}
     for path in (out / "shards").iterdir():
-        if path.name not in listed:
+        name = f"shards/{path.name.removeprefix('.unfinished-')}"
+        if re.match(SHARD_FILE, name) and (path.name[0] == "." or name not in listed) and path.is_file():
             path.unlink()
 
 
