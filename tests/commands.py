@@ -20,6 +20,10 @@ SFT = {"objective.prefix": "teacher", "objective.kl": "forward"}
 OPD = {"objective.prefix": "student", "objective.kl": "reverse"}
 
 
+# Of a checkpoint's state: checksums of run logs, in which there are seconds.
+OF_LOGS = ("logs", "checksum")
+
+
 def command(text: str, *options: dict[str, str]) -> list[str]:
     """A command line from its words and from the options, of which later ones win."""
     merged: dict[str, str] = {}
@@ -40,15 +44,17 @@ def cache(*options: dict[str, str]) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What each file of a folder holds, but for locks, logs and seconds."""
+    """What each file of a folder holds, but for locks, logs of processes, seconds and checksums of what has them."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if path.name == ".lock" or path.suffix == ".log":
+        if path.name.endswith(".lock") or path.suffix == ".log":
             continue
         if path.suffix in (".json", ".jsonl"):
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
             found[name] = [without_seconds(json.loads(line)) for line in lines]
+            if path.name == "state.json":
+                found[name][0] = {key: value for key, value in found[name][0].items() if key not in OF_LOGS}
         else:
             found[name] = path.read_bytes()
     return found

@@ -66,7 +66,7 @@ class Fault:
 
 def found(folder: Path, name: str) -> Path:
     """The first file of a pattern."""
-    return sorted(folder.glob(name))[0]
+    return folder if name == "." else sorted(folder.glob(name))[0]
 
 
 def flipped(name: str, place: float) -> Harm:
