@@ -8,6 +8,7 @@ SMALL = {
     "data.num-prompts": "24",
     "train.prompts-per-step": "4",
     "train.warmup-steps": "1",
+    "train.lr": "3e-3",
     "train.steps": "6",
     "train.checkpoint-every": "2",
     "window.tokens": "12",

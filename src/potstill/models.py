@@ -6,6 +6,7 @@ Loading, saving, and the checks that two models can be compared token by token a
 import contextlib
 import copy
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,19 +175,27 @@ def without_progress_bars():
 
 
 def save_model(model: LanguageModel, state_dict: dict[str, Tensor], end_ids: Sequence[int], folder: Path) -> None:
-    """Write a plain Hugging Face folder in safetensors whose generation settings stop at every id of the end set."""
+    """Write a plain Hugging Face folder in safetensors whose generation settings stop at every id of the end set.
+
+    It has its name once it is whole; what a killed attempt left, and a folder of that name, go.
+    """
     generation_config = copy.deepcopy(model.model.generation_config)
     generation_config.eos_token_id = list(end_ids) if len(end_ids) > 1 else end_ids[0]
     kept, model.model.generation_config = model.model.generation_config, generation_config
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with without_progress_bars():
-            model.model.save_pretrained(folder, state_dict=state_dict)
-            model.tokenizer.save_pretrained(folder)
+            model.model.save_pretrained(unfinished, state_dict=state_dict)
+            model.tokenizer.save_pretrained(unfinished)
         # safetensors makes its files readable for their owner alone; the other files have the user's own mode.
-        for weights in folder.glob("*.safetensors"):
-            weights.chmod((folder / "config.json").stat().st_mode)
+        for weights in unfinished.glob("*.safetensors"):
+            weights.chmod((unfinished / "config.json").stat().st_mode)
     finally:
         model.model.generation_config = kept
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
 
 
 def find_end_ids(model, tokenizer) -> tuple[int, ...]:
