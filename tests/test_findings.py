@@ -1,6 +1,7 @@
 """What a report says of its runs, by how many seeds there are."""
 
 import json
+import re
 
 import pytest
 from synthetic_runs import evaluate, write_run
@@ -17,10 +18,11 @@ def folder(tmp_path_factory):
     """Three seeds of a good, a bad and a good enough method, and GRPO from the bad one."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in range(3):
-        sections = {"train": {"seed": seed}}
         for i, (kl, accuracy) in enumerate((("reverse", 0.9), ("forward", 0.1), ("jsd", 0.9))):
             objective = {"prefix": "student", "kl": kl}
-            write_run(folder / f"{kl}-{seed}", evaluate(10 * seed + i, accuracy), objective=objective, **sections)
+            write_run(
+                folder / f"{kl}-{seed}", evaluate(10 * seed + i, accuracy), objective=objective, train={"seed": seed}
+            )
         start = str(folder / f"forward-{seed}")
         write_run(folder / f"grpo-{seed}", evaluate(10 * seed + 5, 0.9), model=start, grpo={"seed": seed})
     return folder
@@ -80,3 +82,39 @@ def test_two_evaluated_models_are_compared_as_they_are(tmp_path):
     assert len(lines) == 2 and all("(paired bootstrap over problems)" in line for line in lines)
     assert "over problems alone" in note and "not about how they were trained" in note
     assert comparisons(entries[:1]) == []
+
+
+NAME = "<im_end><script>alert(1)</script>"
+
+
+def with_habits(folder, *rows):
+    """A run whose steps have these habits."""
+    write_run(folder, evaluate(0, 0.5), num_steps=len(rows), objective={"prefix": "student"})
+    path = folder / "metrics.jsonl"
+    lines = [
+        json.loads(line) | {"end_habits": row} for line, row in zip(path.read_text().splitlines(), rows, strict=True)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_report_shows_first_and_last_habits(tmp_path):
+    none = {"ends_of": "student", "num_ends": 0}
+    begun = none | {"num_ends": 3, "student": {"<eos>": 0.9, NAME: 0.05}, "teacher": {"<eos>": 0.01, NAME: 0.8}}
+    ended = none | {"num_ends": 4, "student": {"<eos>": 0.125, NAME: 0.7}, "teacher": {"<eos>": 0.02, NAME: 0.9}}
+    unknown = {key: value for key, value in begun.items() if key != "teacher"}
+    paths = [with_habits(tmp_path / "moved", none, begun, none, ended, none)]
+    paths += [with_habits(tmp_path / "topk", unknown, unknown), with_habits(tmp_path / "never", none, none)]
+    page = write_report(paths, tmp_path / "out" / "report.html")
+    text = page.read_text()
+    section = text[text.index("<h3>End habits</h3>") :]
+    rows = re.findall(r"<tr><td>.*?</tr>", section[: section.index("</details>")])
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows]
+    moved = ["0.900 → 0.125", "0.010 → 0.020", "0.050 → 0.700", "0.800 → 0.900", "no → yes"]
+    topk = ["0.900", "not known", "0.050", "not known", "not known"]
+    whose = "the student&#39;s"
+    assert [row[1:] for row in cells] == [[whose, "2 → 4", "3 → 4", *moved], [whose, "1 → 2", "3", *topk]]
+    assert NAME not in text
+    (panel,) = json.loads((page.parent / "results.json").read_text())["panels"]
+    assert any("different tokens in 1 of 2 runs at first, and in 0 at last" in text for text in panel["findings"])
+    assert [row["step"] for row in panel["runs"][0]["end_habits"]] == [2, 4] and panel["runs"][2]["end_habits"] == []

@@ -5,11 +5,13 @@ seed, or the rounding of another machine, can turn over what it seems to show.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from potstill.comparison import BeforeAndAfter, Group, Metric, difference, pair_up
 from potstill.config import Recipe
+from potstill.results import Entry
 from potstill.statistics import SEEDS_TO_JUDGE, seeds_in_words
 
 # How many names a sentence lists.
@@ -22,9 +24,10 @@ Sentence = tuple[str, list[Path]]
 def findings(metrics: Sequence[Metric], groups: Sequence[Group], grpo: Sequence[BeforeAndAfter]) -> list[Sentence]:
     """What was found, in sentences computed from the numbers, each with the runs it speaks of."""
     by_key = {metric.key: metric for metric in metrics}
+    about_ends = different_ends([entry for group in groups for entry in group.entries])
     avg = next((metric for metric in metrics if metric.column == "avg"), None)
     if avg is None:
-        return []
+        return about_ends
     scored = [group for group in groups if avg.key in group.summaries]
     trained = [group for group in scored if isinstance(group.entries[0].recipe, Recipe)] or scored
     best = max(trained, key=lambda group: group.summaries[avg.key].value)
@@ -48,7 +51,7 @@ def findings(metrics: Sequence[Metric], groups: Sequence[Group], grpo: Sequence[
             f"{values(pair.after, [avg])[0]} % after{seeds_of(pair.after)}."
         )
         sentences.append((text, [entry.path for group in (pair.before, pair.after) for entry in group.entries]))
-    return sentences
+    return sentences + about_ends
 
 
 def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]:
@@ -85,6 +88,54 @@ def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]
         for text, about in sentences
         if about
     ]
+
+
+def first_and_last_habits(entry: Entry) -> list[dict[str, Any]]:
+    """A run's end habits at the first and the last step in which a completion ended, each with its step."""
+    rows = [row["end_habits"] | {"step": row["step"]} for row in entry.metrics if "end_habits" in row]
+    rows = [row for row in rows if row["num_ends"]]
+    return [rows[0], rows[-1]] if rows else []
+
+
+def ends_alike(habits: dict[str, Any]) -> bool | None:
+    """Whether both models' likeliest end token is the same; None where one is not known."""
+    sides = [habits.get(who) for who in ("student", "teacher")]
+    likeliest = {max(side, key=side.get) for side in sides if side}
+    return len(likeliest) == 1 if all(sides) else None
+
+
+def different_ends(entries: Sequence[Entry]) -> list[Sentence]:
+    """A sentence on runs whose two models end with different tokens; none where there are none."""
+    compared = [(entry, found) for entry in entries if (found := first_and_last_habits(entry))]
+    first, last = ([e for e, found in compared if ends_alike(found[i]) is False] for i in (0, -1))
+    if not first and not last:
+        return []
+    text = (
+        f"Student and teacher are likeliest to end with different tokens in {len(first)} of {len(compared)} runs at "
+        f"first, and in {len(last)} at last."
+    )
+    return [(text, [entry.path for entry in first or last])]
+
+
+def habit_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[Entry, list[str]]]]:
+    """Header and rows of the end habits: of each run whose ends, and each token's probability, first to last."""
+    compared = [(entry, found) for entry in entries if (found := first_and_last_habits(entry))]
+    names = dict.fromkeys(name for _, found in compared for row in found for name in row["student"])
+    columns = [(who, name) for name in names for who in ("student", "teacher")]
+    rows = []
+    for entry, found in compared:
+        cells = [f"the {found[0]['ends_of']}'s"]
+        cells += [_to(row[key] for row in found) for key in ("step", "num_ends")]
+        for who, name in columns:
+            known = _to(f"{row[who][name]:.3f}" for row in found if name in row.get(who, {}))
+            cells.append(known or ("not known" if name in found[0]["student"] else ""))
+        alike = {True: "yes", False: "no", None: "not known"}
+        rows.append((entry, [*cells, _to(alike[ends_alike(row)] for row in found)]))
+    return ["run", "completions", "step", "ends", *(f"{who}: {name}" for who, name in columns), "alike"], rows
+
+
+def _to(values: Iterable[object]) -> str:
+    return " → ".join(str(value) for value in dict.fromkeys(values))
 
 
 def seeds_of(group: Group) -> str:

@@ -35,7 +35,7 @@ from potstill.comparison import (
 )
 from potstill.config import METHODS
 from potstill.figures import Link
-from potstill.findings import findings, number, seeds_of, values
+from potstill.findings import findings, first_and_last_habits, habit_table, number, seeds_of, values
 from potstill.reader import reader_data
 from potstill.results import Entry, Panel, read_panels
 from potstill.runlog import RunError, write_atomically
@@ -305,6 +305,7 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
                     if any(row.get(name) is not None for row in entry.metrics)
                 },
                 "decisions": list(entry.decisions),
+                "end_habits": first_and_last_habits(entry),
             }
             for entry in comparison.panel.entries
         ],
@@ -363,6 +364,7 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
     gated = [entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions]
     gated_drawn = drawn_first([group for group in groups if is_gated(group)])
     by_budget = budgets(comparison.grids)
+    habits_header, habits = habit_table(entries)
     return {
         "title": panel.title or "Runs",
         "note": panel.note,
@@ -411,6 +413,8 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         ],
         "runs": [(labels[run.path], link(run.path), figures.family(run), run.path in drawn) for run in runs],
         "curves": [figures.curve(name, title, runs, labels, drawn, link) for name, title in figures.shown_curves(runs)],
+        "habits_header": habits_header,
+        "habits": [(labels[entry.path], link(entry.path), cells) for entry, cells in habits],
         "sweeps": [figures.sweep(metric, sweeps, link) for metric in swept] if sweeps else [],
         "gated": [(labels[run.path], link(run.path), figures.family(run), run.path in gated_drawn) for run in gated],
         "windows": figures.windows(gated, labels, gated_drawn, link) if gated else None,
