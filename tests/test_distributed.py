@@ -1,5 +1,6 @@
 """Two gloo processes with FSDP2 against one process: the same loss, gradients and weights."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -97,3 +98,41 @@ def test_two_ranks_that_are_killed_resume(tmp_path):
         subprocess.run(command(tmp_path, name, ranks=2), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
     killed, whole = (load_file(tmp_path / name / "model/model.safetensors") for name in ("killed", "whole"))
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_limit(tmp_path):
+    """The other says so in a line of its own and ends; nothing hangs for half an hour."""
+    write_recipe(tmp_path, train={"steps": 5000})
+    (tmp_path / "impatient.py").write_text(
+        "from datetime import timedelta\n"
+        "from potstill import distributed\n"
+        "from potstill.__main__ import main\n"
+        "distributed.TIMEOUT = timedelta(seconds=5)\n"
+        "main()\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(tmp_path / "impatient.py"), "train", str(tmp_path / "recipe.toml")]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        env=ONE_THREAD,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(ranks[-1]), signal.SIGSTOP)
+        time.sleep(20)
+        os.kill(int(ranks[-1]), signal.SIGCONT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert process.returncode != 0
+    assert "waited in vain for another rank" in err and "potstill: rank" in err

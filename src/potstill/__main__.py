@@ -1,3 +1,13 @@
-from potstill.cli import main
+from potstill.boundary import boundary
 
-main()
+
+def main() -> None:
+    """The command: guarded before anything else is imported, which can take seconds."""
+    with boundary():
+        from potstill.cli import run
+
+        run()
+
+
+if __name__ == "__main__":
+    main()

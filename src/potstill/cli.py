@@ -3,15 +3,18 @@
 Heavy imports stay inside the commands, so that `--help` answers at once. Bad input prints one line and exits with 2.
 """
 
+import importlib.metadata
 import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import BaseModel
 from tyro.conf import OmitArgPrefixes, Positional
 from tyro.extras import SubcommandApp
 
+from potstill.boundary import boundary
 from potstill.config import (
     METHODS,
     CacheOptions,
@@ -25,6 +28,8 @@ from potstill.config import (
     load_recipe,
     to_toml,
 )
+from potstill.names import SYNONYMS, nearest_field
+from potstill.usage import UsageError, command, parse
 
 # Shown as the defaults in help texts.
 MULTIPLICATION = Evaluation(source="multiplication")
@@ -34,30 +39,28 @@ GRPO_FIELDS = GrpoFields()
 HIDDEN_STATES = CacheOptions()
 
 
+DESCRIPTION = "Distil language models: who writes the prefixes, and which KL is minimised there."
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command; exits with 2 and one line on standard error for bad input."""
-    try:
-        arguments, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
-        _app(overrides).cli(
-            prog="potstill",
-            description="Distil language models: who writes the prefixes, and which KL is minimised there.",
-            args=arguments,
-        )
-    except (ValueError, ArithmeticError) as error:
-        # The package's own errors are one line for the user; any other error is a bug, whose traceback is wanted.
-        if not type(error).__module__.startswith("potstill"):
-            raise
-        print(f"potstill: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("potstill: stopped; the same command goes on from what was saved last", file=sys.stderr)
-        sys.exit(130)
+    with boundary():
+        run(argv)
+
+
+def run(argv: list[str] | None = None) -> None:
+    """The same without the boundary, for those who have one."""
+    arguments, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(f"potstill {importlib.metadata.version('potstill')}")
+        return
+    parse(_app(overrides), arguments, DESCRIPTION)()
 
 
 def _app(overrides: dict[str, Any]) -> SubcommandApp:
     app = SubcommandApp()
 
-    @app.command
+    @command(app)
     def train(
         recipe: Positional[str],
         method: Literal["sft", "dagger", "offline-rl", "opd"] | None = None,
@@ -92,7 +95,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             print(f"{resolved.method}: the student is in {result.folder / 'model'}")
             _print_results([result.folder])
 
-    @app.command
+    @command(app)
     def grpo(
         recipe: Positional[str],
         dry_run: bool = False,
@@ -115,7 +118,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         print(f"GRPO from {resolved.model}: the model is in {folder / 'model'}")
         _print_results([folder])
 
-    @app.command
+    @command(app)
     def evaluate(
         models: Positional[tuple[str, ...]],
         settings: OmitArgPrefixes[Evaluation] = MULTIPLICATION,
@@ -139,7 +142,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             raise RecipeError(f"--out takes the results of one model, and {len(models)} are given")
         evaluate_and_store(models, settings, out, responses)
 
-    @app.command
+    @command(app)
     def sample(
         model: Positional[str],
         prompt: tuple[str, ...] = (),
@@ -168,13 +171,13 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
 
     app.command(_cache_app(overrides), name="cache", help="Build, look at and check teacher caches.")
 
-    @app.command
+    @command(app)
     def methods() -> None:
         """Print the grid of methods."""
         _refuse_overrides(overrides)
         _print_grid()
 
-    @app.command
+    @command(app)
     def verify(
         model: str | None = None,
         json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -200,7 +203,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         if not print_checks(checks, json_file):
             sys.exit(1)
 
-    @app.command
+    @command(app)
     def report(paths: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
         """Write one HTML file that compares runs, and `results.json` with its numbers beside it.
 
@@ -213,7 +216,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         _refuse_overrides(overrides)
         print(f"wrote {write_report(paths, out)}")
 
-    @app.command
+    @command(app)
     def study(
         study: Positional[str],
         jobs: int | None = None,
@@ -252,7 +255,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
 def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
     app = SubcommandApp()
 
-    @app.command
+    @command(app)
     def build(
         recipe: Positional[str],
         out: Path,
@@ -278,7 +281,7 @@ def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
             print("\n".join(summary(manifest)))
             print(f"train from it with --teacher.cache {out}")
 
-    @app.command
+    @command(app)
     def info(folder: Positional[Path]) -> None:
         """Say what a cache holds: teacher, settings, size.
 
@@ -292,7 +295,7 @@ def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
         manifest = read_manifest(folder)
         print("\n".join([*facts(manifest), *summary(manifest)]))
 
-    @app.command
+    @command(app)
     def verify(folder: Positional[Path], teacher: str | None = None, drop_broken: bool = False) -> None:
         """Read a whole cache and check it: all checksums, log-sum-exps against the head, rollouts against the teacher.
 
@@ -321,12 +324,19 @@ def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     rest: list[str] = []
     overrides: dict[str, Any] = {}
     schema = {"train": RecipeFields, "grpo": GrpoFields}.get(argv[0]) if argv else None
+    schema = RecipeFields if argv[:2] == ["cache", "build"] else schema
+    own = {"method", "dry_run", "help"}
     top_level = {name for name in field_names(schema) if "." not in name} if schema else set()
+    if argv[:2] == ["cache", "build"]:
+        # --out is the folder of the cache.
+        own, top_level = own | {"out"} | set(CacheOptions.__dataclass_fields__), set()
     i = 0
     while i < len(argv):
         name, equals, value = argv[i].removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not argv[i].startswith("--") or not ("." in name or name in top_level):
+            if argv[i].startswith("--") and schema is not None and name not in own:
+                _lead_to_the_field(argv[i], name, schema)
             rest.append(argv[i])
             i += 1
             continue
@@ -341,10 +351,18 @@ def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, overrides
 
 
+def _lead_to_the_field(flag: str, name: str, schema: type[BaseModel]) -> None:
+    """Raise UsageError for a flag that is a field without its section, or what other programs call one."""
+    names = field_names(schema)
+    if name in SYNONYMS or name in {field.rpartition(".")[2] for field in names}:
+        raise UsageError(f"{flag.partition('=')[0]} is no option; the nearest is --{nearest_field(name, names)}")
+
+
 def _literal(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    # Also of integers of thousands of digits, and of brackets in brackets.
+    except (ValueError, KeyError, RecursionError):
         return text
 
 

@@ -8,6 +8,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from potstill.models import LanguageModel
+
+# How long a rank waits for another in a step before it says so and ends; a checkpoint is written in less.
+TIMEOUT = timedelta(minutes=10)
+# How long for rank 0 after the last step, which evaluates alone.
+PATIENCE = timedelta(days=30)
+_patient: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,10 @@ def start() -> World:
     if has_cuda:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if has_cuda else "gloo", device_id=device if has_cuda else None)
+        backend, device_id = ("nccl", device) if has_cuda else ("gloo", None)
+        dist.init_process_group(backend, device_id=device_id, timeout=TIMEOUT)
+        global _patient
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     return World(rank, size, device)
 
 
@@ -113,3 +123,9 @@ def whole(tensor: Tensor) -> Tensor:
 def wait_for_all(world: World) -> None:
     if world.size > 1:
         dist.barrier()
+
+
+def wait_for_rank_0(world: World) -> None:
+    """Wait for what only rank 0 does, which can take hours."""
+    if world.size > 1:
+        dist.barrier(_patient)

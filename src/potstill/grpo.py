@@ -15,7 +15,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 
 from potstill import checkpoint, distributed, runlog
+from potstill.boundary import stop_asked_for, stopped_after
 from potstill.config import Grpo, GrpoRecipe, RecipeError, Train
 from potstill.controllers import Probe, WindowState, decide, first_window, is_probe_due, scheduled_window
 from potstill.data import load_examples, make_prompts, template_warning
@@ -245,10 +246,10 @@ def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool)
         state = State(WindowState(**saved.state["window"]), saved.state["flops"])
     runlog.rewind(folder, step, logs)
     checkpoint.tidy(folder, step)
-    with StepDisplay(config.steps, step, quiet) as display:
+    with StepDisplay(config.steps, step, quiet) as display, stop_asked_for() as asked:
         display.note(*_opening(recipe, setup, step), *verdict(start))
         if step < config.steps:
-            steps = _Steps(recipe, setup, optimizer, state, step, display)
+            steps = _Steps(recipe, setup, optimizer, state, step, display, asked)
             with tempfile.TemporaryDirectory() as scratch, _hushed():
                 _make_trainer(recipe, setup, optimizer, steps, scratch).train()
     weights = checkpoint.weights(model)
@@ -323,7 +324,17 @@ def _make_scheduler(config: Grpo, optimizer: torch.optim.Optimizer, start: int):
 class _Steps(TrainerCallback):
     """What TRL calls in each step: to write, to score, before the update, and when it is done."""
 
-    def __init__(self, recipe: GrpoRecipe, setup: Setup, optimizer, state: State, step: int, display: StepDisplay):
+    def __init__(
+        self,
+        recipe: GrpoRecipe,
+        setup: Setup,
+        optimizer,
+        state: State,
+        step: int,
+        display: StepDisplay,
+        asked: Callable[[], int],
+    ):
+        self.asked = asked
         self.recipe, self.setup, self.optimizer, self.display = recipe, setup, optimizer, display
         self.state, self.step = state, step
         self.window = state.window.tokens
@@ -396,10 +407,13 @@ class _Steps(TrainerCallback):
         timing = self.display.timing(self.clock.seconds)
         timing["student_seconds"] = round(timing["seconds"] - sum(self.clock.seconds.values()), 4)
         runlog.append(recipe.out / "metrics.jsonl", metrics | timing)
-        if self.step % recipe.grpo.checkpoint_every == 0 or self.step == recipe.grpo.steps:
+        signal = self.asked()
+        if self.step % recipe.grpo.checkpoint_every == 0 or self.step == recipe.grpo.steps or signal:
             data = dataclasses.asdict(self.state)
             checkpoint.save(recipe.out, self.step, setup.model, self.optimizer, setup.world, data)
         self.display.update(metrics)
+        if signal:
+            raise stopped_after(self.step, signal)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 
 from potstill import checkpoint, distributed, runlog
 from potstill.batching import make_batches
+from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import Cache, CachedTeacher
 from potstill.config import Recipe, Train, Window, is_table
 from potstill.controllers import (
@@ -305,7 +306,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
         checkpoint.tidy(folder, start)
     metrics: dict[str, Any] = {}
     has_warned = False
-    with StepDisplay(config.steps, start, quiet, config.flops) as display:
+    with StepDisplay(config.steps, start, quiet, config.flops) as display, stop_asked_for() as asked:
         display.note(*_opening(recipe, setup, start))
         step, is_last = start, is_spent(config, start, state.flops)
         while not is_last:
@@ -405,12 +406,16 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                 runlog.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
                 for sample in samples:
                     runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
-            if saves:
+            # The ranks stop together.
+            signal = distributed.max_over_ranks(asked(), world)
+            if saves or signal:
                 is_last_use = (step + 1) % recipe.rollouts.reuse == 0
                 reused, data = () if is_last_use else rollouts, dataclasses.asdict(state)
                 checkpoint.save(folder, step + 1, student, optimizer, world, data, reused, follower)
             display.update(metrics)
             step += 1
+            if signal:
+                raise stopped_after(step, signal)
 
     weights = checkpoint.weights(student)
     distributed.refresh(decoders["student"], student)
@@ -422,7 +427,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             options = {"end_ids": setup.ends.stop_ids, "responses": folder / "responses", "quiet": quiet}
             runlog.store_evals(folder, step, evaluate(finished, recipe.evaluation, **options))
         runlog.finish(recipe)
-    distributed.wait_for_all(world)
+    distributed.wait_for_rank_0(world)
     return RunResult(folder, student, metrics)
 
 
