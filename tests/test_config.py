@@ -71,6 +71,20 @@ def test_every_shipped_recipe_is_valid():
             r'rollouts.end_set is set but not read: teacher.model is "self", which ends as the student does',
         ),
         ({"rollouts": {"end_set": "teacher"}}, r"rollouts.end_set is 'teacher': input should be 'union' or 'student'"),
+        *[
+            ({"evaluation": {"source": "multiplication", **settings}}, message)
+            for settings, message in [
+                ({"temperatures": []}, r"evaluation.temperatures is \[\]: .* at least 1 item"),
+                (
+                    {"temperatures": [-1]},
+                    r"evaluation.temperatures.0 is -1: it must be 0, which is greedy, or at least",
+                ),
+                ({"temperatures": [1, 1e-30]}, r"evaluation.temperatures.1 is 1e-30: it must be 0"),
+                ({"temperatures": [1, 0.6, 1.0]}, r"evaluation.temperatures is .*; give each temperature once"),
+                ({"num_problems": 10**6, "num_responses": 10**6}, r"is 1000000000000, and 10000000 responses are the"),
+            ]
+        ],
+        ({"sampling": {"temperature": 1e-30}}, r"sampling.temperature is 1e-30: it must be 0, which is greedy, or"),
         (
             {"evaluation": {"num_problems": 9}},
             r"evaluation.num_problems is set but not read: evaluation.source is not set",

@@ -242,6 +242,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
         (["--train.steps", "1"], "train is not a field of the recipe"),
         (["--model", "no/such/folder"], "does not exist"),
         (["--model", "unfinished"], "run 'unfinished' is not finished"),
+        (
+            ["--evaluation.source", "multiplication", "--evaluation.end-tokens", "['<nil>']"],
+            "end token '<nil>' is not in",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):

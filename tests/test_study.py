@@ -12,7 +12,7 @@ from conftest import tiny_recipe
 from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
 from potstill.estimates import estimate
 from potstill.planning import SWEEP_EVALUATION_SEED, choose, plan
-from potstill.results import read_panels
+from potstill.results import EVAL_COLUMNS, read_panels
 from potstill.runlog import append, finish, is_done, read_rows
 from potstill.study import run_study
 from potstill.study_file import read_study_file
@@ -126,7 +126,8 @@ def pretend(item, avg):
     (item.job.path / "recipe.toml").write_text(to_toml(item.recipe.resolved()))
     append(item.job.path / "metrics.jsonl", {"step": 2, "seconds": 1.0, "total_flops": 5.0, "length": 8.0})
     for temperature, value in ((1.0, avg), (0.6, 1 - avg)):
-        append(item.job.path / "evals.jsonl", {"temperature": temperature, "avg": [value, 0, 1], "seconds": 1})
+        row = dict.fromkeys(EVAL_COLUMNS) | {"temperature": temperature, "avg": [value, 0, 1], "seconds": 1}
+        append(item.job.path / "evals.jsonl", row)
     finish(item.recipe)
 
 
@@ -157,6 +158,22 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
         ('[[panels]]\ntitle = "A"\n[[panels.groups]]', "two panels have the title 'A'; give each its own"),
         ('fields.teacher.model = "potstill:nobody"', "'potstill:nobody' is not a shipped model; choose one of"),
         ("fields.train.lr = -1", "panel 'A': train.lr is -1: input should be greater"),
+        ("axes.train.seed = [1, 2]", r"axes.train.seed is set by the study itself: use seeds = \[...\]"),
+        ("fields.data.seed = 3", r"fields.data.seed is set by the study itself: use seeds = \[...\]"),
+        ("axes.grpo.seed = [3]", r"axes.grpo.seed is set by the study itself: use seeds = \[...\]"),
+        ('fields.out = "elsewhere"', "fields.out is set by the study itself: give out to the study"),
+        ('axes.out = ["a", "b"]', "axes.out is set by the study itself: give out to the study"),
+        ("fields.train.lr = 1\naxes.train.lr = [2]", "train.lr is in fields and on an axis of one group"),
+        ('fields.objective.kl = "jsd"\naxes.method = ["opd"]', "objective.kl is set beside the axis method"),
+        ('cache = true\nfields.teacher.cache = "c"', "teacher.cache is set beside cache = true"),
+        (
+            'axes.method = ["opd"]\naxes.train.lr = [1]\n[panels.sweep]\nvalues = [1, 2]',
+            "axes.train.lr is set by the study itself: the panel's sweep chooses it",
+        ),
+        ('[panels.sweep]\nfield = "train.seed"\nvalues = [1, 2]', r"field.train.seed is .*: use seeds = \[...\]"),
+        ("[panels.sweep]\nvalues = [1]\nfields.evaluation.seed = 3", "fields.evaluation.seed is set by the study"),
+        ("[grpo]\nfields.grpo.seed = 3", r"grpo: fields.grpo.seed is set by the study itself: use seeds = \[...\]"),
+        ('[grpo]\nfields.model = "x"', "grpo: fields.model is set by the study itself: the stage takes it from"),
     ],
 )
 def test_what_could_not_begin_is_refused_before_any_work(tmp_path, group, message):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -81,6 +82,15 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MANY, MANY_AT_ONCE = 10**9, 10**6
 # Of logits near 30, float32 rounding is 2e-6: divided by less than this it would be a share of a nat.
 COLDEST = 1e-4
+
+
+def _drawable(temperature: float) -> float:
+    if not (temperature == 0 or temperature >= COLDEST):
+        raise ValueError(f"it must be 0, which is greedy, or at least {COLDEST:g}")
+    return temperature
+
+
+Temperature = Annotated[float, AfterValidator(_drawable)]
 AnySection = TypeVar("AnySection", bound=BaseModel)
 AnyRecipe = TypeVar("AnyRecipe", bound="RunRecipe")
 
@@ -288,7 +298,7 @@ class Mixing(Section):
 
 
 class Sampling(Section):
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: Temperature = 1.0
     """0 is greedy. 1 with no truncation samples exactly from the model."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Keep the smallest set of tokens with at least this mass."""
@@ -393,8 +403,8 @@ class Evaluation(Section):
     """Problems, held out from training."""
     num_responses: int = Field(default=16, ge=1, le=MANY_AT_ONCE)
     """Responses per problem; Pass@k is reported for every k up to it, at powers of two."""
-    temperatures: tuple[float, ...] = (1.0, 0.6)
-    """Sampling temperatures, each evaluated on its own."""
+    temperatures: tuple[Temperature, ...] = Field(default=(1.0, 0.6), min_length=1)
+    """Sampling temperatures, all different, each evaluated on its own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """As in sampling.top_p."""
     top_k: int = Field(default=0, ge=0)
@@ -408,6 +418,17 @@ class Evaluation(Section):
     """Rows decoded together."""
     seed: Seed = 0
     """Seed of the problems and of sampling."""
+
+    @model_validator(mode="after")
+    def _is_of_a_size(self):
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError(f"evaluation.temperatures is {list(self.temperatures)}; give each temperature once")
+        if (num := self.num_problems * self.num_responses) > 10 * MANY_AT_ONCE:
+            raise ValueError(
+                f"evaluation.num_problems times evaluation.num_responses is {num}, and {10 * MANY_AT_ONCE} responses "
+                "are the most; lower one of them"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -992,6 +1013,9 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
     if not location:
         return error["msg"].removeprefix("Value error, ")
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
+        # Of a whole section, whose message names the field.
+        return f"{name}: {message}"
     if error["type"] in ("model_type", "dict_type"):
         message = f"it is a section; write its fields below a line [{name}]"
     return f"{name} is {shown(error['input'])}: {message[0].lower()}{message[1:]}"

@@ -216,8 +216,12 @@ def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
 
 
 def prepare_problems(model: LanguageModel, evaluation: Evaluation) -> tuple[Task, list[Example], list[Prompt]]:
-    """The problems of an evaluation as prompts for a model, checked to fit its context; errors as make_problems."""
+    """The problems of an evaluation as prompts for a model, checked to fit its context; errors as make_problems.
+
+    Raises ModelError for an end token that the model does not have.
+    """
     task, examples = make_problems(evaluation)
+    named_end_ids(model.tokenizer, evaluation.end_tokens)
     prompts = make_prompts(
         examples,
         model.tokenizer,

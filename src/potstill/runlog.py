@@ -253,8 +253,7 @@ def _repair(path: Path) -> str:
 
 def finish(recipe: RunRecipe) -> None:
     """Write DONE, once all that it vouches for is on disk."""
-    model = recipe.out / "model"
-    for path in (*model.iterdir(), model, recipe.out):
+    for path in (recipe.out, *recipe.out.glob("model"), *recipe.out.glob("model/*")):
         flush(path)
     write_atomically(recipe.out / "DONE", recipe.hash() + "\n")
 

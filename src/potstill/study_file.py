@@ -1,5 +1,6 @@
 """What the file of a study says: panels of groups of runs, as fields over a base recipe."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,35 @@ def _flat(value: Any) -> Any:
     return flat
 
 
+# What the study sets itself, in fields and on axes, and what to write instead.
+SET_BY_THE_STUDY = {
+    "out": "give out to the study, whose runs are named by what they are",
+} | dict.fromkeys(("train.seed", "data.seed", "grpo.seed"), "use seeds = [...] of the study or of a group")
+# Of the GRPO stage it also sets these.
+SET_BY_THE_START: dict[str, str] = dict.fromkeys(
+    ("model", "data.source", "evaluation"), "the stage takes it from the run that it goes on from"
+)
+CORNER: tuple[str, ...] = ("objective.prefix", "objective.kl")
+
+
+def refuse_fields(where: str, names: Iterable[str], known: dict[str, str]) -> None:
+    """Raise ValueError for a field that the study would set to something else."""
+    for name in names:
+        for field, advice in known.items():
+            if name == field or name.startswith(f"{field}."):
+                raise ValueError(f"{where}.{name} is set by the study itself: {advice}")
+
+
+class Runs(Section):
+    """What has fields over a recipe's."""
+
+    @model_validator(mode="after")
+    def _sets_what_the_study_leaves(self):
+        for part in ("fields", "axes"):
+            refuse_fields(part, getattr(self, part, {}), SET_BY_THE_STUDY)
+        return self
+
+
 Fields = Annotated[dict[str, Any], BeforeValidator(_flat), Field(default_factory=dict)]
 Axes = Annotated[
     dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_flat), Field(default_factory=dict)
@@ -39,7 +69,7 @@ class Judgement(Section):
     """Fields of section `evaluation` that differ."""
 
 
-class Group(Section):
+class Group(Runs):
     """Runs that differ in the values of some fields."""
 
     label: str = ""
@@ -59,8 +89,19 @@ class Group(Section):
     judgements: tuple[Judgement, ...] = ()
     """Other evaluations of each run."""
 
+    @model_validator(mode="after")
+    def _sets_nothing_twice(self):
+        own = [*self.fields, *self.axes]
+        if twice := next((name for name in self.fields if name in self.axes), None):
+            raise ValueError(f"{twice} is in fields and on an axis of one group; keep one of them")
+        if "method" in self.axes and (clash := next((name for name in CORNER if name in own), None)):
+            raise ValueError(f"{clash} is set beside the axis method, which sets it; remove one of them")
+        if self.cache and "teacher.cache" in own:
+            raise ValueError("teacher.cache is set beside cache = true, which makes a cache; remove one of them")
+        return self
 
-class Sweep(Section):
+
+class Sweep(Runs):
     """One field, chosen for each method before methods are compared: by Avg at one seed, on problems of its own."""
 
     field: str = "train.lr"
@@ -74,8 +115,16 @@ class Sweep(Section):
     cache: bool = False
     """As for a group."""
 
+    @model_validator(mode="after")
+    def _sets_nothing_twice(self):
+        refuse_fields("field", [self.field], SET_BY_THE_STUDY)
+        own = {self.field: "it is what is swept", "evaluation.seed": "a sweep is judged on problems of its own"}
+        own |= dict.fromkeys(CORNER, "methods says which corners are swept")
+        refuse_fields("fields", self.fields, own)
+        return self
 
-class PanelPlan(Section):
+
+class PanelPlan(Runs):
     """Runs that can be compared with each other: one task, one pair of models."""
 
     title: str
@@ -95,8 +144,18 @@ class PanelPlan(Section):
     groups: tuple[Group, ...] = Field(min_length=1)
     """The runs."""
 
+    @model_validator(mode="after")
+    def _sweeps_what_no_group_sets(self):
+        swept = {} if self.sweep is None else {self.sweep.field: "the panel's sweep chooses it"}
+        for group in self.groups:
+            methods = group.axes.get("method", [group.sweep_as])
+            if self.sweep is not None and any(method in self.sweep.methods for method in methods):
+                refuse_fields("axes", group.axes, swept)
+                refuse_fields("fields", group.fields, swept)
+        return self
 
-class Stage(Section):
+
+class Stage(Runs):
     """The GRPO stage of a study."""
 
     recipe: str = "grpo"
@@ -104,8 +163,13 @@ class Stage(Section):
     fields: Fields
     """Fields over the recipe's."""
 
+    @model_validator(mode="after")
+    def _leaves_what_the_start_sets(self):
+        refuse_fields("fields", self.fields, SET_BY_THE_START)
+        return self
 
-class Study(Section):
+
+class Study(Runs):
     """A whole study."""
 
     out: Path

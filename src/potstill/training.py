@@ -38,7 +38,7 @@ from potstill.data import (
     with_teacher_prompts,
 )
 from potstill.distributed import World
-from potstill.ends import Ends, described, find_ends, named_end_ids
+from potstill.ends import Ends, described, find_ends
 from potstill.evaluation import evaluate, prepare_problems
 from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
@@ -196,7 +196,6 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     if recipe.evaluation.source is not None:
         # Its prompts are made again when the run ends; here a bad one is refused before any work is done.
         prepare_problems(student, recipe.evaluation)
-        named_end_ids(student.tokenizer, recipe.evaluation.end_tokens)
     has_task = prompts is None and not is_table(recipe.data.source)
     answer_end = make_task(str(recipe.data.source)).answer_end if has_task else lambda text: None
     return Setup(
