@@ -41,13 +41,18 @@ def test_two_ranks_equal_one(tmp_path, normalize):
     objective = {"prefix": "student", "kl": "mixed", "forward_weight": 0.3}
     # The rate is tiny, so that the second step's rollouts are the same on both sides to the last token.
     train = {"steps": 2, "lr": 1e-6, "normalize": normalize, "checkpoint_every": 2, "tokens_per_batch": 128}
-    write_recipe(tmp_path, objective=objective, train=train)
+    pair = {"student": {"model": "potstill:stops-student"}, "teacher": {"model": "potstill:stops-teacher"}}
+    write_recipe(tmp_path, objective=objective, train=train, window={"tokens": 48}, **pair)
     for name, ranks in (("one", 1), ("two", 2)):
         subprocess.run(command(tmp_path, name, ranks), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
     one, two = (runlog.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", "length", "num_loss_tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
+        mine, theirs = a["end_habits"], b["end_habits"]
+        assert mine["num_ends"] == theirs["num_ends"] > 0
+        for who in ("student", "teacher"):
+            assert mine[who] == pytest.approx(theirs[who], rel=1e-4), who
     # The first rank writes what it read: the step's first rollout comes first on both sides.
     first, second = (runlog.read_rows(tmp_path / name / "samples.jsonl")[0] for name in ("one", "two"))
     assert first["tokens"] == second["tokens"] and first["forward_kl"] == pytest.approx(second["forward_kl"], abs=2e-5)

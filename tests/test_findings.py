@@ -111,9 +111,9 @@ def test_the_report_shows_first_and_last_habits(tmp_path):
     rows = re.findall(r"<tr><td>.*?</tr>", section[: section.index("</details>")])
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows]
     moved = ["0.900 → 0.125", "0.010 → 0.020", "0.050 → 0.700", "0.800 → 0.900", "no → yes"]
-    topk = ["0.900", "not known", "0.050", "not known", "not known"]
+    topk = ["0.900 → 0.900", "not known", "0.050 → 0.050", "not known", "not known → not known"]
     whose = "the student&#39;s"
-    assert [row[1:] for row in cells] == [[whose, "2 → 4", "3 → 4", *moved], [whose, "1 → 2", "3", *topk]]
+    assert [row[1:] for row in cells] == [[whose, "2 → 4", "3 → 4", *moved], [whose, "1 → 2", "3 → 3", *topk]]
     assert NAME not in text
     (panel,) = json.loads((page.parent / "results.json").read_text())["panels"]
     assert any("different tokens in 1 of 2 runs at first, and in 0 at last" in text for text in panel["findings"])

@@ -91,10 +91,10 @@ def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]
 
 
 def first_and_last_habits(entry: Entry) -> list[dict[str, Any]]:
-    """A run's end habits at the first and the last step in which a completion ended, each with its step."""
+    """A run's end habits at the first and the last step in which a completion ended, each with its step; or fewer."""
     rows = [row["end_habits"] | {"step": row["step"]} for row in entry.metrics if "end_habits" in row]
     rows = [row for row in rows if row["num_ends"]]
-    return [rows[0], rows[-1]] if rows else []
+    return rows[:1] + rows[1:][-1:]
 
 
 def ends_alike(habits: dict[str, Any]) -> bool | None:
@@ -135,7 +135,7 @@ def habit_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[Entry, 
 
 
 def _to(values: Iterable[object]) -> str:
-    return " → ".join(str(value) for value in dict.fromkeys(values))
+    return " → ".join(str(value) for value in values)
 
 
 def seeds_of(group: Group) -> str:
