@@ -1,5 +1,6 @@
 """What becomes of errors that are not ours, of signals, and of text that would steer the terminal."""
 
+import ast
 import errno
 import json
 import os
@@ -7,15 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 from conftest import tiny_recipe
+from synthetic_runs import evaluate, write_run
 
+import potstill
 from potstill import training
 from potstill.boundary import Stopped, boundary, described, naming, stop_asked_for
-from potstill.config import RecipeError, to_toml
-from potstill.printable import one_line, printable
+from potstill.config import RecipeError, make_recipe, to_toml
+from potstill.planning import plan
+from potstill.printable import one_line, printable, say
+from potstill.report import print_table
+from potstill.results import read_entry
 from potstill.runlog import read_rows
+from potstill.study import print_plan
+from potstill.study_file import Study
 from potstill.training import train
 
 
@@ -65,7 +75,7 @@ def json_error(tmp_path):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory"),
         (RecursionError("maximum recursion depth"), "the input is nested too deeply"),
         (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"), "a file is no UTF-8 text"),
-        (RecipeError("recipe 'x'\x1b[31m\nis bad"), "recipe 'x'\\x1b[31m is bad"),
+        (RecipeError("recipe 'x'\x1b[31m\nis bad"), "recipe 'x'\\u001b[31m is bad"),
         (safetensors_error, "cut.safetensors': the file of weights is damaged"),
         (template_error, "a chat template refuses the messages"),
         (json_error, "'plan.json': a file is no JSON"),
@@ -206,8 +216,8 @@ def test_a_stop_in_the_middle_of_a_round_changes_nothing(tmp_path, monkeypatch):
     ("text", "shown"),
     [
         ("plain ü 数 \u0645 \U0001f600", "plain ü 数 \u0645 \U0001f600"),
-        ("a\x1b[31mb\x07\x00\x7f", "a\\x1b[31mb\\x07\\x00\\x7f"),
-        ("a\x9b1mb\r", "a\\x9b1mb\\x0d"),
+        ("a\x1b[31mb\x07\x00\x7f", "a\\u001b[31mb\\u0007\\u0000\\u007f"),
+        ("a\x9b1mb\r", "a\\u009b1mb\\u000d"),
         ("a\u202eb\u2066c\u200fd", "a\\u202eb\\u2066c\\u200fd"),
         ("a\u2028b\ufeff\ue000", "a\\u2028b\\ufeff\\ue000"),
         ("\ud800", "\\ud800"),
@@ -218,3 +228,35 @@ def test_a_stop_in_the_middle_of_a_round_changes_nothing(tmp_path, monkeypatch):
 def test_what_steers_a_terminal_is_written_out(text, shown):
     assert printable(text) == shown
     assert "\n" not in one_line(text + "\nmore")
+
+
+def test_everything_is_printed_through_one_place():
+    """No other module calls print, or gives rich a text that it would read for markup."""
+    source = Path(potstill.__file__).parent
+    # The worker of the grader answers its parent; the boundary prints one line of its own.
+    for path in set(source.rglob("*.py")) - {source / f"{name}.py" for name in ("printable", "grading", "boundary")}:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], path
+        rows = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_row"]
+        texts = [argument for call in rows for argument in call.args if isinstance(argument, ast.Attribute)]
+        assert not [text.lineno for text in texts], path
+
+
+def test_what_a_run_is_called_steers_nothing(tmp_path, capsys):
+    """A title, a folder and a model's name with escapes, marks of direction and markup, in every table."""
+    name = "[/x][red]a\x1b[31m\u202eb"
+    recipe = tiny_recipe(tmp_path / name)
+    assert "\x1b" not in to_toml(recipe.resolved()) and "\u202e" not in to_toml(recipe.resolved())
+    assert str(make_recipe(tomllib.loads(to_toml(recipe.resolved()))).out).endswith(name)
+    run = write_run(tmp_path / name, evaluate(0, 0.5))
+    print_table([read_entry(run)])
+    study = Study.model_validate(
+        {"out": tmp_path / name, "panels": [{"title": name, "groups": [{"label": name, "axes": {"method": ["opd"]}}]}]}
+    )
+    study = study.model_copy(update={"panels": tuple(p.model_copy(update={"recipe": "demo"}) for p in study.panels)})
+    print_plan(study, plan(study, {}), {}, 1, True, list_all=True)
+    say(name)
+    captured = capsys.readouterr()
+    for text in (captured.out, captured.err):
+        assert "\x1b" not in text and "\u202e" not in text
+    assert "[/x][red]a\\u001b[31m\\u202eb" in captured.out.replace("\n", "")

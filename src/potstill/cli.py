@@ -29,6 +29,7 @@ from potstill.config import (
     to_toml,
 )
 from potstill.names import SYNONYMS, nearest_field
+from potstill.printable import say
 from potstill.usage import UsageError, command, parse
 
 # Shown as the defaults in help texts.
@@ -52,7 +53,7 @@ def run(argv: list[str] | None = None) -> None:
     """The same without the boundary, for those who have one."""
     arguments, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
     if arguments[:1] in (["--version"], ["-V"]):
-        print(f"potstill {importlib.metadata.version('potstill')}")
+        say(f"potstill {importlib.metadata.version('potstill')}")
         return
     parse(_app(overrides), arguments, DESCRIPTION)()
 
@@ -82,8 +83,8 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
                 raise RecipeError(f"--method {method} and --{clash[0]} both set {clash[0]}; give one of them")
         resolved = load_recipe(recipe, corner | overrides)
         if dry_run:
-            print("".join(f"{note}\n" for note in resolved.notes), end="", file=sys.stderr)
-            print(to_toml(resolved.resolved()), end="")
+            say(*resolved.notes, error=True)
+            say(to_toml(resolved.resolved()).rstrip())
             return
         from potstill import distributed
         from potstill.training import train
@@ -92,7 +93,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         result = train(resolved)
         distributed.stop()
         if world.is_main:
-            print(f"{resolved.method}: the student is in {result.folder / 'model'}")
+            say(f"{resolved.method}: the student is in {result.folder / 'model'}")
             _print_results([result.folder])
 
     @command(app)
@@ -109,13 +110,13 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         """
         resolved = load_grpo_recipe(recipe, overrides)
         if dry_run:
-            print("".join(f"{note}\n" for note in resolved.notes), end="", file=sys.stderr)
-            print(to_toml(resolved.resolved()), end="")
+            say(*resolved.notes, error=True)
+            say(to_toml(resolved.resolved()).rstrip())
             return
         from potstill.grpo import run_grpo
 
         folder = run_grpo(resolved)
-        print(f"GRPO from {resolved.model}: the model is in {folder / 'model'}")
+        say(f"GRPO from {resolved.model}: the model is in {folder / 'model'}")
         _print_results([folder])
 
     @command(app)
@@ -214,7 +215,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         from potstill.report import write_report
 
         _refuse_overrides(overrides)
-        print(f"wrote {write_report(paths, out)}")
+        say(f"wrote {write_report(paths, out)}")
 
     @command(app)
     def study(
@@ -245,7 +246,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
 
             page = write_report([found.out], found.out / "report.html")
             print_findings(page)
-            print(f"Open {page} for the grids, the curves and the rollouts; results.json beside it has the numbers.")
+            say(f"Open {page} for the grids, the curves and the rollouts; results.json beside it has the numbers.")
         if not is_whole:
             sys.exit(1)
 
@@ -278,8 +279,8 @@ def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
         manifest = build_cache(resolved, out, storage)
         distributed.stop()
         if world.is_main:
-            print("\n".join(summary(manifest)))
-            print(f"train from it with --teacher.cache {out}")
+            say(*summary(manifest))
+            say(f"train from it with --teacher.cache {out}")
 
     @command(app)
     def info(folder: Positional[Path]) -> None:
@@ -293,7 +294,7 @@ def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
 
         _refuse_overrides(overrides)
         manifest = read_manifest(folder)
-        print("\n".join([*facts(manifest), *summary(manifest)]))
+        say(*facts(manifest), *summary(manifest))
 
     @command(app)
     def verify(folder: Positional[Path], teacher: str | None = None, drop_broken: bool = False) -> None:
@@ -309,7 +310,7 @@ def _cache_app(overrides: dict[str, Any]) -> SubcommandApp:
 
         _refuse_overrides(overrides)
         verified = verify_cache(folder, teacher=teacher, drop_broken=drop_broken)
-        print("\n".join(findings(verified)))
+        say(*findings(verified))
         if verified.broken and not drop_broken:
             raise CacheError(f"{len(verified.broken)} of {len(verified.manifest.shards)} shards are damaged")
 
@@ -388,7 +389,7 @@ def _print_grid() -> None:
         texts = [f"[bold]{m.name}[/] (--method {key})\n{m.advice}\nTRL: {m.trl}" for key, m in cells]
         grid.add_row(f"{prefix} prefix", *texts)
     Console().print(grid)
-    print(
+    say(
         'Between forward and reverse: objective.kl = "mixed" with objective.forward_weight, their exact linear mixture '
         "(not in TRL).\n"
         'objective.kl = "jsd" with jsd_weight is TRL\'s beta strictly between 0 and 1. TRL 1.16: DistillationConfig is '

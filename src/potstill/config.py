@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from potstill.names import nearest_field
+from potstill.printable import printable
 
 
 class RecipeError(ValueError):
@@ -1061,7 +1062,7 @@ def to_toml(data: dict[str, Any]) -> str:
 
 def _toml_value(value: Any) -> str:
     # JSON's strings, numbers, booleans and arrays are also TOML.
-    return json.dumps(value, ensure_ascii=False)
+    return printable(json.dumps(value, ensure_ascii=False))
 
 
 # What makes or scores problems (`tasks.TASKS`); any other data source is a table.

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from potstill.ends import end_set, named_end_ids
 from potstill.grading import Grade, majority
 from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, fingerprint, load_model
+from potstill.printable import plain, say
 from potstill.progress import token_bar
 from potstill.report import print_table
 from potstill.results import Entry, resume_command
@@ -57,7 +57,7 @@ def evaluate(
         model = load_model(str(find_model(model)))
     task, examples, prompts = prepare_problems(model, evaluation)
     if (warning := template_warning(prompts, model.tokenizer, evaluation.template)) and not quiet:
-        print(warning, file=sys.stderr)
+        say(warning, error=True)
     end_ids = named_end_ids(model.tokenizer, evaluation.end_tokens) or end_ids or end_set(model)
     model.eval()
     rows = []
@@ -301,8 +301,7 @@ def evaluate_and_store(
             write_atomically(out, json.dumps(rows, indent=1) + "\n")
         entries.append(Entry(str(target).removeprefix("potstill:"), target, rows))
     print_table(entries)
-    for line in (*gave_up(entries), *comparisons(entries)):
-        print(line)
+    say(*gave_up(entries), *comparisons(entries))
 
 
 def gave_up(entries: Sequence[Entry]) -> list[str]:
@@ -354,7 +353,6 @@ def show_responses(
 ) -> None:
     """Print `num` responses: to problems of a task with their scores, or to each of the given prompts."""
     from rich.console import Console
-    from rich.text import Text
 
     task, examples = None, [Example(str(i), p) for i, p in enumerate(given) for _ in range(num)]
     if not given:
@@ -364,7 +362,7 @@ def show_responses(
         examples, model.tokenizer, template=template, max_completion=max_tokens, context_length=model.context_length
     )
     if warning := template_warning(prompts, model.tokenizer, template):
-        print(warning, file=sys.stderr)
+        say(warning, error=True)
     completions = sample(
         model.model,
         [prompt.token_ids for prompt in prompts],
@@ -380,12 +378,5 @@ def show_responses(
         facts.append(f"entropy {sum(completion.entropies) / len(completion.entropies):.3f} nats")
         if task is not None:
             facts.append(f"score {task.grade([example], [text])[0].score:g}, answer {example.answer}")
-        # Text, not markup: what a model writes may look like markup or control codes.
-        console.print(
-            Text(model.tokenizer.decode(prompt.token_ids), style="dim"), Text(_printable(text), style="bold"), sep=""
-        )
-        console.print(Text("  " + ", ".join(facts)))
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+        console.print(plain(model.tokenizer.decode(prompt.token_ids), "dim"), plain(text, "bold"), sep="")
+        console.print(plain("  " + ", ".join(facts)))

@@ -27,6 +27,7 @@ from potstill.fused import fused_loss
 from potstill.heads import Head
 from potstill.models import LanguageModel, logits_error
 from potstill.objective import Loss, batch_loss, later_costs
+from potstill.printable import plain, say
 from potstill.runlog import write_atomically
 from potstill.types import Example, LossTerms, Prompt, Rollout, Stop
 
@@ -513,7 +514,6 @@ def print_checks(checks: list[Check], json_file: Path | None = None) -> bool:
     """Print one row a check, write them to a JSON file if asked, and say whether all hold."""
     from rich.console import Console
     from rich.table import Table as Rows
-    from rich.text import Text as Plain
 
     table = Rows(title="identities, in float64")
     table.add_column("identity")
@@ -523,10 +523,10 @@ def print_checks(checks: list[Check], json_file: Path | None = None) -> bool:
     for check in checks:
         sign = ">=" if check.differs else "<="
         verdict = "ok" if check.holds else "[bold]BROKEN[/]"
-        table.add_row(Plain(check.name), f"{check.error:.1e}", f"{sign} {check.bound:g}", verdict)
+        table.add_row(plain(check.name), f"{check.error:.1e}", f"{sign} {check.bound:g}", verdict)
     Console().print(table)
     num_broken = sum(not check.holds for check in checks)
-    print(f"{num_broken} of {len(checks)} are broken" if num_broken else f"all {len(checks)} hold")
+    say(f"{num_broken} of {len(checks)} are broken" if num_broken else f"all {len(checks)} hold")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         rows = [{**dataclasses.asdict(check), "holds": check.holds} for check in checks]

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from potstill.printable import one_line, plain, say
 from potstill.runlog import write_atomically
 
 POLL_SECONDS = 0.25
@@ -122,7 +123,7 @@ def _display(num_jobs: int) -> Iterator[Callable[[Sequence[Job], tuple[Job, str 
         nonlocal num_ended
         if ended is not None:
             num_ended += 1
-            print(line(*ended), file=sys.stderr, flush=True)
+            say(line(*ended), error=True)
 
     if not sys.stderr.isatty():
         yield show_lines
@@ -138,7 +139,7 @@ def _display(num_jobs: int) -> Iterator[Callable[[Sequence[Job], tuple[Job, str 
     )
 
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), *times)
+    columns = (TextColumn("{task.description:<40}", markup=False), BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=Console(stderr=True)) as progress:
         whole = progress.add_task("all", total=num_jobs)
         tasks = {}
@@ -147,14 +148,14 @@ def _display(num_jobs: int) -> Iterator[Callable[[Sequence[Job], tuple[Job, str 
             nonlocal num_ended
             for job in running:
                 if job.path not in tasks:
-                    tasks[job.path] = progress.add_task(job.name[:40], total=job.num_steps or None)
+                    tasks[job.path] = progress.add_task(one_line(job.name)[:40], total=job.num_steps or None)
                 progress.update(tasks[job.path], completed=_num_steps_done(job))
             if ended is not None:
                 num_ended += 1
                 if ended[0].path in tasks:
                     progress.remove_task(tasks.pop(ended[0].path))
                 progress.update(whole, completed=num_ended)
-                progress.console.print(line(*ended), markup=False, highlight=False)
+                progress.console.print(plain(line(*ended)))
 
         yield show_bars
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from potstill.printable import plain, printable, say
+
 if TYPE_CHECKING:
     from potstill.cache import Manifest, ShardRecord
 
@@ -35,7 +37,7 @@ class StepDisplay:
                 MofNCompleteColumn(),
                 BarColumn(bar_width=16),
                 TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 console=Console(stderr=True),
             )
             self.progress.start()
@@ -50,9 +52,9 @@ class StepDisplay:
         """Print lines above the bar."""
         for line in lines if not self.quiet else ():
             if self.live:
-                self.progress.console.print(line, markup=False, highlight=False)
+                self.progress.console.print(plain(line))
             else:
-                print(line, file=sys.stderr, flush=True)
+                say(line, error=True)
 
     def timing(self, seconds: dict[str, float]) -> dict[str, float]:
         """Seconds of the step that ends now, whole and by part."""
@@ -77,7 +79,7 @@ class StepDisplay:
         elif now - self.last_line >= PLAIN_INTERVAL or step in (self.start + 1, num_steps):
             self.last_line = now
             left = (now - self.began) / (step - self.start) * (num_steps - step)
-            print(f"step {step}/{num_steps}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
+            say(f"step {step}/{num_steps}  {shown}  {left:.0f} s left", error=True)
 
 
 def _describe(metrics: dict[str, Any], tokens_per_second: float) -> str:
@@ -112,13 +114,15 @@ class CacheDisplay:
         self.total, self.done, self.num_tokens, self.num_bytes = num_rollouts, 0, 0, 0
         self.began = self.last_line = time.perf_counter()
         if manifest.shards and not self.quiet:
-            print(f"{manifest.total('num_rollouts'):,} completions are there already", file=sys.stderr, flush=True)
+            say(f"{manifest.total('num_rollouts'):,} completions are there already", error=True)
         if self.live:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (MofNCompleteColumn(), BarColumn(bar_width=16), TimeRemainingColumn())
-            self.progress = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
+            self.progress = Progress(
+                *columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True)
+            )
             self.progress.start()
             self.task = self.progress.add_task("first shard", total=num_rollouts)
 
@@ -138,7 +142,7 @@ class CacheDisplay:
         elif now - self.last_line >= PLAIN_INTERVAL or self.done == self.total:
             self.last_line = now
             left = (now - self.began) / self.done * (self.total - self.done)
-            print(f"rollout {self.done}/{self.total}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
+            say(f"rollout {self.done}/{self.total}  {shown}  {left:.0f} s left", error=True)
 
 
 @contextmanager
@@ -148,8 +152,9 @@ def token_bar(title: str, num_rows: int, num_done: int, quiet: bool) -> Iterator
         yield lambda num: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=num_rows, completed=num_done)
+        task = progress.add_task(escape(printable(title)), total=num_rows, completed=num_done)
         yield lambda num: progress.advance(task, num)

@@ -36,6 +36,7 @@ from potstill.comparison import (
 from potstill.config import METHODS
 from potstill.figures import Link
 from potstill.findings import findings, first_and_last_habits, habit_table, number, seeds_of, values
+from potstill.printable import plain, say
 from potstill.reader import reader_data
 from potstill.results import Entry, Panel, read_panels
 from potstill.runlog import RunError, write_atomically
@@ -92,7 +93,6 @@ def print_table(entries: Sequence[Entry]) -> None:
     """The comparison on the terminal: a column for each model, intervals under the values."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     header, rows = table(entries)
     (_, *names), *quantities = zip(header, *rows, strict=True)
@@ -101,13 +101,13 @@ def print_table(entries: Sequence[Entry]) -> None:
     shown.add_column(min_width=max(len(name) for name, *_ in quantities))
     for name, *column in zip(names, *(cells for _, *cells in quantities), strict=True):
         width = max(len(line) for cell in column for line in cell.replace(" [", "\n[").split("\n"))
-        shown.add_column(Text(name), justify="right", min_width=width)
+        shown.add_column(plain(name), justify="right", min_width=width)
     for name, *cells in quantities:
-        shown.add_row(name, *(Text(cell.replace(" [", "\n[")) for cell in cells))
+        shown.add_row(name, *(plain(cell.replace(" [", "\n[")) for cell in cells))
     # A table that is folded to a narrow window cannot be read; a cut one cannot either, so it keeps its width.
     needed = Console(width=10_000).measure(shown).minimum
     Console(width=max(Console().width, needed)).print(shown)
-    print(table_note(entries))
+    say(table_note(entries))
 
 
 def table_note(entries: Sequence[Entry]) -> str:
@@ -203,30 +203,29 @@ def print_findings(page: Path) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     for panel in json.loads((page.parent / RESULTS_FILE).read_text())["panels"]:
         metrics = {key: metric for key, metric in panel["metrics"].items() if key != "seconds"}
-        groups = Table(title=Text(panel["title"], style="bold"), title_justify="left", box=box.SIMPLE)
+        groups = Table(title=plain(panel["title"], "bold"), title_justify="left", box=box.SIMPLE)
         groups.add_column()
         for metric in metrics.values():
             groups.add_column(textwrap.fill(metric["title"], 10), justify="right")
         for group in panel["groups"]:
             found = (_short(group["metrics"].get(key), metric) for key, metric in metrics.items())
-            groups.add_row(Text(group["label"]), *found)
+            groups.add_row(plain(group["label"]), *found)
         claimed = Table(box=box.SIMPLE)
         for name in ("claim", "effect", "verdict, by three seeds or more"):
             claimed.add_column(name, justify="right" if name == "effect" else "left")
         for claim in panel["claims"]:
             if effect := claim["effect"]:
                 text = f"{_effect(Estimate(**effect), claim['unit'])} {claim['unit']}"
-                claimed.add_row(Text(claim["name"]), Text(text), claim["answer"])
+                claimed.add_row(plain(claim["name"]), plain(text), claim["answer"])
         for table in (groups, claimed):
             # A table that is folded to a narrow window cannot be read.
             needed = Console(width=10_000).measure(table).maximum
             if table.row_count:
                 Console(width=max(Console().width, needed)).print(table)
-        print("".join(f"{text}\n" for text in panel["findings"]))
+        say(*panel["findings"], "")
 
 
 def _effect(effect: Estimate, unit: str) -> str:

@@ -6,13 +6,13 @@ consists of and how far it is; the report reads it.
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, RecipeError, to_toml
 from potstill.jobs import Job, run_jobs
 from potstill.planning import Item, PlannedPanel, choose, plan, recipe_file
+from potstill.printable import plain, say
 from potstill.results import PLAN_FILE, read_plan
 from potstill.runlog import locked, write_atomically
 from potstill.study_file import Study
@@ -43,11 +43,11 @@ def run_study(
         chosen = choose(study)
         panels = plan(study, chosen)
         for (title, method), value in chosen.items():
-            print(f"{title}: {METHODS[method].name} goes on with {value:g}")
+            say(f"{title}: {METHODS[method].name} goes on with {value:g}")
         others = [panel for panel in panels if not panel.is_sweep]
         crashed += _run_stage(study, others, panels, num_parallel, one_thread)
     for item, message in crashed:
-        print(f"CRASHED {item.job.name}: {message} ({item.job.log})", file=sys.stderr)
+        say(f"CRASHED {item.job.name}: {message} ({item.job.log})", error=True)
     return not crashed
 
 
@@ -160,28 +160,28 @@ def print_plan(
 
     items = list({item.job.path: item for panel in panels for item in panel.items}.values())
     costs = estimate(items, one_thread)
-    table = Table(title=f"{study.out}", title_justify="left")
+    table = Table(title=plain(study.out, "italic"), title_justify="left")
     for column in ("panel", "distil", "GRPO", "evaluate", "cache", "done", "crashed", "to do"):
         table.add_column(column, justify="left" if column == "panel" else "right", min_width=len(column))
     for panel in panels:
         found = [state_of(item, study, states) for item in panel.items]
         num_done, num_crashed = found.count("done"), sum(state.startswith("crashed") for state in found)
         kinds = [str(sum(i.kind == kind for i in panel.items)) for kind in ("train", "grpo", "evaluate", "cache")]
-        table.add_row(panel.title, *kinds, str(num_done), str(num_crashed), str(len(found) - num_done))
+        table.add_row(plain(panel.title), *kinds, str(num_done), str(num_crashed), str(len(found) - num_done))
     console = Console(soft_wrap=True)
     console.print(table)
     for item in items if list_all else [item for item in items if state_of(item, study, states).startswith("crashed")]:
         place = "" if item.pending else f" ({item.job.path})"
-        console.print(f"{item.job.name}: {state_of(item, study, states)}{place}", markup=False, highlight=False)
+        console.print(plain(f"{item.job.name}: {state_of(item, study, states)}{place}"))
     known = [cost for cost in costs.values() if cost is not None]
     if not costs:
-        print("nothing is left to do")
+        say("nothing is left to do")
         return
     minutes = sum(cost.seconds for cost in known) / num_parallel / 60
     megabytes = sum(cost.num_bytes for cost in known) / 1e6
-    print(
+    say(
         f"{len(costs)} to do, {num_parallel} at a time: about {minutes:.0f} minutes and {megabytes:.0f} MB for "
         f"{len(known)} of them (from finished runs and trials of two steps)"
     )
     if len(known) < len(costs):
-        print(f"what the other {len(costs) - len(known)} take is known when the first of their kind is done")
+        say(f"what the other {len(costs) - len(known)} take is known when the first of their kind is done")
