@@ -191,6 +191,8 @@ def scripted_model(script):
         return out
 
     forward, model.model.forward = model.model.forward, scripted
+    # What is scripted is no distribution of a language model, as a probe would find.
+    model.is_probed = True
     return model
 
 

@@ -215,14 +215,14 @@ def test_the_start_is_measured_and_judged(tmp_path, written):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
-    real = grpo.load_model
+    real = grpo.ready
 
-    def load(name):
-        model = real(name)
+    def load(name, **options):
+        model = real(name, **options)
         next(model.model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
         return model
 
-    monkeypatch.setattr(grpo, "load_model", load)
+    monkeypatch.setattr(grpo, "ready", load)
     with pytest.raises(NonFiniteError, match="step 1: the gradient is not finite"):
         run_grpo(recipe_for(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoint").exists()

@@ -10,13 +10,12 @@ from potstill.models import (
     ASSETS,
     LanguageModel,
     ModelError,
-    check_logits,
     find_end_ids,
     fingerprint,
     load_model,
     save_model,
-    shared_vocab_size,
 )
+from potstill.probe import check_logits
 
 
 @pytest.fixture
@@ -65,14 +64,6 @@ def test_end_ids_come_from_tokenizer_settings_and_template():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
     assert find_end_ids(model.model, tokenizer) == (2, 22, tokenizer.convert_tokens_to_ids("<turn>"))
-
-
-def test_vocabularies():
-    student, teacher = make_model(vocab_size=23), make_model(vocab_size=40)
-    assert shared_vocab_size(student, teacher) == 23
-    teacher.tokenizer.add_tokens(["<new>"])
-    with pytest.raises(ModelError, match=r"differ at 1 ids \(student / teacher: 23: None / '<new>'\)"):
-        shared_vocab_size(student, teacher)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "granite", "gpt2", "mistral"])

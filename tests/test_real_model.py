@@ -14,11 +14,12 @@ from potstill.batching import make_batch
 from potstill.config import METHODS, Objective, Sampling, load_recipe
 from potstill.data import load_examples, make_prompts
 from potstill.ends import end_set
-from potstill.models import LanguageModel, load_model, shared_vocab_size
+from potstill.models import LanguageModel, load_model
 from potstill.objective import Loss, batch_loss, teacher_signal
 from potstill.sampling import sample
 from potstill.training import train
 from potstill.types import Batch, Example, Prompt, Rollout, Writer
+from potstill.vocabulary import shared_vocab_size
 
 pytestmark = pytest.mark.real
 

@@ -84,7 +84,10 @@ class TeacherIdentity:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a cache is written. `top_k`, `temperature`, `vocab_size` and `end_class` are those of payload topk."""
+    """How a cache is written. `top_k`, `temperature` and `end_class` are those of payload topk.
+
+    `vocab_size` is how many rows the teacher's tokens were drawn from, or its likeliest chosen from.
+    """
 
     payload: Payload
     dtype: Literal["float32", "bfloat16", "int8"] | None
@@ -382,6 +385,11 @@ class Cache:
         if settings.payload == "topk":
             self.refuse_other("the number of shared vocabulary rows", settings.vocab_size, vocab_size)
             self.refuse_other("the end class", settings.end_class, tuple(end_class))
+        if settings.vocab_size is not None and vocab_size is not None and vocab_size < settings.vocab_size:
+            raise CacheError(
+                f"cache {str(self.folder)!r} has tokens drawn from {settings.vocab_size} vocabulary rows, and this "
+                f"student shares {vocab_size} of them; build a cache with this student"
+            )
 
     def refuse_other(self, name: str, mine: Any, theirs: Any) -> None:
         """Raise CacheError when the two differ."""

@@ -46,8 +46,9 @@ from potstill.digests import file_digest
 from potstill.distributed import World
 from potstill.fused import close_kl, fused_statistics
 from potstill.heads import Head
-from potstill.models import LanguageModel, find_folder, load_model
+from potstill.models import LanguageModel, find_folder
 from potstill.prefixes import Writing, write_rollouts
+from potstill.probe import ready
 from potstill.progress import CacheDisplay
 from potstill.runlog import flush, write_atomically
 from potstill.topk import TopK, picked_log_probs, top_k_of
@@ -160,7 +161,7 @@ def _manifest(recipe: Recipe, setup: Setup, teacher: LanguageModel, options: Cac
         seed=recipe.train.seed if writes else None,
         top_k=recipe.objective.top_k if is_topk else None,
         temperature=recipe.objective.temperature if is_topk else None,
-        vocab_size=setup.loss.vocab_size if is_topk else None,
+        vocab_size=setup.loss.vocab_size if is_topk or writes else None,
         end_class=setup.ends.class_ids if is_topk else None,
         rollouts_per_shard=options.rollouts_per_shard,
     )
@@ -249,6 +250,7 @@ def _make_shard(
         setup.ends.stop_ids,
         recipe.sampling,
         len(entries),
+        settings.vocab_size,
     )
     prompts = [prompt for prompt, _, _ in entries]
     seeds = [(recipe.train.seed, int.from_bytes(key), number) for _, key, number in entries]
@@ -408,7 +410,7 @@ def _live_teacher(cache: Cache, teacher: LanguageModel | str | None) -> tuple[La
     if not isinstance(teacher, LanguageModel):
         if find_folder(teacher or mine.name) is None:
             return None, f"the teacher {teacher or mine.name!r} is not on this machine: nothing was compared with it"
-        teacher = load_model(teacher or mine.name, dtype=mine.dtype)
+        teacher = ready(teacher or mine.name, dtype=mine.dtype)
     cache.check_teacher(TeacherSpec(), teacher)
     return teacher.eval(), None
 

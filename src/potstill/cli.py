@@ -197,10 +197,9 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         if model is None:
             checks = check_identities()
         else:
-            from potstill.evaluation import find_model
-            from potstill.models import load_model
+            from potstill.probe import ready
 
-            checks = check_model(load_model(str(find_model(model))))
+            checks = check_model(ready(model))
         if not print_checks(checks, json_file):
             sys.exit(1)
 

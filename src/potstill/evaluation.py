@@ -15,16 +15,18 @@ from potstill.data import DataError, make_prompts, template_warning
 from potstill.ends import end_set, named_end_ids
 from potstill.grading import Grade, majority
 from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
-from potstill.models import LanguageModel, fingerprint, load_model
+from potstill.models import LanguageModel, fingerprint, is_run, locate
 from potstill.printable import plain, say
+from potstill.probe import ready
 from potstill.progress import token_bar
 from potstill.report import print_table
-from potstill.results import Entry, resume_command
+from potstill.results import Entry
 from potstill.runlog import append, flush, last_row, locked, read_rows, store_evals, write_atomically, write_rows
 from potstill.sampling import sample
 from potstill.statistics import Estimate, holm, mean_over_problems, paired, pass_at_k, ratio_over_problems
 from potstill.tasks import Task, make_task
 from potstill.types import Example, Prompt
+from potstill.vocabulary import num_named_rows
 
 Row = dict[str, Any]
 
@@ -53,8 +55,7 @@ def evaluate(
     """
     # Before the model is loaded, which can take long.
     make_problems(evaluation)
-    if not isinstance(model, LanguageModel):
-        model = load_model(str(find_model(model)))
+    model = ready(model)
     task, examples, prompts = prepare_problems(model, evaluation)
     if (warning := template_warning(prompts, model.tokenizer, evaluation.template)) and not quiet:
         say(warning, error=True)
@@ -110,6 +111,7 @@ def write_responses(
                 max_tokens=evaluation.max_tokens,
                 end_ids=end_ids,
                 sampling=sampling,
+                vocab_size=num_named_rows(model),
             )
             texts = model.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
             grades = task.grade([examples[i] for i, _ in batch], texts)
@@ -271,16 +273,6 @@ def summarize(rows: Sequence[dict[str, Any]], num_responses: int) -> dict[str, A
     }
 
 
-def find_model(target: str | Path) -> str | Path:
-    """The model of a run folder, or the target itself when it is no run. Raises RecipeError for an unfinished run."""
-    folder = Path(target)
-    if not (folder / "recipe.toml").exists():
-        return target
-    if not (folder / "DONE").exists():
-        raise RecipeError(f"run {str(folder)!r} is not finished; run `{resume_command(folder)}` to finish it")
-    return folder / "model"
-
-
 def evaluate_and_store(
     models: Sequence[str], evaluation: Evaluation, out: Path | None = None, responses: Path | None = None
 ) -> None:
@@ -288,11 +280,13 @@ def evaluate_and_store(
 
     Responses go to each run's folder `responses`, and those of other models to the folder `responses`, if given.
     """
-    found = [(Path(model), find_model(model)) for model in models]
+    for model in models:
+        locate(model)
     # Of runs; read before anything is sampled.
-    steps = [last_row(target)["step"] if target != Path(model) else None for target, model in found]
+    steps = [last_row(Path(model))["step"] if is_run(Path(model)) else None for model in models]
     entries = []
-    for (target, model), step in zip(found, steps, strict=True):
+    for model, step in zip(models, steps, strict=True):
+        target = Path(model)
         rows = evaluate(model, evaluation, responses=responses if step is None else target / "responses")
         if step is not None:
             store_evals(target, step, rows)
@@ -357,7 +351,7 @@ def show_responses(
     task, examples = None, [Example(str(i), p) for i, p in enumerate(given) for _ in range(num)]
     if not given:
         task, examples = make_problems(Evaluation(source=source, num_problems=num, seed=seed))
-    model = load_model(str(find_model(model_name)))
+    model = ready(model_name)
     prompts = make_prompts(
         examples, model.tokenizer, template=template, max_completion=max_tokens, context_length=model.context_length
     )
@@ -370,6 +364,7 @@ def show_responses(
         max_tokens=max_tokens,
         end_ids=end_set(model),
         sampling=sampling,
+        vocab_size=num_named_rows(model),
     )
     console = Console()
     for example, prompt, completion in zip(examples, prompts, completions, strict=True):

@@ -19,15 +19,18 @@ PARTS = ("rollout", "probe", "teacher", "student_forward", "student_backward", "
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """`per_token` of the backbone's weights, `per_pair` of a query and a key over all layers, `head` for one token."""
+    """`per_token` of the backbone's weights, `per_pair` of a query and a key over all layers, `head` for one token.
+
+    `per_pair` is None where the architecture does not say; attention is then left out of the count.
+    """
 
     per_token: int
-    per_pair: int
+    per_pair: int | None
     head: int
 
     def backbone(self, num_tokens: int) -> int:
         """One forward pass over a sequence, or decoding it token by token with a cache."""
-        return self.per_token * num_tokens + self.per_pair * (num_tokens * (num_tokens + 1) // 2)
+        return self.per_token * num_tokens + (self.per_pair or 0) * (num_tokens * (num_tokens + 1) // 2)
 
 
 def head_flops(head: Head | None) -> ModelFlops:
@@ -37,15 +40,23 @@ def head_flops(head: Head | None) -> ModelFlops:
 
 def model_flops(model: LanguageModel) -> ModelFlops:
     """Counted from the weights that tokens are multiplied with; the head's rows are those it has, padding included."""
-    config = model.model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # GPT-2 keeps its linear layers in a class of its own.
-    layers = [m for m in model.model.base_model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    layers = [m for m in model.backbone.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     return ModelFlops(
         per_token=sum(2 * layer.weight.numel() for layer in layers),
-        per_pair=4 * config.num_attention_heads * head_dim * config.num_hidden_layers,
+        per_pair=_attention_flops(model.model.config.get_text_config()),
         head=2 * model.head.weight_VD.numel(),
     )
+
+
+def _attention_flops(config) -> int | None:
+    """Of a query and a key over all layers; None where the configuration does not say what there is of attention."""
+    names = ("num_attention_heads", "num_hidden_layers", "hidden_size")
+    num_heads, num_layers, hidden_size = (getattr(config, name, None) for name in names)
+    if not (isinstance(num_heads, int) and isinstance(num_layers, int) and isinstance(hidden_size, int)):
+        return None
+    head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
+    return 4 * num_heads * head_dim * num_layers
 
 
 def rollout_flops(rollouts: Iterable[Rollout], models: Mapping[Writer, ModelFlops], by_token: bool) -> int:

@@ -31,10 +31,11 @@ from potstill.controllers import Probe, WindowState, decide, first_window, is_pr
 from potstill.data import load_examples, make_prompts, template_warning
 from potstill.distributed import World
 from potstill.ends import described, end_set
-from potstill.evaluation import evaluate, find_model, prepare_problems
+from potstill.evaluation import evaluate, prepare_problems
 from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
 from potstill.metrics import Stopwatch, is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, fingerprint, load_model, save_model, without_progress_bars
+from potstill.probe import ready
 from potstill.probing import PROBE
 from potstill.progress import StepDisplay
 from potstill.rates import learning_rate
@@ -114,7 +115,7 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
 
 def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     """Load the model and the prompts and check that they fit together. Writes nothing."""
-    model = load_model(str(find_model(recipe.model))).to(world.device)
+    model = ready(recipe.model, device=world.device)
     end_ids = end_set(model)
     data = recipe.data
     examples = load_examples(data.source, split=data.split, num_examples=data.num_prompts, seed=data.seed)
@@ -254,11 +255,11 @@ def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool)
                 _make_trainer(recipe, setup, optimizer, steps, scratch).train()
     weights = checkpoint.weights(model)
     # TRL changes the settings and the forward pass of the model that it trains; the one that is saved is as it was.
-    finished = load_model(str(find_model(recipe.model)))
+    finished = load_model(recipe.model)
     finished.model.load_state_dict(weights, strict=False)
     save_model(finished, weights, setup.end_ids, folder / "model")
     if recipe.evaluation.source is not None:
-        named = LanguageModel(finished.model.to(setup.world.device), finished.tokenizer, str(folder))
+        named = model.around(finished.model.to(setup.world.device), str(folder))
         options = {"end_ids": setup.end_ids, "responses": folder / "responses", "quiet": quiet}
         runlog.store_evals(folder, config.steps, evaluate(named, recipe.evaluation, **options))
     runlog.finish(recipe)

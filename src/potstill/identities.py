@@ -25,9 +25,10 @@ from potstill.config import Objective
 from potstill.divergence import DIVERGENCES, merge_end_class, token_divergence
 from potstill.fused import fused_loss
 from potstill.heads import Head
-from potstill.models import LanguageModel, logits_error
+from potstill.models import LanguageModel
 from potstill.objective import Loss, batch_loss, later_costs
 from potstill.printable import plain, say
+from potstill.probe import logits_error
 from potstill.runlog import write_atomically
 from potstill.types import Example, LossTerms, Prompt, Rollout, Stop
 

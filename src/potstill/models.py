@@ -6,6 +6,7 @@ Loading, saving, and the checks that two models can be compared token by token a
 import contextlib
 import copy
 import hashlib
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from potstill.heads import Head
+from potstill.results import resume_command
+from potstill.types import ModelError
+from potstill.weights import refuse_foreign_files, refuse_unread_file, refuse_wrong_weights
 
 if TYPE_CHECKING:
-    from potstill.cache import CachedTeacher
+    pass
 
 ASSETS = Path(__file__).parent / "assets"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
-
-class ModelError(ValueError):
-    """A model that cannot be used as asked; the message is one line and says what to do."""
+# What architectures call the factors that logits are multiplied with or divided by, and their soft cap.
+MULTIPLIED = ("logit_scale", "lm_head_multiplier")
+DIVIDED = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class LanguageModel(nn.Module):
-    """A Hugging Face causal LM with its tokenizer and its own end tokens. `forward` gives the last hidden states."""
+    """A Hugging Face causal LM with its tokenizer and its own end tokens. `forward` gives the last hidden states.
+
+    `is_probed` says whether `probe.probe` has found that all this holds for the model.
+    """
 
     def __init__(self, model, tokenizer, name: str):
         super().__init__()
@@ -36,19 +42,35 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.name = name
         self.end_ids = find_end_ids(model, tokenizer)
+        self.is_probed = False
+        self.training = model.training
+
+    def around(self, model, name: str) -> "LanguageModel":
+        """The same for another copy of the model, which needs no probe of its own."""
+        other = LanguageModel(model, self.tokenizer, name)
+        other.is_probed = self.is_probed
+        return other
+
+    @property
+    def backbone(self) -> Any:
+        """All but the head."""
+        found = self.model.base_model
+        # Where an architecture names its backbone otherwise than it says, transformers gives the whole model back.
+        return getattr(self.model, "model", found) if found is self.model else found
 
     def forward(self, input_ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal."""
-        return self.model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        return self.backbone(input_ids=input_ids_BT, use_cache=False).last_hidden_state
 
     @property
     def head(self) -> Head:
+        """What gives logits; the probe measures whether it gives the model's own."""
         output = self.model.get_output_embeddings()
         config = self.model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        softcap = getattr(config, "final_logit_softcapping", None)
+        multiplied, divided = (_product(config, names) for names in (MULTIPLIED, DIVIDED))
+        # The one architecture that multiplies with what others divide by.
+        scale = multiplied * divided if config.model_type == "hyperclovax" else multiplied / divided
+        softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
         return Head(output.weight, getattr(output, "bias", None), scale, softcap)
 
     @property
@@ -68,31 +90,39 @@ class LanguageModel(nn.Module):
         return next(self.model.parameters()).device
 
 
+def _product(config, names: Sequence[str]) -> float:
+    """Of the factors that a configuration has."""
+    return math.prod(float(getattr(config, name, None) or 1.0) for name in names)
+
+
 def load_model(
     name: str, *, dtype: str = "float32", init: str = "pretrained", seed: int = 0, trust_remote_code: bool = False
 ) -> LanguageModel:
-    """Load a folder, a hub id or a shipped model ("potstill:teacher", "potstill:base") in evaluation mode on the CPU.
+    """Load a folder, a run's folder, a hub id or a shipped model ("potstill:teacher", "potstill:base") on the CPU.
 
-    `init = "random"` makes fresh weights from the configuration alone. Raises ModelError when the model cannot be read,
-    has its weights only as pickle files, or computes logits in a way that hidden states and head do not reproduce.
+    `init = "random"` makes fresh weights from the configuration alone. The model is in evaluation mode, and not probed
+    (`probe.ready` does both). Raises ModelError when the model cannot be read, is not whole, or has its weights only
+    as pickle files.
     """
     import transformers
 
     path = locate(name)
     if Path(path).is_dir() and init == "pretrained":
-        _refuse_pickle(Path(path))
+        refuse_foreign_files(Path(path))
     tokenizer = load_tokenizer(name, trust_remote_code)
     shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
+    auto = transformers.AutoModelForCausalLM
     with _readable(name):
         if init == "random":
             config = load_config(name, trust_remote_code)
             torch.manual_seed(seed)
-            model = transformers.AutoModelForCausalLM.from_config(config, **shared)
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **shared)
-    language_model = LanguageModel(model.eval(), tokenizer, name)
-    check_logits(language_model)
-    return language_model
+            return LanguageModel(auto.from_config(config, **shared).eval(), tokenizer, name)
+        # Other sizes are refused below, with the names of the weights.
+        shared |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
+        loaded: Any = auto.from_pretrained(path, output_loading_info=True, **shared)
+        model, info = loaded
+        refuse_wrong_weights(name, model, info)
+        return LanguageModel(model.eval(), tokenizer, name)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
@@ -115,7 +145,7 @@ def find_folder(name: str) -> Path | None:
     """Where a model's files are on this machine; None when they are not."""
     import huggingface_hub
 
-    folder = ASSETS / name.removeprefix("potstill:") if name.startswith("potstill:") else Path(name)
+    folder = _as_folder(name)
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -126,38 +156,68 @@ def find_folder(name: str) -> Path | None:
 
 def locate(name: str) -> str:
     """The folder or hub id that a name stands for. Raises ModelError where it can stand for nothing."""
-    path = str(ASSETS / name.removeprefix("potstill:")) if name.startswith("potstill:") else name
-    if name.startswith("potstill:") and not Path(path).is_dir():
+    folder = _as_folder(name)
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith("potstill:"):
         shipped = sorted(f"potstill:{entry.name}" for entry in ASSETS.iterdir() if entry.is_dir())
         raise ModelError(f"{name!r} is not a shipped model; choose one of {', '.join(shipped)}")
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
-            f"model folder {name!r} does not exist; give a Hugging Face model folder or a hub id like org/model"
+            f"model folder {name!r} does not exist; give a Hugging Face model folder, a run folder or a hub id like "
+            "org/model"
         )
-    return path
+    return name
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, whose model is in its folder `model`."""
+    return (folder / "recipe.toml").exists()
+
+
+def _as_folder(name: str) -> Path:
+    """The folder that a name would be: of a shipped model, of a run's model, or its own. It need not exist.
+
+    Raises ModelError for a run that is not finished.
+    """
+    if name.startswith("potstill:"):
+        return ASSETS / name.removeprefix("potstill:")
+    folder = Path(name)
+    if not is_run(folder):
+        return folder
+    if not (folder / "DONE").exists():
+        raise ModelError(f"run {name!r} is not finished; run `{resume_command(folder)}` to finish it")
+    return folder / "model"
 
 
 @contextlib.contextmanager
 def _readable(name: str):
-    """Quietly; what transformers raises becomes one line."""
+    """Quietly; whatever transformers raises of files that are not ours becomes one line."""
     try:
-        with without_progress_bars():
+        with without_progress_bars(), _without_warnings():
             yield
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         if isinstance(error, ModelError):
             raise
+        folder = find_folder(name)
+        if folder is not None:
+            refuse_foreign_files(folder)
+            refuse_unread_file(folder)
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {name!r} cannot be loaded: {reason}") from None
+        raise ModelError(f"model {name!r} cannot be loaded: {reason or type(error).__name__}") from None
 
 
-def _refuse_pickle(folder: Path) -> None:
-    names = [entry.name for entry in folder.iterdir()]
-    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise ModelError(
-            f"model folder {str(folder)!r} has its weights only as pickle ({pickles[0]}), which can run code when "
-            "read; convert it to safetensors first"
-        )
+@contextlib.contextmanager
+def _without_warnings():
+    """Without what transformers logs of a model that we then load or refuse."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextlib.contextmanager
@@ -210,51 +270,6 @@ def find_end_ids(model, tokenizer) -> tuple[int, ...]:
         if ids and ids[0] in tokenizer.all_special_ids:
             found.append(ids[0])
     return tuple(dict.fromkeys(int(i) for i in found if i is not None))
-
-
-def check_logits(model: LanguageModel) -> None:
-    """Raise ModelError unless hidden states and head give the model's own logits, so no scaling is missed."""
-    error, allowed = logits_error(model)
-    if not error <= allowed:
-        raise ModelError(
-            f"model {model.name!r}: its logits differ from hidden states times head by {error:.3g} (allowed "
-            f"{allowed:.3g}); the architecture changes its logits in a way that potstill does not know"
-        )
-
-
-def logits_error(model: LanguageModel) -> tuple[float, float]:
-    """The largest difference of the model's own logits from hidden states times head, and what rounding may make it."""
-    vocab_size = model.vocab_size
-    ids_BT = torch.arange(8, device=model.device)[None] * (vocab_size // 8)
-    with torch.no_grad():
-        theirs = model.model(input_ids=ids_BT, use_cache=False).logits.float()
-        ours = model.head(model(ids_BT)[0])[None]
-    error = (theirs - ours).abs().max().item()
-    # bfloat16 keeps 8 bits, and the model rounds its own logits to it.
-    allowed = (1e-4 if model.head.weight_VD.dtype == torch.float32 else 2e-2) * theirs.abs().max().clamp(min=1).item()
-    return error, allowed
-
-
-def shared_vocab_size(student: LanguageModel, teacher: "LanguageModel | CachedTeacher") -> int:
-    """How many vocabulary rows the two heads share.
-
-    The tokenizers must agree on every id; rows beyond the tokenizer are padding, and the larger head is cut. Raises
-    ModelError that names the first ids which differ.
-    """
-    student_tokens = {i: token for token, i in student.tokenizer.get_vocab().items()}
-    teacher_tokens = {i: token for token, i in teacher.tokenizer.get_vocab().items()}
-    ids = sorted(student_tokens.keys() | teacher_tokens.keys())
-    differing = [i for i in ids if student_tokens.get(i) != teacher_tokens.get(i)]
-    if differing:
-        shown = ", ".join(f"{i}: {student_tokens.get(i)!r} / {teacher_tokens.get(i)!r}" for i in differing[:3])
-        raise ModelError(
-            f"the tokenizers of student {student.name!r} and teacher {teacher.name!r} differ at {len(differing)} ids "
-            f"(student / teacher: {shown}); a token-level KL needs one vocabulary: choose models of one family"
-        )
-    size = min(student.vocab_size, teacher.vocab_size)
-    if ids[-1] >= size:
-        raise ModelError(f"token id {ids[-1]} has no row in a head of {size} rows; the model folder is inconsistent")
-    return size
 
 
 def fingerprint(model: LanguageModel) -> str:

@@ -22,7 +22,8 @@ from potstill.types import Prompt, Rollout, Stop, Writer
 class Writing:
     """How completions are written: by which source, with which models, how far, until what, and how.
 
-    With a `cache` the teacher's are there already.
+    `vocab_size` is that of the loss: what is drawn is drawn from the rows that both heads share. With a `cache` the
+    teacher's are there already.
     """
 
     objective: Objective
@@ -31,6 +32,7 @@ class Writing:
     end_ids: tuple[int, ...]
     sampling: Sampling
     rollouts_per_step: int
+    vocab_size: int | None = None
     cache: Cache | None = None
 
 
@@ -49,6 +51,7 @@ def from_one(writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds:
         max_tokens=writing.window,
         end_ids=writing.end_ids,
         sampling=writing.sampling,
+        vocab_size=writing.vocab_size,
     )
     return [
         _rollout(prompt, completion.token_ids, (writer,) * len(completion.token_ids), completion.stop)
@@ -104,7 +107,8 @@ def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed
     first: Writer = objective.first_writer
     second: Writer = "student" if first == "teacher" else "teacher"
     low, high = objective.handoff_tokens
-    options: dict[str, Any] = {"end_ids": writing.end_ids, "sampling": writing.sampling}
+    names = ("end_ids", "sampling", "vocab_size")
+    options: dict[str, Any] = {name: getattr(writing, name) for name in names}
     caps = [int(np.random.default_rng((*seed, HANDOFF)).integers(low, high + 1)) for seed in seeds]
     begun = sample(writing.models[first], [p.ids_of(first) for p in prompts], seeds, max_tokens=caps, **options)
     open_rows = [i for i, part in enumerate(begun) if part.stop == "length"]
@@ -133,6 +137,7 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed])
         max_tokens=writing.window,
         end_ids=writing.end_ids,
         sampling=writing.sampling,
+        vocab_size=writing.vocab_size,
         other_model=writing.models["student"],
         other_prompts=[prompt.ids_of("student") for prompt in prompts],
         other_share=writing.objective.student_share,

@@ -38,10 +38,17 @@ def probe_window(
     prompts = setup.probes[world.rank :: world.size]
     seeds = [(recipe.train.seed, step, i, PROBE) for i in range(world.rank, len(setup.probes), world.size)]
     writing = Writing(
-        recipe.objective, decoders, state.tokens, setup.ends.stop_ids, recipe.sampling, len(setup.probes), setup.cache
+        recipe.objective,
+        decoders,
+        state.tokens,
+        setup.ends.stop_ids,
+        recipe.sampling,
+        len(setup.probes),
+        setup.loss.vocab_size,
+        setup.cache,
     )
     # The whole copy that decodes: ranks do not take the same number of passes here.
-    student = LanguageModel(decoders["student"], setup.student.tokenizer, "student")
+    student = setup.student.around(decoders["student"], "student")
     rollouts = from_one("student", writing, prompts, seeds)
     flops = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
     scores_teacher = recipe.window.reference == "teacher" and isinstance(setup.teacher, LanguageModel)

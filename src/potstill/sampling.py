@@ -37,6 +37,7 @@ def sample(
     max_tokens: int | Sequence[int],
     end_ids: Sequence[int],
     sampling: Sampling,
+    vocab_size: int | None = None,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
     other_model=None,
     other_prompts: Sequence[tuple[int, ...]] = (),
@@ -45,11 +46,12 @@ def sample(
     """Draw one completion of 1 to `max_tokens` tokens (one number, or one a prompt) for each prompt, in their order.
 
     `model` is a Hugging Face causal LM, `seeds` holds integers that name each row's random stream, and decoding stops
-    after any of `end_ids`, which is then part of the completion. `on_tokens` is told how many tokens each batch wrote.
-    With an `other_model`, which reads `other_prompts`, each token comes from it with probability `other_share`: an
-    exact draw from the mixture of both distributions, of which it is also known whose it was. Raises NonFiniteError
-    when a model gives no distribution to draw from. With temperature 1 and no truncation this is exact ancestral
-    sampling, by inversion of the cumulative distribution.
+    after any of `end_ids`, which is then part of the completion. Only ids below `vocab_size` are drawn, from the
+    distribution over them; the rows of a head beyond that may have no token. `on_tokens` is told how many tokens each
+    batch wrote. With an `other_model`, which reads `other_prompts`, each token comes from it with probability
+    `other_share`: an exact draw from the mixture of both distributions, of which it is also known whose it was. Raises
+    NonFiniteError when a model gives no distribution to draw from. With temperature 1 and no truncation this is exact
+    ancestral sampling, by inversion of the cumulative distribution.
     """
     caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     models, texts = [model], [prompts]
@@ -66,6 +68,7 @@ def sample(
             [caps[i] for i in rows],
             end_ids,
             sampling,
+            vocab_size,
             other_share,
         )
         for i, completion in zip(rows, decoded, strict=True):
@@ -75,7 +78,14 @@ def sample(
 
 
 def _decode(
-    models, texts, seeds, caps: list[int], end_ids: Sequence[int], sampling: Sampling, other_share: float
+    models,
+    texts,
+    seeds,
+    caps: list[int],
+    end_ids: Sequence[int],
+    sampling: Sampling,
+    vocab_size: int | None,
+    other_share: float,
 ) -> list[Completion]:
     """Decode one batch. R is the number of rows still in it, L the largest cap."""
     device = next(models[0].parameters()).device
@@ -103,10 +113,10 @@ def _decode(
             inputs = {"input_ids": next_ids[m], "position_ids": positions[m][:, places], "past_key_values": caches[m]}
             if (mask_RT := masks[m]) is not None:
                 inputs["attention_mask"] = mask_RT[:, : lengths[m]]
-            output = model(**inputs, use_cache=True, logits_to_keep=1)
+            output = model(**inputs, **_quiet_routers(model), use_cache=True, logits_to_keep=1)
             if caches[m] is None:
                 caches[m] = _with_room(output.past_key_values)
-            draws.append(draw(output.logits[:, -1], uniforms_LR[step], sampling))
+            draws.append(draw(output.logits[:, -1, :vocab_size], uniforms_LR[step], sampling))
         ids_R, log_probs_R, entropies_R = draws[0]
         if len(models) > 1:
             drawn = (torch.where(is_others_LR[step], theirs, mine) for mine, theirs in zip(*draws, strict=True))
@@ -145,6 +155,12 @@ def _decode(
         )
         for each in written
     ]
+
+
+def _quiet_routers(model) -> dict[str, bool]:
+    """Keeps a mixture of experts from computing its auxiliary loss, which wants a mask as long as its input."""
+    wants_loss = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if wants_loss else {}
 
 
 class _Written(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from potstill import checkpoint, distributed, runlog
+from potstill import checkpoint, distributed, runlog, vocabulary
 from potstill.batching import make_batches
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import Cache, CachedTeacher
@@ -44,10 +44,11 @@ from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, t
 from potstill.fused import MIB
 from potstill.habits import disagreement, habit_sums, step_habits, what_is_unknown
 from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
-from potstill.models import LanguageModel, fingerprint, load_model, save_model, shared_vocab_size
+from potstill.models import LanguageModel, ModelError, fingerprint, load_model, save_model
 from potstill.objective import Loss, Teacher, batch_loss, later_costs, student_rows, teacher_signal, without_baseline
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
+from potstill.probe import ready
 from potstill.probing import probe_window
 from potstill.progress import StepDisplay
 from potstill.rates import describe_lr, learning_rate, with_lr
@@ -125,20 +126,18 @@ def train(
 def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokenizer=None, prompts=None) -> Setup:
     """Load models and prompts and check that they fit together. Writes nothing."""
     spec = recipe.student
-    if student is None:
-        student = load_model(
-            spec.model,
-            dtype=spec.dtype,
-            init=spec.init,
-            seed=recipe.train.seed,
-            trust_remote_code=spec.trust_remote_code,
-        )
-    elif not isinstance(student, LanguageModel):
-        student = LanguageModel(student, tokenizer, type(student).__name__)
+    student = ready(
+        spec.model if student is None else student,
+        tokenizer,
+        world.device,
+        dtype=spec.dtype,
+        init=spec.init,
+        seed=recipe.train.seed,
+        trust_remote_code=spec.trust_remote_code,
+    )
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
-    student.to(world.device)
-    vocab_size = shared_vocab_size(student, teacher) if teacher is not None else None
+    vocab_size = vocabulary.shared_vocab_size(student, teacher) if teacher is not None else None
     ends = find_ends(recipe, student, teacher, vocab_size)
     loss = Loss(
         recipe.objective,
@@ -184,6 +183,8 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
             max_completion=recipe.window.tokens,
             context_length=teacher.context_length,
         )
+    if loss.vocab_size is not None:
+        vocabulary.refuse_unshared_ids(tokenised, loss.vocab_size, student.tokenizer)
     tokenised, probes = hold_out(recipe.window, tokenised)
     if cache is not None:
         cache.check_fit(ends.stop_ids, loss.vocab_size, loss.end_class)
@@ -222,20 +223,23 @@ def load_teacher(
     objective, spec = recipe.objective, recipe.teacher
     if objective.signal == "labels" and objective.prefix not in ("teacher", "mixed"):
         return None
-    teacher = given
-    if given is not None and not isinstance(given, LanguageModel):
-        teacher = LanguageModel(given, tokenizer, type(given).__name__)
+    teacher = None if given is None else ready(given, tokenizer, world.device)
     if cache is not None and (cache.manifest.settings.payload != "completions" or objective.signal == "labels"):
         cache.check_recipe(recipe, teacher)
         return CachedTeacher(cache, world.device, spec.trust_remote_code)
     if teacher is None and spec.model == "self":
         # A copy: on a resume the student's weights come from the checkpoint, and these stay what they were.
-        teacher = LanguageModel(copy.deepcopy(student.model), student.tokenizer, "self")
+        teacher = student.around(copy.deepcopy(student.model), "self")
     elif teacher is None:
-        teacher = load_model(spec.model, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+        teacher = ready(spec.model, device=world.device, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+    if teacher.model is student.model:
+        raise ModelError(
+            "student and teacher are one object, which cannot change and stay as it is; give a copy of it, or "
+            'teacher.model = "self"'
+        )
     if cache is not None:
         cache.check_recipe(recipe, teacher)
-    teacher.to(world.device).eval().requires_grad_(False)
+    teacher.eval().requires_grad_(False)
     return teacher
 
 
@@ -341,6 +345,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                 setup.ends.stop_ids,
                 recipe.sampling,
                 config.prompts_per_step,
+                setup.loss.vocab_size,
                 setup.cache,
             )
 
@@ -422,7 +427,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     if world.is_main:
         save_model(student, weights, setup.ends.stop_ids, folder / "model")
         if recipe.evaluation.source is not None:
-            finished = LanguageModel(decoders["student"], student.tokenizer, str(folder))
+            finished = student.around(decoders["student"], str(folder))
             options = {"end_ids": setup.ends.stop_ids, "responses": folder / "responses", "quiet": quiet}
             runlog.store_evals(folder, step, evaluate(finished, recipe.evaluation, **options))
         runlog.finish(recipe)
@@ -539,11 +544,13 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     lines += recipe.notes
     if recipe.train.lr is None:
         lines.append(describe_lr(recipe.train, student.num_weights))
-    if teacher is not None and student.vocab_size != teacher.vocab_size:
-        lines.append(
-            f"heads of {student.vocab_size} (student) and {teacher.vocab_size} (teacher) rows are cut to the "
-            f"{setup.loss.vocab_size} they share"
-        )
+    if teacher is not None and setup.loss.vocab_size is not None:
+        lines += vocabulary.describe(student, teacher, setup.loss.vocab_size)
+    for name, flops in (("student", setup.student_flops), ("teacher", setup.teacher_flops)):
+        if flops is not None and flops.per_pair is None:
+            lines.append(
+                f"warning: the {name}'s operations (flops) are counted without attention, whose sizes are unknown"
+            )
     if setup.cache is not None:
         lines += setup.cache.describe()
     example = setup.prompts[0]

@@ -22,6 +22,10 @@ class NonFiniteError(ArithmeticError):
     """A loss, gradient or logit that is not finite; raised before any update with it."""
 
 
+class ModelError(ValueError):
+    """A model that cannot be used as asked; the message is one line and says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One problem as text: what a task or a data file provides.

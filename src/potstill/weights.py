@@ -1,0 +1,112 @@
+"""What can be wrong with the weights of a model: not all there, not whole, not numbers, too coarse for their rate."""
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from potstill.types import ModelError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+LFS_POINTER = b"version https://git-lfs"
+# So many names are shown of a list of weights.
+NUM_SHOWN = 3
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """Raise ModelError for weights as pickle files alone, an adapter without its model, and pointers of git-lfs."""
+    paths = sorted(folder.iterdir())
+    pickles = [path.name for path in paths if path.name.endswith(PICKLE_SUFFIXES)]
+    if pickles and not any(path.suffix == ".safetensors" for path in paths):
+        raise ModelError(
+            f"model folder {str(folder)!r} has its weights only as pickle ({pickles[0]}), which can run code when "
+            "read; convert it to safetensors first"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"model folder {str(folder)!r} is an adapter (LoRA and its like), which potstill does not train or read; "
+            "merge it into its model first (merge_and_unload of peft) and save that"
+        )
+    for path in paths:
+        if path.is_file() and _starts_with(path, LFS_POINTER):
+            raise ModelError(
+                f"{str(path)!r} is a pointer of git-lfs and not the file itself; run `git lfs pull` in its folder"
+            )
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def refuse_unread_file(folder: Path) -> None:
+    """Raise ModelError that names the first safetensors file that is damaged or cut."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{str(path)!r} is damaged or cut ({reason}); get the file again") from None
+
+
+def refuse_wrong_weights(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+    """Raise ModelError if `info`, what transformers tells of loading, has weights that are missing or do not fit.
+
+    Weights that are tied to others are not missing. Files may hold what this architecture has no use for, such as the
+    eyes of a model that is used for text, but not more layers than the configuration has.
+    """
+    unexpected = set(info["unexpected_keys"])
+    if missing := set(info["missing_keys"]):
+        held = f", which hold {_listed(unexpected)} instead (is there a prefix?)" if unexpected else ""
+        raise ModelError(
+            f"model {name!r}: {_listed(missing)} of its weights are not in its files{held}; they would be drawn at "
+            "random: get the whole model"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, in_file, in_model = mismatched[0]
+        raise ModelError(
+            f"model {name!r}: {len(mismatched)} weights have another size in its files than its config.json says "
+            f"({key}: {list(in_file)} there, {list(in_model)} by config.json); the two do not belong together"
+        )
+    places = {_without_numbers(key) for key in model.state_dict()}
+    if more := {key for key in unexpected if _without_numbers(key) in places or "lora_" in key}:
+        raise ModelError(
+            f"model {name!r}: its files hold {_listed(more)}, for which its config.json has no place; they would be "
+            "left out: the two do not belong together"
+        )
+    if info["error_msgs"]:
+        raise ModelError(f"model {name!r} cannot be loaded: {' '.join(str(info['error_msgs'][0]).split())[:300]}")
+
+
+def _without_numbers(key: str) -> str:
+    return re.sub(r"\d+", "0", key)
+
+
+def _listed(keys: Collection[str]) -> str:
+    shown = ", ".join(sorted(keys)[:NUM_SHOWN])
+    return f"{len(keys)} ({shown}{', ...' if len(keys) > NUM_SHOWN else ''})"
+
+
+@torch.no_grad()
+def refuse_non_finite(name: str, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise ModelError that names the first tensor with a NaN or an infinity in it."""
+    for key, weight in parameters:
+        if weight.is_floating_point() and weight.numel():
+            # Takes no memory for itself, and a NaN anywhere is in both ends.
+            low, high = torch.aminmax(weight)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise ModelError(
+                    f"model {name!r}: the weights are not finite: {key} holds {_non_finite_value(weight)}; the files "
+                    "are damaged or a training has diverged: get or train the model again"
+                )
+
+
+def _non_finite_value(weight: torch.Tensor) -> str:
+    num_nan, num_inf = int(weight.isnan().sum()), int(weight.isinf().sum())
+    return " and ".join(f"{num} {what}" for num, what in ((num_nan, "NaN"), (num_inf, "infinite")) if num)
