@@ -18,6 +18,7 @@ from potstill import runlog, training
 from potstill.config import METHODS, RecipeError, to_toml
 from potstill.data import DataError
 from potstill.models import ModelError
+from potstill.probe import ready
 from potstill.rates import learning_rate
 from potstill.training import step_indices
 from potstill.types import NonFiniteError
@@ -216,6 +217,8 @@ def test_a_torn_line_and_an_unfinished_checkpoint_are_ignored(tmp_path):
 )
 def test_what_is_not_finite_stops_before_the_update(tmp_path, broken, prefix, what):
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
+    # It was whole when it was probed.
+    ready(models[broken])
     with torch.no_grad():
         models[broken].model.model.norm.weight.fill_(float("nan"))
     before = [parameter.clone() for parameter in models["student"].parameters()]

@@ -152,7 +152,11 @@ class StudentSpec(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     """random: the model's configuration and tokenizer with fresh weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the trained weights."""
+    """Type of the trained weights. In bfloat16 small updates are rounded away, which is warned of; for its speed keep
+    float32 and set train.compute_dtype."""
+    dropout: bool = False
+    """Train with the dropout that the model's configuration has. Without it the loss is of the same distribution that
+    writes the student's completions and that is evaluated."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings."""
 

@@ -21,6 +21,7 @@ from potstill.probe import ready
 from potstill.progress import token_bar
 from potstill.report import print_table
 from potstill.results import Entry
+from potstill.rope import refuse_crossing
 from potstill.runlog import append, flush, last_row, locked, read_rows, store_evals, write_atomically, write_rows
 from potstill.sampling import sample
 from potstill.statistics import Estimate, holm, mean_over_problems, paired, pass_at_k, ratio_over_problems
@@ -231,6 +232,7 @@ def prepare_problems(model: LanguageModel, evaluation: Evaluation) -> tuple[Task
         max_completion=evaluation.max_tokens,
         context_length=model.context_length,
     )
+    refuse_crossing(model, [p.token_ids for p in prompts], evaluation.max_tokens, "evaluation.max_tokens")
     return task, examples, prompts
 
 
@@ -355,6 +357,7 @@ def show_responses(
     prompts = make_prompts(
         examples, model.tokenizer, template=template, max_completion=max_tokens, context_length=model.context_length
     )
+    refuse_crossing(model, [p.token_ids for p in prompts], max_tokens, "--max-tokens")
     if warning := template_warning(prompts, model.tokenizer, template):
         say(warning, error=True)
     completions = sample(

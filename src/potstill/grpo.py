@@ -39,6 +39,7 @@ from potstill.probe import ready
 from potstill.probing import PROBE
 from potstill.progress import StepDisplay
 from potstill.rates import learning_rate
+from potstill.rope import refuse_crossing
 from potstill.sampling import sample
 from potstill.tasks import Task, make_task
 from potstill.training import SHOWN_CHARACTERS, hold_out, step_indices, step_seed
@@ -126,6 +127,7 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
         max_completion=recipe.window.tokens,
         context_length=model.context_length,
     )
+    refuse_crossing(model, [p.token_ids for p in prompts], recipe.window.tokens, "window.tokens")
     prompts, probes = hold_out(recipe.window, prompts)
     if recipe.evaluation.source is not None:
         prepare_problems(model, recipe.evaluation)
@@ -297,6 +299,7 @@ def _make_trainer(recipe: GrpoRecipe, setup: Setup, optimizer: torch.optim.Optim
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        disable_dropout=True,
         seed=config.seed,
     )
     # A copy, which TRL gives a padding token where it has none: the first end token. Masks come from lengths.

@@ -52,9 +52,11 @@ from potstill.probe import ready
 from potstill.probing import probe_window
 from potstill.progress import StepDisplay
 from potstill.rates import describe_lr, learning_rate, with_lr
+from potstill.rope import refuse_crossing
 from potstill.samples import logged_samples
 from potstill.tasks import make_task
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
+from potstill.weights import cautions
 
 # Decoded rollouts with per-token numbers are logged this many at a time, at step 1 and with every checkpoint.
 NUM_LOGGED_SAMPLES = 2
@@ -185,6 +187,9 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         )
     if loss.vocab_size is not None:
         vocabulary.refuse_unshared_ids(tokenised, loss.vocab_size, student.tokenizer)
+    refuse_crossing(student, [p.token_ids for p in tokenised], recipe.window.tokens, "window.tokens")
+    if isinstance(teacher, LanguageModel):
+        refuse_crossing(teacher, [p.ids_of("teacher") for p in tokenised], recipe.window.tokens, "window.tokens")
     tokenised, probes = hold_out(recipe.window, tokenised)
     if cache is not None:
         cache.check_fit(ends.stop_ids, loss.vocab_size, loss.end_class)
@@ -376,7 +381,8 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                 samples = logged_samples(student, teacher, chosen, loss, world.device) if chosen else []
             except NonFiniteError as error:
                 raise _not_finite(str(error), step, prompts) from None
-            student.train()
+            # Without dropout, the student that learns is the one that wrote.
+            student.train(recipe.student.dropout)
             sums = accumulate_gradients(setup, loss, rollouts, config.tokens_per_batch, step, world, clock, split_by)
 
             with clock("student"):
@@ -544,6 +550,7 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     lines += recipe.notes
     if recipe.train.lr is None:
         lines.append(describe_lr(recipe.train, student.num_weights))
+    lines += cautions(student.model, with_lr(recipe.train, student.num_weights).lr or 0)
     if teacher is not None and setup.loss.vocab_size is not None:
         lines += vocabulary.describe(student, teacher, setup.loss.vocab_size)
     for name, flops in (("student", setup.student_flops), ("teacher", setup.teacher_flops)):

@@ -14,6 +14,10 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 LFS_POINTER = b"version https://git-lfs"
 # So many names are shown of a list of weights.
 NUM_SHOWN = 3
+# Of the weights, that a step should be able to change.
+FEW_MOVE = 0.9
+# What configurations call the weight of the loss that spreads tokens over experts.
+ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def refuse_foreign_files(folder: Path) -> None:
@@ -110,3 +114,42 @@ def refuse_non_finite(name: str, parameters: Iterable[tuple[str, torch.Tensor]])
 def _non_finite_value(weight: torch.Tensor) -> str:
     num_nan, num_inf = int(weight.isnan().sum()), int(weight.isinf().sum())
     return " and ".join(f"{num} {what}" for num, what in ((num_nan, "NaN"), (num_inf, "infinite")) if num)
+
+
+@torch.no_grad()
+def share_that_moves(weights: Iterable[torch.Tensor], step: float) -> float:
+    """The share of weights that change when `step` is added to each or taken from it.
+
+    A bfloat16 weight keeps 8 bits: it changes if the step is at least half of the distance to the next one, and else
+    is rounded back to what it was.
+    """
+    num = num_moved = 0
+    for weight in weights:
+        num += weight.numel()
+        if weight.dtype != torch.bfloat16:
+            num_moved += weight.numel()
+            continue
+        # |w| = m * 2^e with m in [0.5, 1), so that the next one is 2^(e - 8) away.
+        mantissa, exponent = torch.frexp(weight.float().abs())
+        half = torch.ldexp(torch.ones_like(mantissa), exponent - 9)
+        num_moved += int(((half <= step) | (mantissa == 0)).sum())
+    return num_moved / max(num, 1)
+
+
+def cautions(model: Any, lr: float) -> list[str]:
+    """What a user should know of the training of this Hugging Face model at a peak learning rate, before it begins."""
+    lines = []
+    share = share_that_moves(model.parameters(), lr)
+    if share < FEW_MOVE:
+        lines.append(
+            f"warning: the student's weights are in bfloat16, which rounds small updates away: a step of {lr:g} can "
+            f'change {share:.2%} of them; use student.dtype = "float32" with train.compute_dtype = "bfloat16"'
+        )
+    config = model.config.get_text_config()
+    for name in ROUTER_LOSSES:
+        if weight := getattr(config, name, None):
+            lines.append(
+                f"the student is a mixture of experts: its router's load-balancing loss ({name} = {weight:g}) is not "
+                "part of the loss of this training"
+            )
+    return lines
