@@ -126,7 +126,7 @@ def write_responses(
                     "stop": completion.stop,
                     "score": grade.score,
                     "answer": grade.answer,
-                    "note": grade.note,
+                    "note": grade.rule,
                     "length": len(completion.token_ids),
                     "length_to_answer": num,
                     "entropy": sum(completion.entropies),

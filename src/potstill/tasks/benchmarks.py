@@ -9,8 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from potstill.answers import integer
+from potstill.boxes import box_end
 from potstill.config import DATA_SUFFIXES
-from potstill.grading import Grade, Grader, Kind, box_end, gsm8k_gold, integer
+from potstill.grading import Grade, Grader, Kind, gsm8k_gold
 from potstill.tables import Row, read_rows, with_own_ids
 from potstill.types import Example
 
