@@ -1,8 +1,10 @@
 """Which ids end a text, which are one class, what a class does for any masses, and what models end with."""
 
+import contextlib
 import copy
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import potstill
 from potstill import evaluation, grpo, training
-from potstill.config import Evaluation, GrpoRecipe, RecipeError, make_recipe
+from potstill.cache import CacheError
+from potstill.cache_build import build_cache
+from potstill.config import CacheOptions, Evaluation, GrpoRecipe, RecipeError, make_recipe
 from potstill.distributed import World
 from potstill.ends import Ends, find_ends
 from potstill.fused import fused_loss
@@ -100,6 +104,20 @@ def test_equal_sets_are_one_class_everywhere(tmp_path, capsys):
         {"model": str(tmp_path / "model"), "data": {"num_prompts": 8}, "window": {"tokens": 16}}
     )
     assert grpo.prepare(start, World(0, 1, torch.device("cpu"))).end_ids == (2, 22)
+
+
+def test_a_cache_is_of_its_class(tmp_path):
+    """What a cache of likeliest tokens keeps of the ends follows from the same rule, and another rule is refused."""
+    models: dict[str, Any] = {"student": ending_on(2, 22), "teacher": ending_on(2, 22, seed=1)}
+    models["prompts"] = ["__12*3=", "_123*4="]
+    objective = {"prefix": "teacher", "signal": "topk", "top_k": 8}
+    recipe = tiny_recipe("unused", objective=objective)
+    manifest = build_cache(recipe, tmp_path / "cache", CacheOptions(payload="topk"), quiet=True, **models)
+    assert manifest.settings.end_ids == manifest.settings.end_class == (2, 22)
+    for changed, is_refused in (({}, False), ({"end_class": "raw"}, True), ({"separate_ends": ("<eos>",)}, True)):
+        spec = {"objective": {**objective, **changed}, "teacher": {"cache": str(tmp_path / "cache")}}
+        with pytest.raises(CacheError, match="the end class") if is_refused else contextlib.nullcontext():
+            training.prepare(tiny_recipe("unused", **spec), World(0, 1, torch.device("cpu")), **models)
 
 
 # Logits of three members beside ordinary tokens: nothing, everything by one of them, shares, more than everything else.
@@ -249,7 +267,7 @@ def test_other_habits_are_warned_of_once(tmp_path, capsys, objective, teacher_is
 )
 def test_a_teacher_that_says_little_has_no_habits(tmp_path, capsys, objective, is_known, line):
     recipe = tiny_recipe(tmp_path / "run", objective={"prefix": "student", **objective}, train={"steps": 1})
-    models = {"student": ending_on(2, 22), "teacher": ending_on(2, seed=1)}
+    models: dict[str, Any] = {"student": ending_on(2, 22), "teacher": ending_on(2, seed=1)}
     habits = potstill.train(recipe, prompts=["__12*3="], **models).metrics["end_habits"]
     assert ("teacher" in habits) == is_known and sum(habits["student"].values()) > 0
     assert (line or "nothing") in capsys.readouterr().err + "nothing"
