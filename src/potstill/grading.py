@@ -127,7 +127,7 @@ def _at_once(gold: str, answer: str | None, kind: Kind) -> tuple[bool, Rule] | N
         return False, "too long"
     if kind == "integer":
         return integer(answer) == integer(gold) is not None, "integer"
-    return (True, "same text") if answer == gold else None
+    return (True, "same text") if answer == gold != "" else None
 
 
 def majority(grades: Sequence[Grade]) -> float:

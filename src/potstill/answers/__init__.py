@@ -6,7 +6,7 @@ same value by `values.py`, which computes exactly, or to more digits than the ex
 
 from typing import Literal, NamedTuple
 
-from potstill.answers.equality import same
+from potstill.answers.equality import same_answer
 from potstill.answers.grammar import readings, squeezed
 from potstill.answers.meaning import is_name, meaning
 from potstill.answers.tree import Node, NotUnderstood
@@ -44,7 +44,7 @@ def integer(text: str) -> int | None:
 def compare(gold: str, answer: str) -> Verdict:
     """Whether an answer in LaTeX is the gold one. What it takes is bounded, though not small for every answer."""
     try:
-        if squeezed(gold) == squeezed(answer):
+        if squeezed(gold) == squeezed(answer) != "":
             return Verdict(True, "same text")
     except NotUnderstood:
         # A brace that is not closed, on either side.
@@ -55,7 +55,7 @@ def compare(gold: str, answer: str) -> Verdict:
     golds = _meanings(gold)
     if not golds:
         return Verdict(False, "gold not understood")
-    return Verdict(any(same(x, y) for x in golds for y in answers), "value")
+    return Verdict(any(same_answer(x, y) for x in golds for y in answers), "value")
 
 
 def _meanings(text: str) -> list[Node]:

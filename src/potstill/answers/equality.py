@@ -14,8 +14,19 @@ SETS = ("list", "set", "tuple")
 STRUCTURES = ("matrix", "row", "numbers", "cap", "setminus", "interval", "chain")
 
 
+def same_answer(gold: Node, answer: Node) -> bool:
+    """Whether an answer says what the gold says; a set of one element is that element where no set is asked for."""
+    if (gold.kind == "set") != (answer.kind == "set"):
+        gold, answer = (node.parts[0] if _is_single(node) else node for node in (gold, answer))
+    return same(gold, answer)
+
+
+def _is_single(node: Node) -> bool:
+    return node.kind == "set" and len(node.parts) == 1
+
+
 def same(gold: Node, answer: Node) -> bool:
-    """Whether an answer says what the gold says. One of them may name the value that the other gives alone."""
+    """Whether a part of an answer says what that of the gold says; one may name the value that the other gives."""
     kinds = (gold.kind, answer.kind)
     if "named" in kinds or "equation" in kinds:
         return _same_equation(gold, answer)
@@ -127,8 +138,6 @@ def _same_collection(gold: Node, answer: Node) -> bool:
         return _same_unordered(_distinct(gold.parts), _distinct(answer.parts))
     if kinds <= {"list", "set"}:
         return _same_unordered(gold.parts, answer.parts)
-    if "set" in kinds and all(len(node.parts) == 1 for node in (gold, answer) if node.kind == "set"):
-        return same(_inner(gold, "set"), _inner(answer, "set"))
     return False
 
 

@@ -87,12 +87,7 @@ class Reader(Atoms):
         node = negative(node) if minus else node
         while times := self.take_word(*units.TIMES):
             node = product(node, number(units.TIMES[times.text.lower()]))
-        unit = self.unit()
-        if currency:
-            of_sign = units.NAMES.get(currency.text, currency.text)
-            if unit not in ("", of_sign):
-                raise NotUnderstood("two units")
-            unit = of_sign
+        unit = self.unit([units.NAMES.get(currency.text, currency.text)] if currency else [])
         return Node("quantity", unit, (node,)) if unit else _without_degrees(node)
 
     def words(self) -> Node | None:
@@ -108,22 +103,22 @@ class Reader(Atoms):
         self.place = start
         return None
 
-    def unit(self) -> str:
-        """The unit's name after a value: a sign, or words with powers and a `per`; "" without one."""
-        if sign := self.take("%", *CURRENCIES):
+    def unit(self, names: list[str]) -> str:
+        """The unit's name after a value, of which a currency may be known: a sign, or words, powers and a `per`."""
+        if not names and (sign := self.take("%", *CURRENCIES)):
             return units.NAMES.get(sign.text, sign.text)
-        names: list[str] = []
         over = ""
         while self.next.kind == "word" and not self.is_word("or", "and"):
             word = self.next.text
             self.place += 1
             self.take(".")
-            if word.lower() in ("per", "a", "an", "each") and names:
-                over = "/"
+            if names and word.lower() in units.JOINTS:
+                over = "/" if word.lower() in units.PER else over
                 continue
             power = f"^{self.whole_power()}" if self.take("^") else ""
             name = units.unit(word)
-            names.append(name if name in units.POWERS else over + name + power)
+            if [name] != names:
+                names.append(name if name in units.POWERS else over + name + power)
             over = "/" if self.take("/") else ""
         if over:
             raise NotUnderstood("a unit per nothing")

@@ -31,10 +31,8 @@ def _items(node: Node) -> tuple[Node, ...]:
 
 
 def _list(joint: str, items: list[Node]) -> Node:
-    """A list of values; inequalities in one variable are the union of their sets after `or`."""
-    if any(item.kind == "inequality" for item in items):
-        if joint != "or" or len({(item.kind, item.name) for item in items}) > 1:
-            raise NotUnderstood("inequalities that are not alternatives")
+    """A list; after `or`, inequalities in one variable are the union of their sets."""
+    if joint == "or" and {(item.kind, item.name) for item in items} == {("inequality", items[0].name)}:
         pieces = tuple(piece for item in items for piece in _pieces(item.parts[0]))
         return Node("inequality", items[0].name, (Node("union", parts=pieces),))
     return Node("list", joint, tuple(items))

@@ -53,7 +53,10 @@ NONE = DOUBTS | words(
     "equals equal mod modulo of out choose base one two three four five six seven eight nine ten twenty infinity "
     "infinite remainder with"
 )
-NONE |= set(TIMES)
+# Words between units: `miles per hour`, `cups of feed`, `18 dollars each`.
+PER = words("per a an every")
+JOINTS = PER | words("of the each")
+NONE |= set(TIMES) | PER | words("of the")
 MAX_WORDS = 5
 
 
