@@ -92,5 +92,5 @@ def write_run(
         ("window", decisions or []),
     ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "DONE").write_text(recipe.hash() + "\n")
+    (folder / "DONE").write_text(recipe.identity() + "\n")
     return folder

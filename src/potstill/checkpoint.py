@@ -8,7 +8,9 @@ PyTorch's own generator are all seeded from the recipe's seed and the step.
 
 import re
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from potstill.boundary import Stopped
 from potstill.digests import file_digest, seal, unseal
 from potstill.distributed import World, gather, wait_for_all
 from potstill.models import LanguageModel
@@ -44,8 +47,13 @@ class Saved:
 
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run folder, or None."""
-    found = {int(match[2]): path for path, match in _ours(folder / "checkpoint") if not match[1]}
-    return found[max(found)] if found else None
+    found = [path for path, match in _ours(folder / "checkpoint") if not match[1]]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The finished steps of a whole checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _ours(folder: Path) -> list[tuple[Path, re.Match[str]]]:
@@ -58,7 +66,7 @@ def _ours(folder: Path) -> list[tuple[Path, re.Match[str]]]:
 def tidy(folder: Path, step: int) -> None:
     """Remove checkpoints before that of `step`, and those that a kill left unfinished."""
     for path, match in _ours(folder / "checkpoint"):
-        if (match[1] or int(match[2]) < step) and not path.is_symlink():
+        if (match[1] or step_of(path) < step) and not path.is_symlink():
             shutil.rmtree(path)
 
 
@@ -152,6 +160,21 @@ def _read_state(checkpoint: Path, files: Sequence[str]) -> dict[str, Any]:
         if file_digest(checkpoint / name) != sha256:
             raise _damaged(checkpoint / name, "was changed after it was written: its SHA-256 is not that of state.json")
     return data
+
+
+@contextmanager
+def told_when_stopped(folder: Path) -> Iterator[None]:
+    """Say what of a run is saved when a signal such as Ctrl-C ends the work on it, unless that is said already."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Stopped) and stop.saved:
+            raise
+        last = latest(folder)
+        saved = "stopped; nothing was saved yet: the same command begins again"
+        if last is not None:
+            saved = f"stopped; step {step_of(last)} was saved last, and the same command goes on from there"
+        raise Stopped(stop.number if isinstance(stop, Stopped) else signal.SIGINT, saved) from None
 
 
 def _damaged(path: Path, what: str) -> RunError:

@@ -66,6 +66,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         recipe: Positional[str],
         method: Literal["sft", "dagger", "offline-rl", "opd"] | None = None,
         dry_run: bool = False,
+        extend_to: int | None = None,
         fields: Annotated[RecipeFields, tyro.conf.arg(name="")] = RECIPE_FIELDS,
     ) -> None:
         """Train a recipe, or resume it in its run folder. Every field below overrides the recipe's.
@@ -74,6 +75,9 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             recipe: A TOML file, or the name of a shipped recipe such as demo.
             method: A corner of the grid; sets objective.prefix and objective.kl.
             dry_run: Print the resolved recipe and stop.
+            extend_to: Go on with the run in the folder, finished or not, to this step. The steps that are done keep
+                what they were; what follows a schedule over all steps goes on as in a run of so many, so that a cosine
+                learning rate that has decayed rises again.
         """
         # `fields` is there for the help text; what was given is in `overrides`, and the schema alone judges it.
         corner = {}
@@ -90,7 +94,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         from potstill.training import train
 
         world = distributed.start()
-        result = train(resolved)
+        result = train(resolved, extend_to=extend_to)
         distributed.stop()
         if world.is_main:
             say(f"{resolved.method}: the student is in {result.folder / 'model'}")

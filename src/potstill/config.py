@@ -7,9 +7,10 @@ says which field needs which mode.
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
@@ -394,6 +395,9 @@ class Train(Section):
     """Steps between checkpoints; one is also written at the end."""
     seed: Seed = 0
     """Seed of the data order, of sampling and of fresh weights."""
+    extended: tuple[tuple[int, int], ...] = ()
+    """Pairs (step, steps): up to that step, the schedules were those of a run of so many steps. `--extend-to` adds one
+    when a run goes on past its end."""
 
 
 class Evaluation(Section):
@@ -451,6 +455,17 @@ class CacheOptions:
     """Prompts with a completion in one file, which is what a kill loses at most on each rank."""
 
 
+# Fields and sections that a run may be resumed with whatever they were, as none of its steps depends on them ...
+CHANGE_NOTHING = ("out", "evaluation", "train.checkpoint_every", "train.loss_memory", "grpo.checkpoint_every")
+# ... or only by rounding, which is said then. Every other field is what makes it this run.
+CHANGE_ROUNDING = ("train.tokens_per_batch", "sampling.batch_size", "grpo.rows_per_batch")
+
+
+def is_one_of(name: str, fields: Collection[str]) -> bool:
+    """Whether a dotted field is among these, or in a section that is."""
+    return name in fields or name.partition(".")[0] in fields
+
+
 class RunRecipe(Section):
     """What every kind of recipe is: fields, of which the chosen mode reads some, and a run folder."""
 
@@ -490,9 +505,29 @@ class RunRecipe(Section):
         return data
 
     def hash(self) -> str:
-        """Identity of the run: the resolved recipe without the folder it is written to."""
-        data = {key: value for key, value in self.resolved().items() if key != "out"}
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+        """Of the resolved recipe without the folder it is written to."""
+        return _hash(self.resolved_without(["out"]))
+
+    def identity(self) -> str:
+        """Of what a run's weights depend on: the resolved recipe without the fields that a resume may change."""
+        return _hash(self.resolved_without([*CHANGE_NOTHING, *CHANGE_ROUNDING]))
+
+    def changes_to(self, other: "RunRecipe") -> dict[str, tuple[Any, Any]]:
+        """The dotted fields in which another recipe differs, with both values; None where a field is not read."""
+        mine, theirs = _flat(self.resolved_without(["out"])), _flat(other.resolved_without(["out"]))
+        pairs = {name: (mine.get(name), theirs.get(name)) for name in {**mine, **theirs}}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _hash(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _flat(data: dict[str, Any]) -> dict[str, Any]:
+    """Fields of sections by their dotted names."""
+    sections = {key: value for key, value in data.items() if isinstance(value, dict)}
+    inner = {f"{key}.{name}": value for key, section in sections.items() for name, value in section.items()}
+    return {key: value for key, value in data.items() if key not in sections} | inner
 
 
 class RecipeFields(RunRecipe):
@@ -534,6 +569,7 @@ class Recipe(RecipeFields):
             self._check_sampled_signal()
         self._check_divergence()
         self._check_schedules()
+        self._check_extensions()
         if self.teacher.cache is not None and self.objective.prefix in ("student", "mixed"):
             raise ValueError(
                 f'teacher.cache is set and objective.prefix is "{self.objective.prefix}": a cache knows the teacher '
@@ -653,6 +689,18 @@ class Recipe(RecipeFields):
                 f"objective.handoff_tokens is {list(objective.handoff_tokens)} and window.start {window.start}; the "
                 "first writer must leave something of every window"
             )
+
+    def _check_extensions(self) -> None:
+        pairs = self.train.extended
+        until, steps = [u for u, _ in pairs], [*(s for _, s in pairs), self.train.steps]
+        grow = all(a < b for a, b in [*itertools.pairwise([0, *until]), *itertools.pairwise([0, *steps])])
+        if not grow or any(u > s for u, s in pairs):
+            raise ValueError(
+                f"train.extended is {[list(pair) for pair in pairs]}; give pairs (step, steps), both growing, each "
+                f"step within its steps, and steps below train.steps = {self.train.steps}"
+            )
+        if pairs and self.train.flops is not None:
+            raise ValueError("train.extended is set and train.flops, by which the run ends, too; remove one of them")
 
     @property
     def method(self) -> str:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from potstill.config import Evaluation, RecipeError, Sampling, is_table
+from potstill.config import Evaluation, GrpoRecipe, Recipe, RecipeError, Sampling, is_table, to_toml
 from potstill.data import DataError, make_prompts, template_warning
 from potstill.ends import end_set, named_end_ids
 from potstill.grading import Grade, majority
@@ -22,7 +22,17 @@ from potstill.progress import token_bar
 from potstill.report import print_table
 from potstill.results import Entry
 from potstill.rope import refuse_crossing
-from potstill.runlog import append, flush, last_row, locked, read_rows, store_evals, write_atomically, write_rows
+from potstill.runlog import (
+    append,
+    flush,
+    last_row,
+    locked,
+    read_json,
+    read_rows,
+    store_evals,
+    write_atomically,
+    write_rows,
+)
 from potstill.sampling import sample
 from potstill.statistics import Estimate, holm, mean_over_problems, paired, pass_at_k, ratio_over_problems
 from potstill.tasks import Task, make_task
@@ -273,6 +283,22 @@ def summarize(rows: Sequence[dict[str, Any]], num_responses: int) -> dict[str, A
         "repetition": per_response(lambda row: row["is_loop"]),
         "zlib_ratio": per_response(lambda row: row["zlib_ratio"]),
     }
+
+
+def evaluate_anew(recipe: Recipe | GrpoRecipe, model: LanguageModel, quiet: bool = False) -> None:
+    """Evaluate the model of a finished run as the recipe says, which then is the run's own.
+
+    The rows are there before the recipe, so that a kill leaves a run that is evaluated as its recipe says.
+    """
+    folder = recipe.out
+    step = last_row(folder)["step"]
+    end_ids = read_json(folder / "environment.json", ("end_ids",))["end_ids"]
+    with locked(folder, "run folder"):
+        if recipe.evaluation.source is not None:
+            named = LanguageModel(model.model, model.tokenizer, str(folder))
+            options: dict[str, Any] = {"end_ids": end_ids, "responses": folder / "responses", "quiet": quiet}
+            store_evals(folder, step, evaluate(named, recipe.evaluation, **options))
+        write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
 
 
 def evaluate_and_store(

@@ -31,7 +31,7 @@ from potstill.controllers import Probe, WindowState, decide, first_window, is_pr
 from potstill.data import load_examples, make_prompts, template_warning
 from potstill.distributed import World
 from potstill.ends import described, end_set
-from potstill.evaluation import evaluate, prepare_problems
+from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
 from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
 from potstill.metrics import Stopwatch, is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, fingerprint, load_model, save_model, without_progress_bars
@@ -102,15 +102,18 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
     if torch.cuda.device_count() > 1:
         raise RecipeError(f"GRPO uses one GPU and {torch.cuda.device_count()} are visible; set CUDA_VISIBLE_DEVICES=0")
     runlog.check_folder(recipe)
-    if runlog.is_done(recipe.out, recipe):
+    if runlog.is_trained(recipe.out, recipe):
+        if not runlog.is_done(recipe.out, recipe):
+            evaluate_anew(recipe, load_model(str(recipe.out / "model")).to(world.device), quiet)
         return recipe.out
-    setup = prepare(recipe, world)
-    environment = recipe.out / "environment.json"
-    # The start is measured once: a run that is resumed knows it.
-    begun = runlog.read_json(environment) if environment.exists() else {}
-    start = begun.get("start") or measure_start(recipe, setup)
-    with runlog.open_run(recipe, _environment(setup) | {"start": start}):
-        _run(recipe, setup, start, quiet)
+    with checkpoint.told_when_stopped(recipe.out):
+        setup = prepare(recipe, world)
+        environment = recipe.out / "environment.json"
+        # The start is measured once: a run that is resumed knows it.
+        begun = runlog.read_json(environment) if environment.exists() else {}
+        start = begun.get("start") or measure_start(recipe, setup)
+        with runlog.open_run(recipe, _environment(setup) | {"start": start}) as notes:
+            _run(recipe, setup, start, quiet, notes)
     return recipe.out
 
 
@@ -236,7 +239,7 @@ def probe_window(recipe: GrpoRecipe, setup: Setup, state: WindowState, step: int
     return probe, rollout_flops([r.rollout for r in responses], {"student": setup.flops}, by_token=False)
 
 
-def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool) -> None:
+def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool, notes: Sequence[str] = ()) -> None:
     """All randomness follows from the number of finished steps and the seed."""
     config, folder, model = recipe.grpo, recipe.out, setup.model
     # What a scheduler that goes on wants to find.
@@ -250,7 +253,7 @@ def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool)
     runlog.rewind(folder, step, logs)
     checkpoint.tidy(folder, step)
     with StepDisplay(config.steps, step, quiet) as display, stop_asked_for() as asked:
-        display.note(*_opening(recipe, setup, step), *verdict(start))
+        display.note(*_opening(recipe, setup, step), *verdict(start), *notes)
         if step < config.steps:
             steps = _Steps(recipe, setup, optimizer, state, step, display, asked)
             with tempfile.TemporaryDirectory() as scratch, _hushed():

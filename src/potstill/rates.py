@@ -26,6 +26,11 @@ def describe_lr(config: Train, num_weights: int) -> str:
     )
 
 
+def planned_steps(config: Train, step: int) -> int:
+    """How many steps the run was to have when step 0, 1, ... was taken: what schedules over all steps go by."""
+    return next((steps for until, steps in config.extended if step < until), config.steps)
+
+
 def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
     """The rate of step 0, 1, ..., before which `flops` were spent: linear warm-up, then constant or a cosine.
 
@@ -36,7 +41,7 @@ def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    progress = (step - config.warmup_steps) / max(planned_steps(config, step) - config.warmup_steps, 1)
     if config.flops is not None:
         progress = max(progress, flops / config.flops)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))

@@ -2,7 +2,7 @@
 
 `recipe.toml`, `environment.json`, `metrics.jsonl`, `window.jsonl` (what the length gate decided and why),
 `evals.jsonl`, `responses/`, `samples.jsonl`, `checkpoint/`, `model/`, `DONE`.
-`DONE` holds the recipe's hash and is written last; a folder without a matching one is not a result. Needs no torch.
+`DONE` holds the recipe's identity and is written last; a folder without a matching one is not a result. Needs no torch.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from potstill.config import RunRecipe, load_any_recipe, to_toml
+from potstill.config import CHANGE_NOTHING, CHANGE_ROUNDING, RunRecipe, is_one_of, load_any_recipe, to_toml
 from potstill.digests import file_digest
 
 # What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is finished.
@@ -42,62 +42,97 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked; the message is one line and says what to do."""
 
 
-def check_folder(recipe: RunRecipe) -> None:
-    """Raise RunError if the recipe's folder holds something other than this recipe's run. Writes nothing."""
+def check_folder(recipe: RunRecipe, may_change: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """The fields in which the recipe of the run in its folder differs, with both values. Writes nothing.
+
+    Raises RunError if the folder holds something else than this recipe's run. Fields that a resume may change, and
+    those of `may_change`, make it no other run.
+    """
     folder = recipe.out
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run folder {str(folder)!r} is a file; choose another --out")
     if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
-        return
+        return {}
     if not (folder / "recipe.toml").exists():
         raise RunError(f"folder {str(folder)!r} is not empty and holds no run; choose another --out")
-    other = load_any_recipe(folder / "recipe.toml")
-    if other.hash() != recipe.hash():
-        name, theirs, ours = _first_difference(other.resolved(), recipe.resolved())
-        raise RunError(
-            f"run folder {str(folder)!r} holds another recipe ({name} is {theirs} there and {ours} here); "
-            "choose another --out or remove the folder"
-        )
+    changes = load_any_recipe(folder / "recipe.toml").changes_to(recipe)
+    for name, (theirs, ours) in changes.items():
+        if not is_one_of(name, (*CHANGE_NOTHING, *CHANGE_ROUNDING, *may_change)):
+            longer = f"go on with --extend-to {ours}, or " if name == "train.steps" and ours > theirs else ""
+            raise RunError(
+                f"run folder {str(folder)!r} holds another recipe ({name} is {_shown(theirs)} there and {_shown(ours)} "
+                f"here); {longer}{_other_place(folder)}"
+            )
+    return changes
 
 
-def _first_difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any]:
-    for key in {**theirs, **ours}:
-        a, b = theirs.get(key), ours.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and a != b:
-            return _first_difference(a, b, f"{prefix}{key}.")
-        if a != b and prefix + key != "out":
-            return prefix + key, json.dumps(a), json.dumps(b)
-    raise AssertionError("the recipes are equal")
+def _shown(value: Any) -> str:
+    return "not read" if value is None else json.dumps(value)
+
+
+def _other_place(folder: Path) -> str:
+    """What to do about a folder that holds another run."""
+    return "choose another --out" + (
+        " (this run is finished)" if (folder / "DONE").exists() else " or remove the folder"
+    )
+
+
+def is_trained(folder: Path, recipe: RunRecipe) -> bool:
+    """Whether the folder holds a finished run of this recipe, but for its evaluation."""
+    done = folder / "DONE"
+    return done.is_file() and done.read_bytes().strip() == recipe.identity().encode()
 
 
 def is_done(folder: Path, recipe: RunRecipe) -> bool:
-    """Whether the folder holds this recipe's finished run."""
-    done = folder / "DONE"
-    return done.is_file() and done.read_bytes().strip() == recipe.hash().encode()
+    """Whether the folder holds this recipe's finished run, evaluated as it says."""
+    if not is_trained(folder, recipe):
+        return False
+    changes = load_any_recipe(folder / "recipe.toml").changes_to(recipe)
+    return not any(is_one_of(name, ["evaluation"]) for name in changes)
 
 
 @contextmanager
-def open_run(recipe: RunRecipe, environment: dict[str, Any]) -> Iterator[None]:
-    """Create the run folder or enter it again, for this process alone.
+def open_run(
+    recipe: RunRecipe, environment: dict[str, Any], may_change: Collection[str] = ()
+) -> Iterator[tuple[str, ...]]:
+    """Create the run folder or enter it again, for this process alone; gives lines about what the recipe changed.
 
-    Raises RunError when another process is in it, or when it was begun with other models or prompts under the same
-    names: what a recipe names can change, and objects may have taken its place.
+    Raises RunError as `check_folder`, when another process is in it, or when it was begun with other models or prompts
+    under the same names: what a recipe names can change, and objects may have taken its place.
     """
     folder = recipe.out
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "run folder"):
+        changes = check_folder(recipe, may_change)
+        begun: dict[str, Any] = {}
         if (folder / "environment.json").exists():
             begun = read_json(folder / "environment.json", ("models", "prompts"))
-            for key in ("models", "prompts"):
-                if begun[key] != environment[key]:
-                    raise RunError(
-                        f"run folder {str(folder)!r} was begun with other {key} ({json.dumps(begun[key])} there, "
-                        f"{json.dumps(environment[key])} here); choose another --out or remove the folder"
-                    )
-        if not (folder / "recipe.toml").exists():
+        for key in begun.keys() & {"models", "prompts"}:
+            if begun[key] != environment[key]:
+                raise RunError(
+                    f"run folder {str(folder)!r} was begun with other {key} ({json.dumps(begun[key])} there, "
+                    f"{json.dumps(environment[key])} here); {_other_place(folder)}"
+                )
+        history = begun.get("changes", [])
+        if changes:
+            history = [*history, {"num_steps": len(read_rows(folder / "metrics.jsonl")), "fields": changes}]
+            # It is finished no longer: what it has to do is done below.
+            (folder / "DONE").unlink(missing_ok=True)
+            flush(folder)
+        write_environment(folder, environment | {"changes": history})
+        if changes or not (folder / "recipe.toml").exists():
             write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
-        write_atomically(folder / "environment.json", json.dumps(describe_machine() | environment, indent=1) + "\n")
-        yield
+        yield tuple(_said(name, *values) for name, values in changes.items() if not is_one_of(name, CHANGE_NOTHING))
+
+
+def write_environment(folder: Path, environment: dict[str, Any]) -> None:
+    """Write `environment.json`: of this machine, and of the run."""
+    write_atomically(folder / "environment.json", json.dumps(describe_machine() | environment, indent=1) + "\n")
+
+
+def _said(name: str, theirs: Any, ours: Any) -> str:
+    by_rounding = "; from here on the run differs by rounding from one that is not changed"
+    return f"{name} is {_shown(ours)} and was {_shown(theirs)}" + (by_rounding if name in CHANGE_ROUNDING else "")
 
 
 @contextmanager
@@ -255,7 +290,7 @@ def finish(recipe: RunRecipe) -> None:
     """Write DONE, once all that it vouches for is on disk."""
     for path in (recipe.out, *recipe.out.glob("model"), *recipe.out.glob("model/*")):
         flush(path)
-    write_atomically(recipe.out / "DONE", recipe.hash() + "\n")
+    write_atomically(recipe.out / "DONE", recipe.identity() + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

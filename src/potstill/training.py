@@ -39,7 +39,9 @@ from potstill.data import (
 )
 from potstill.distributed import World
 from potstill.ends import Ends, described, find_ends
-from potstill.evaluation import evaluate, prepare_problems
+from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
+from potstill.extension import FIELDS as EXTENSION_FIELDS
+from potstill.extension import extended
 from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
 from potstill.fused import MIB
 from potstill.habits import disagreement, habit_sums, step_habits, what_is_unknown
@@ -51,7 +53,7 @@ from potstill.prefixes import Writing, write_rollouts
 from potstill.probe import ready
 from potstill.probing import probe_window
 from potstill.progress import StepDisplay
-from potstill.rates import describe_lr, learning_rate, with_lr
+from potstill.rates import describe_lr, learning_rate, planned_steps, with_lr
 from potstill.rope import refuse_crossing
 from potstill.samples import logged_samples
 from potstill.tasks import make_task
@@ -101,9 +103,13 @@ def train(
     teacher=None,
     tokenizer=None,
     prompts: Sequence[str | dict[str, Any] | Example] | None = None,
+    extend_to: int | None = None,
     quiet: bool = False,
 ) -> RunResult:
     """Run a recipe, or resume it in its folder, and return the student.
+
+    `extend_to` gives the run in the folder so many steps, finished or not (`extension.py` says what that means). A
+    finished run whose recipe has another evaluation is evaluated anew.
 
     `student` and `teacher` may be Hugging Face causal LMs that are already loaded (with their `tokenizer`), `prompts` a
     list of strings, rows as of a data file, or Examples; they take the place of what the recipe names. Raises
@@ -111,18 +117,38 @@ def train(
     bad update.
     """
     world = distributed.start()
+    may_change: tuple[str, ...] = ()
+    if extend_to is not None:
+        recipe, may_change = extended(recipe, extend_to), EXTENSION_FIELDS
     if world.is_main:
-        runlog.check_folder(recipe)
-    objects = (student, teacher, tokenizer, prompts)
-    if runlog.is_done(recipe.out, recipe) and all(thing is None for thing in objects):
-        spec = recipe.student
-        finished = load_model(str(recipe.out / "model"), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
-        return RunResult(recipe.out, finished, runlog.last_row(recipe.out))
-    setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts)
-    if not world.is_main:
-        return _run(recipe, setup, world, quiet=True)
-    with runlog.open_run(recipe, _environment(setup, world)):
-        return _run(recipe, setup, world, quiet)
+        runlog.check_folder(recipe, may_change)
+    folder, objects = recipe.out, (student, teacher, tokenizer, prompts)
+    if runlog.is_trained(folder, recipe):
+        if all(thing is None for thing in objects):
+            return _finished(recipe, world, quiet)
+        if checkpoint.latest(folder) is None:
+            raise runlog.RunError(
+                f"run {str(folder)!r} is finished and its checkpoint was removed; its student is in "
+                f"{str(folder / 'model')!r}"
+            )
+    with checkpoint.told_when_stopped(folder):
+        setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts)
+        if not world.is_main:
+            return _run(recipe, setup, world, quiet=True)
+        with runlog.open_run(recipe, _environment(setup, world), may_change) as notes:
+            return _run(recipe, setup, world, quiet, notes)
+
+
+def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
+    """The student of a finished run, evaluated anew where the recipe's evaluation is another than the folder's."""
+    spec, folder = recipe.student, recipe.out
+    model = load_model(str(folder / "model"), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+    if not runlog.is_done(folder, recipe):
+        distributed.wait_for_all(world)
+        if world.is_main:
+            evaluate_anew(recipe, model.to(world.device), quiet)
+        distributed.wait_for_rank_0(world)
+    return RunResult(folder, model, runlog.last_row(folder))
 
 
 def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokenizer=None, prompts=None) -> Setup:
@@ -287,7 +313,7 @@ class State:
         return State(mixing, window, data["flops"])
 
 
-def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
+def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequence[str] = ()) -> RunResult:
     """The loop. All randomness follows from the number of finished steps and the seed."""
     student, teacher = setup.student, setup.teacher
     config, folder = with_lr(recipe.train, student.num_weights), recipe.out
@@ -315,7 +341,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
     metrics: dict[str, Any] = {}
     has_warned = False
     with StepDisplay(config.steps, start, quiet, config.flops) as display, stop_asked_for() as asked:
-        display.note(*_opening(recipe, setup, start))
+        display.note(*_opening(recipe, setup, start), *notes)
         step, is_last = start, is_spent(config, start, state.flops)
         while not is_last:
             torch.manual_seed(step_seed("step", config.seed, step, world.rank))
@@ -342,7 +368,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
                         runlog.append(folder / "window.jsonl", {"step": step + 1, **decision.as_row()})
             window = state.window.tokens
             if recipe.window.schedule == "linear":
-                window = scheduled_window(recipe.window, step - age, config.steps)
+                window = scheduled_window(recipe.window, step - age, planned_steps(config, step - age))
             writing = Writing(
                 recipe.objective,
                 decoders,
@@ -370,11 +396,14 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool) -> RunResult:
             parts = dict(zip(parts, distributed.sum_over_ranks(list(parts.values()), world), strict=True))
             total_flops = state.flops + sum(parts.values())
             is_last = is_spent(config, step + 1, total_flops)
-            saves = (step + 1) % config.checkpoint_every == 0 or is_last
+            ended = any(step + 1 == until for until, _ in config.extended)
+            saves = (step + 1) % config.checkpoint_every == 0 or is_last or ended
 
             weight = state.mixing.weight
             if recipe.mixing.schedule != "entropy":
-                weight = scheduled_weight(recipe.mixing, recipe.objective.forward_weight, step, config.steps)
+                weight = scheduled_weight(
+                    recipe.mixing, recipe.objective.forward_weight, step, planned_steps(config, step)
+                )
             loss = dataclasses.replace(setup.loss, forward_weight=weight)
             chosen = rollouts[:NUM_LOGGED_SAMPLES] if saves or step == 0 else []
             try:
