@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from potstill.statistics import SEEDS_TO_JUDGE, seeds_in_words
+
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
@@ -21,12 +23,22 @@ def estimate(value: dict[str, Any] | None, scale: float = 1.0) -> str:
     return numbers[0] + (f" [{numbers[1]}, {numbers[2]}]" if len(numbers) == 3 else "")
 
 
+def label(group: dict[str, Any], trained: set[str]) -> str:
+    """What a group is called, and how many seeds it has where they are too few for a verdict."""
+    num = len(group["paths"]) if group["paths"][0] in trained else SEEDS_TO_JUDGE
+    return group["label"] + (f" ({seeds_in_words(num)})" if num < SEEDS_TO_JUDGE else "")
+
+
 def main(file: Path) -> None:
     for panel in json.loads(file.read_text())["panels"]:
         print(f"\n### {panel['title']}\n\n{panel['note']}\n")
         metrics = {key: metric for key, metric in panel["metrics"].items() if key != "seconds"}
+        trained = {run["path"] for run in panel["runs"] if run["recipe"] is not None}
         rows = [
-            [group["label"], *(estimate(group["metrics"].get(key), metric["scale"]) for key, metric in metrics.items())]
+            [
+                label(group, trained),
+                *(estimate(group["metrics"].get(key), metric["scale"]) for key, metric in metrics.items()),
+            ]
             for group in panel["groups"]
         ]
         print(table(["", *(metric["title"] for metric in metrics.values())], rows))
