@@ -515,6 +515,23 @@ def test_masked_vocabularies_are_refused():
         fused_statistics(*inputs.args())
 
 
+@pytest.mark.parametrize("backend", ["eager", "plain"])
+@pytest.mark.parametrize("terms", [LossTerms(forward=1.0), LossTerms(entropy=1.0), LossTerms(cross_entropy=1.0)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_that_is_not_finite_is_named_whatever_is_asked(value, terms, backend):
+    """A teacher that no term looks at included: its statistics are returned."""
+    for who in ("student", "teacher"):
+        inputs = make_inputs(num_rows=4, bias=True)
+        head = inputs.head if who == "student" else inputs.teacher_head
+        with torch.no_grad():
+            head.bias_V[7] = value
+        message = rf"the {who}'s logits are NaN or infinite in rows \[0, 1, 2, 3\]"
+        with pytest.raises(NonFiniteError, match=message):
+            fused_loss(*inputs.args(), terms, labels_N=inputs.labels[:4], backend=backend)
+        with pytest.raises(NonFiniteError, match=message):
+            fused_statistics(*inputs.args(), backend=backend)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -531,6 +548,11 @@ def test_masked_vocabularies_are_refused():
         ({"tile": (0, 5)}, "at least one row"),
         ({"backend": "cuda"}, "choose auto, eager, compiled, triton or plain"),
         ({"weights_N": torch.ones(36)}, r"weights_N is a tensor \[36\]"),
+        ({"weights_N": torch.full((37,), math.nan)}, "weights_N holds nan; give finite numbers"),
+        ({"terms": LossTerms(forward=math.nan)}, "forward is nan; give a finite number"),
+        ({"terms": LossTerms(entropy=torch.full((37,), -math.inf))}, "entropy holds -inf; give finite numbers"),
+        ({"terms": LossTerms(forward=1.0, forward_above=math.nan)}, "forward_above is nan; give a number of nats"),
+        ({"scale": math.inf}, "scale is inf; give a finite number"),
     ],
 )
 def test_bad_input_is_refused(change, message):

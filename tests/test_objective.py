@@ -10,6 +10,7 @@ from potstill.batching import make_batches
 from potstill.config import Objective
 from potstill.divergence import token_divergence
 from potstill.objective import Loss, batch_loss, sampled_loss, teacher_signal
+from potstill.types import NonFiniteError
 
 ROLLOUTS = [
     make_rollout([1, 5, 6], [9, 5, 2]),
@@ -39,6 +40,21 @@ def test_one_batch_equals_four(student, teacher, normalize, signal):
     assert whole[0] == pytest.approx(parts[0], rel=1e-5)
     for a, b in zip(whole[1], parts[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "plain"])
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+@pytest.mark.parametrize("signal", ["full", "topk", "sampled"])
+def test_a_teacher_that_is_nan_is_refused(student, teacher, signal, kl, backend):
+    """Also where its tokens are told apart by comparisons, which NaN fails without a word."""
+    if signal == "sampled" and kl == "forward":
+        pytest.skip("the sampled signal is of the reverse KL")
+    with torch.no_grad():
+        teacher.model.model.norm.weight.fill_(torch.nan)
+    loss = Loss(Objective(kl=kl, signal=signal, top_k=5), "token", vocab_size=23, backend=backend)
+    (batch,) = make_batches(ROLLOUTS, 10_000)
+    with pytest.raises(NonFiniteError, match=r"the (model|teacher)'s logits are NaN"):
+        batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)
 
 
 def test_normalisation_weighs_tokens_or_sequences(student, teacher):

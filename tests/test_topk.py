@@ -1,5 +1,8 @@
 """Top-k with a tail: the exact KL of coarser distributions, against float64 autograd and against the whole KL."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from test_fused import ENDS, HEADS, TERMS, assert_near, combined, make_inputs
 from potstill import topk
 from potstill.fused import fused_loss
 from potstill.topk import top_k_loss, top_k_of
-from potstill.types import LossTerms, TokenStats
+from potstill.types import LossTerms, NonFiniteError, TokenStats
 
 
 def coarse_statistics(inputs, ids_NK, temperature, end_ids, teacher_entropy_N, vocab_size=131) -> TokenStats:
@@ -83,6 +86,56 @@ def test_a_lower_bound_that_grows_with_k_and_is_equal_at_the_whole_vocabulary(se
         assert (value_N >= before_N - 1e-7).all() and (value_N <= exact_N + 1e-6).all()
         before_N = value_N.detach()
     torch.testing.assert_close(before_N, exact_N.detach(), rtol=1e-8, atol=1e-10)
+
+
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([(4, 7), (3, 40), (64, 16), (256, 3072)]),
+    st.integers(1, 150),
+    st.sampled_from(["as it comes", "rising", "falling"]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_top_k_equals_a_sort_of_the_whole_logits(seed, tile, k, order, merged):
+    """Whatever the tiles, and where each strip of columns is likelier than the one before."""
+    inputs = make_inputs(num_rows=9, seed=seed, bias=True, softcap=30.0)
+    steps = {"as it comes": 0, "rising": 8, "falling": -8}[order] * torch.linspace(0, 1, 131, dtype=torch.float64)
+    head = dataclasses.replace(inputs.teacher_head, bias_V=inputs.teacher_head.bias_V + steps)
+    end_ids = ENDS if merged else ()
+    lp = (head(inputs.teacher_hidden) / 1.3).log_softmax(-1)
+    ends = lp[:, list(end_ids)].logsumexp(-1)
+    lp[:, list(end_ids)] = -torch.inf
+    kept, ids = lp.topk(min(k, 131 - len(end_ids)))
+    rest = lp.scatter(1, ids, -torch.inf).logsumexp(-1)
+    merged_lp = torch.cat([lp, ends[:, None]], 1) if merged else lp
+    entropy = torch.special.entr(merged_lp.exp()).sum(-1)
+    found = top_k_of(inputs.teacher_hidden, head, k, temperature=1.3, end_ids=end_ids, tile=tile)
+    assert torch.equal(found.token_ids_NK, ids)
+    pairs = [(found.log_probs_NK, kept), (found.entropy_N, entropy), (found.end_log_prob_N, ends if merged else None)]
+    pairs.append((found.tail_log_prob_N, rest if kept.shape[1] + len(end_ids) < 131 else None))
+    for a, b in pairs:
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_a_tail_far_below_rounding_is_right():
+    inputs = make_inputs(spread=40.0)
+    exact = top_k_of(*inputs.args()[2:], 20)
+    assert exact.tail_log_prob_N.max() < -20, "1 minus what is kept would be 0 in float32"
+    found = top_k_of(*inputs.to(torch.float32).args()[2:], 20, tile=(16, 40))
+    torch.testing.assert_close(found.tail_log_prob_N.double(), exact.tail_log_prob_N, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("column", [0, 2, 130])
+def test_logits_that_are_not_finite_are_refused(value, column):
+    if column in ENDS and value == -math.inf:
+        pytest.skip("a model may give one member of the end class nothing")
+    inputs = make_inputs(bias=True)
+    inputs.teacher_head.bias_V[column] = value
+    with pytest.raises(NonFiniteError, match=r"the model's logits are NaN or infinite in rows \[0, 1, 2, 3, 4\]"):
+        top_k_of(*inputs.args()[2:], 3, end_ids=ENDS, tile=(16, 40))
 
 
 def test_a_sum_without_the_tail_would_not_be_zero_for_equal_models():

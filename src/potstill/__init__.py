@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from potstill.grpo import run_grpo
     from potstill.heads import Head
     from potstill.training import train
-    from potstill.types import LossTerms
+    from potstill.types import LossTerms, VocabShard
 
 # Imported on first use, so that `potstill --help` does not wait for torch.
 _HOMES = {
@@ -29,6 +29,7 @@ _HOMES = {
     "fused_statistics": "potstill.fused",
     "Head": "potstill.heads",
     "LossTerms": "potstill.types",
+    "VocabShard": "potstill.types",
     "run_grpo": "potstill.grpo",
     "train": "potstill.training",
 }
@@ -38,6 +39,7 @@ __all__ = [
     "Head",
     "LossTerms",
     "Recipe",
+    "VocabShard",
     "build_cache",
     "evaluate",
     "fused_loss",

@@ -10,6 +10,7 @@ Shapes: N loss tokens, V shared vocabulary, D student hidden, E teacher hidden. 
 plain version of all this.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from potstill import divergence
 from potstill.heads import Head
-from potstill.passes import Gradients, Walk, gated, is_there
+from potstill.passes import Gradients, Walk, gated, is_there, refuse_rows
 from potstill.problem import Problem
-from potstill.types import LossTerms, NonFiniteError, TokenStats, VocabShard
+from potstill.types import LossTerms, TokenStats, VocabShard
 
 MIB = 2**20
 DEFAULT_BUDGET = 256 * MIB
@@ -63,12 +64,10 @@ def fused_loss(
     has_mixture = any(is_there(weight) for weight in (terms.jsd, terms.skew_forward, terms.skew_reverse))
     mixture_weight = terms.mixture_weight if has_mixture else None
     problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), mixture_weight, shard)
-    _check_terms(terms, weights_N, problem)
+    _check_terms(terms, weights_N, scale, problem)
     if backend == "plain":
         stats = _plain_statistics(problem, sides, labels_N, end_ids, temperature)
         loss_N = token_loss(terms, stats)
-        if not torch.isfinite(loss_N).all():
-            raise NonFiniteError("the loss is NaN or infinite, or a model's logits are")
         return scale * (loss_N if weights_N is None else loss_N * weights_N).sum(), loss_N.detach(), detached(stats)
     inputs = (hidden_ND, head.weight_VD, head.bias_V)
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -214,12 +213,17 @@ def _plain_statistics(
     if problem.shard is not None:
         raise ValueError("the plain backend needs the whole vocabulary on each rank; choose another backend")
     hidden_ND, head, teacher_hidden_NE, teacher_head = sides
-    teacher_NV = None
+    student_NV, teacher_NV = head(hidden_ND, problem.vocab_size), None
     if teacher_hidden_NE is not None and teacher_head is not None:
         with torch.no_grad():
             teacher_NV = teacher_head(teacher_hidden_NE, problem.vocab_size)
+    student = "model" if teacher_NV is None else "student"
+    for who, logits_NV in ((student, student_NV), ("teacher", teacher_NV)):
+        if logits_NV is not None:
+            merged_NV = divergence.merge_end_class(logits_NV.detach(), end_ids)
+            refuse_rows(~torch.isfinite(merged_NV).all(-1), who)
     return divergence.token_statistics(
-        head(hidden_ND, problem.vocab_size),
+        student_NV,
         teacher_NV,
         labels_N=labels_N,
         temperature=temperature,
@@ -268,7 +272,7 @@ def detached(stats: TokenStats) -> TokenStats:
     return _stats([None if value is None else value.detach() for value in values])
 
 
-def _check_terms(terms: LossTerms, weights_N: Tensor | None, problem: Problem) -> None:
+def _check_terms(terms: LossTerms, weights_N: Tensor | None, scale: float, problem: Problem) -> None:
     of_teacher = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
     weights = {name: getattr(terms, name) for name in (*of_teacher, "entropy", "cross_entropy")}
     there = [name for name, weight in weights.items() if is_there(weight)]
@@ -279,6 +283,15 @@ def _check_terms(terms: LossTerms, weights_N: Tensor | None, problem: Problem) -
         raise ValueError(f"the term {needing[0]} needs a teacher's hidden states and head")
     if "cross_entropy" in there and problem.labels is None:
         raise ValueError("the term cross_entropy needs labels_N")
-    for name, weight in [*weights.items(), ("weights_N", weights_N)]:
-        if isinstance(weight, Tensor) and weight.shape != (problem.num_rows,):
-            raise ValueError(f"{name} is a tensor {list(weight.shape)}; give [{problem.num_rows}], one number a row")
+    if terms.forward_above is not None and math.isnan(terms.forward_above):
+        raise ValueError("forward_above is nan; give a number of nats")
+    for name, weight in {**weights, "weights_N": weights_N, "scale": scale}.items():
+        if isinstance(weight, Tensor):
+            if weight.shape != (problem.num_rows,):
+                raise ValueError(
+                    f"{name} is a tensor {list(weight.shape)}; give [{problem.num_rows}], one number a row"
+                )
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{name} holds {weight[~torch.isfinite(weight)][0].item()}; give finite numbers")
+        elif weight is not None and not math.isfinite(weight):
+            raise ValueError(f"{name} is {weight}; give a finite number")

@@ -228,7 +228,7 @@ class Walk:
             for here in places:
                 column = tiles.tile_statistics(*self.class_column(classes[:, here]))
                 state[..., here] = tiles.merge(state[..., here], column)
-        _check_finite(state, group)
+        check_finite(state, group, problem)
         parts = [tiles.finish(state[..., here]) for here in places]
         moments = tiles.Moments(*(torch.cat(values) for values in zip(*parts, strict=True)))
         log_sums = torch.stack([moments.student_log_sum_exp, moments.teacher_log_sum_exp])
@@ -480,12 +480,18 @@ def _shifted(block: slice, group: range) -> slice:
     return slice(block.start - group.start, block.stop - group.start)
 
 
-def _check_finite(state: Tensor, group: range) -> None:
+def check_finite(state: Tensor, group: range, problem: Problem) -> None:
+    """Raise NonFiniteError if a row's logits are NaN or infinite, by the name of the model whose they are."""
+    names = ("model",) if problem.teacher is None else ("student", "teacher")
     # The fourth moment is about both models.
-    is_bad = ~torch.isfinite(state[:, :3]).all(1)
-    if is_bad.any():
-        who = "student" if is_bad[0].any() else "teacher"
-        rows = [group.start + i for i in is_bad.any(0).nonzero().flatten()[:5].tolist()]
+    for who, is_bad_N in zip(names, ~torch.isfinite(state[:, :3]).all(1), strict=False):
+        refuse_rows(is_bad_N, who, group.start)
+
+
+def refuse_rows(is_bad_N: Tensor, who: str, first: int = 0) -> None:
+    """Raise NonFiniteError if any of a model's rows is bad; `first` is the number of the first of them."""
+    if is_bad_N.any():
+        rows = [first + i for i in is_bad_N.nonzero().flatten()[:5].tolist()]
         raise NonFiniteError(
             f"the {who}'s logits are NaN or infinite in rows {rows} of the loss tokens; a vocabulary is cut with "
             "vocab_size, not masked with -inf"

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from potstill.divergence import entropy, merge_end_class
+from potstill import tiles
 from potstill.fused import detached, fused_statistics, token_loss
 from potstill.heads import Head
-from potstill.tiles import log_mixture
+from potstill.passes import Tile, Walk, check_finite
+from potstill.problem import Problem
+from potstill.tiles import MASKED, log_mixture
 from potstill.types import LossTerms, TokenStats
 
 # Rows of a head that are gathered at a time, in elements.
 GATHERED_ELEMENTS = 2**22
+# Columns of a tile that are looked at as one, in search of the likeliest.
+CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -56,28 +60,76 @@ def top_k_of(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
+    tile: tuple[int, int] | None = None,
 ) -> TopK:
     """The `k` likeliest tokens (all, when there are fewer), the members of an end class of two or more ids left out.
 
-    Logits are held for a few rows at a time.
+    The vocabulary is walked in tiles, as for the loss; `tile` fixes a tile's (rows, columns). What is not kept is
+    summed as such, not as 1 minus what is kept, which would round a small tail away. Raises NonFiniteError for logits
+    that are NaN or infinite.
     """
-    vocab_size = vocab_size or len(head.weight_VD)
-    members = list(end_ids) if len(end_ids) > 1 else []
-    num_kept = min(k, vocab_size - len(members))
-    step = max(GATHERED_ELEMENTS // vocab_size, 1)
-    parts: list[list[Tensor]] = []
-    for start in range(0, max(len(hidden_NE), 1), step):
-        log_probs = (head(hidden_NE[start : start + step], vocab_size) / temperature).log_softmax(-1)
-        entropies = entropy(merge_end_class(log_probs, members))
-        ends = log_probs[:, members].logsumexp(-1)
-        log_probs[:, members] = -torch.inf
-        kept, ids = log_probs.topk(num_kept, dim=-1)
-        # Summed from what is left, not as 1 minus what is kept, which would round a small tail away.
-        tail = log_probs.scatter(1, ids, -torch.inf).logsumexp(-1)
-        parts.append([ids, kept, ends, tail, entropies])
-    ids, kept, ends, tail, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
-    has_tail = num_kept + len(members) < vocab_size
-    return TopK(ids, kept, ends if members else None, tail if has_tail else None, entropies)
+    problem = Problem(hidden_NE, head, None, None, None, vocab_size, temperature, tuple(end_ids), None, None)
+    num_kept = min(k, problem.vocab_size - len(problem.members))
+    walk, everything = Walk(problem, 0, "eager", tile, trains_head=False), range(problem.num_rows)
+    kept = hidden_NE.new_full((problem.num_rows, num_kept), MASKED, dtype=problem.dtype)
+    ids = torch.zeros_like(kept, dtype=torch.long)
+    tail = tiles.empty_state(problem.num_rows, kept)
+    for part in walk.tiles(everything):
+        block = part.block
+        kept[block], ids[block], dropped = _keep(part, kept[block], ids[block])
+        rest = walk.backend.statistics(part.z, None, walk.scratch)
+        tail[..., block] = tiles.merge(tail[..., block], tiles.tile_statistics(dropped, None), rest)
+    kept, order = kept.sort(descending=True)
+    ids = ids.gather(1, order)
+    whole = tiles.merge(tail, tiles.tile_statistics(kept, None))
+    ends = kept.new_zeros(problem.num_rows)
+    if problem.merges_ends:
+        for block in walk.blocks(everything):
+            ends[block] = walk.member_logits(problem.student, block).logsumexp(-1)
+        whole = tiles.merge(whole, tiles.tile_statistics(ends[:, None], None))
+    check_finite(whole, everything, problem)
+    # The maximum goes first: a log-sum-exp, rounded as a large number, would bring an error of its size.
+    (top_N, sum_N, *_), (tail_top_N, tail_sum_N, *_) = whole[0], tail[0]
+    log_sum_N, has_tail = sum_N.log(), num_kept + len(problem.members) < problem.vocab_size
+    return TopK(
+        ids,
+        kept - top_N[:, None] - log_sum_N[:, None],
+        ends - top_N - log_sum_N if problem.merges_ends else None,
+        tail_top_N - top_N + tail_sum_N.log() - log_sum_N if has_tail else None,
+        tiles.finish(whole).student_entropy,
+    )
+
+
+def _keep(tile: Tile, kept_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest K of those kept so far and of a tile, their ids, and what is kept no longer (else MASKED).
+
+    What is kept now is masked in the tile.
+    """
+    columns = _candidates(tile.z, kept_NK)
+    logits = torch.cat([kept_NK, tile.z.gather(1, columns)], 1)
+    ids = torch.cat([ids_NK, columns + tile.columns.start], 1)
+    kept, places = logits.topk(kept_NK.shape[1], sorted=False)
+    logits.scatter_(1, places, MASKED)
+    dropped, left = logits.tensor_split([kept_NK.shape[1]], 1)
+    tile.z.scatter_(1, columns, left)
+    return kept, ids.gather(1, places), dropped
+
+
+def _candidates(z_NC: Tensor, kept_NK: Tensor) -> Tensor:
+    """Columns of a tile among which each row's likeliest K are, if they are likelier than what is kept.
+
+    The columns are cut into chunks. Only in those is one of the likeliest whose own likeliest is among the first K, and
+    above the least of the kept; few are, after the first tiles.
+    """
+    num = z_NC.shape[1] // CHUNK
+    chunks_NLC = z_NC[:, : CHUNK * num].unflatten(1, (CHUNK, num))
+    best_NC = chunks_NLC.amax(1)
+    num_above = int((best_NC > kept_NK.amin(1, keepdim=True)).sum(1).amax())
+    chosen_NC = best_NC.topk(min(num_above, kept_NK.shape[1]), sorted=False).indices
+    steps_L1 = num * torch.arange(CHUNK, device=z_NC.device)[:, None]
+    columns = (chosen_NC[:, None] + steps_L1).flatten(1)
+    rest = torch.arange(CHUNK * num, z_NC.shape[1], device=z_NC.device).expand(len(z_NC), -1)
+    return torch.cat([columns, rest], 1)
 
 
 def top_k_loss(
@@ -121,14 +173,11 @@ def top_k_loss(
         students.append(mass_N1.clamp(min=resolution).log().to(log_sum_exp_N.dtype))
         teachers.append(teacher.tail_log_prob_N[:, None])
     ls, lt = torch.cat(students, -1), torch.cat(teachers, -1).to(log_sum_exp_N.dtype)
-    # A class that the teacher gives nothing at all adds nothing to a KL from the teacher.
-    is_known = lt > -torch.inf
     lm = log_mixture(ls, lt, terms.mixture_weight)
-    skew_forward_N = torch.where(is_known, lt.exp() * (lt - lm), 0.0).sum(-1)
-    skew_reverse_N = (ls.exp() * (ls - lm)).sum(-1)
+    skew_forward_N, skew_reverse_N = _kl(lt, lm), _kl(ls, lm)
     known = {
-        "forward_kl_N": torch.where(is_known, lt.exp() * (lt - ls), 0.0).sum(-1),
-        "reverse_kl_N": (ls.exp() * (ls - lt)).sum(-1),
+        "forward_kl_N": _kl(lt, ls),
+        "reverse_kl_N": _kl(ls, lt),
         "jsd_N": terms.mixture_weight * skew_forward_N + (1 - terms.mixture_weight) * skew_reverse_N,
         "teacher_entropy_N": teacher.entropy_N,
         "skew_forward_N": skew_forward_N,
@@ -136,6 +185,15 @@ def top_k_loss(
     }
     stats = dataclasses.replace(stats, **known)
     return token_loss(terms, stats), detached(stats)
+
+
+def _kl(a_log_probs_NK: Tensor, b_log_probs_NK: Tensor) -> Tensor:
+    """KL(a || b) [N] as the sum of a (log a - log b) - a + b, in which rounding of the log-sum-exps cancels."""
+    a_NK, b_NK = a_log_probs_NK.exp(), b_log_probs_NK.exp()
+    # A class that a gives nothing at all adds nothing to a KL from a; one that is NaN does.
+    is_none_NK = a_log_probs_NK == -torch.inf
+    terms_NK = torch.where(is_none_NK, 0.0, a_NK * (a_log_probs_NK - b_log_probs_NK))
+    return (terms_NK + (b_NK - a_NK)).sum(-1)
 
 
 def picked_log_probs(
