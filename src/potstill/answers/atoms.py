@@ -36,6 +36,10 @@ class Atoms:
         """The token to be read; the last one is the end."""
         return self.tokens[self.place]
 
+    def ahead(self, num: int) -> Token:
+        """The token that stands so many behind the next one, or the end."""
+        return self.tokens[min(self.place + num, len(self.tokens) - 1)]
+
     @property
     def last(self) -> Token:
         """The token that was read last."""

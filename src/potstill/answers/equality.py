@@ -39,7 +39,7 @@ def same(gold: Node, answer: Node) -> bool:
     if "text" in kinds:
         return _as_text(gold) == _as_text(answer) is not None
     if any(kind in SETS for kind in kinds):
-        return _same_collection(gold, answer)
+        return _same_collection(_as_tuple(gold), _as_tuple(answer))
     if all(kind in EXPRESSIONS for kind in kinds):
         infinite = (INFINITY, MINUS_INFINITY)
         return gold == answer if gold in infinite or answer in infinite else is_equal(gold, answer)
@@ -139,6 +139,13 @@ def _same_collection(gold: Node, answer: Node) -> bool:
     if kinds <= {"list", "set"}:
         return _same_unordered(gold.parts, answer.parts)
     return False
+
+
+def _as_tuple(node: Node) -> Node:
+    """A column of a matrix as a tuple; any other node as it is."""
+    if node.kind != "matrix" or len(node.parts) == 1 or any(len(row.parts) > 1 for row in node.parts):
+        return node
+    return Node("tuple", parts=tuple(row.parts[0] for row in node.parts))
 
 
 def _in_order(node: Node) -> tuple[Node, ...]:

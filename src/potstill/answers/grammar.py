@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from potstill.answers import units
 from potstill.answers.atoms import SYMBOLS, Atoms
-from potstill.answers.tokens import FUNCTIONS, normalise, tokens, with_digit_groups
+from potstill.answers.tokens import FUNCTIONS, Token, normalise, tokens, with_digit_groups
 from potstill.answers.tree import Node, NotUnderstood, negative, number, product
 
 RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in"}
@@ -107,6 +107,8 @@ class Reader(Atoms):
         """The unit's name after a value, of which a currency may be known: a sign, or words, powers and a `per`."""
         if not names and (sign := self.take("%", *CURRENCIES)):
             return units.NAMES.get(sign.text, sign.text)
+        if self.take("frac"):
+            return f"{self.unit_in_braces()} /{self.unit_in_braces()}"
         over = ""
         while self.next.kind == "word" and not self.is_word("or", "and"):
             word = self.next.text
@@ -124,10 +126,19 @@ class Reader(Atoms):
             raise NotUnderstood("a unit per nothing")
         return units.joined(names) if names else ""
 
+    def unit_in_braces(self) -> str:
+        """The unit above or below a fraction's bar."""
+        self.need("{")
+        name = self.unit([])
+        self.need("}")
+        if not name:
+            raise NotUnderstood("a fraction with a unit and none")
+        return name
+
     def whole_power(self) -> str:
         """The power of a unit."""
         power = self.script()
-        if power.kind != "number":
+        if power.kind != "number" or power.value not in range(-9, 10):
             raise NotUnderstood("the power of a unit")
         return str(power.value)
 
@@ -193,13 +204,13 @@ class Reader(Atoms):
 
     def begins_factor(self) -> bool:
         """Whether the next token begins a factor that needs no sign before it."""
-        token, then = self.next, self.tokens[min(self.place + 1, len(self.tokens) - 1)]
+        token = self.next
         if token.kind == "macro":
-            return token.text in FACTORS
+            return token.text in FACTORS and not (token.text == "frac" and _is_unit(self.ahead(2)))
         if token.kind == "word":
-            return len(token.text) == 1 and token.text not in units.LETTERS
+            return len(token.text) == 1 and not _is_unit(token)
         if token.kind == "letter":
-            return token.text != "U" or then.text not in ("(", "[")
+            return token.text != "U" or self.ahead(1).text not in ("(", "[")
         return token.kind == "number" or self.is_next("(", "[", "{") or (self.is_next("|") and not self.num_bars)
 
     def begins_with_digit(self) -> bool:
@@ -272,6 +283,11 @@ class Reader(Atoms):
         if not is_whole or base.kind != "number" or base.value not in range(2, 37):
             raise NotUnderstood("an index to what has no base")
         return Node("base", digits.text.lstrip("0") or "0", value=base.value)
+
+
+def _is_unit(token: Token) -> bool:
+    """Whether an upright word is no variable."""
+    return token.kind == "word" and (len(token.text) > 1 or token.text in units.LETTERS)
 
 
 def _without_degrees(node: Node) -> Node:
