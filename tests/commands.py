@@ -1,6 +1,7 @@
 """Small potstill commands, and whether two of them left the same."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def cache(*options: dict[str, str]) -> list[str]:
 def contents(folder: Path) -> dict[str, Any]:
     """What each file of a folder holds, but for locks, logs of processes, seconds and checksums of what has them."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    # With what links lead to.
+    paths = [Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names]
+    for path in sorted(path for path in paths if path.is_file()):
         name = str(path.relative_to(folder))
         if path.name.endswith(".lock") or path.suffix == ".log":
             continue

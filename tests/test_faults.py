@@ -29,8 +29,8 @@ NO_HARM: Harm = lambda folder: None  # noqa: E731
 FOUR_STEPS = {"train.steps": "4", "evaluation.temperatures": "[1.0]"}
 OWN = {"student.model": "student", "teacher.model": "teacher", "data.source": "prompts.jsonl"}
 OWN_RUN = [word for word in train(OPD, FOUR_STEPS, OWN) if word]
-SELF = {"teacher.model": "self", "teacher.refresh-steps": "1", "rollouts.reuse": "4"}
-SELF_RUN = train(OPD, FOUR_STEPS, SELF)
+SELF = OWN | {"teacher.model": "self", "teacher.refresh-steps": "3", "teacher.prompt-column": "hint"}
+SELF_RUN = train(OPD, FOUR_STEPS, SELF, {"rollouts.reuse": "4"})
 CACHED_RUN = train(SFT, FOUR_STEPS, {"teacher.cache": "cache", "teacher.model": "teacher"})
 BUILD = cache({"teacher.model": "teacher"})
 JUDGED = {"num-problems": "3", "num-responses": "3", "max-tokens": "8", "batch-size": "4", "temperatures": "1.0"}
@@ -248,13 +248,14 @@ def checkpoints() -> list[Fault]:
         "two files swapped": swapped(model, other),
         "weights of the teacher": swapped(model, f"{step}/teacher.safetensors"),
         "no files": lambda folder: [path.unlink() for path in (folder / step).iterdir()] and None,
-        "a file in its place": as_file(step),
-        "a file in place of all": as_file("run/checkpoint"),
-        "another step's name": lambda folder: (folder / step).rename(folder / "run/checkpoint/step-000003") and None,
         "a tensor renamed": weights(model, renamed),
         "a NaN": weights(model, lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(float("nan")) and None),
     }
     rows += [Fault(name, "self", SELF_RUN, "refused", harm, says="checkpoint") for name, harm in refused.items()]
+    late: dict[str, Harm] = {"a file in its place": as_file(step), "a file in place of all": as_file("run/checkpoint")}
+    rows += [
+        Fault(name, "self", SELF_RUN, "refused", harm, says="checkpoint", is_late=True) for name, harm in late.items()
+    ]
     right: dict[str, Harm] = {
         "a stray file": written("run/checkpoint/stray.txt", b"mine"),
         "a hidden file": written("run/checkpoint/.stray", b"mine"),
@@ -311,8 +312,8 @@ def run_files() -> list[Fault]:
     rows += [Fault(name, "half", OWN_RUN, "refused", harm, is_late=True) for name, harm in late.items()]
 
     def moved(folder: Path) -> None:
-        (folder / "run").rename(folder / "stray-elsewhere")
-        (folder / "run").symlink_to("stray-elsewhere")
+        (folder / "run").rename(folder / "elsewhere")
+        (folder / "run").symlink_to("elsewhere")
 
     right: dict[str, Harm] = {
         "nothing": NO_HARM,
@@ -322,7 +323,6 @@ def run_files() -> list[Fault]:
         "DONE is empty": written("run/DONE", b""),
         "DONE is binary": written("run/DONE", b"\xff\xfe\0\0"),
         "the folder is a link": moved,
-        "half of a new recipe.toml": written("run/.recipe.toml.unfinished", b'out = "r'),
         "half of a model folder": written("run/model/config.json", b"{"),
     }
     return rows + [
@@ -484,16 +484,6 @@ def studies() -> list[Fault]:
                     is_quick=kind == "cut",
                 )
             )
-    foreign = json.dumps({"panels": [panel | {"runs": [run | {"folder": "../../run"}]}]}).encode()
-    rows.append(
-        Fault(
-            "report with plan.json: a folder elsewhere",
-            "empty",
-            commands["report"],
-            "refused",
-            written("study/plan.json", foreign),
-        )
-    )
     return rows
 
 
@@ -866,7 +856,7 @@ class Folders:
         """Models and prompts, and no run."""
         shutil.copytree(ASSETS / "base", folder / "student")
         shutil.copytree(ASSETS / "teacher-small", folder / "teacher")
-        rows = [{"id": f"p{i}", "prompt": f"{10 + i:_>4}*2="} for i in range(24)]
+        rows = [{"prompt": f"{10 + i:_>4}*2=", "hint": f"{60 + i:_>4}*7="} for i in range(24)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _make_half(self, folder: Path) -> None:
@@ -876,6 +866,7 @@ class Folders:
 
     def _make_self(self, folder: Path) -> None:
         """The same, of a student that is its own teacher and uses its rollouts again."""
+        self._make_own(folder)
         self._run(folder, SELF_RUN, Trouble(event=1, where="step-000004"))
 
     def _make_done(self, folder: Path) -> None:
@@ -901,11 +892,9 @@ def folders(tmp_path_factory, forks):
 
 def strays(folder: Path) -> dict[str, Any]:
     """What is not potstill's, which must be left alone."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-        if re.search("stray|victim", str(path.relative_to(folder))) and not path.name.startswith("stray-elsewhere")
-    }
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    foreign = {name: path for name, path in paths.items() if re.search("stray|victim", name)}
+    return {name: path.read_bytes() if path.is_file() else None for name, path in foreign.items()}
 
 
 @pytest.mark.parametrize("fault", table())
@@ -931,5 +920,5 @@ def test_a_fault_is_said_or_does_no_harm(tmp_path, forks, folders, fault):
         assert ended.code == 0, ended.err
     if ended.code == 0 and fault.expect != "runs" and fault.argv[0] in ("train", "cache", "evaluate"):
         whole = folders.whole(fault.base, fault.argv)
-        wrong = [line for line in differences(folder, whole) if "stray" not in line and "victim" not in line]
+        wrong = [line for line in differences(folder, whole) if not re.search("stray|victim|elsewhere", line)]
         assert not wrong, f"{wrong}\n{said}"

@@ -4,7 +4,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,10 @@ EVALUATE = {"num-problems": "6", "num-responses": "3", "max-tokens": "10", "batc
 GRPO = {name.replace("train.", "grpo."): value for name, value in SMALL.items()}
 GRPO |= {"grpo.group-size": "3", "grpo.prompts-per-step": "2", "grpo.steps": "5"}
 
+# The student is its own teacher, which reads something else.
+SELF = {"teacher.model": "self", "teacher.refresh-steps": "3", "teacher.prompt-column": "hint"}
+SELF |= {"data.source": "prompts.jsonl"}
+HINTED = "".join(f'{{"prompt": "{10 + i:_>4}*2=", "hint": "{60 + i:_>4}*7="}}\n' for i in range(24))
 STUDY = """
 out = "study"
 recipe = "demo"
@@ -75,7 +79,7 @@ class Case:
     kills: int = 13
     per_trial: int = 5
     at_each: bool = False
-    file: str = ""
+    files: dict[str, str] = field(default_factory=dict)
 
 
 CASES = {
@@ -90,7 +94,7 @@ CASES = {
     ),
     "from a cache": Case(train(SFT, {"teacher.cache": "cache"}), before=(cache(),)),
     "entropy-gated window": Case(train(OPD, GATE)),
-    "teacher self": Case(train(SFT, {"teacher.model": "self", "teacher.refresh-steps": "3"})),
+    "teacher self": Case(train(OPD, SELF), files={"prompts.jsonl": HINTED}),
     "gamma": Case(train(OPD, {"objective.gamma": "0.5"})),
     "grpo": Case(command("grpo grpo --out run", GRPO, GATE)),
     "cache of hidden states": Case([*cache(), "--completions", "2"], at_each=True),
@@ -98,7 +102,9 @@ CASES = {
     "cache of completions": Case([*cache(), "--payload", "completions"], at_each=True),
     "evaluate": Case(command("evaluate potstill:base --out evals.json --responses responses", EVALUATE)),
     "evaluate a run": Case(command("evaluate run", EVALUATE), before=(train(SFT),), kills=6),
-    "study": Case(["study", "study.toml", "--jobs", "2", "--no-report"], kills=8, per_trial=4, file=STUDY),
+    "study": Case(
+        ["study", "study.toml", "--jobs", "2", "--no-report"], kills=8, per_trial=4, files={"study.toml": STUDY}
+    ),
 }
 
 
@@ -140,8 +146,8 @@ def draw(rng: random.Random, whole: Ended, is_first: bool) -> Trouble:
 def prepare(forks: Forks, case: Case, folder: Path) -> Path:
     """A folder with what the command needs."""
     folder.mkdir()
-    if case.file:
-        (folder / "study.toml").write_text(case.file)
+    for name, text in case.files.items():
+        (folder / name).write_text(text)
     for argv in case.before:
         assert forks.run(folder, argv).code == 0
     return folder
