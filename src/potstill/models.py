@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from potstill.heads import Head
 from potstill.results import resume_command
 from potstill.types import ModelError
-from potstill.weights import refuse_foreign_files, refuse_unread_file, refuse_wrong_weights
+from potstill.weights import refuse_foreign_files, refuse_unread_file, refuse_unread_settings, refuse_wrong_weights
 
 if TYPE_CHECKING:
     pass
@@ -109,6 +109,7 @@ def load_model(
     path = locate(name)
     if Path(path).is_dir() and init == "pretrained":
         refuse_foreign_files(Path(path))
+        refuse_unread_settings(Path(path))
     tokenizer = load_tokenizer(name, trust_remote_code)
     shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
     auto = transformers.AutoModelForCausalLM

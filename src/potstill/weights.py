@@ -1,5 +1,6 @@
 """What can be wrong with the weights of a model: not all there, not whole, not numbers, too coarse for their rate."""
 
+import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -44,6 +45,19 @@ def refuse_foreign_files(folder: Path) -> None:
 def _starts_with(path: Path, start: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(len(start)) == start
+
+
+def refuse_unread_settings(folder: Path) -> None:
+    """Raise ModelError for generation settings that are no JSON object; transformers would do without them unasked."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{str(path)!r} is damaged ({error}); get the file again, or remove it") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{str(path)!r} is damaged (not a JSON object); get the file again, or remove it")
 
 
 def refuse_unread_file(folder: Path) -> None:
