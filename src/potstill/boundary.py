@@ -45,6 +45,8 @@ OF_FILES = {
 }
 # As gloo and NCCL say it.
 LOST_RANK = re.compile(r"timed out|timeout|connection (was )?(closed|reset)", re.IGNORECASE)
+# As torch says it, and the system of a library that it cannot map.
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|failed to map segment", re.IGNORECASE)
 STOPPED = "stopped; the same command goes on from what was saved last"
 
 
@@ -143,7 +145,7 @@ def _is_of(kind: type, module: str, name: str) -> bool:
 def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     by_name = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return by_name or (isinstance(error, RuntimeError) and "can't allocate memory" in text)
+    return by_name or (isinstance(error, RuntimeError | ImportError) and OUT_OF_MEMORY.search(text) is not None)
 
 
 def _where(error: BaseException) -> str | None:

@@ -80,6 +80,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # numpy and torch take no other seeds.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# AdamW computes with ten times the rate in float32.
+LARGEST_RATE = 1e30
 # What no run can reach; a list of that many would fill the memory before the first step.
 MANY, MANY_AT_ONCE = 10**9, 10**6
 # Of logits near 30, float32 rounding is 2e-6: divided by less than this it would be a share of a nat.
@@ -370,7 +372,7 @@ class Train(Section):
     """Prompts (and rollouts) of one update, over all ranks."""
     tokens_per_batch: int = Field(default=4096, ge=1)
     """Padded tokens of one forward-backward slice on one rank. Gradients depend on it by rounding alone."""
-    lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0, le=LARGEST_RATE)
     """Peak learning rate. By default 1e-5 for a student of up to a billion weights, for larger ones that over their
     billions, from ten billion on 1e-6. Fresh and very small models need far more."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -726,7 +728,7 @@ class Grpo(Section):
     """Responses to each prompt; their scores are compared with each other."""
     rows_per_batch: int = Field(default=32, ge=1)
     """Responses of one forward-backward slice, at most. Gradients depend on it by rounding alone."""
-    lr: float = Field(default=1e-6, gt=0)
+    lr: float = Field(default=1e-6, gt=0, le=LARGEST_RATE)
     """Peak learning rate; very small models need far more."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or cosine decay to 0."""

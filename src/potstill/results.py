@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, load_any_recipe
-from potstill.runlog import STEP_LOGS, RunError, check_keys, is_done, read_json, read_json_list, read_rows
+from potstill.runlog import REPAIRS, STEP_LOGS, RunError, check_keys, is_done, read_json, read_json_list, read_rows
 
 # Of a study's folder: what it consists of, written before the first run.
 PLAN_FILE = "plan.json"
+# What its plan says of each run.
+RUN_KEYS = ("folder", "name", "state")
 # What every row of an evaluation has.
 EVAL_COLUMNS = ("model", "temperature", "num_responses", "avg", "pass", "levels", "problems", "settings")
 # Fields in which repetitions of one run differ.
@@ -113,11 +115,19 @@ def read_plan(folder: Path) -> list[dict[str, Any]]:
     """The panels of a study's plan. Raises RunError where the file is damaged."""
     path = folder / PLAN_FILE
     panels = read_json(path, ("panels",))["panels"]
-    for panel in panels:
+    for panel in _listed(panels, path):
         check_keys(panel, path, ("title", "note", "is_sweep", "runs"), ", a panel")
-        for run in panel["runs"]:
-            check_keys(run, path, ("folder", "name", "state"), ", a run")
+        for run in _listed(panel["runs"], path):
+            check_keys(run, path, RUN_KEYS, ", a run")
+            if not all(isinstance(run[key], str) for key in RUN_KEYS):
+                raise RunError(f"{str(path)!r} has a run of {run}, which is not three texts; {REPAIRS[PLAN_FILE]}")
     return panels
+
+
+def _listed(found: Any, path: Path) -> list[Any]:
+    if not isinstance(found, list):
+        raise RunError(f"{str(path)!r} has {found!r:.60} in place of a list; {REPAIRS[PLAN_FILE]}")
+    return found
 
 
 def read_study(folder: Path) -> list[Panel]:
