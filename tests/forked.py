@@ -7,6 +7,7 @@ process that has loaded everything; it forks once a line of its standard input.
 
 import ctypes
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -19,9 +20,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")
 TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+PIPE_BYTES = 1 << 20
 CAP_DAC = 0b110
 """The two rights by which root reads and writes what modes forbid: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
 
@@ -72,7 +75,6 @@ class Forks:
     """The process that has loaded everything. To be closed."""
 
     def __init__(self, scratch: Path, with_grpo: bool = False):
-        self.scratch = scratch
         source = str(Path(__file__).parents[1] / "src")
         one_thread = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
@@ -86,11 +88,9 @@ class Forks:
     def run(self, folder: Path, argv: list[str], trouble: Trouble | None = None) -> Ended:
         """Run a command in a folder until it ends, with every process that it began."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        files = {name: str(self.scratch / f"std{name}") for name in ("out", "err")}
-        request = {"argv": argv, "folder": str(folder.resolve()), "files": files}
-        print(json.dumps(request | {"trouble": asdict(trouble or Trouble())}), file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline())
-        return Ended(**answer, **{name: Path(file).read_text(errors="replace") for name, file in files.items()})
+        request = {"argv": argv, "folder": str(folder.resolve()), "trouble": asdict(trouble or Trouble())}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return Ended(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -119,19 +119,27 @@ def serve() -> None:
     load_model("potstill:base")
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        request = json.loads(line)
-        counter = mmap.mmap(-1, 8)
-        started = time.perf_counter()
-        child = os.fork()
-        if child == 0:
-            _execute(request["argv"], request["folder"], request["files"], Trouble(**request["trouble"]), counter)
-        code = _wait(child, request["trouble"]["seconds"])
-        seconds = time.perf_counter() - started
-        print(
-            json.dumps({"code": code, "events": struct.unpack("q", counter)[0], "seconds": seconds}),
-            file=answers,
-            flush=True,
-        )
+        print(json.dumps(_fork(**json.loads(line))), file=answers, flush=True)
+
+
+def _fork(argv: list[str], folder: str, trouble: dict[str, Any]) -> dict[str, Any]:
+    """One command, and how it ended."""
+    counter = mmap.mmap(-1, 8)
+    # Pipes, as no limit on files is one on them; what a command prints fits in.
+    pipes = {name: os.pipe() for name in ("out", "err")}
+    for _, to_write in pipes.values():
+        fcntl.fcntl(to_write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    started = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        _execute(argv, folder, [pipes["out"][1], pipes["err"][1]], Trouble(**trouble), counter)
+    code = _wait(child, trouble["seconds"])
+    ended = {"code": code, "seconds": time.perf_counter() - started, "events": struct.unpack("q", counter)[0]}
+    for name, (to_read, to_write) in pipes.items():
+        os.close(to_write)
+        with os.fdopen(to_read, "rb") as said:
+            ended[name] = said.read().decode(errors="replace")
+    return ended
 
 
 def _wait(child: int, seconds: float | None) -> int:
@@ -164,12 +172,13 @@ def _members(session: int) -> list[str]:
     return found
 
 
-def _execute(argv: list[str], folder: str, files: dict[str, str], trouble: Trouble, counter: mmap.mmap) -> None:
+def _execute(argv: list[str], folder: str, outputs: list[int], trouble: Trouble, counter: mmap.mmap) -> None:
     """In the child: the command, with its trouble. Does not return."""
     os.setsid()
     os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(files[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644), number)
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for name, value in trouble.limits.items():

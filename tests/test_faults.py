@@ -304,11 +304,14 @@ def run_files() -> list[Fault]:
     refused |= {
         "the lock is a folder": both(gone("run/.lock"), lambda folder: (folder / "run/.lock").mkdir()),
         "the folder is a file": as_file("run"),
+    }
+    quick = ("environment.json: cut", "recipe.toml: Latin-1", "the folder is a file")
+    rows = [Fault(name, "half", OWN_RUN, "refused", harm, is_quick=name in quick) for name, harm in refused.items()]
+    late: dict[str, Harm] = {
+        "model is a file": as_file("run/model"),
+        "responses is a file": as_file("run/responses"),
         "DONE is a folder": lambda folder: (folder / "run/DONE").mkdir(),
     }
-    quick = ("environment.json: cut", "recipe.toml: Latin-1", "the folder is a file", "DONE is a folder")
-    rows = [Fault(name, "half", OWN_RUN, "refused", harm, is_quick=name in quick) for name, harm in refused.items()]
-    late: dict[str, Harm] = {"model is a file": as_file("run/model"), "responses is a file": as_file("run/responses")}
     rows += [Fault(name, "half", OWN_RUN, "refused", harm, is_late=True) for name, harm in late.items()]
 
     def moved(folder: Path) -> None:
@@ -613,13 +616,13 @@ def troubles() -> list[Fault]:
         "metrics.jsonl",
         "samples.jsonl",
         "unfinished-step",
-        "run/model",
+        ".model.unfinished",
         "responses",
         "evals.jsonl",
         "DONE",
     )
     for where in places:
-        errors = ("ENOSPC", "EACCES") if where in ("metrics.jsonl", "run/model") else ("ENOSPC",)
+        errors = ("ENOSPC", "EACCES") if where in ("metrics.jsonl", ".model.unfinished") else ("ENOSPC",)
         for error in errors:
             rows.append(
                 Fault(
@@ -627,7 +630,7 @@ def troubles() -> list[Fault]:
                     "half",
                     OWN_RUN,
                     "refused",
-                    says="No space|ermission",
+                    says="no space|permission",
                     is_late=True,
                     again=True,
                     trouble=Trouble(event=1, where=where, error=error),
@@ -668,7 +671,7 @@ def troubles() -> list[Fault]:
                 again=True,
             )
         )
-        if size < 100_000:
+        if size < 30_000:
             rows.append(
                 Fault(
                     f"builds with files of {size} bytes at most",
@@ -728,7 +731,7 @@ def rights() -> list[Fault]:
         "the shards": ("half cache", BUILD, "cache/shards", 0o500),
         "the responses": ("scored", SCORE, "responses", 0o500),
         "the finished model": ("done", EVALUATE, "run/model/model.safetensors", 0),
-        "evals.jsonl": ("done", EVALUATE, "run/evals.jsonl", 0o400),
+        "evals.jsonl": ("done", EVALUATE, "run/evals.jsonl", 0),
         "the place of a report": ("done", REPORT, ".", 0o500),
         "the metrics of a report": ("done", REPORT, "run/metrics.jsonl", 0),
     }
@@ -912,7 +915,7 @@ def test_a_fault_is_said_or_does_no_harm(tmp_path, forks, folders, fault):
     is_refused = ended.code == 2
     assert fault.expect == "either" or (fault.expect == "refused") == is_refused, said
     if is_refused:
-        assert ended.last_line.startswith("potstill: ") and re.search(fault.says, ended.last_line), said
+        assert ended.last_line.startswith("potstill: ") and re.search(fault.says, ended.last_line, re.IGNORECASE), said
         assert fault.is_late or ended.err.count("\n") == 1, said
         assert ended.err.count("potstill: ") == 1, said
     if fault.again:
@@ -920,5 +923,5 @@ def test_a_fault_is_said_or_does_no_harm(tmp_path, forks, folders, fault):
         assert ended.code == 0, ended.err
     if ended.code == 0 and fault.expect != "runs" and fault.argv[0] in ("train", "cache", "evaluate"):
         whole = folders.whole(fault.base, fault.argv)
-        wrong = [line for line in differences(folder, whole) if not re.search("stray|victim|elsewhere", line)]
+        wrong = [line for line in differences(folder, whole) if not re.search("stray|victim|elsewhere|^teacher/", line)]
         assert not wrong, f"{wrong}\n{said}"
