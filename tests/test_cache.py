@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import interrupted_at, make_model, tiny_recipe
+from odd_models import make_tokenizer
 from safetensors.torch import load_file, save_file
 
 import potstill
@@ -363,7 +364,7 @@ def test_another_teacher_is_refused(copied, tmp_path):
 
 def test_another_tokenizer_is_refused(built, tmp_path):
     student = make_model()
-    student.tokenizer.add_tokens(["new"])
+    student.tokenizer = make_tokenizer()
     recipe = tiny_recipe(tmp_path / "run", objective=TEACHER, teacher={"cache": str(built)})
     with pytest.raises(ModelError, match=r"tokenizers of student 'model-0' and teacher 'potstill:teacher' differ"):
         potstill.train(recipe, student=student, quiet=True)

@@ -51,12 +51,12 @@ def model_flops(model: LanguageModel) -> ModelFlops:
 
 def _attention_flops(config) -> int | None:
     """Of a query and a key over all layers; None where the configuration does not say what there is of attention."""
-    names = ("num_attention_heads", "num_hidden_layers", "hidden_size")
-    num_heads, num_layers, hidden_size = (getattr(config, name, None) for name in names)
-    if not (isinstance(num_heads, int) and isinstance(num_layers, int) and isinstance(hidden_size, int)):
+    try:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(4 * config.num_attention_heads * head_dim * config.num_hidden_layers)
+    # It may have other names for them, or other sizes in each layer, of which configurations say so in several ways.
+    except Exception:
         return None
-    head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
-    return 4 * num_heads * head_dim * num_layers
 
 
 def rollout_flops(rollouts: Iterable[Rollout], models: Mapping[Writer, ModelFlops], by_token: bool) -> int:

@@ -18,8 +18,10 @@ from potstill.sampling import sample
 from potstill.types import ModelError, NonFiniteError
 from potstill.weights import refuse_non_finite
 
-# Lengths of the prompts that are decoded together, and how many tokens each gets: one row leaves early.
+# Lengths of the prompts that are decoded together, and how many tokens each gets: one row leaves early. Those of a
+# model that looks back through a window are longer, so that its cache forgets, where that is quick.
 LENGTHS, CAPS = (5, 3, 5), (1, 3, 3)
+LONGEST_WINDOW = 128
 # What rounding may make of logits, and of log-probabilities of another order of computation, relative to the logits.
 EXACT, DECODED = 1e-4, 1e-3
 # The same where weights have 8 bits, as in bfloat16, to which a model rounds its own logits too.
@@ -130,7 +132,7 @@ def logits_error(model: LanguageModel) -> tuple[float, float]:
 
 def _ids(model: LanguageModel, num: int) -> Tensor:
     """Ids from all over the vocabulary."""
-    return torch.arange(num, device=model.device) * (model.vocab_size // num)
+    return torch.arange(num, device=model.device) * max(model.vocab_size // num, 1) % model.vocab_size
 
 
 def _allowed(model: LanguageModel, logits: Tensor, exact: float, rounded: float) -> float:
@@ -151,8 +153,10 @@ def _refuse_without_cache(model: LanguageModel) -> None:
 
 def _check_decoding(model: LanguageModel) -> None:
     """Compare log-probabilities at drawing with those of forward passes: of all rows together, and of each alone."""
-    ids = _ids(model, max(LENGTHS) + len(LENGTHS)).tolist()
-    prompts = [tuple(ids[i : i + length]) for i, length in enumerate(LENGTHS)]
+    window = getattr(model.model.config.get_text_config(), "sliding_window", None)
+    more = window if isinstance(window, int) and window <= LONGEST_WINDOW else 0
+    ids = _ids(model, max(LENGTHS) + more + len(LENGTHS)).tolist()
+    prompts = [tuple(ids[i : i + length + more]) for i, length in enumerate(LENGTHS)]
     seeds = [(i,) for i in range(len(prompts))]
     with _able(model, "decode a batch of rows of different lengths, some of which end early"):
         written = sample(model.model, prompts, seeds, max_tokens=CAPS, end_ids=(), sampling=Sampling())
