@@ -27,6 +27,10 @@ class Atoms:
         """An item of a tuple, set or matrix."""
         raise NotImplementedError
 
+    def item(self) -> Node:
+        """A value or a relation."""
+        raise NotImplementedError
+
     def argument(self) -> Node:
         """A function's argument without brackets."""
         raise NotImplementedError
@@ -278,10 +282,16 @@ class Atoms:
         return tuple(items)
 
     def collection(self, opener: str, closer: str, kind: str) -> Node:
-        """A set, or a tuple in angle brackets."""
+        """A set by its elements or its condition, or a tuple in angle brackets."""
         self.need(opener)
         if self.take(closer):
             return Node(kind)
+        if kind == "set" and self.next.kind == "letter" and self.ahead(1).text in (":", "|", "mid"):
+            name = self.next.text
+            self.place += 2
+            condition = self.item()
+            self.need(closer)
+            return Node("where", name, (condition,))
         items = self.elements()
         self.need(closer)
         return Node(kind, parts=items)

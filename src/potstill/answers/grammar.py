@@ -75,6 +75,8 @@ class Reader(Atoms):
             return Node("chain", " ".join(names), tuple(parts))
         while self.take(":"):
             parts.append(self.side())
+        if len(parts) == 2 and parts[0].kind == "text":
+            return Node("chain", "=", tuple(parts))
         return Node("ratio", parts=tuple(parts)) if len(parts) > 1 else parts[0]
 
     def side(self) -> Node:
@@ -97,7 +99,7 @@ class Reader(Atoms):
             self.place += 1
         found = [token.text.lower() for token in self.tokens[start : self.place]]
         is_name = len(found) == 1 and len(found[0]) == 1
-        is_end = self.next.kind == "end" or self.is_word("and", "or") or self.is_next(*"=,;})]&\\")
+        is_end = self.next.kind == "end" or self.is_word("and", "or") or self.is_next(*"=:,;})]&\\")
         if found and is_end and not is_name:
             return Node("text", " ".join(found))
         self.place = start

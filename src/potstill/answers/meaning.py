@@ -21,6 +21,11 @@ def meaning(node: Node) -> Node:
         return _relation(node.name.split(), node.parts)
     if node.kind == "set":
         return replace(node, parts=tuple(each for part in node.parts for each in _items(meaning(part))))
+    if node.kind == "where":
+        condition = meaning(node.parts[0])
+        if condition.kind != "inequality" or condition.name != node.name:
+            raise NotUnderstood("a set whose condition is not solved")
+        return condition.parts[0]
     if node.kind in ("cup", "cap", "setminus"):
         return _combined(node.kind, *(meaning(part) for part in node.parts))
     return _both_signs(node)
@@ -47,7 +52,7 @@ def _both_signs(node: Node) -> Node:
     signs = _signs(node)
     if not signs:
         return node
-    if signs.count("pm") > 1 or not (node.kind in EXPRESSIONS or node.kind in ("quantity", "pm", "mp")):
+    if signs.count("pm") > 1 or not (node.kind in EXPRESSIONS or node.kind in ("quantity", "tuple", "pm", "mp")):
         raise NotUnderstood("signs that may be independent")
     return Node("list", parts=(_with_sign(node, "pm"), _with_sign(node, "mp")))
 

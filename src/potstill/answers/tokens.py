@@ -106,7 +106,7 @@ LOOKS = words(
     "rm bf it boldmath normalfont large Large"
 )
 # Macros that say how their argument looks.
-FONTS = words("mathbf mathit mathsf mathtt mathcal boldsymbol bm boxed fbox ensuremath")
+FONTS = words("mathbf mathit mathsf mathtt mathcal boldsymbol bm boxed fbox ensuremath underline")
 ROMANS = words("mathrm operatorname")
 TEXTS = words("text textbf textit textrm textnormal textsf texttt emph mbox hbox textup")
 WIDE = words("quad qquad hspace enspace")
@@ -144,6 +144,7 @@ def normalise(text: str) -> str:
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = re.sub(r"\b([ap])\.\s?m\.", r"\1m", text)
+    text = re.sub(r"^\s*\*\*([^*]+)\*\*\s*$", r"\1", text)
     return re.sub(r"(?<!\.)\.$", "", text.strip()).strip()
 
 
