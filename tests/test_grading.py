@@ -53,10 +53,10 @@ def test_the_golden_set(grader, kind):
     responses = [row["response"] if "response" in row else boxed(row["answer"]) for row in rows]
     grades = grader.grade([row["gold"] for row in rows], responses, kind)
     graded = list(zip(rows, grades, strict=True))
-    assert not [(row, grade.rule) for row, grade in graded if grade.score and not row["right"]]
-    refused = [(row, grade.rule) for row, grade in graded if row["right"] and not grade.score]
+    assert not [(row, grade.note) for row, grade in graded if grade.score and not row["right"]]
+    refused = [(row, grade.note) for row, grade in graded if row["right"] and not grade.score]
     assert len(refused) <= 0.02 * sum(row["right"] for row in rows), refused
-    assert all(grade.rule and grade.rule not in ("timeout", "crash") for grade in grades)
+    assert all(grade.note and grade.note not in ("timeout", "crash") for grade in grades)
 
 
 def test_the_golden_set_is_large_and_balanced():
@@ -89,7 +89,7 @@ def test_every_gold_is_itself(grader):
 )
 def test_each_grade_names_the_rule_that_decided(grader, gold, answer, kind, rule):
     (grade,) = grader.grade([gold], ["nothing" if answer is None else boxed(answer)], kind)
-    assert grade.rule == rule and grade.answer == answer
+    assert grade.note == rule and grade.answer == answer
 
 
 def test_hostile_answers_end_score_nothing_and_are_counted():
@@ -101,14 +101,14 @@ def test_hostile_answers_end_score_nothing_and_are_counted():
         assert [grade.score for grade in grader.grade(["1/2", "3"], [boxed("0.5"), boxed("4")])] == [1, 0]
     assert time.perf_counter() - started < 60
     assert not any(grade.score for grade in grades)
-    assert grades[-1].rule == "timeout"
+    assert grades[-1].note == "timeout"
 
 
 def test_megabyte_strings_take_no_time(grader):
     responses = [boxed("1" * 2**20), "\\boxed{" * 2**17, "a" * 2**20, boxed("(" * 2**20)]
     started = time.perf_counter()
-    rules = [grade.rule for grade in grader.grade(["1"] * 4, responses)]
-    assert rules == ["too long", "no box", "no box", "too long"] and time.perf_counter() - started < 20
+    notes = [grade.note for grade in grader.grade(["1"] * 4, responses)]
+    assert notes == ["too long", "no box", "no box", "too long"] and time.perf_counter() - started < 20
 
 
 def test_a_worker_that_dies_is_replaced(grader):

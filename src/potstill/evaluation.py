@@ -136,7 +136,7 @@ def write_responses(
                     "stop": completion.stop,
                     "score": grade.score,
                     "answer": grade.answer,
-                    "note": grade.rule,
+                    "note": grade.note,
                     "length": len(completion.token_ids),
                     "length_to_answer": num,
                     "entropy": sum(completion.entropies),

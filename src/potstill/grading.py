@@ -38,11 +38,11 @@ Pair = tuple[str, str | None]
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """The score of a response in [0, 1], the final answer it gave (None: none), and the rule that decided, if any."""
+    """The score of a response in [0, 1], the final answer it gave (None: none), and as a note the rule that decided."""
 
     score: float
     answer: str | None = None
-    rule: Rule | Literal[""] = ""
+    note: Rule | Literal[""] = ""
 
 
 def gsm8k_gold(answer: str) -> str:
