@@ -239,10 +239,11 @@ def garbled(name: str) -> dict[str, Harm]:
 
 def checkpoints() -> list[Fault]:
     step, rows = "run/checkpoint/step-000002", []
-    for file in ("model.safetensors", "optimizer.safetensors", "teacher.safetensors", "state.json"):
+    for file in ("model.safetensors", "optimizer.safetensors", "state.json", "teacher.safetensors"):
+        base, argv = ("self", SELF_RUN) if file == "teacher.safetensors" else ("half", OWN_RUN)
         for kind, harm in damaged(f"{step}/{file}").items():
-            quick = kind in ("header", "last byte", "missing")
-            rows.append(Fault(f"{file}: {kind}", "self", SELF_RUN, "refused", harm, says="step-000002", is_quick=quick))
+            quick = base == "half" and kind in ("header", "last byte", "missing")
+            rows.append(Fault(f"{file}: {kind}", base, argv, "refused", harm, says="step-000002", is_quick=quick))
     model, other = f"{step}/model.safetensors", f"{step}/optimizer.safetensors"
     refused: dict[str, Harm] = {
         "two files swapped": swapped(model, other),
@@ -265,8 +266,7 @@ def checkpoints() -> list[Fault]:
         "none": gone("run/checkpoint"),
         "an older one": lambda folder: shutil.copytree(folder / step, folder / "run/checkpoint/step-000001") and None,
     }
-    quick = ("a stray file", "a link")
-    return rows + [Fault(n, "self", SELF_RUN, "right", harm, is_quick=n in quick) for n, harm in right.items()]
+    return rows + [Fault(n, "half", OWN_RUN, "right", harm, is_quick=n == "a stray file") for n, harm in right.items()]
 
 
 def run_logs() -> list[Fault]:
@@ -328,9 +328,7 @@ def run_files() -> list[Fault]:
         "the folder is a link": moved,
         "half of a model folder": written("run/model/config.json", b"{"),
     }
-    return rows + [
-        Fault(name, "half", OWN_RUN, "right", harm, is_quick=name == "nothing") for name, harm in right.items()
-    ]
+    return rows + [Fault(name, "half", OWN_RUN, "right", harm) for name, harm in right.items()]
 
 
 def finished_models() -> list[Fault]:
@@ -735,7 +733,7 @@ def rights() -> list[Fault]:
         "the place of a report": ("done", REPORT, ".", 0o500),
         "the metrics of a report": ("done", REPORT, "run/metrics.jsonl", 0),
     }
-    quick = ("the run folder", "the prompts", "the place of a report")
+    quick = ("the run folder", "the prompts")
     return [
         Fault(
             f"no right to {name}",
@@ -812,7 +810,7 @@ TABLES = (
 
 def table() -> list[Any]:
     rows = [(f"{make.__name__}: {fault.name}", fault) for make in TABLES for fault in make()]
-    return [pytest.param(fault, id=name, marks=pytest.mark.slow) for name, fault in rows]
+    return [pytest.param(fault, id=name, marks=[] if fault.is_quick else pytest.mark.slow) for name, fault in rows]
 
 
 # --- the folders, and the test ---
