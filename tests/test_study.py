@@ -230,7 +230,7 @@ fields.num_responses = 1
 [[panels.groups]]
 label = "broken"
 axes.method = ["dagger"]
-fields.objective.temperature = 1e-30
+fields.train.lr = 1e30
 [[panels.groups.judgements]]
 label = "greedy"
 fields.temperatures = [0.0]
@@ -241,14 +241,14 @@ def test_each_run_is_done_once_and_a_crash_is_shown_and_done_again(tmp_path, cap
     study = write_study(tmp_path, RUNS)
     assert not run_study(study, num_jobs=2)
     captured = capfd.readouterr()
-    assert "CRASHED DAgger, broken: potstill: step 1: the gradient is not finite" in captured.err
+    assert "CRASHED DAgger, broken: potstill: step 2: the gradient is not finite" in captured.err
     (panel,) = read_panels([study.out])
     assert {entry.name for entry in panel.entries} == {"base", "OPD", "SFT", "OPD, greedy", "SFT, greedy"}
     states = {path.name: state for path, state in panel.unfinished}
     assert len(states) == 2
     assert [
         state[:43] for name, state in sorted(states.items()) if name.startswith("dagger-d") or "crashed" in state
-    ] == ["crashed: potstill: step 1: the gradient is n"[:43]]
+    ] == ["crashed: potstill: step 2: the gradient is n"[:43]]
     assert "not begun" in states.values()
     assert {entry.evals[0]["temperature"] for entry in panel.entries if "greedy" in entry.name} == {0.0}
     (sft,) = [entry for entry in panel.entries if entry.name == "SFT"]
@@ -257,7 +257,7 @@ def test_each_run_is_done_once_and_a_crash_is_shown_and_done_again(tmp_path, cap
     finished = {path: path.stat().st_mtime_ns for path in study.out.rglob("DONE")}
     assert len(finished) == 2
     # The same study again: only what crashed, and what is new.
-    study = write_study(tmp_path, RUNS.replace("objective.temperature = 1e-30", "objective.temperature = 2.0"))
+    study = write_study(tmp_path, RUNS.replace("train.lr = 1e30", "train.lr = 1e-3"))
     assert run_study(study, num_jobs=2)
     out = capfd.readouterr().out
     assert "2 to do, 2 at a time" in out and "from finished runs and trials" in out
