@@ -390,7 +390,8 @@ EQUAL_STEPS = Comparison(
 )
 EQUAL_COST = Comparison(
     _prefixes(lambda recipe: recipe.train.flops is not None),
-    (*PREFIX, "train.steps"),
+    # The warm-up follows the number of steps, by default.
+    (*PREFIX, "train.steps", "train.warmup_steps"),
     "runs with student and with teacher prefixes and train.flops set",
 )
 CACHED = Comparison(_cost(True), PREFIX, "runs with student and with cached teacher prefixes")
