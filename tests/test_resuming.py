@@ -41,17 +41,23 @@ def stop(out, **sections):
         potstill.train(recipe_of(out, **sections), quiet=True)
 
 
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    stop(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "sections",
     [
         {"train": {"checkpoint_every": 1}},
         {"train": {"loss_memory": 0}},
-        {"evaluation": EVALUATION},
         {"evaluation": EVALUATION, "train": {"checkpoint_every": 3}},
     ],
 )
-def test_what_changes_no_result_may_change(tmp_path, whole, sections):
-    stop(tmp_path / "run")
+def test_what_changes_no_result_may_change(tmp_path, whole, stopped_once, sections):
+    shutil.copytree(stopped_once, tmp_path / "run")
     changed = recipe_of(tmp_path / "run", **sections)
     potstill.train(changed, quiet=True)
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(tmp_path / "run").items())
@@ -66,7 +72,10 @@ def test_what_changes_no_result_may_change(tmp_path, whole, sections):
         assert now == json.loads(changed.model_dump_json())[section][field] != before
 
 
-@pytest.mark.parametrize(("name", "value"), [("train.tokens_per_batch", 64), ("sampling.batch_size", 3)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("train.tokens_per_batch", 64), pytest.param("sampling.batch_size", 3, marks=pytest.mark.slow)],
+)
 def test_what_changes_rounding_may_change_and_is_said(tmp_path, capsys, name, value):
     sections = {"objective": {"prefix": "student"}, "data": {"source": "multiplication"}}
     stop(tmp_path / "run", **sections)
@@ -183,6 +192,7 @@ def test_an_unfinished_run_is_extended_and_killed_and_resumed(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "afresh")
 
 
+@pytest.mark.slow
 def test_evaluations_of_both_ends_are_kept(tmp_path):
     recipe = recipe_of(tmp_path / "run", evaluation=EVALUATION | {"temperatures": [1.0]})
     potstill.train(recipe, quiet=True)

@@ -306,6 +306,8 @@ def _evaluation(
     for field, value in plain.items():
         if value != () and value != []:
             flags += [f"--{field.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    arguments = ("evaluate", model, "--out", str(file), "--responses", str(study.out / "responses"), *flags)
+    # A folder of its own: two evaluations of equal weights would write one file at the same time.
+    responses = study.out / "responses" / file.stem
+    arguments = ("evaluate", model, "--out", str(file), "--responses", str(responses), *flags)
     log = study.out / "logs" / f"{file.stem}.log"
     return Item("evaluate", name, Job(name, arguments, file, log, file, needs=needs), recipe, settings, pending)
