@@ -41,7 +41,7 @@ from potstill.cache import (
     sampling_settings,
     tensors_digest,
 )
-from potstill.config import CacheOptions, Recipe, RecipeError, TeacherSpec
+from potstill.config import CacheOptions, Recipe, RecipeError, TeacherSpec, check_recipe
 from potstill.digests import file_digest
 from potstill.distributed import World
 from potstill.fused import close_kl, fused_statistics
@@ -84,6 +84,7 @@ def build_cache(
     """
     from filelock import FileLock, Timeout
 
+    check_recipe(recipe, Recipe)
     options, out = options or CacheOptions(), Path(out)
     recipe = _as_written(recipe, options)
     _check_folder(out)

@@ -172,6 +172,9 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         from potstill.evaluation import show_responses
 
         _refuse_overrides(overrides)
+        for name, value, least in (("num", num, 1), ("max-tokens", max_tokens, 1), ("seed", seed, 0)):
+            if value < least:
+                raise UsageError(f"--{name} is {value}; it must be at least {least}")
         show_responses(model, prompt, source, template, num, max_tokens, seed, sampling)
 
     app.command(_cache_app(overrides), name="cache", help="Build, look at and check teacher caches.")

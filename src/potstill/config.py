@@ -1105,6 +1105,13 @@ def _set_fields(section: BaseModel, prefix: str = "") -> list[str]:
     return names
 
 
+def check_recipe(given: Any, kind: type[RunRecipe]) -> None:
+    """Raise RecipeError for what is given from Python and is no recipe of this kind."""
+    if not isinstance(given, kind):
+        load = "load_grpo_recipe" if kind is GrpoRecipe else "load_recipe"
+        raise RecipeError(f"the recipe is {shown(given)}; give a {kind.__name__}, such as {load}(NAME) returns")
+
+
 def to_toml(data: dict[str, Any]) -> str:
     """The resolved recipe as TOML: plain values first, then one table a section."""
     lines = [f"{key} = {_toml_value(value)}" for key, value in data.items() if not isinstance(value, dict)]

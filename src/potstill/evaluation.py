@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from potstill.config import Evaluation, GrpoRecipe, Recipe, RecipeError, Sampling, is_table, to_toml
+from potstill.config import TASK_NAMES, Evaluation, GrpoRecipe, Recipe, RecipeError, Sampling, is_table, to_toml
 from potstill.data import DataError, make_prompts, template_warning
 from potstill.ends import end_set, named_end_ids
 from potstill.grading import Grade, majority
@@ -218,8 +218,8 @@ def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
     """The task of an evaluation and its problems. Raises RecipeError or DataError when there is no such task."""
     if evaluation.source is None or is_table(evaluation.source):
         raise RecipeError(
-            f"evaluation.source is {evaluation.source!r}; only the responses of a task can be scored: choose "
-            "multiplication or reasoning-gym:NAME"
+            f"evaluation.source is {evaluation.source!r}; only the responses of a task can be scored: choose one of "
+            f"{', '.join(TASK_NAMES)} (reasoning-gym:NAME, gsm8k:FILE)"
         )
     try:
         task = make_task(evaluation.source)

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from potstill import checkpoint, distributed, runlog
 from potstill.boundary import stop_asked_for, stopped_after
-from potstill.config import Grpo, GrpoRecipe, RecipeError, Train
+from potstill.config import Grpo, GrpoRecipe, RecipeError, Train, check_recipe
 from potstill.controllers import Probe, WindowState, decide, first_window, is_probe_due, scheduled_window
 from potstill.data import load_examples, make_prompts, template_warning
 from potstill.distributed import World
@@ -94,6 +94,7 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
     Raises RecipeError, ModelError, DataError or RunError for bad input before anything is written, and NonFiniteError
     before a bad update.
     """
+    check_recipe(recipe, GrpoRecipe)
     if importlib.util.find_spec("trl") is None:
         raise RecipeError("GRPO is done by TRL, which is not installed: pip install 'potstill[rl]'")
     world = distributed.start()

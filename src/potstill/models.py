@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from potstill.heads import Head
+from potstill.hub import cache_first, cannot_be_had, is_reachable
+from potstill.names import nearest
 from potstill.results import resume_command
 from potstill.types import ModelError
 from potstill.weights import refuse_foreign_files, refuse_unread_file, refuse_unread_settings, refuse_wrong_weights
@@ -168,6 +170,12 @@ def locate(name: str) -> str:
             f"model folder {name!r} does not exist; give a Hugging Face model folder, a run folder or a hub id like "
             "org/model"
         )
+    if folder.parent.is_dir() and find_folder(name) is None:
+        # A slip of the pen in a path must not be asked of the hub.
+        beside = nearest(folder.name, [entry.name for entry in folder.parent.iterdir() if entry.is_dir()], 0.6)
+        hint = f"; the nearest is {str(folder.parent / beside)!r}" if beside else ""
+        where = f"in the folder {str(folder.parent)!r}"
+        raise ModelError(f"model folder {name!r} does not exist {where}, and so it is no hub id{hint}")
     return name
 
 
@@ -194,12 +202,15 @@ def _as_folder(name: str) -> Path:
 @contextlib.contextmanager
 def _readable(name: str):
     """Quietly; whatever transformers raises of files that are not ours becomes one line."""
+    is_here = Path(locate(name)).is_dir()
     try:
-        with without_progress_bars(), _without_warnings():
+        with without_progress_bars(), _without_warnings(), contextlib.nullcontext() if is_here else cache_first():
             yield
     except Exception as error:
         if isinstance(error, ModelError):
             raise
+        if not is_here and not is_reachable():
+            raise ModelError(cannot_be_had("model", name)) from None
         folder = find_folder(name)
         if folder is not None:
             refuse_foreign_files(folder)

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from potstill.study_file import Group, PanelPlan, Study
 NAMED_FIELDS = tuple(
     f"objective.{field}" for field in ("forward_weight", "jsd_weight", "gamma", "student_share", "skew")
 )
+# Of a panel: more are a slip in an axis, and would take minutes to plan alone.
+MAX_RUNS = 10_000
 # A sweep is judged on problems that no other run is evaluated on.
 SWEEP_EVALUATION_SEED = 1_000_003
 
@@ -116,6 +119,7 @@ def plan(study: Study, chosen: dict[tuple[str, str], float]) -> list[PlannedPane
 
     Raises RecipeError for any run that could not begin.
     """
+    _refuse_more_than_can_be_run(study)
     panels: list[PlannedPanel] = []
 
     def add(title: str, note: str, items: Iterator[Item], is_sweep: bool = False) -> None:
@@ -129,6 +133,15 @@ def plan(study: Study, chosen: dict[tuple[str, str], float]) -> list[PlannedPane
             note = f"{panel.sweep.field} is chosen for each method by Avg on problems of its own, at one seed."
             add(f"{panel.title}: sweep", note, _sweep_items(study, panel), is_sweep=True)
     return panels
+
+
+def _refuse_more_than_can_be_run(study: Study) -> None:
+    for panel in study.panels:
+        sizes = [math.prod(map(len, group.axes.values())) * len(group.seeds or study.seeds) for group in panel.groups]
+        if sum(sizes) > MAX_RUNS:
+            raise RecipeError(
+                f"panel {panel.title!r} has {sum(sizes):,} runs, more than {MAX_RUNS:,}; give its axes fewer values"
+            )
 
 
 def _sweep_items(study: Study, panel: PanelPlan) -> Iterator[Item]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from potstill.config import DATA_SUFFIXES, is_hub_id, sources
+from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.types import Example
 
 # Rows of a Parquet file that are decoded together.
@@ -221,10 +222,13 @@ def _rows_of_data_set(
                 for file in found[split]:
                     yield from _rows_of_file(file, columns, num_rows)
                 return
-        table = datasets.load_dataset(name, config, split=split)
+        with contextlib.nullcontext() if Path(name).is_dir() else cache_first():
+            table = datasets.load_dataset(name, config, split=split)
     except DataError:
         raise
     except (OSError, ValueError) as error:
+        if not Path(name).is_dir() and not is_reachable():
+            raise DataError(cannot_be_had("data set", name)) from None
         raise DataError(_why_not(name, config, split, error)) from None
     used = [column for column in columns if column in table.column_names]
     chosen = table.select(range(min(len(table), num_rows or len(table)))).select_columns(used)

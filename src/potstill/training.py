@@ -17,7 +17,7 @@ from potstill import checkpoint, distributed, runlog, vocabulary
 from potstill.batching import make_batches
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import Cache, CachedTeacher
-from potstill.config import Recipe, Train, Window, is_table
+from potstill.config import Recipe, Train, Window, check_recipe, is_table
 from potstill.controllers import (
     MixingState,
     WindowState,
@@ -116,6 +116,7 @@ def train(
     RecipeError, ModelError, DataError or RunError for bad input before anything is written, and NonFiniteError before a
     bad update.
     """
+    check_recipe(recipe, Recipe)
     world = distributed.start()
     may_change: tuple[str, ...] = ()
     if extend_to is not None:
