@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from potstill.config import Sampling
 from potstill.models import load_model
-from potstill.sampling import draw, sample
+from potstill.sampling import draw, sample, truncate
 from potstill.tasks.multiplication import WRITERS, Multiplication, write_trace
 
 SHIPPED = ("potstill:base", "potstill:teacher")
@@ -257,6 +259,32 @@ def test_log_probs_and_entropies_are_those_of_a_full_pass(name, prompts_of, samp
         entropies = -np.sum(probs_TV * np.log(np.where(probs_TV > 0, probs_TV, 1)), axis=1)
         np.testing.assert_allclose(completion.log_probs, log_probs, atol=1e-4)
         np.testing.assert_allclose(completion.entropies, entropies, atol=1e-4)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 3000),
+    st.sampled_from([0.1, 1.0, 5.0, 30.0]),
+    st.sampled_from([None, 0, 1]),
+    st.one_of(st.just(0), st.integers(1, 3000)),
+    st.one_of(st.just(1.0), st.floats(0.01, 0.9999)),
+)
+@settings(max_examples=150, deadline=None)
+def test_truncation_keeps_what_a_stable_sort_of_all_keeps(seed, vocab_size, spread, decimals, top_k, top_p):
+    """Rounded logits are equal by the hundred: of those at the border the smallest ids are kept."""
+    logits = np.random.default_rng(seed).normal(size=(3, vocab_size)) * spread
+    logits = (logits if decimals is None else logits.round(decimals)).astype(np.float32)
+    sampling = Sampling(top_k=top_k, top_p=top_p)
+    found = truncate(torch.from_numpy(logits), top_k, top_p).numpy()
+    for row, kept in zip(logits, found, strict=True):
+        assert (np.isfinite(kept) == (exact_distribution(row, sampling) > 0)).all() or is_near_border(row, sampling)
+        assert (kept[np.isfinite(kept)] == row[np.isfinite(kept)]).all()
+
+
+def is_near_border(row: np.ndarray, sampling: Sampling) -> bool:
+    """Whether rounding decides which tokens are in a nucleus: none but this may be another."""
+    probs = np.sort(np.exp(row.astype(np.float64) - row.max()))[::-1][: sampling.top_k or None]
+    return bool((np.abs(probs.cumsum() / probs.sum() - sampling.top_p) < 1e-6).any())
 
 
 def test_a_large_vocabulary_never_gives_a_token_of_probability_zero():
