@@ -57,6 +57,9 @@ SIGNALS = {
 SHARD_FILE = r"^shards/[0-9a-f]{16}\.safetensors$"
 
 Count = Annotated[int, Field(ge=1)]
+# What the settings of each payload say.
+NEEDED = {"hidden": ("dtype",), "topk": ("top_k", "temperature", "vocab_size", "end_class"), "completions": ()}
+
 Payload = Literal["hidden", "topk", "completions"]
 Place = tuple[int, int]
 
@@ -181,6 +184,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"{str(path)!r}: {name} is {first['input']!r}, which no build writes ({first['msg']}); restore it or build "
             "the cache again"
         ) from None
+    settings, files = manifest.settings, [record.file for record in manifest.shards]
+    unset = [name for name in NEEDED[settings.payload] if getattr(settings, name) is None]
+    if unset or len(set(files)) < len(files):
+        what = f"a {settings.payload} cache without {unset[0]}" if unset else "one shard twice"
+        raise CacheError(f"{str(path)!r} has {what}, which no build writes; restore it or build the cache again")
     # A link would let what is read, made again or removed here lie anywhere.
     for linked in (folder / "shards", *(folder / record.file for record in manifest.shards)):
         if linked.is_symlink():
@@ -539,7 +547,13 @@ class Cache:
             raise CacheError(
                 f"shard {str(path)!r} is damaged: its index is not the manifest's; {_REPAIR.format(self.folder)}"
             )
-        return _Index(**{name: tensor.numpy() for name, tensor in tensors.items()})
+        index = _Index(**{name: tensor.numpy() for name, tensor in tensors.items()})
+        if (len(index.keys), index.completion_starts[-1]) != (record.num_rollouts, record.num_tokens):
+            raise CacheError(
+                f"shard {str(path)!r} does not have the manifest's number of rollouts and tokens; "
+                f"{_REPAIR.format(self.folder)}"
+            )
+        return index
 
 
 _REPAIR = "restore it, or run `potstill cache verify {} --drop-broken` and build again"
