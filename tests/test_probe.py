@@ -50,15 +50,18 @@ def pointer(folder: Path, name: str = "model.safetensors") -> None:
 
 QUANTISED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
 DAMAGED = {
-    "head": (lambda f: rewrite(f, lambda w: w.pop("lm_head.weight")), r"1 \(lm_head.weight\) of its weights are not"),
+    "head": (
+        lambda f: rewrite(f, lambda w: w.pop("lm_head.weight")),
+        r"its files lack 1 weight \(lm_head.weight\); these would",
+    ),
     "layer": (
         lambda f: rewrite(f, lambda w: [w.pop(name) for name in list(w) if "layers.1." in name]),
-        r"9 \(model.layers.1.input_layernorm.weight, .*\.\.\.\) of its weights are not in its files",
+        r"its files lack 9 weights \(model.layers.1.input_layernorm.weight, .*\.\.\.\); these would",
     ),
-    "prefix": (lambda f: rewrite(f, rename), r"21 .* which hold 21 \(module.lm_head.weight, .*is there a prefix"),
+    "prefix": (lambda f: rewrite(f, rename), r"21 .* and hold 21 weights \(module.lm_head.weight, .*is there a prefix"),
     "more layers": (
         lambda f: edit_config(f, num_hidden_layers=1, layer_types=None),
-        r"its files hold 9 \(model.layers.1.*has no place",
+        r"its files hold 9 weights \(model.layers.1.*has no place",
     ),
     "size": (lambda f: edit_config(f, vocab_size=400), r"2 weights have another size .*\[314, 32\] there, \[400, 32\]"),
     "nan": (

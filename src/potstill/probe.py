@@ -28,16 +28,19 @@ EXACT, DECODED = 1e-4, 1e-3
 ROUNDED, ROUNDED_DECODED = 2e-2, 5e-2
 
 
-def ready(given, tokenizer=None, device: torch.device | str = "cpu", **options) -> LanguageModel:
-    """A model to work with, on its device and probed once: by its name, a Hugging Face object, or loaded before.
+def ready(given, tokenizer=None, device: torch.device | None = None, **options) -> LanguageModel:
+    """A model to work with, probed once: by its name, a Hugging Face object, or loaded before.
 
-    `options` are those of `load_model` for a name, `tokenizer` is that of an object. Raises ModelError.
+    It is moved to `device` if one is given. `options` are those of `load_model` for a name, `tokenizer` is that of an
+    object. Raises ModelError.
     """
     if isinstance(given, str | Path):
         given = load_model(str(given), **options)
     elif not isinstance(given, LanguageModel):
         given = _wrap(given, tokenizer)
-    probe(given.to(device))
+    if device is not None:
+        given.to(device)
+    probe(given)
     return given
 
 

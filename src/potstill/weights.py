@@ -81,10 +81,10 @@ def refuse_wrong_weights(name: str, model: nn.Module, info: dict[str, Any]) -> N
     """
     unexpected = set(info["unexpected_keys"])
     if missing := set(info["missing_keys"]):
-        held = f", which hold {_listed(unexpected)} instead (is there a prefix?)" if unexpected else ""
+        held = f" and hold {_listed(unexpected)} instead (is there a prefix?)" if unexpected else ""
         raise ModelError(
-            f"model {name!r}: {_listed(missing)} of its weights are not in its files{held}; they would be drawn at "
-            "random: get the whole model"
+            f"model {name!r}: its files lack {_listed(missing)}{held}; these would be drawn at random: get the whole "
+            "model"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         key, in_file, in_model = mismatched[0]
@@ -108,7 +108,8 @@ def _without_numbers(key: str) -> str:
 
 def _listed(keys: Collection[str]) -> str:
     shown = ", ".join(sorted(keys)[:NUM_SHOWN])
-    return f"{len(keys)} ({shown}{', ...' if len(keys) > NUM_SHOWN else ''})"
+    more = ", ..." if len(keys) > NUM_SHOWN else ""
+    return f"{len(keys)} weight{'s' if len(keys) > 1 else ''} ({shown}{more})"
 
 
 @torch.no_grad()
