@@ -36,7 +36,7 @@ def make_tokenizer(
     )
     tok.train_from_iterator([TEXT], trainer)
     if options.get("adds_bos") or options.get("adds_eos"):
-        single = f"{bos if options.get('adds_bos') else ''} $A {eos if options.get('adds_eos') else ''}"
+        single = " ".join([str(bos)] * bool(options.get("adds_bos")) + ["$A"] + [eos] * bool(options.get("adds_eos")))
         ids = [(token, tok.token_to_id(token)) for token in (bos, eos) if token]
         tok.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
     names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}

@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import make_model
 
-from potstill.data import DataError, load_examples, make_prompts, template_warning
+from potstill.data import DataError, load_examples, make_prompts, prompt_notes
 from potstill.tasks.multiplication import build_tokenizer
 from potstill.types import Example
 
@@ -15,10 +15,10 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-def prompts(examples, template=None, end_id=None, tokenizer=None, **arguments):
+def prompts(examples, template=None, end_ids=None, tokenizer=None, **arguments):
     tokenizer = tokenizer or build_tokenizer()
     settings = {"max_completion": 8, "context_length": 64} | arguments
-    return make_prompts(examples, tokenizer, template=template, end_id=end_id, **settings)
+    return make_prompts(examples, tokenizer, template=template, end_ids=end_ids, **settings)
 
 
 def test_the_three_shapes_of_a_row(tmp_path):
@@ -31,7 +31,8 @@ def test_the_three_shapes_of_a_row(tmp_path):
     ]
     for row in shapes:
         (example,) = load_examples(write_jsonl(tmp_path / "rows.jsonl", [row]))
-        assert example.completion == ((("36", True),) if row is not shapes[0] else None)
+        of_messages = ({"role": "assistant", "content": "36"},)
+        assert example.completion == [None, (("36", True),), of_messages, of_messages][shapes.index(row)]
         assert example.prompt == ("12*3=" if isinstance(row.get("prompt"), str) else tuple(chat))
     assert (example.answer, example.level, example.id) == ("36", "easy", "7")
 
@@ -101,20 +102,20 @@ def test_templates():
     assert tokenizer.decode(prompts([chat], tokenizer=tokenizer)[0].token_ids) == "12=#"
     assert tokenizer.decode(prompts([raw], "chat", tokenizer=tokenizer)[0].token_ids) == "12=#"
     assert tokenizer.decode(prompts([raw], tokenizer=tokenizer)[0].token_ids) == "<bos>12"
-    assert "taken as they are" in template_warning(prompts([raw], tokenizer=tokenizer), tokenizer, None)
-    assert template_warning(prompts([raw], "raw", tokenizer=tokenizer), tokenizer, "raw") is None
-    assert template_warning(prompts([chat], tokenizer=tokenizer), tokenizer, None) is None
+    assert "taken as they are" in prompt_notes(1, prompts([raw], tokenizer=tokenizer), tokenizer, None)[0]
+    assert not prompt_notes(1, prompts([raw], "raw", tokenizer=tokenizer), tokenizer, "raw")
+    assert not prompt_notes(1, prompts([chat], tokenizer=tokenizer), tokenizer, None)
     with pytest.raises(DataError, match=r'data.template is "raw"'):
         prompts([chat], "raw", tokenizer=tokenizer)
 
 
 def test_completions_keep_what_is_trained_and_end():
     example = Example("e", "1*2=", completion=(("34", False), ("~", True), ("2", True)))
-    (prompt,) = prompts([example], end_id=2)
+    (prompt,) = prompts([example], end_ids=(2,))
     assert build_tokenizer().decode(prompt.completion_ids) == "34~2<eos>"
     assert prompt.trained == (False, False, True, True, True)
     with pytest.raises(DataError, match="has no completion"):
-        prompts([Example("e", "1*2=")], end_id=2)
+        prompts([Example("e", "1*2=")], end_ids=(2,))
 
 
 def test_prompts_that_do_not_fit_are_refused():

@@ -184,6 +184,6 @@ def test_data_sets_with_several_configurations(tmp_path):
         write(tmp_path / f"{name}.jsonl", {"prompt": name, "completion": "2024-01-01"})
         (example,) = load_examples(str(tmp_path), config=name)
         assert (example.prompt, example.completion) == (name, (("2024-01-01", True),))
-    for config in (None, "third"):
-        with pytest.raises(DataError, match=f"no configuration {config!r}; set data.config to one of main, other"):
+    for config, what in ((None, "several configurations"), ("third", "no configuration 'third'")):
+        with pytest.raises(DataError, match=f"has {what}; set data.config to one of main, other"):
             load_examples(str(tmp_path), config=config)

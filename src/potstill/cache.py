@@ -37,7 +37,7 @@ from potstill.models import LanguageModel, ModelError, find_folder, fingerprint,
 from potstill.topk import TopK
 from potstill.types import Example, Prompt, Rollout, Stop
 
-FORMAT = 1
+FORMAT = 2
 # Shards that are mapped at a time; what is mapped and touched counts as this process's memory.
 MAX_OPEN_SHARDS = 16
 # Of the first rollout that is read of a shard, this many log-sum-exps are computed again.
@@ -129,7 +129,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a cache but its numbers."""
+    """All that is known of a cache but its numbers. `date` is what chat templates were told."""
 
     teacher: TeacherIdentity
     teacher_end_ids: tuple[int, ...]
@@ -139,6 +139,7 @@ class Manifest:
     head_softcap: FiniteFloat | None
     head_sha256: str | None
     settings: Settings
+    date: str
     shards: tuple[ShardRecord, ...] = ()
     format: int = FORMAT
 

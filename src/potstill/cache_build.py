@@ -89,7 +89,8 @@ def build_cache(
     recipe = _as_written(recipe, options)
     _check_folder(out)
     world = distributed.start()
-    setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts)
+    date = read_manifest(out).date if (out / "manifest.json").exists() else None
+    setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts, date=date)
     assert isinstance(setup.teacher, LanguageModel), "the recipe asks for a live teacher's signal"
     wanted = _manifest(recipe, setup, setup.teacher, options)
     try:
@@ -176,6 +177,7 @@ def _manifest(recipe: Recipe, setup: Setup, teacher: LanguageModel, options: Cac
         head.softcap,
         None,
         settings,
+        setup.date,
     )
 
 

@@ -140,7 +140,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         """
         from potstill.evaluation import evaluate_and_store
 
-        _refuse_overrides(overrides)
+        settings = settings.model_copy(update=_template_arguments(overrides))
         if not models:
             raise RecipeError("nothing to evaluate; give run folders, model folders, or potstill:base")
         if out is not None and len(models) > 1:
@@ -164,18 +164,19 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             model: A run folder, a model folder, a hub id, or potstill:teacher or potstill:base.
             prompt: Prompts; held-out problems of the source when there are none.
             source: The task to take problems from.
-            template: Render the prompts with the chat template, or take them as they are.
+            template: Render the prompts with the chat template, or take them as they are. What it reads beside the
+                messages is said by --template-arguments.NAME VALUE.
             num: How many problems, or responses to each given prompt.
             max_tokens: Completion length cap.
             seed: Seed of the problems and of sampling.
         """
         from potstill.evaluation import show_responses
 
-        _refuse_overrides(overrides)
+        told = _template_arguments(overrides)
         for name, value, least in (("num", num, 1), ("max-tokens", max_tokens, 1), ("seed", seed, 0)):
             if value < least:
                 raise UsageError(f"--{name} is {value}; it must be at least {least}")
-        show_responses(model, prompt, source, template, num, max_tokens, seed, sampling)
+        show_responses(model, prompt, source, template, num, max_tokens, seed, sampling, **told)
 
     app.command(_cache_app(overrides), name="cache", help="Build, look at and check teacher caches.")
 
@@ -371,6 +372,13 @@ def _literal(text: str) -> Any:
     # Also of integers of thousands of digits, and of brackets in brackets.
     except (ValueError, KeyError, RecursionError):
         return text
+
+
+def _template_arguments(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `--template-arguments.NAME VALUE` tells a chat template; other dotted names are refused."""
+    mine = {name for name in overrides if name.startswith("template_arguments.")}
+    _refuse_overrides({name: value for name, value in overrides.items() if name not in mine})
+    return {"template_arguments": {name.partition(".")[2]: overrides[name] for name in sorted(mine)}}
 
 
 def _refuse_overrides(overrides: dict[str, Any]) -> None:

@@ -196,7 +196,15 @@ class Data(Section):
     prompt_column: str = "prompt"
     """Column of a file or hub data set that holds the prompt."""
     template: Literal["chat", "raw"] | None = None
-    """Render prompts with the chat template or take them as they are; by default chat for messages, raw for strings."""
+    """Render prompts with the chat template or take them as they are; by default chat for messages, raw for strings.
+    What the template reads beside the messages is said by data.template_arguments.NAME."""
+    template_arguments: dict[str, Any] = {}
+    """What the chat templates of student and teacher are told, such as {enable_thinking = false}."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """The most tokens of a prompt; by default what the context leaves beside the completion."""
+    too_long: Literal["refuse", "drop", "cut-left"] = "refuse"
+    """What becomes of prompts that are too long: the run is refused, they are left out, or they lose their first
+    tokens."""
     seed: Seed = 0
     """Seed of a task's problems."""
 
@@ -409,7 +417,9 @@ class Evaluation(Section):
     split: str = "test"
     """Split of a task or hub data set."""
     template: Literal["chat", "raw"] | None = None
-    """As in data.template."""
+    """As in data.template; template_arguments.NAME says what it reads beside the messages."""
+    template_arguments: dict[str, Any] = {}
+    """As in data.template_arguments; when a run is trained, those by default."""
     num_problems: int = Field(default=60, ge=1, le=MANY_AT_ONCE)
     """Problems, held out from training."""
     num_responses: int = Field(default=16, ge=1, le=MANY_AT_ONCE)
@@ -801,6 +811,12 @@ class GrpoRecipe(GrpoFields):
         return self
 
 
+def run_evaluation(recipe: RecipeFields | GrpoFields) -> Evaluation:
+    """The evaluation of a run, whose chat template is told by default what that of the data is."""
+    arguments = recipe.evaluation.template_arguments or recipe.data.template_arguments
+    return recipe.evaluation.model_copy(update={"template_arguments": arguments})
+
+
 def _check_ladder(window: Window) -> None:
     """Refuse a first window above the cap, and a ladder that does not grow from the one to the other."""
     if window.start > window.tokens:
@@ -1122,6 +1138,8 @@ def to_toml(data: dict[str, Any]) -> str:
 
 
 def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
     # JSON's strings, numbers, booleans and arrays are also TOML.
     return printable(json.dumps(value, ensure_ascii=False))
 

@@ -5,13 +5,23 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from potstill.config import TASK_NAMES, Evaluation, GrpoRecipe, Recipe, RecipeError, Sampling, is_table, to_toml
-from potstill.data import DataError, make_prompts, template_warning
+from potstill.config import (
+    TASK_NAMES,
+    Evaluation,
+    GrpoRecipe,
+    Recipe,
+    RecipeError,
+    Sampling,
+    is_table,
+    run_evaluation,
+    to_toml,
+)
+from potstill.data import DataError, make_prompts, prompt_notes
 from potstill.ends import end_set, named_end_ids
 from potstill.grading import Grade, majority
 from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
@@ -24,6 +34,7 @@ from potstill.results import Entry
 from potstill.rope import refuse_crossing
 from potstill.runlog import (
     append,
+    begun_on,
     flush,
     last_row,
     locked,
@@ -49,6 +60,7 @@ def evaluate(
     end_ids: Sequence[int] | None = None,
     responses: Path | None = None,
     quiet: bool = False,
+    date: str | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate a loaded model, a model folder, a hub id or a run folder; one row of results for each temperature.
 
@@ -61,15 +73,16 @@ def evaluate(
 
     With a folder for `responses` each response is written there as soon as it is graded, in one file for each model,
     set of settings and temperature; a call that was killed goes on after the last whole batch. What ends a response is
-    `evaluation.end_tokens`, else `end_ids`, else what is stored with the model. Raises RecipeError, ModelError or
-    DataError before anything is sampled, and RunError for a file of responses that another process writes.
+    `evaluation.end_tokens`, else `end_ids`, else what is stored with the model. `date` is what chat templates are told,
+    by default today. Raises RecipeError, ModelError or DataError before anything is sampled, and RunError for a file of
+    responses that another process writes.
     """
     # Before the model is loaded, which can take long.
     make_problems(evaluation)
     model = ready(model)
-    task, examples, prompts = prepare_problems(model, evaluation)
-    if (warning := template_warning(prompts, model.tokenizer, evaluation.template)) and not quiet:
-        say(warning, error=True)
+    task, examples, prompts = prepare_problems(model, evaluation, date)
+    if not quiet:
+        _say_notes(prompts, model, evaluation.template, evaluation.template_arguments)
     end_ids = named_end_ids(model.tokenizer, evaluation.end_tokens) or end_ids or end_set(model)
     model.eval()
     rows = []
@@ -77,7 +90,7 @@ def evaluate(
         started = time.perf_counter()
         file = None
         if responses is not None:
-            file = responses / _file_name(model, evaluation, temperature, end_ids)
+            file = responses / _file_name(model, evaluation, temperature, end_ids, prompts)
             file.parent.mkdir(parents=True, exist_ok=True)
         with nullcontext() if file is None else locked(file, "responses file"):
             found = write_responses(model, evaluation, temperature, task, examples, prompts, end_ids, file, quiet)
@@ -174,10 +187,18 @@ def read_responses(file: Path, examples: Sequence[Example], evaluation: Evaluati
     return rows
 
 
-def _file_name(model: LanguageModel, evaluation: Evaluation, temperature: float, end_ids: Sequence[int]) -> str:
+def _file_name(
+    model: LanguageModel,
+    evaluation: Evaluation,
+    temperature: float,
+    end_ids: Sequence[int],
+    prompts: Sequence[Prompt],
+) -> str:
     """One file for each set of weights, settings and temperature: what would be sampled otherwise is never mixed."""
     settings = evaluation.model_dump(mode="json", exclude={"temperatures"})
-    identity = json.dumps([fingerprint(model), settings, temperature, list(end_ids)], sort_keys=True)
+    # A template may write another date than yesterday's.
+    asked = [prompt.token_ids for prompt in prompts]
+    identity = json.dumps([fingerprint(model), settings, temperature, list(end_ids), asked], sort_keys=True)
     source = re.sub(r"[^\w.-]+", "-", str(evaluation.source))[:60]
     return f"{source}-T{temperature:g}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
 
@@ -228,7 +249,19 @@ def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
         raise DataError(f"evaluation source {evaluation.source!r}: {error}") from None
 
 
-def prepare_problems(model: LanguageModel, evaluation: Evaluation) -> tuple[Task, list[Example], list[Prompt]]:
+def _say_notes(
+    prompts: Sequence[Prompt],
+    model: LanguageModel,
+    template: Literal["chat", "raw"] | None,
+    arguments: Mapping[str, Any] | None,
+) -> None:
+    for note in prompt_notes(len(prompts), prompts, model.tokenizer, template, arguments):
+        say(note, error=True)
+
+
+def prepare_problems(
+    model: LanguageModel, evaluation: Evaluation, date: str | None = None
+) -> tuple[Task, list[Example], list[Prompt]]:
     """The problems of an evaluation as prompts for a model, checked to fit its context; errors as make_problems.
 
     Raises ModelError for an end token that the model does not have.
@@ -241,6 +274,8 @@ def prepare_problems(model: LanguageModel, evaluation: Evaluation) -> tuple[Task
         template=evaluation.template,
         max_completion=evaluation.max_tokens,
         context_length=model.context_length,
+        template_arguments=evaluation.template_arguments,
+        date=date,
     )
     refuse_crossing(model, [p.token_ids for p in prompts], evaluation.max_tokens, "evaluation.max_tokens")
     return task, examples, prompts
@@ -297,7 +332,8 @@ def evaluate_anew(recipe: Recipe | GrpoRecipe, model: LanguageModel, quiet: bool
         if recipe.evaluation.source is not None:
             named = LanguageModel(model.model, model.tokenizer, str(folder))
             options: dict[str, Any] = {"end_ids": end_ids, "responses": folder / "responses", "quiet": quiet}
-            store_evals(folder, step, evaluate(named, recipe.evaluation, **options))
+            options |= {"date": begun_on(folder)}
+            store_evals(folder, step, evaluate(named, run_evaluation(recipe), **options))
         write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
 
 
@@ -315,7 +351,8 @@ def evaluate_and_store(
     entries = []
     for model, step in zip(models, steps, strict=True):
         target = Path(model)
-        rows = evaluate(model, evaluation, responses=responses if step is None else target / "responses")
+        folder, date = (responses, None) if step is None else (target / "responses", begun_on(target))
+        rows = evaluate(model, evaluation, responses=folder, date=date)
         if step is not None:
             store_evals(target, step, rows)
         if out is not None:
@@ -367,11 +404,12 @@ def show_responses(
     model_name: str,
     given: Sequence[str],
     source: str,
-    template: str | None,
+    template: Literal["chat", "raw"] | None,
     num: int,
     max_tokens: int,
     seed: int,
     sampling: Sampling,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Print `num` responses: to problems of a task with their scores, or to each of the given prompts."""
     from rich.console import Console
@@ -381,11 +419,15 @@ def show_responses(
         task, examples = make_problems(Evaluation(source=source, num_problems=num, seed=seed))
     model = ready(model_name)
     prompts = make_prompts(
-        examples, model.tokenizer, template=template, max_completion=max_tokens, context_length=model.context_length
+        examples,
+        model.tokenizer,
+        template=template,
+        max_completion=max_tokens,
+        context_length=model.context_length,
+        template_arguments=template_arguments,
     )
     refuse_crossing(model, [p.token_ids for p in prompts], max_tokens, "--max-tokens")
-    if warning := template_warning(prompts, model.tokenizer, template):
-        say(warning, error=True)
+    _say_notes(prompts, model, template, template_arguments)
     completions = sample(
         model.model,
         [prompt.token_ids for prompt in prompts],

@@ -26,9 +26,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from potstill import checkpoint, distributed, runlog
 from potstill.boundary import stop_asked_for, stopped_after
-from potstill.config import Grpo, GrpoRecipe, RecipeError, Train, check_recipe
+from potstill.config import Grpo, GrpoRecipe, RecipeError, Train, check_recipe, run_evaluation
 from potstill.controllers import Probe, WindowState, decide, first_window, is_probe_due, scheduled_window
-from potstill.data import load_examples, make_prompts, template_warning
+from potstill.data import load_examples, make_prompts, prompt_notes
 from potstill.distributed import World
 from potstill.ends import described, end_set
 from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
@@ -42,6 +42,7 @@ from potstill.rates import learning_rate
 from potstill.rope import refuse_crossing
 from potstill.sampling import sample
 from potstill.tasks import Task, make_task
+from potstill.templates import today
 from potstill.training import SHOWN_CHARACTERS, hold_out, step_indices, step_seed
 from potstill.types import Completion, NonFiniteError, Prompt, Rollout
 
@@ -62,6 +63,8 @@ class Setup:
     end_ids: tuple[int, ...]
     flops: ModelFlops
     world: World
+    date: str
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
 
 def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     """Load the model and the prompts and check that they fit together. Writes nothing."""
+    date = runlog.begun_on(recipe.out) or today()
     model = ready(recipe.model, device=world.device)
     end_ids = end_set(model)
     data = recipe.data
@@ -130,12 +134,18 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
         template=data.template,
         max_completion=recipe.window.tokens,
         context_length=model.context_length,
+        template_arguments=data.template_arguments,
+        date=date,
+        max_prompt_tokens=data.max_prompt_tokens,
+        too_long=data.too_long,
     )
+    notes = prompt_notes(len(examples), prompts, model.tokenizer, data.template, data.template_arguments)
     refuse_crossing(model, [p.token_ids for p in prompts], recipe.window.tokens, "window.tokens")
     prompts, probes = hold_out(recipe.window, prompts)
     if recipe.evaluation.source is not None:
-        prepare_problems(model, recipe.evaluation)
-    return Setup(model, make_task(str(data.source)), prompts, probes, end_ids, model_flops(model), world)
+        prepare_problems(model, run_evaluation(recipe), date)
+    task = make_task(str(data.source))
+    return Setup(model, task, prompts, probes, end_ids, model_flops(model), world, date, tuple(notes))
 
 
 def measure_start(recipe: GrpoRecipe, setup: Setup) -> dict[str, float]:
@@ -267,7 +277,7 @@ def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool,
     if recipe.evaluation.source is not None:
         named = model.around(finished.model.to(setup.world.device), str(folder))
         options = {"end_ids": setup.end_ids, "responses": folder / "responses", "quiet": quiet}
-        runlog.store_evals(folder, config.steps, evaluate(named, recipe.evaluation, **options))
+        runlog.store_evals(folder, config.steps, evaluate(named, run_evaluation(recipe), date=setup.date, **options))
     runlog.finish(recipe)
 
 
@@ -447,6 +457,7 @@ def _environment(setup: Setup) -> dict[str, Any]:
     return {
         "world_size": setup.world.size,
         "device": str(setup.world.device),
+        "date": setup.date,
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "end_ids": list(setup.end_ids),
         "models": {
@@ -461,8 +472,7 @@ def _opening(recipe: GrpoRecipe, setup: Setup, step: int) -> list[str]:
     lines = [f"GRPO from {recipe.model}: {recipe.out}" + (f", resumed after step {step}" if step else "")]
     lines.append(f"end set: {described(tokenizer, setup.end_ids)}")
     lines += recipe.notes
-    if warning := template_warning(setup.prompts, tokenizer, recipe.data.template):
-        lines.append(warning)
+    lines += setup.notes
     text = tokenizer.decode(setup.prompts[0].token_ids)
     lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
     return lines

@@ -19,6 +19,7 @@ from potstill.heads import Head
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.names import nearest
 from potstill.results import resume_command
+from potstill.templates import ChatTemplate, TemplateError
 from potstill.types import ModelError
 from potstill.weights import refuse_foreign_files, refuse_unread_file, refuse_unread_settings, refuse_wrong_weights
 
@@ -276,11 +277,10 @@ def find_end_ids(model, tokenizer) -> tuple[int, ...]:
     from_settings = model.generation_config.eos_token_id if model.generation_config else None
     found += from_settings if isinstance(from_settings, list) else [from_settings]
     if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "potstill"}]
-        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("potstill")[2]
-        ids = tokenizer.encode(after, add_special_tokens=False)
-        if ids and ids[0] in tokenizer.all_special_ids:
-            found.append(ids[0])
+        try:
+            found.append(ChatTemplate(tokenizer).end_id)
+        except TemplateError as error:
+            raise ModelError(f"the chat template of {tokenizer.name_or_path!r} {error}; use another model") from None
     return tuple(dict.fromkeys(int(i) for i in found if i is not None))
 
 

@@ -91,6 +91,12 @@ def is_done(folder: Path, recipe: RunRecipe) -> bool:
     return not any(is_one_of(name, ["evaluation"]) for name in changes)
 
 
+def begun_on(folder: Path) -> str | None:
+    """The date that the chat templates of a run were told when it began; None where none has begun."""
+    environment = folder / "environment.json"
+    return read_json(environment, ("date",))["date"] if environment.exists() else None
+
+
 @contextmanager
 def open_run(
     recipe: RunRecipe, environment: dict[str, Any], may_change: Collection[str] = ()

@@ -245,7 +245,9 @@ def _why_not(name: str, config: str | None, split: str, error: Exception) -> str
     if Path(name).is_dir() or "Config name" in str(error):
         with contextlib.suppress(OSError, ValueError):
             configs = datasets.get_dataset_config_names(name)
-    if config not in (*configs, None) or (config is None and len(configs) > 1):
+    if config is None and len(configs) > 1:
+        return f"data set {name!r} has several configurations; set data.config to one of {', '.join(configs)}"
+    if config is not None and configs and config not in configs:
         return f"data set {name!r} has no configuration {config!r}; set data.config to one of {', '.join(configs)}"
     of = f"split {split!r}" + (f", configuration {config!r}" if config else "")
     return f"data set {name!r} ({of}) cannot be read: {_one_line(error)}; without the network give a local file"

@@ -17,7 +17,7 @@ from potstill import checkpoint, distributed, runlog, vocabulary
 from potstill.batching import make_batches
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import Cache, CachedTeacher
-from potstill.config import Recipe, Train, Window, check_recipe, is_table
+from potstill.config import Recipe, Train, Window, check_recipe, is_table, run_evaluation
 from potstill.controllers import (
     MixingState,
     WindowState,
@@ -28,15 +28,7 @@ from potstill.controllers import (
     scheduled_weight,
     scheduled_window,
 )
-from potstill.data import (
-    DataError,
-    load_examples,
-    make_examples,
-    make_prompts,
-    rows_of_objects,
-    template_warning,
-    with_teacher_prompts,
-)
+from potstill.data import DataError
 from potstill.distributed import World
 from potstill.ends import Ends, described, find_ends
 from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
@@ -53,10 +45,12 @@ from potstill.prefixes import Writing, write_rollouts
 from potstill.probe import ready
 from potstill.probing import probe_window
 from potstill.progress import StepDisplay
+from potstill.prompts import prepare_prompts
 from potstill.rates import describe_lr, learning_rate, planned_steps, with_lr
 from potstill.rope import refuse_crossing
 from potstill.samples import logged_samples
 from potstill.tasks import make_task
+from potstill.templates import today
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
 from potstill.weights import cautions
 
@@ -89,6 +83,8 @@ class Setup:
     answer_end: Callable[[str], int | None]
     student_flops: ModelFlops
     teacher_flops: ModelFlops | None
+    date: str
+    notes: tuple[str, ...]
 
     @property
     def scoring_flops(self) -> ModelFlops | None:
@@ -133,7 +129,8 @@ def train(
                 f"{str(folder / 'model')!r}"
             )
     with checkpoint.told_when_stopped(folder):
-        setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts)
+        given: dict[str, Any] = {"student": student, "teacher": teacher, "tokenizer": tokenizer, "prompts": prompts}
+        setup = prepare(recipe, world, **given, date=runlog.begun_on(folder))
         if not world.is_main:
             return _run(recipe, setup, world, quiet=True)
         with runlog.open_run(recipe, _environment(setup, world), may_change) as notes:
@@ -152,8 +149,13 @@ def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
     return RunResult(folder, model, runlog.last_row(folder))
 
 
-def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokenizer=None, prompts=None) -> Setup:
-    """Load models and prompts and check that they fit together. Writes nothing."""
+def prepare(
+    recipe: Recipe, world: World, *, student=None, teacher=None, tokenizer=None, prompts=None, date: str | None = None
+) -> Setup:
+    """Load models and prompts and check that they fit together. Writes nothing.
+
+    `date` is what chat templates are told; by default that of the cache, or today.
+    """
     spec = recipe.student
     student = ready(
         spec.model if student is None else student,
@@ -180,38 +182,9 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
     # Before any work: a backend that cannot run here.
     if loss.backend != "plain":
         find_backend(loss.backend, world.device)
-    if prompts is None:
-        data = recipe.data
-        examples = load_examples(
-            data.source,
-            split=data.split,
-            num_examples=data.num_prompts,
-            prompt_column=data.prompt_column,
-            seed=data.seed,
-            teacher_column=recipe.teacher.prompt_column if teacher is not None else None,
-            config=data.config,
-        )
-    else:
-        rows = rows_of_objects(prompts, recipe.data.prompt_column)
-        examples = make_examples(rows, recipe.data.prompt_column, recipe.teacher.prompt_column)
-    lengths = [m.context_length for m in (student, teacher) if m is not None and m.context_length is not None]
-    tokenised = make_prompts(
-        examples,
-        student.tokenizer,
-        template=recipe.data.template,
-        max_completion=recipe.window.tokens,
-        context_length=min(lengths, default=None),
-        end_id=ends.stop_ids[0] if recipe.objective.prefix == "dataset" else None,
-    )
-    asks_otherwise = recipe.teacher.template is not None or any(e.teacher_prompt is not None for e in examples)
-    if teacher is not None and asks_otherwise:
-        tokenised = with_teacher_prompts(
-            tokenised,
-            teacher.tokenizer,
-            template=recipe.teacher.template or recipe.data.template,
-            max_completion=recipe.window.tokens,
-            context_length=teacher.context_length,
-        )
+    # Of one rank: midnight may come between them.
+    date = str(distributed.gather(date or (today() if cache is None else cache.manifest.date), world)[0])
+    tokenised, notes = prepare_prompts(recipe, student, teacher, end_ids=ends.stop_ids, date=date, given=prompts)
     if loss.vocab_size is not None:
         vocabulary.refuse_unshared_ids(tokenised, loss.vocab_size, student.tokenizer)
     refuse_crossing(student, [p.token_ids for p in tokenised], recipe.window.tokens, "window.tokens")
@@ -228,7 +201,7 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         )
     if recipe.evaluation.source is not None:
         # Its prompts are made again when the run ends; here a bad one is refused before any work is done.
-        prepare_problems(student, recipe.evaluation)
+        prepare_problems(student, run_evaluation(recipe), date)
     has_task = prompts is None and not is_table(recipe.data.source)
     answer_end = make_task(str(recipe.data.source)).answer_end if has_task else lambda text: None
     return Setup(
@@ -242,6 +215,8 @@ def prepare(recipe: Recipe, world: World, *, student=None, teacher=None, tokeniz
         answer_end,
         model_flops(student),
         head_flops(teacher.head) if isinstance(teacher, CachedTeacher) else teacher and model_flops(teacher),
+        date,
+        tuple(notes),
     )
 
 
@@ -465,7 +440,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
         if recipe.evaluation.source is not None:
             finished = student.around(decoders["student"], str(folder))
             options = {"end_ids": setup.ends.stop_ids, "responses": folder / "responses", "quiet": quiet}
-            runlog.store_evals(folder, step, evaluate(finished, recipe.evaluation, **options))
+            runlog.store_evals(folder, step, evaluate(finished, run_evaluation(recipe), date=setup.date, **options))
         runlog.finish(recipe)
     distributed.wait_for_rank_0(world)
     return RunResult(folder, student, metrics)
@@ -558,6 +533,7 @@ def _environment(setup: Setup, world: World) -> dict[str, Any]:
     return {
         "world_size": world.size,
         "device": str(world.device),
+        "date": setup.date,
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "end_ids": list(setup.ends.stop_ids),
         "end_class": list(setup.ends.class_ids),
@@ -592,8 +568,7 @@ def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
         lines += setup.cache.describe()
     example = setup.prompts[0]
     text = student.tokenizer.decode(example.token_ids)
-    if warning := template_warning(setup.prompts, student.tokenizer, recipe.data.template):
-        lines.append(warning)
+    lines += setup.notes
     lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
     if teacher is not None and example.teacher_ids is not None:
         lines.append(f"the teacher reads: {teacher.tokenizer.decode(example.teacher_ids)[:SHOWN_CHARACTERS]!r}")

@@ -6,14 +6,15 @@ Position t of every `_BT` tensor is about predicting token t+1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Union
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-Message = dict[str, str]
+# Of a chat: `role`, `content` (a text, or a list of text parts) and whatever else a template may read.
+Message = dict[str, Any]
 Writer = Literal["teacher", "student", "dataset"]
 Stop = Literal["end", "length"]
 
@@ -31,15 +32,24 @@ class Example:
     """One problem as text: what a task or a data file provides.
 
     `prompt` is a string or a list of chat messages, `teacher_prompt` what the teacher is asked instead; `completion` is
-    a list of (text, is it trained on) segments; `answer` is for the task's scorer; `level` names a difficulty.
+    a list of (text, is it trained on) segments, taken as they are, or of messages, whose assistant's turns are trained
+    on; `tools` are what the messages may call; `answer` is for the task's scorer; `level` names a difficulty; `where`
+    says in messages where the example came from.
     """
 
     id: str
     prompt: str | tuple[Message, ...]
-    completion: tuple[tuple[str, bool], ...] | None = None
+    completion: tuple[tuple[str, bool], ...] | tuple[Message, ...] | None = None
     answer: str | None = None
     level: str = ""
     teacher_prompt: str | tuple[Message, ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    where: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """What a message calls it."""
+        return f"prompt {self.id!r}" + (f" ({self.where})" if self.where else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,8 @@ class Prompt:
     """An example after tokenisation. `completion_ids` and `trained`, of one length, exist when the data has them.
 
     `teacher_ids` is the teacher's prompt where it is not the student's. The completion is the same for both. `cached`
-    says where a completion and the teacher's signal on it are in the cache: shard and row.
+    says where a completion and the teacher's signal on it are in the cache: shard and row. `num_cut` tokens of the
+    prompt were left out at its beginning.
     """
 
     example: Example
@@ -56,6 +67,7 @@ class Prompt:
     trained: tuple[bool, ...] | None = None
     teacher_ids: tuple[int, ...] | None = None
     cached: tuple[int, int] | None = None
+    num_cut: int = 0
 
     def ids_of(self, who: Writer) -> tuple[int, ...]:
         """What this model is prompted with."""
