@@ -51,6 +51,9 @@ from potstill.types import Example, Prompt
 from potstill.vocabulary import num_named_rows
 
 Row = dict[str, Any]
+# Of each response, beside which one it is; the second are numbers.
+TEXTS = ("level", "text", "stop", "answer", "note", "is_loop")
+NUMBERS = ("score", "length", "length_to_answer", "entropy", "entropy_before_answer", "zlib_ratio")
 
 
 def evaluate(
@@ -171,13 +174,18 @@ def read_responses(file: Path, examples: Sequence[Example], evaluation: Evaluati
 
     Raises DataError for a row that is not the response whose place it stands in.
     """
-    rows, num = read_rows(file), evaluation.num_responses
+    rows, num = read_rows(file, (*TEXTS, *NUMBERS)), evaluation.num_responses
     for k, row in enumerate(rows):
         problem, response = divmod(k, num)
         if problem >= len(examples) or (row.get("problem"), row.get("response")) != (examples[problem].id, response):
             raise DataError(
                 f"responses file {str(file)!r}, line {k + 1} is response {row.get('response')!r} to problem "
                 f"{row.get('problem')!r}, which does not stand there in this evaluation; remove the file to sample anew"
+            )
+        if not all(isinstance(row[name], int | float) for name in NUMBERS) or not 0 <= row["score"] <= 1:
+            raise DataError(
+                f"responses file {str(file)!r}, line {k + 1} is not as it was graded: "
+                f"{ {name: row[name] for name in NUMBERS} }; remove the file to sample anew"
             )
     # Batches are always the same rows, so that a resumed evaluation rounds as an uninterrupted one.
     if len(rows) < len(examples) * num:
