@@ -96,6 +96,12 @@ def test_run_folder(tmp_path, monkeypatch, capsys):
     before = (folder / "metrics.jsonl").read_text()
     assert run_grpo(recipe_for(folder, evaluation=evaluation)) == folder
     assert (folder / "metrics.jsonl").read_text() == before
+    # With another evaluation it is evaluated anew, and nothing else.
+    other = recipe_for(folder, evaluation=evaluation | {"temperatures": [0.0]}, grpo={"checkpoint_every": 3})
+    assert not runlog.is_done(folder, other)
+    run_grpo(other)
+    assert runlog.is_done(folder, other) and (folder / "metrics.jsonl").read_text() == before
+    assert [row["temperature"] for row in runlog.read_rows(folder / "evals.jsonl")] == [1.0, 0.6, 0.0]
 
 
 @pytest.mark.parametrize("model", ["potstill:base", "two ends"])

@@ -241,6 +241,17 @@ def test_ctrl_c_says_what_is_saved(tmp_path, monkeypatch, capsys):
         assert stopped.value.code == 130 and capsys.readouterr().err.endswith(f"potstill: stopped; {said}\n")
 
 
+def test_ctrl_c_in_an_evaluation_that_saves_nothing_says_so(monkeypatch, capsys):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "sample", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "potstill:base"])
+    said = "potstill: stopped; nothing was saved: with --responses FOLDER an evaluation can go on\n"
+    assert stopped.value.code == 130 and capsys.readouterr().err.endswith(said)
+
+
 # -- a run is a model --------------------------------------------------------------------------------------------------
 
 

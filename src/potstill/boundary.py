@@ -58,6 +58,11 @@ class Stopped(KeyboardInterrupt):
         self.number = number
         self.saved = saved
 
+    @staticmethod
+    def of(stop: KeyboardInterrupt, saved: str) -> "Stopped":
+        """The same signal, with what is saved."""
+        return Stopped(stop.number if isinstance(stop, Stopped) else signal.SIGINT, saved)
+
 
 def stopped_after(step: int, number: int) -> Stopped:
     """What a loop raises that has saved its last step."""

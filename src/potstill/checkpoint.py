@@ -8,7 +8,6 @@ PyTorch's own generator are all seeded from the recipe's seed and the step.
 
 import re
 import shutil
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,7 +173,7 @@ def told_when_stopped(folder: Path) -> Iterator[None]:
         saved = "stopped; nothing was saved yet: the same command begins again"
         if last is not None:
             saved = f"stopped; step {step_of(last)} was saved last, and the same command goes on from there"
-        raise Stopped(stop.number if isinstance(stop, Stopped) else signal.SIGINT, saved) from None
+        raise Stopped.of(stop, saved) from None
 
 
 def _damaged(path: Path, what: str) -> RunError:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+from potstill.boundary import Stopped
 from potstill.config import (
     TASK_NAMES,
     Evaluation,
@@ -360,7 +361,12 @@ def evaluate_and_store(
     for model, step in zip(models, steps, strict=True):
         target = Path(model)
         folder, date = (responses, None) if step is None else (target / "responses", begun_on(target))
-        rows = evaluate(model, evaluation, responses=folder, date=date)
+        try:
+            rows = evaluate(model, evaluation, responses=folder, date=date)
+        except KeyboardInterrupt as stop:
+            if folder is None:
+                stop = Stopped.of(stop, "stopped; nothing was saved: with --responses FOLDER an evaluation can go on")
+            raise stop from None
         if step is not None:
             store_evals(target, step, rows)
         if out is not None:

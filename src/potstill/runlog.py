@@ -121,7 +121,7 @@ def open_run(
                 )
         history = begun.get("changes", [])
         if changes:
-            history = [*history, {"num_steps": len(read_rows(folder / "metrics.jsonl")), "fields": changes}]
+            history = [*history, {"num_steps": _num_rows(folder / "metrics.jsonl"), "fields": changes}]
             # It is finished no longer: what it has to do is done below.
             (folder / "DONE").unlink(missing_ok=True)
             flush(folder)
@@ -129,6 +129,11 @@ def open_run(
         if changes or not (folder / "recipe.toml").exists():
             write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
         yield tuple(_said(name, *values) for name, values in changes.items() if not is_one_of(name, CHANGE_NOTHING))
+
+
+def _num_rows(path: Path) -> int:
+    """Whole lines of a file, whatever they are."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def write_environment(folder: Path, environment: dict[str, Any]) -> None:
