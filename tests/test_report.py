@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import html
 import json
 import re
@@ -17,7 +19,7 @@ from synthetic_runs import evaluate, write_run
 import potstill
 from potstill.claims import Claim
 from potstill.comparison import grids, make_groups, metrics_of, problem_values, stored
-from potstill.report import print_table, table, table_note, write_report
+from potstill.report import print_table, table, table_note, with_policy, write_report
 from potstill.results import group_by_seed, read_entry, recipe_key
 from potstill.runlog import RunError, append
 from potstill.statistics import Estimate, seeds_and_problems
@@ -387,7 +389,8 @@ def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
         document.body.dataset.seen = JSON.stringify(seen);
     </script></body>"""
     tried = tmp_path / "tried.html"
-    tried.write_text(page.read_text().replace("</head>", narrow).replace("</body>", script))
+    # The policy holds for these scripts too, which must be known to it.
+    tried.write_text(with_policy(page.read_text().replace("</head>", narrow).replace("</body>", script)))
     dom = browsed(tried)
     assert "<title>potstill report</title>" in dom and not re.search(r"<img[^>]*onerror", dom[dom.index("<body") :])
     found = re.search(r'<body data-seen="([^"]*)"', dom)
@@ -401,3 +404,21 @@ def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
     assert seen["lines"] == [num_runs, num_runs - 1]
     assert [name.removeprefix(ATTACK) for name in seen["rows"]] == [" name 3"]
     assert seen["overflow"] == 0
+
+
+def test_the_page_runs_its_own_scripts_alone(study, tmp_path):
+    """Every script of the page is in its policy by hash, one from elsewhere is not, and nothing may be fetched."""
+    page = write_report([next(iter(sorted(study.iterdir())))], tmp_path / "report.html").read_text()
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
+    assert policy and page.index(policy[0]) < page.index("<script")
+    rules = dict(rule.strip().split(" ", 1) for rule in policy[1].split(";"))
+    assert rules["default-src"] == "'none'" and "unsafe" not in rules["script-src"] and "http" not in policy[1]
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert [f"'sha256-{text}'" for text in hashes] == rules["script-src"].split()
+    # Nothing else in the page is run: no handlers in tags, no other kind of script.
+    assert set(re.findall(r"<script[^>]*>", page)) <= {"<script>", '<script type="application/json">'} | set(
+        re.findall(r'<script type="application/json" id="[^"]*">', page)
+    )
+    body = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"<[^>]+\son[a-z]+=", body)

@@ -17,7 +17,7 @@ from potstill import checkpoint, distributed, runlog, vocabulary
 from potstill.batching import make_batches
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import Cache, CachedTeacher
-from potstill.config import Recipe, Train, Window, check_recipe, is_table, run_evaluation
+from potstill.config import Recipe, RecipeError, Train, Window, check_recipe, is_table, run_evaluation
 from potstill.controllers import (
     MixingState,
     WindowState,
@@ -181,7 +181,10 @@ def prepare(
     )
     # Before any work: a backend that cannot run here.
     if loss.backend != "plain":
-        find_backend(loss.backend, world.device)
+        try:
+            find_backend(loss.backend, world.device)
+        except ValueError as error:
+            raise RecipeError(f"train.loss_backend is {loss.backend!r}: {error}") from None
     # Of one rank: midnight may come between them.
     date = str(distributed.gather(date or (today() if cache is None else cache.manifest.date), world)[0])
     tokenised, notes = prepare_prompts(recipe, student, teacher, end_ids=ends.stop_ids, date=date, given=prompts)
