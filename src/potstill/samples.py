@@ -23,7 +23,7 @@ DIGITS = 5
 def logged_samples(
     student: LanguageModel, teacher: Teacher | None, rollouts: Sequence[Rollout], loss: Loss, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Each rollout as plain data; takes forward passes of its own, so that whole distributions are there to look at.
+    """Each rollout as plain data; takes a forward pass of each model, so that whole distributions are there to look at.
 
     `prompt` is the text that the student read (`teacher_prompt` the teacher's, where it is another), `tokens` the
     completion's, `writers` runs of [writer, number of tokens]. One value a loss token, in nats: `loss` is that of
@@ -33,9 +33,12 @@ def logged_samples(
     other temperature than its own, and its KLs are lower bounds. Ranks must call this together.
     """
     batch = make_batch(rollouts, device)
-    _, loss_N, _ = batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)
-    known = None if teacher is None or loss.objective.signal == "labels" else known_of_teacher(teacher, batch)
-    hidden_ND, tokenizer = student_rows(student, batch, loss), student.tokenizer
+    signal, tokenizer = teacher_signal(teacher, batch, loss), student.tokenizer
+    hidden_ND = student_rows(student, batch, loss)
+    _, loss_N, stats = batch_loss(student, teacher, signal, batch, loss, hidden_ND=hidden_ND)
+    is_whole, known = loss.objective.signal == "full", signal
+    if teacher is not None and loss.objective.signal == "topk":
+        known = known_of_teacher(teacher, batch)
     options = loss.shared_options()
     if not isinstance(known, TopK):
         options |= {"temperature": 1.0}
@@ -45,9 +48,11 @@ def logged_samples(
         _, stats = top_k_loss(hidden_ND, student.head, known, loss.terms(), **options)
         choices["teacher"] = _choices(known, loss.end_class, tokenizer)
     elif known is not None and teacher is not None and teacher.head is not None:
-        stats = fused_statistics(hidden_ND, student.head, known, teacher.head, **options)
+        # The loss knows them already where it is of whole distributions at this temperature.
+        if not is_whole or options["temperature"] != loss.objective.temperature:
+            stats = fused_statistics(hidden_ND, student.head, known, teacher.head, **options)
         choices["teacher"] = _choices(top_k_of(known, teacher.head, NUM_CHOICES, **given), (), tokenizer)
-    else:
+    elif options["temperature"] != loss.objective.temperature:
         stats = fused_statistics(hidden_ND, student.head, **options)
     values = {"loss": loss_N} | {name: getattr(stats, f"{name}_N") for name in TOKEN_STATISTICS}
     numbers = {name: _rounded(value_N) for name, value_N in values.items() if value_N is not None}
