@@ -104,10 +104,10 @@ def test_bad_files(tmp_path):
 def test_clear_errors_for_missing_files_and_without_the_network(capsys):
     for source, message in [
         ("gsm8k:nowhere.jsonl", "file 'nowhere.jsonl' does not exist; give a file (.jsonl, .json, .csv, .parquet) in"),
-        ("aime24", "data set 'HuggingFaceH4/aime_2024' (split 'train') cannot be read"),
+        ("aime24", "data set 'HuggingFaceH4/aime_2024' is not here nor in the hub's cache"),
     ]:
         with pytest.raises(SystemExit) as error:
             main(["evaluate", "potstill:base", "--source", source])
         err = capsys.readouterr().err
         assert error.value.code == 2 and message in err and err.count("\n") == 1
-    assert "give a local file" in err
+    assert "give a folder or file" in err

@@ -82,7 +82,7 @@ def test_bad_rows_are_named(tmp_path, rows, message):
 def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match=r"'none.jsonl' does not exist"):
         load_examples("none.jsonl")
-    with pytest.raises(DataError, match=r"data set 'nobody/nothing' .*cannot be read"):
+    with pytest.raises(DataError, match=r"data set 'nobody/nothing' is not here nor in the hub's cache"):
         load_examples("nobody/nothing")
     (tmp_path / "rows.txt").write_text("hello")
     with pytest.raises(DataError, match="of no known kind"):
