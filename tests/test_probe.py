@@ -157,6 +157,7 @@ def test_an_object_that_cannot_do_its_part_is_refused_before_anything_is_written
 def test_what_is_no_usable_object_is_refused_in_one_line(tok, tmp_path):
     recipe, model = tiny_recipe(tmp_path / "run"), make_tiny(tok)
     other = make_tiny(tok, seed=1)
+    frozen = make_tiny(tok).requires_grad_(False)
     adapted = make_tiny(tok)
     adapted.peft_config = {"default": None}
     broken = make_tiny(tok)
@@ -168,6 +169,7 @@ def test_what_is_no_usable_object_is_refused_in_one_line(tok, tmp_path):
         ({"student": model, "teacher": other}, "without its tokenizer; give tokenizer="),
         ({"student": model, "teacher": model, "tokenizer": tok}, "student and teacher are one object"),
         ({"student": broken, "teacher": other, "tokenizer": tok}, "not finite: model.layers.1.mlp.up_proj.weight"),
+        ({"student": frozen, "teacher": other, "tokenizer": tok}, "has no weight that may change"),
         ({"student": "potstill:pupil", "teacher": other, "tokenizer": tok}, "is not a shipped model"),
     ):
         with pytest.raises(ModelError, match=message):

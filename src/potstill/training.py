@@ -131,6 +131,8 @@ def train(
     with checkpoint.told_when_stopped(folder):
         given: dict[str, Any] = {"student": student, "teacher": teacher, "tokenizer": tokenizer, "prompts": prompts}
         setup = prepare(recipe, world, **given, date=runlog.begun_on(folder))
+        if not any(weight.requires_grad for weight in setup.student.parameters()):
+            raise ModelError(f"student {setup.student.name!r} has no weight that may change; call its requires_grad_()")
         if not world.is_main:
             return _run(recipe, setup, world, quiet=True)
         with runlog.open_run(recipe, _environment(setup, world), may_change) as notes:
