@@ -38,7 +38,7 @@ from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, t
 from potstill.fused import MIB
 from potstill.habits import disagreement, habit_sums, step_habits, what_is_unknown
 from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
-from potstill.models import LanguageModel, ModelError, fingerprint, load_model, save_model
+from potstill.models import LanguageModel, ModelError, fingerprint, save_model
 from potstill.objective import Loss, Teacher, batch_loss, later_costs, student_rows, teacher_signal, without_baseline
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
@@ -142,7 +142,7 @@ def train(
 def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
     """The student of a finished run, evaluated anew where the recipe's evaluation is another than the folder's."""
     spec, folder = recipe.student, recipe.out
-    model = load_model(str(folder / "model"), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+    model = ready(str(folder / "model"), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
     if not runlog.is_done(folder, recipe):
         distributed.wait_for_all(world)
         if world.is_main:
