@@ -277,7 +277,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(tmp_path):
 def test_two_processes_cannot_share_a_run_folder(tmp_path):
     recipe = tiny_recipe(tmp_path / "run")
     with (
-        runlog.open_run(recipe, {"models": {}, "prompts": ""}),
+        runlog.open_run(recipe, {"models": {}, "prompts": "", "date": None}),
         pytest.raises(runlog.RunError, match="in use by another process"),
     ):
         potstill.train(recipe, quiet=True)
