@@ -75,6 +75,8 @@ def rows_of_objects(prompts: Sequence[Any], prompt_column: str) -> list[Row | Ex
     """
     if isinstance(prompts, str):
         raise DataError(f"prompts is the string {prompts[:40]!r}; give a list of strings, rows or Examples")
+    if not isinstance(prompts, Iterable):
+        raise DataError(f"prompts is {prompts!r}; give a list of strings, rows or Examples")
     rows: list[Row | Example] = []
     for i, given in enumerate(prompts):
         values = {prompt_column: given} if isinstance(given, str | list) else given

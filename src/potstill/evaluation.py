@@ -246,6 +246,8 @@ def per_problem(problems: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[
 
 def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
     """The task of an evaluation and its problems. Raises RecipeError or DataError when there is no such task."""
+    if not isinstance(evaluation, Evaluation):
+        raise RecipeError(f"the evaluation is {evaluation!r}; give an Evaluation")
     if evaluation.source is None or is_table(evaluation.source):
         raise RecipeError(
             f"evaluation.source is {evaluation.source!r}; only the responses of a task can be scored: choose one of "

@@ -160,6 +160,8 @@ def find_folder(name: str) -> Path | None:
 
 def locate(name: str) -> str:
     """The folder or hub id that a name stands for. Raises ModelError where it can stand for nothing."""
+    if not name:
+        raise ModelError("the name of a model is empty; give a model folder, a run folder or a hub id like org/model")
     folder = _as_folder(name)
     if folder.is_dir():
         return str(folder)

@@ -30,6 +30,8 @@ def run_study(
     """
     if num_jobs is not None and num_jobs < 1:
         raise RecipeError(f"--jobs is {num_jobs}; it must be at least 1")
+    if study.out.exists() and not study.out.is_dir():
+        raise RecipeError(f"the study's folder {str(study.out)!r} is a file; choose another out")
     num_parallel, one_thread = _processes(num_jobs)
     states = _last_states(study)
     panels = plan(study, choose(study))
