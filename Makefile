@@ -62,6 +62,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/divergence.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/window.py
+	$(BIN)/python benchmarks/likeliest.py
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache
