@@ -22,8 +22,9 @@ SFT = {"objective.prefix": "teacher", "objective.kl": "forward"}
 OPD = {"objective.prefix": "student", "objective.kl": "reverse"}
 
 
-# Of a checkpoint's state: checksums of run logs, in which there are seconds.
-OF_LOGS = ("logs", "checksum")
+# What may differ: checksums of run logs, in which there are seconds; states of runs as a study last saw them; the
+# revision of the code, which a commit changes.
+VOLATILE = {"state.json": ("logs", "checksum"), "plan.json": ("state",), "environment.json": ("revision",)}
 
 
 def command(text: str, *options: dict[str, str]) -> list[str]:
@@ -57,8 +58,8 @@ def contents(folder: Path) -> dict[str, Any]:
         if path.suffix in (".json", ".jsonl"):
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
             found[name] = [without_seconds(json.loads(line)) for line in lines]
-            if path.name == "state.json":
-                found[name][0] = {key: value for key, value in found[name][0].items() if key not in OF_LOGS}
+            if path.name in VOLATILE:
+                found[name] = [without_keys(row, VOLATILE[path.name]) for row in found[name]]
         else:
             found[name] = path.read_bytes()
     return found
@@ -69,6 +70,13 @@ def without_seconds(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_seconds(inner) for key, inner in value.items() if not key.endswith("seconds")}
     return [without_seconds(inner) for inner in value] if isinstance(value, list) else value
+
+
+def without_keys(value: Any, names: tuple[str, ...]) -> Any:
+    """The same without these keys, however deep."""
+    if isinstance(value, dict):
+        return {key: without_keys(inner, names) for key, inner in value.items() if key not in names}
+    return [without_keys(inner, names) for inner in value] if isinstance(value, list) else value
 
 
 def differences(mine: Path, theirs: Path) -> list[str]:
