@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 from conftest import interrupted_at, tiny_recipe
@@ -12,6 +13,7 @@ import potstill
 from potstill import build_cache, templates, training
 from potstill.cli import main
 from potstill.data import DataError, load_examples, make_prompts, prompt_notes
+from potstill.grading import Grader
 from potstill.models import ModelError, find_end_ids
 from potstill.templates import ChatTemplate, Conversation, as_parts, text_of
 
@@ -301,6 +303,20 @@ def test_hostile_templates_end_in_one_line(tmp_path, monkeypatch, template, mess
             prompts_of(tmp_path, tokenizer, {"prompt": [HI], "completion": "a"})
     tokenizer.chat_template = "{{ messages[0].content }}!"
     assert ChatTemplate(tokenizer).render([Conversation([HI])] * 600) == ["Hi!"] * 600
+
+
+def test_files_of_the_current_folder_are_not_run(tmp_path, monkeypatch):
+    """As in the folder of a model that came from elsewhere; both kinds of processes answer as ever."""
+    for name in ("jinja2", "json", "datetime", "selectors"):
+        (tmp_path / f"{name}.py").write_text("open('was-run', 'w').close()\nraise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    templates._worker(os.getpid()).close()
+    tokenizer = family_tokenizer("plain")
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    assert ChatTemplate(tokenizer).render([Conversation([HI])]) == ["Hi!"]
+    with Grader(num_workers=1) as grader:
+        assert [grade.score for grade in grader.grade(["1/2"], ["\\boxed{0.5}"])] == [1]
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_the_date_that_templates_write_stays_with_the_run_and_the_cache(tmp_path, monkeypatch):

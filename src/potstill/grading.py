@@ -142,7 +142,8 @@ def majority(grades: Sequence[Grade]) -> float:
 def _start() -> subprocess.Popen:
     """A worker that is ready. It has no terminal, no network of ours and nothing of the model."""
     worker = subprocess.Popen(
-        [sys.executable, "-m", "potstill.grading"],
+        # -P: the files of the current folder are no modules of ours.
+        [sys.executable, "-P", "-m", "potstill.grading"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -155,7 +156,7 @@ def _start() -> subprocess.Popen:
         ready.register(worker.stdout, selectors.EVENT_READ)
         if not ready.select(START_SECONDS) or worker.stdout.readline() != b"ready\n":
             _stop(worker)
-            raise RuntimeError("a grading process does not start; run `python -m potstill.grading` to see why")
+            raise RuntimeError("a grading process does not start; run `python -P -m potstill.grading` to see why")
     return worker
 
 

@@ -245,7 +245,8 @@ class _Worker:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "potstill.template_worker"],
+            # -P: the current folder may be a model's that came from elsewhere, and its files are no modules of ours.
+            [sys.executable, "-P", "-m", "potstill.template_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
