@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -47,6 +48,9 @@ OF_FILES = {
 LOST_RANK = re.compile(r"timed out|timeout|connection (was )?(closed|reset)", re.IGNORECASE)
 # As torch says it, and the system of a library that it cannot map.
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|failed to map segment", re.IGNORECASE)
+# Seconds in which more signals are the same request: a terminal or a scheduler tells every process of a group, and a
+# study and torchrun pass on to their processes what these have heard already.
+AT_ONCE = 2.0
 STOPPED = "stopped; the same command goes on from what was saved last"
 
 
@@ -187,19 +191,21 @@ def ended_by_signals() -> Iterator[None]:
 def stop_asked_for() -> Iterator[Callable[[], int]]:
     """What says which signal has asked the work to stop (0: none), for a loop that ends where it is whole.
 
-    A second signal ends it at once.
+    A later signal ends it at once.
     """
-    asked: list[int] = []
+    asked, since = 0, 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked:
+        nonlocal asked, since
+        if not asked:
+            asked, since = number, time.monotonic()
+            # Not with print: the signal may have come in the middle of one.
+            os.write(2, b"potstill: stopping after this step; once more stops at once\n")
+        elif time.monotonic() - since >= AT_ONCE:
             raise Stopped(number)
-        asked.append(number)
-        # Not with print: the signal may have come in the middle of one.
-        os.write(2, b"potstill: stopping after this step; once more stops at once\n")
 
     with handled(note, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        yield lambda: asked[0] if asked else 0
+        yield lambda: asked
 
 
 @contextmanager
