@@ -80,7 +80,7 @@ class Group(Runs):
     """Fields that all runs of the group share."""
     seeds: tuple[int, ...] | None = None
     """Instead of the study's."""
-    sweep_as: str | None = None
+    sweep_as: MethodName | None = None
     """Take the swept value of this method; by default that of the axis `method`."""
     cache: bool = False
     """Runs on teacher prefixes read the teacher from a cache, which is built first."""
@@ -146,10 +146,13 @@ class PanelPlan(Runs):
 
     @model_validator(mode="after")
     def _sweeps_what_no_group_sets(self):
-        swept = {} if self.sweep is None else {self.sweep.field: "the panel's sweep chooses it"}
+        methods = () if self.sweep is None else self.sweep.methods
         for group in self.groups:
-            methods = group.axes.get("method", [group.sweep_as])
-            if self.sweep is not None and any(method in self.sweep.methods for method in methods):
+            if group.sweep_as is not None and group.sweep_as not in methods:
+                known = f"the sweep is of {', '.join(methods)}" if methods else "nothing is swept"
+                raise ValueError(f'sweep_as is "{group.sweep_as}", and in this panel {known}; remove it or sweep that')
+            if self.sweep is not None and any(m in methods for m in group.axes.get("method", [group.sweep_as])):
+                swept = {self.sweep.field: "the panel's sweep chooses it"}
                 refuse_fields("axes", group.axes, swept)
                 refuse_fields("fields", group.fields, swept)
         return self
