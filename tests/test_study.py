@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import tiny_recipe
 
+from potstill import planning
+from potstill.cli import split_overrides
 from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
 from potstill.estimates import estimate
 from potstill.planning import SWEEP_EVALUATION_SEED, choose, plan
@@ -321,3 +323,12 @@ def test_plan_file_is_plain_data(tmp_path):
     (panel,) = json.loads((study.out / "plan.json").read_text())["panels"]
     assert (panel["title"], panel["note"], panel["runs"][0]["state"]) == ("A", "b", "done")
     assert tiny_recipe(tmp_path / "x").hash() != item.recipe.hash()
+
+
+def test_an_evaluation_is_told_all_that_its_settings_say():
+    told = {"enable_thinking": False, "style": "short", "depth": 2}
+    for arguments in ({}, told):
+        flags = planning._flags({"template_arguments": arguments, "end_tokens": [], "temperatures": [1.0, 0.5]})
+        rest, overrides = split_overrides(["evaluate", "model", *flags])
+        assert rest == ["evaluate", "model", "--temperatures", "1.0", "0.5"]
+        assert overrides == {f"template_arguments.{name}": value for name, value in arguments.items()}

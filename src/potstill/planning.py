@@ -315,12 +315,21 @@ def _evaluation(
     plain = settings.model_dump(mode="json", exclude_none=True)
     identity = hashlib.sha256(json.dumps([model, plain], sort_keys=True).encode()).hexdigest()[:16]
     file = study.out / "evaluations" / f"{_slug(name)}-{identity}.json"
-    flags = []
-    for field, value in plain.items():
-        if value != () and value != []:
-            flags += [f"--{field.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     # A folder of its own: two evaluations of equal weights would write one file at the same time.
     responses = study.out / "responses" / file.stem
-    arguments = ("evaluate", model, "--out", str(file), "--responses", str(responses), *flags)
+    arguments = ("evaluate", model, "--out", str(file), "--responses", str(responses), *_flags(plain))
     log = study.out / "logs" / f"{file.stem}.log"
     return Item("evaluate", name, Job(name, arguments, file, log, file, needs=needs), recipe, settings, pending)
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    """The settings of an evaluation as `potstill evaluate` takes them."""
+    words: list[str] = []
+    for field, value in settings.items():
+        name = f"--{field.replace('_', '-')}"
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                words += [f"{name}.{key}", json.dumps(inner)]
+        elif value not in ((), []):
+            words += [name, *map(str, value if isinstance(value, list) else [value])]
+    return words
