@@ -19,6 +19,7 @@ GATE |= {"window.max-repetition": "1"}
 MIXED = {"objective.prefix": "mixed"}
 HANDOFF = {"objective.mix-unit": "handoff", "objective.handoff-tokens": "2 6", "objective.kl": "jsd"}
 ENTROPY_MIXING = {"objective.kl": "mixed", "mixing.schedule": "entropy", "mixing.rate": "0.2"}
+ALL = 10**6
 EVALUATE = {"num-problems": "6", "num-responses": "3", "max-tokens": "10", "batch-size": "4", "temperatures": "1.0 0.6"}
 GRPO = {name.replace("train.", "grpo."): value for name, value in SMALL.items()}
 GRPO |= {"grpo.group-size": "3", "grpo.prompts-per-step": "2", "grpo.steps": "5"}
@@ -71,19 +72,19 @@ fields.max_tokens = 12
 class Case:
     """A command; what must be there before it; how often it is killed at least, and how often in one trial at most.
 
-    `at_each`: first of all it is killed once at each of its events, in trials of their own.
+    `at_each`: first of all it is killed at each of its first so many events, in trials of their own.
     """
 
     argv: list[str]
     before: tuple[list[str], ...] = ()
     kills: int = 13
     per_trial: int = 5
-    at_each: bool = False
+    at_each: int = 0
     files: dict[str, str] = field(default_factory=dict)
 
 
 CASES = {
-    "teacher": Case(train(SFT)),
+    "teacher": Case(train(SFT), at_each=8),
     "student": Case(train(OPD)),
     "dataset": Case(train(SFT, {"objective.prefix": "dataset", "data.source": "multiplication:persona"})),
     "mixed by sequence": Case(train(MIXED, ENTROPY_MIXING, {"rollouts.reuse": "3"})),
@@ -96,10 +97,10 @@ CASES = {
     "entropy-gated window": Case(train(OPD, GATE)),
     "teacher self": Case(train(OPD, SELF), files={"prompts.jsonl": HINTED}),
     "gamma": Case(train(OPD, {"objective.gamma": "0.5"})),
-    "grpo": Case(command("grpo grpo --out run", GRPO, GATE)),
-    "cache of hidden states": Case([*cache(), "--completions", "2"], at_each=True),
-    "cache of likeliest tokens": Case([*cache(), "--payload", "topk"], at_each=True),
-    "cache of completions": Case([*cache(), "--payload", "completions"], at_each=True),
+    "grpo": Case(command("grpo grpo --out run", GRPO, GATE), at_each=8),
+    "cache of hidden states": Case([*cache(), "--completions", "2"], at_each=ALL),
+    "cache of likeliest tokens": Case([*cache(), "--payload", "topk"], at_each=ALL),
+    "cache of completions": Case([*cache(), "--payload", "completions"], at_each=ALL),
     "evaluate": Case(command("evaluate potstill:base --out evals.json --responses responses", EVALUATE)),
     "evaluate a run": Case(command("evaluate run", EVALUATE), before=(train(SFT),), kills=6),
     "study": Case(
@@ -127,8 +128,7 @@ def totals(request):
 
 def moments(case: Case, rng: random.Random, whole: Ended) -> Iterator[list[Trouble]]:
     """When to kill the command in each trial, one time after the other; without end."""
-    if case.at_each:
-        yield from ([Trouble(event=event)] for event in range(1, whole.events + 1))
+    yield from ([Trouble(event=event)] for event in range(1, min(case.at_each, whole.events) + 1))
     while True:
         yield [draw(rng, whole, is_first=i == 0) for i in range(case.per_trial)]
 
@@ -181,7 +181,7 @@ def test_a_killed_command_ends_as_if_it_had_not_been(tmp_path, forks, totals, na
             reason = ", ".join(wrong) or ended.last_line
             failed.append(f"{outcome}: {reason}; `potstill {' '.join(case.argv)}` after {', '.join(map(str, tried))}")
         shutil.rmtree(folder)
-        if found["kills"] >= case.kills and not (case.at_each and found["trials"] < whole.events):
+        if found["kills"] >= case.kills and found["trials"] >= min(case.at_each, whole.events):
             break
     totals.update(found)
     assert not failed, "\n".join(failed)

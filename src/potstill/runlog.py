@@ -125,8 +125,11 @@ def open_run(
             # It is finished no longer: what it has to do is done below.
             (folder / "DONE").unlink(missing_ok=True)
             flush(folder)
+        if not (folder / "recipe.toml").exists():
+            # First: by it a folder is known as a run, to go on with after a kill.
+            write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
         write_environment(folder, environment | {"changes": history})
-        if changes or not (folder / "recipe.toml").exists():
+        if changes:
             write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
         yield tuple(_said(name, *values) for name, values in changes.items() if not is_one_of(name, CHANGE_NOTHING))
 
