@@ -18,11 +18,11 @@ import potstill
 from potstill import runlog
 from potstill.cache_build import build_cache
 from potstill.config import CacheOptions, Objective
-from potstill.models import ASSETS
+from potstill.models import ASSETS, LanguageModel
 from potstill.objective import Loss
 from potstill.reader import reader_data
 from potstill.results import Entry
-from potstill.samples import NUM_CHOICES, logged_samples
+from potstill.samples import NUM_CHOICES, scored_samples
 
 CPU = torch.device("cpu")
 # Of the last digit logged, and what float32 loses before it.
@@ -70,8 +70,11 @@ def check(sample, students: Tensor, teachers: Tensor, tokenizer, merged=()) -> N
                 assert p == pytest.approx(log_probs[n, ids[text]].exp().item(), abs=TOLERANCE), text
 
 
-def check_shipped(row) -> None:
-    """Check a rollout of a run on the shipped pair, logged before its first update."""
+def check_shipped(row) -> tuple[Tensor, Tensor]:
+    """Check a rollout of a run on the shipped pair, logged before its first update.
+
+    Returns the log-probabilities [N] that student and teacher give to its tokens.
+    """
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "base")
     models = [AutoModelForCausalLM.from_pretrained(ASSETS / name, dtype=torch.float64) for name in ("base", "teacher")]
     prompt = tokenizer.encode(row["prompt"], add_special_tokens=False)
@@ -79,6 +82,9 @@ def check_shipped(row) -> None:
     with torch.no_grad():
         students, teachers = (model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1] for model in models)
     check(row, students, teachers, tokenizer)
+    written_N1 = torch.tensor(ids[len(prompt) :])[:, None]
+    student_N, teacher_N = (z.log_softmax(-1).gather(1, written_N1)[:, 0] for z in (students, teachers))
+    return student_N, teacher_N
 
 
 def test_numbers_are_those_of_the_initial_models_whole_logits(tmp_path):
@@ -99,7 +105,7 @@ def test_scale_cap_temperature_cut_heads_and_end_ids_are_those_of_the_loss():
     rollouts = [make_rollout([1, 5, 6], [7, 8, 9, 10, 2], trained), make_rollout([1, 4], [11, 12, 22])]
     objective = Objective(prefix="student", kl="forward", temperature=2.0)
     loss = Loss(objective, "token", vocab_size=23, end_class=(2, 22))
-    samples = logged_samples(student, teacher, rollouts, loss, CPU)
+    samples = scored_samples(student, teacher, rollouts, loss, CPU)
     for rollout, sample in zip(rollouts, samples, strict=True):
         ids = torch.tensor([rollout.prompt.token_ids + rollout.completion_ids])
         mask = torch.tensor(rollout.trained)
@@ -118,20 +124,66 @@ def test_scale_cap_temperature_cut_heads_and_end_ids_are_those_of_the_loss():
 STUDENT = {"prefix": "student", "kl": "reverse"}
 
 
+def test_a_rollout_without_loss_tokens_has_no_numbers():
+    student, teacher = make_model(seed=0), make_model(seed=1)
+    rollouts = [make_rollout([1, 5], [7, 2], (False, False)), make_rollout([1, 4], [11, 12, 2])]
+    loss = Loss(Objective(prefix="student", kl="reverse"), "token", vocab_size=23)
+    none, all_ = scored_samples(student, teacher, rollouts, loss, CPU)
+    for name in ("loss", "forward_kl", "teacher_entropy", "student_choices", "teacher_choices"):
+        assert none[name] == [] and len(all_[name]) == 3
+
+
+@pytest.mark.parametrize("objective", [STUDENT, STUDENT | {"gamma": 0.9}, STUDENT | {"signal": "topk"}])
+def test_samples_take_no_pass_of_either_model(tmp_path, monkeypatch, objective):
+    """A step that logs rollouts computes as many hidden states as one that does not."""
+    passes, forward = [], LanguageModel.forward
+
+    def counted(model, input_ids):
+        passes.append(len(input_ids))
+        return forward(model, input_ids)
+
+    monkeypatch.setattr(LanguageModel, "forward", counted)
+    num_passes = []
+    for num in (0, 2):
+        monkeypatch.setattr("potstill.training.NUM_LOGGED_SAMPLES", num)
+        passes.clear()
+        recipe = tiny_recipe(tmp_path / str(num), objective=objective, train={"steps": 1})
+        potstill.train(recipe, quiet=True)
+        rows = runlog.read_rows(recipe.out / "samples.jsonl") if num else []
+        assert len(rows) == num
+        num_passes.append(list(passes))
+    assert num_passes[0] == num_passes[1] and len(num_passes[0]) >= 4
+
+
 @pytest.mark.parametrize(
     ("objective", "has_teacher"),
     [
         (STUDENT | {"signal": "topk", "top_k": 3}, True),
         (STUDENT | {"signal": "sampled", "estimator": "k1"}, True),
+        (STUDENT | {"signal": "sampled", "estimator": "k1", "baseline": "exact"}, True),
         (STUDENT | {"gamma": 1.0}, True),
         ({"prefix": "teacher", "signal": "labels"}, False),
     ],
-    ids=["topk", "sampled", "gamma", "labels"],
+    ids=["topk", "sampled", "baseline", "gamma", "labels"],
 )
 def test_every_signal_logs_what_it_knows(tmp_path, objective, has_teacher):
-    recipe = tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 1})
+    """And of its own tokens: batches are so small that the first rollouts are in the middle of a step's batches."""
+    recipe = tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 1, "tokens_per_batch": 64})
     potstill.train(recipe, quiet=True)
-    row = runlog.read_rows(tmp_path / "run/samples.jsonl")[0]
+    rows = runlog.read_rows(tmp_path / "run/samples.jsonl")
+    assert len(rows) == 2
+    for row in rows:
+        if not has_teacher:
+            continue
+        student_N, teacher_N = check_shipped(row)
+        if objective.get("signal") == "sampled":
+            assert row["loss"] == pytest.approx((student_N - teacher_N).tolist(), abs=TOLERANCE)
+        elif "gamma" in objective:
+            assert row["loss"] == pytest.approx(row["reverse_kl"], abs=TOLERANCE)
+        else:
+            # A KL over fewer classes.
+            assert 0 < sum(row["loss"]) < sum(row["reverse_kl"])
+    row = rows[0]
     numbers = {"loss", "student_entropy", "student_choices"}
     numbers |= {"forward_kl", "reverse_kl", "teacher_entropy", "teacher_choices"} if has_teacher else set()
     assert all(len(row[name]) == sum(row["trained"]) for name in numbers)

@@ -20,7 +20,7 @@ from potstill.models import load_model
 from potstill.results import read_entry
 from potstill.runlog import RunError
 
-TIMES = ("seconds", "rollout_seconds", "teacher_seconds", "student_seconds", "probe_seconds")
+TIMES = [f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")]
 # No rollouts are sampled, so that a step takes some milliseconds.
 FAST = {"data": {"source": "multiplication:persona"}, "objective": {"prefix": "dataset"}, "window": {"tokens": 16}}
 

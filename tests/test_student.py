@@ -50,6 +50,9 @@ def test_a_model_that_teaches_itself_learns_nothing_without_dropout(tok, tmp_pat
     (row,) = runlog.read_rows(tmp_path / "run/metrics.jsonl")
     assert row["loss"] > 0.05 if dropout else abs(row["loss"]) < 1e-6
     assert abs(row["reverse_kl"] - row["loss"]) < 1e-6
+    # Logged rollouts are of the student that wrote, which is its teacher still.
+    samples = runlog.read_rows(tmp_path / "run/samples.jsonl")
+    assert len(samples) == 2 and all(abs(kl) < 1e-4 for row in samples for kl in row["forward_kl"])
 
 
 @pytest.mark.parametrize("lr", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2])

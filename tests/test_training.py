@@ -23,7 +23,7 @@ from potstill.rates import learning_rate
 from potstill.training import step_indices
 from potstill.types import NonFiniteError
 
-TIMES = ("seconds", "rollout_seconds", "teacher_seconds", "student_seconds", "probe_seconds")
+TIMES = [f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")]
 
 
 def logged(folder):

@@ -10,21 +10,29 @@ from potstill.types import Batch, Rollout, Writer
 def make_batches(
     rollouts: Sequence[Rollout], tokens_per_batch: int, device: torch.device | str = "cpu", num_batches: int = 1
 ) -> list[Batch]:
-    """Lay rollouts out, longest first, in at least `num_batches` batches of at most `tokens_per_batch` padded tokens.
+    """The batches of `batch_places`, laid out."""
+    groups = batch_places(rollouts, tokens_per_batch, num_batches)
+    return [make_batch([rollouts[place] for place in places], device) for places in groups]
+
+
+def batch_places(rollouts: Sequence[Rollout], tokens_per_batch: int, num_batches: int = 1) -> list[list[int]]:
+    """The places in `rollouts` of each batch: longest first, at least `num_batches` of at most `tokens_per_batch`
+    padded tokens.
 
     Ranks of a sharded model must take the same number of forward passes, which is what `num_batches` is for; it may not
     exceed the number of rollouts. A rollout that is longer than the budget gets a batch of its own: a budget for
     memory is no reason to drop data.
     """
-    ordered = sorted(rollouts, key=lambda rollout: -_num_inputs(rollout))
-    groups: list[list[Rollout]] = []
-    for i, rollout in enumerate(ordered):
-        full = not groups or (len(groups[-1]) + 1) * _num_inputs(groups[-1][0]) > tokens_per_batch
+    lengths = [_num_inputs(rollout) for rollout in rollouts]
+    ordered = sorted(range(len(rollouts)), key=lambda place: -lengths[place])
+    groups: list[list[int]] = []
+    for i, place in enumerate(ordered):
+        full = not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > tokens_per_batch
         # Start a new batch as well when only as many rollouts are left as there are batches still to be made.
         if full or len(ordered) - i <= num_batches - len(groups):
             groups.append([])
-        groups[-1].append(rollout)
-    return [make_batch(group, device) for group in groups]
+        groups[-1].append(place)
+    return groups
 
 
 def make_batch(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Batch:

@@ -73,8 +73,13 @@ class Loss:
 
 
 @torch.no_grad()
-def known_of_teacher(teacher: Teacher, batch: Batch) -> Tensor | TopK:
-    """All that is known of the teacher at a batch's N loss tokens: hidden states [N, E], or what a cache keeps."""
+def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
+    """All that is known of the teacher at a batch's N loss tokens: hidden states [N, E], or what a cache keeps; None
+    where the written tokens are the signal.
+    """
+    if loss.objective.signal == "labels":
+        return None
+    assert teacher is not None, "prepare loads a teacher for every other signal"
     if isinstance(teacher, CachedTeacher):
         return teacher.signal_of(batch.rollouts)
     return teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
@@ -85,18 +90,20 @@ def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor 
     """What the teacher says at a batch's N loss tokens: hidden states [N, E], live or from the cache, or for
     `signal = "topk"` its likeliest tokens; None where the written tokens are the signal.
     """
-    if loss.objective.signal == "labels":
-        return None
-    assert teacher is not None, "prepare loads a teacher for every other signal"
-    signal = known_of_teacher(teacher, batch)
-    if loss.objective.signal != "topk":
-        return signal
-    if isinstance(signal, TopK):
-        return signal.cut(loss.objective.top_k)
-    assert teacher.head is not None, "a cache of hidden states has the head"
+    return signal_of(known_of_teacher(teacher, batch, loss), teacher, loss)
+
+
+@torch.no_grad()
+def signal_of(known: Tensor | TopK | None, teacher: Teacher | None, loss: Loss) -> Tensor | TopK | None:
+    """What the loss takes of `known_of_teacher`: all of it, or for `signal = "topk"` the likeliest tokens."""
+    if known is None or loss.objective.signal != "topk":
+        return known
+    if isinstance(known, TopK):
+        return known.cut(loss.objective.top_k)
+    assert teacher is not None and teacher.head is not None, "a cache of hidden states has the head"
     options = loss.shared_options()
     given = {name: options[name] for name in ("vocab_size", "temperature", "end_ids")}
-    return top_k_of(signal, teacher.head, loss.objective.top_k, **given)
+    return top_k_of(known, teacher.head, loss.objective.top_k, **given)
 
 
 def batch_loss(

@@ -26,7 +26,7 @@ def reader_data(entries: Sequence[Entry], max_tokens: int = MAX_TOKENS) -> list[
 
     A run has `name`, `path`, `num_steps` (how many logged steps there are), `numbers` (name and label of each it has),
     `scale` (the value in nats at which each has its full colour) and `rollouts`, which hold what
-    `samples.logged_samples` logged, with `num_tokens` of the whole completion. Where all of them together have more
+    `samples.logged_sample` made, with `num_tokens` of the whole completion. Where all of them together have more
     than `max_tokens` tokens, the longest are cut to one length, and `num_tokens` tells. Numbers that are not finite
     become strings: JSON has none.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from potstill import checkpoint, distributed, runlog, vocabulary
-from potstill.batching import make_batches
+from potstill.batching import batch_places, make_batch
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import Cache, CachedTeacher
 from potstill.config import Recipe, RecipeError, Train, Window, check_recipe, is_table, run_evaluation
@@ -35,11 +35,20 @@ from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
 from potstill.extension import FIELDS as EXTENSION_FIELDS
 from potstill.extension import extended
 from potstill.flops import ModelFlops, head_flops, model_flops, rollout_flops, training_flops
-from potstill.fused import MIB
+from potstill.fused import MIB, token_loss
 from potstill.habits import disagreement, habit_sums, step_habits, what_is_unknown
 from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, ModelError, fingerprint, save_model
-from potstill.objective import Loss, Teacher, batch_loss, later_costs, student_rows, teacher_signal, without_baseline
+from potstill.objective import (
+    Loss,
+    Teacher,
+    batch_loss,
+    known_of_teacher,
+    later_costs,
+    signal_of,
+    student_rows,
+    without_baseline,
+)
 from potstill.passes import find_backend
 from potstill.prefixes import Writing, write_rollouts
 from potstill.probe import ready
@@ -48,7 +57,7 @@ from potstill.progress import StepDisplay
 from potstill.prompts import prepare_prompts
 from potstill.rates import describe_lr, learning_rate, planned_steps, with_lr
 from potstill.rope import refuse_crossing
-from potstill.samples import logged_samples
+from potstill.samples import Scored, logged_sample, scored_samples
 from potstill.tasks import make_task
 from potstill.templates import today
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
@@ -386,14 +395,21 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
                     recipe.mixing, recipe.objective.forward_weight, step, planned_steps(config, step)
                 )
             loss = dataclasses.replace(setup.loss, forward_weight=weight)
-            chosen = rollouts[:NUM_LOGGED_SAMPLES] if saves or step == 0 else []
-            try:
-                samples = logged_samples(student, teacher, chosen, loss, world.device) if chosen else []
-            except NonFiniteError as error:
-                raise _not_finite(str(error), step, prompts) from None
-            # Without dropout, the student that learns is the one that wrote.
+            num_samples = NUM_LOGGED_SAMPLES if saves or step == 0 else 0
+            samples: list[dict[str, Any]] = []
+            if num_samples and recipe.student.dropout:
+                # The log is of the student that wrote. Without dropout that is the one that learns.
+                try:
+                    with clock("samples"):
+                        chosen = rollouts[:num_samples]
+                        samples = scored_samples(student, teacher, chosen, loss, world.device)
+                except NonFiniteError as error:
+                    raise _not_finite(str(error), step, prompts) from None
+                num_samples = 0
             student.train(recipe.student.dropout)
-            sums = accumulate_gradients(setup, loss, rollouts, config.tokens_per_batch, step, world, clock, split_by)
+            batches = (rollouts, config.tokens_per_batch)
+            sums, seen = accumulate_gradients(setup, loss, *batches, step, world, clock, split_by, num_samples)
+            samples += seen
 
             with clock("student"):
                 norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
@@ -460,17 +476,19 @@ def accumulate_gradients(
     world: World,
     clock: Stopwatch,
     split_by: Sequence[Writer] = (),
-) -> dict[str, float]:
+    num_samples: int = 0,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one count over all ranks.
 
-    Returns the step's summed statistics over all ranks.
+    Returns the step's summed statistics over all ranks, and this rank's first `num_samples` rollouts for the run log.
     """
     student = setup.student
-    batches = make_batches(rollouts, tokens_per_batch, world.device)
+    groups = batch_places(rollouts, tokens_per_batch)
     # Sharded ranks must take the same number of forward passes.
-    num_batches = distributed.max_over_ranks(len(batches), world)
-    if len(batches) < num_batches:
-        batches = make_batches(rollouts, tokens_per_batch, world.device, num_batches)
+    num_batches = distributed.max_over_ranks(len(groups), world)
+    if len(groups) < num_batches:
+        groups = batch_places(rollouts, tokens_per_batch, num_batches)
+    batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
     (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
     texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
     text_of = dict(zip(map(id, rollouts), texts, strict=True))
@@ -481,24 +499,37 @@ def accumulate_gradients(
         with clock("student"):
             costs = [later_costs(student, setup.teacher, batch, loss) for batch in batches]
             returns = without_baseline(costs, batches, world)
-    for batch, returns_N in zip(batches, returns, strict=True):
+    samples: dict[int, dict[str, Any]] = {}
+    for places, batch, returns_N in zip(groups, batches, returns, strict=True):
         with clock("teacher"):
-            signal = teacher_signal(setup.teacher, batch, loss)
+            known = known_of_teacher(setup.teacher, batch, loss)
+            signal = signal_of(known, setup.teacher, loss)
         with clock("student"):
             hidden_ND = student_rows(student, batch, loss)
             given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)
             try:
-                loss_sum, _, stats = batch_loss(*given)
+                loss_sum, loss_N, stats = batch_loss(*given)
             except NonFiniteError as error:
                 raise _not_finite(str(error), step, [rollout.prompt for rollout in batch.rollouts]) from None
             teacher_head = None if setup.teacher is None else setup.teacher.head
             theirs = (signal, teacher_head) if isinstance(signal, torch.Tensor) and teacher_head is not None else None
             mine = (hidden_ND, student.head)
             sums.update(habit_sums(batch.rollouts, loss.objective, setup.ends, stats, mine, theirs))
+        if min(places) < num_samples:
+            # Before the backward pass, after which a sharded head is whole no longer.
+            with clock("samples"):
+                if returns_N is not None:
+                    loss_N = token_loss(loss.terms(), stats)
+                each = Scored(hidden_ND, known, loss_N, stats).each(batch.rollouts)
+                for place, rollout, scored in zip(places, batch.rollouts, each, strict=True):
+                    if place < num_samples:
+                        samples[place] = logged_sample(student, setup.teacher, rollout, scored, loss)
+        with clock("student"):
             loss_sum.backward()
         before_answer_N = before_answer(batch, text_of, student.tokenizer, setup.answer_end)
         sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
-    return dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
+    sums_over_ranks = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
+    return sums_over_ranks, [samples[place] for place in sorted(samples)]
 
 
 def _not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteError:
