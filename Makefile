@@ -63,6 +63,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/window.py
 	$(BIN)/python benchmarks/likeliest.py
+	$(BIN)/python benchmarks/samples.py
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache
