@@ -12,9 +12,11 @@ from odd_tokenizers import R1, chat_template, family_tokenizer, metaspace_tokeni
 import potstill
 from potstill import build_cache, templates, training
 from potstill.cli import main
+from potstill.config import Evaluation
 from potstill.data import DataError, load_examples, make_prompts, prompt_notes
+from potstill.evaluation import prepare_problems
 from potstill.grading import Grader
-from potstill.models import ModelError, find_end_ids
+from potstill.models import LanguageModel, ModelError, find_end_ids
 from potstill.templates import ChatTemplate, Conversation, as_parts, text_of
 
 HI = {"role": "user", "content": "Hi"}
@@ -252,6 +254,11 @@ def test_templates_are_told_arguments(tmp_path):
     assert before.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") and after == "Hello<|im_end|>"
     (note,) = prompt_notes(1, [prompt], tokenizer, None, {"enable_thinkin": False, "enable_thinking": False})
     assert note == "warning: the chat template reads no argument 'enable_thinkin'"
+    settings = Evaluation(
+        source="multiplication", num_problems=1, template="chat", template_arguments={"enable_thinking": False}
+    )
+    (problem,) = prepare_problems(LanguageModel(make_tiny(tokenizer), tokenizer, "tiny"), settings)[2]
+    assert tokenizer.decode(problem.token_ids).endswith("<think>\n\n</think>\n\n")
     with pytest.raises(DataError, match="'messages' is given to every template"):
         prompts_of(tmp_path, tokenizer, row, template_arguments={"messages": []})
 

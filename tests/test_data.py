@@ -95,8 +95,10 @@ def test_templates():
     tokenizer = build_tokenizer()
     chat = Example("c", ({"role": "user", "content": "12"},))
     raw = Example("r", "12")
-    with pytest.raises(DataError, match="the tokenizer has none"):
+    with pytest.raises(DataError, match=r"the tokenizer has none.* that has one, or give prompts that are strings"):
         prompts([chat])
+    with pytest.raises(DataError, match=r'the tokenizer has none.* that has one, or set template = "raw"'):
+        prompts([raw], "chat")
     tokenizer.chat_template = CHAT
     # The template brings its own first token, or none: nothing is added to it.
     assert tokenizer.decode(prompts([chat], tokenizer=tokenizer)[0].token_ids) == "12=#"

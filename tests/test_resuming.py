@@ -164,6 +164,11 @@ def test_a_finished_run_is_extended(finished, whole, tmp_path):
     straight = [recipe_of(tmp_path, train={"steps": steps}).train for steps in (4, 8)]
     straight = [train.model_copy(update={"lr": now.train.lr or max(rates)}) for train in straight]
     assert rates == [learning_rate(straight[step >= 4], step) for step in range(8)] and rates[4] > rates[3]
+    # The recipe alone is no longer that of the run, and the line says how it is.
+    for steps in (4, 8):
+        shorter = given.model_copy(update={"train": given.train.model_copy(update={"steps": steps})})
+        with pytest.raises(RunError, match=r"\); the run was extended: add --extend-to 8, or choose another --out"):
+            potstill.train(shorter, quiet=True)
     # Again: nothing is left to do; and in two moves.
     before = (finished / "metrics.jsonl").stat().st_mtime_ns
     potstill.train(given, extend_to=8, quiet=True)

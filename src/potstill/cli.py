@@ -144,7 +144,10 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         if not models:
             raise RecipeError("nothing to evaluate; give run folders, model folders, or potstill:base")
         if out is not None and len(models) > 1:
-            raise RecipeError(f"--out takes the results of one model, and {len(models)} are given")
+            raise RecipeError(
+                f"--out takes the results of one model, and {len(models)} are given; leave it out, or "
+                "evaluate each alone"
+            )
         evaluate_and_store(models, settings, out, responses)
 
     @command(app)

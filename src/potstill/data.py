@@ -281,5 +281,9 @@ def _is_chat(example: Example, tokenizer, template: Literal["chat", "raw"] | Non
     if not is_list and template != "chat":
         return False
     if not tokenizer.chat_template:
-        raise DataError(f'{example.name} needs a chat template and the tokenizer has none; set data.template = "raw"')
+        instead = "give prompts that are strings" if is_list else 'set template = "raw"'
+        raise DataError(
+            f"{example.name} needs a chat template and the tokenizer has none; choose a "
+            f"tokenizer that has one, or {instead}"
+        )
     return True

@@ -111,6 +111,6 @@ def disagreement(habits: dict[str, Any], ends: Ends, tokenizer) -> str | None:
         )
     return (
         f"warning: where the {habits['ends_of']}'s completions end, the student would end with {mine} "
-        f"({student[mine]:.0%}, the teacher {teacher[mine]:.0%}) and the teacher with {theirs} ({teacher[theirs]:.0%}, "
-        f"the student {student[theirs]:.0%}); {treated}"
+        f"({student[mine]:.1%}, the teacher {teacher[mine]:.1%}) and the teacher with {theirs} ({teacher[theirs]:.1%}, "
+        f"the student {student[theirs]:.1%}); {treated}"
     )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from potstill.config import CHANGE_NOTHING, CHANGE_ROUNDING, RunRecipe, is_one_of, load_any_recipe, to_toml
+from potstill.config import CHANGE_NOTHING, CHANGE_ROUNDING, Recipe, RunRecipe, is_one_of, load_any_recipe, to_toml
 from potstill.digests import file_digest
 
 # What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is finished.
@@ -55,15 +55,28 @@ def check_folder(recipe: RunRecipe, may_change: Collection[str] = ()) -> dict[st
         return {}
     if not (folder / "recipe.toml").exists():
         raise RunError(f"folder {str(folder)!r} is not empty and holds no run; choose another --out")
-    changes = load_any_recipe(folder / "recipe.toml").changes_to(recipe)
+    there = load_any_recipe(folder / "recipe.toml")
+    changes = there.changes_to(recipe)
     for name, (theirs, ours) in changes.items():
         if not is_one_of(name, (*CHANGE_NOTHING, *CHANGE_ROUNDING, *may_change)):
-            longer = f"go on with --extend-to {ours}, or " if name == "train.steps" and ours > theirs else ""
             raise RunError(
                 f"run folder {str(folder)!r} holds another recipe ({name} is {_shown(theirs)} there and {_shown(ours)} "
-                f"here); {longer}{_other_place(folder)}"
+                f"here); {_extension(there, recipe, name)}{_other_place(folder)}"
             )
     return changes
+
+
+def _extension(there: RunRecipe, here: RunRecipe, name: str) -> str:
+    """How `--extend-to` would make this recipe that of the run there, which differs in field `name`; else nothing."""
+    if not isinstance(there, Recipe) or not isinstance(here, Recipe) or there.train.flops is not None:
+        return ""
+    if name not in ("train.steps", "train.extended"):
+        return ""
+    if here.train.steps > there.train.steps:
+        return f"go on with --extend-to {here.train.steps}, or "
+    if there.train.extended:
+        return f"the run was extended: add --extend-to {there.train.steps}, or "
+    return ""
 
 
 def _shown(value: Any) -> str:
