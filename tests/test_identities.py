@@ -170,4 +170,4 @@ def test_bad_input(capsys):
     with pytest.raises(SystemExit) as error:
         main(["verify", "--model", "no/where"])
     assert error.value.code == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "'no/where' is not here nor in the hub's cache" in capsys.readouterr().err

@@ -252,8 +252,8 @@ def test_values_of_problems_mean_the_stored_metric(study):
 
 def test_seeds_group_and_other_fields_do_not(tmp_path, evals):
     for name, sections in {
-        "a": {"train": {"seed": 0}},
-        "b": {"train": {"seed": 1}, "data": {"seed": 1}},
+        "a": {"train": {"seed": 0, "lr": 3e-3}},
+        "b": {"train": {"seed": 1, "lr": 3e-3}, "data": {"seed": 1}},
         "c": {"train": {"lr": 1e-3}},
     }.items():
         write_run(tmp_path / name, evals[0], **sections)
