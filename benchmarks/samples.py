@@ -1,7 +1,7 @@
 """What logging two rollouts takes of a step that logs them: over its loss and gradients, and over the whole step.
 
-Random two-layer models with a vocabulary of real size, on rollouts that the student writes up to the window. The parts
-are those of the run's own log: time on the clock of one process, one after the other.
+Random two-layer models of one width with a vocabulary of real size, on rollouts that the student writes up to the
+window. The parts are those of the run's own log: time on the clock of one process, one after the other.
 """
 
 import tempfile
@@ -57,8 +57,8 @@ def main(
                 "train": {"steps": steps, "prompts_per_step": num_rollouts, "warmup_steps": 0, "lr": 1e-6},
             }
             data["train"]["checkpoint_every"] = 1
-            models = {"student": random_model(dim, vocab_size, 0), "teacher": random_model(dim, vocab_size, 1)}
-            train(Recipe.model_validate(data), **models, quiet=True)
+            student, teacher = (random_model(dim, vocab_size, seed) for seed in (0, 1))
+            train(Recipe.model_validate(data), student=student, teacher=teacher, quiet=True)
             row = read_rows(Path(folder) / "run/metrics.jsonl")[-1]
         loss = row["teacher_seconds"] + row["student_seconds"]
         # What no part is charged with is that of samples where a version of the log has none of its own.
