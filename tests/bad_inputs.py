@@ -45,6 +45,11 @@ RECIPES = [
     ("[data]\nnum_prompts = 1000000000000", "data.num_prompts is 1000000000000"),
     ("[data]\nseed = -1", "data.seed is -1"),
     ('[data]\ntemplate = "jinja"', "data.template is 'jinja'"),
+    ("[data.template_arguments]\nn = inf", "'n' is inf; give texts, numbers, true or false"),
+    (
+        "[data]\ntemplate_arguments = {days = [{first = 2024-01-01}]}",
+        "'first' is datetime.date(2024, 1, 1); give texts",
+    ),
     ('[objective]\nkl = "reversed"', "objective.kl is 'reversed'"),
     ('[objective]\nprefix = ["student"]', "objective.prefix"),
     ("[objective]\nforward_weight = 0.5", "is set but not read"),

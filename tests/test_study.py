@@ -128,7 +128,7 @@ def pretend(item, avg):
     (item.job.path / "recipe.toml").write_text(to_toml(item.recipe.resolved()))
     append(item.job.path / "metrics.jsonl", {"step": 2, "seconds": 1.0, "total_flops": 5.0, "length": 8.0})
     for temperature, value in ((1.0, avg), (0.6, 1 - avg)):
-        row = dict.fromkeys(EVAL_COLUMNS) | {"temperature": temperature, "avg": [value, 0, 1], "seconds": 1}
+        row = dict.fromkeys(EVAL_COLUMNS) | {"step": 2, "temperature": temperature, "avg": [value, 0, 1], "seconds": 1}
         append(item.job.path / "evals.jsonl", row)
     finish(item.recipe)
 
@@ -225,6 +225,7 @@ RUNS = """
 [[panels]]
 title = "Natural"
 models = ["potstill:base"]
+fields.data.template_arguments = {think = false}
 [[panels.groups]]
 axes.method = ["opd", "sft"]
 cache = true
@@ -232,6 +233,7 @@ cache = true
 label = "greedy"
 fields.temperatures = [0.0]
 fields.num_responses = 1
+fields.template_arguments = {days = [{first = 1}, "a b"], think = "false"}
 [[panels.groups]]
 label = "broken"
 axes.method = ["dagger"]
@@ -255,7 +257,13 @@ def test_each_run_is_done_once_and_a_crash_is_shown_and_done_again(tmp_path, cap
         state[:43] for name, state in sorted(states.items()) if name.startswith("dagger-d") or "crashed" in state
     ] == ["crashed: potstill: step 2: the gradient is n"[:43]]
     assert "not begun" in states.values()
-    assert {entry.evals[0]["temperature"] for entry in panel.entries if "greedy" in entry.name} == {0.0}
+    greedy = [entry.evals[0] for entry in panel.entries if "greedy" in entry.name]
+    assert {row["temperature"] for row in greedy} == {0.0}
+    # The base is asked as the runs are, unless a judgement says otherwise.
+    told = {"days": [{"first": 1}, "a b"], "think": "false"}
+    assert [row["settings"]["template_arguments"] for row in greedy] == [told, told]
+    others = [entry.evals[0] for entry in panel.entries if "greedy" not in entry.name]
+    assert [row["settings"]["template_arguments"] for row in others] == [{"think": False}] * 3
     (sft,) = [entry for entry in panel.entries if entry.name == "SFT"]
     assert sft.metrics[0]["flops"]["teacher"] == 0, "the teacher came from the cache"
 

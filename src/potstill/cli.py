@@ -381,7 +381,8 @@ def _template_arguments(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What `--template-arguments.NAME VALUE` tells a chat template; other dotted names are refused."""
     mine = {name for name in overrides if name.startswith("template_arguments.")}
     _refuse_overrides({name: value for name, value in overrides.items() if name not in mine})
-    return {"template_arguments": {name.partition(".")[2]: overrides[name] for name in sorted(mine)}}
+    told = {name.partition(".")[2]: overrides[name] for name in sorted(mine)}
+    return {"template_arguments": Evaluation(template_arguments=told).template_arguments}
 
 
 def _refuse_overrides(overrides: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import tomllib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,23 @@ def _drawable(temperature: float) -> float:
 
 
 Temperature = Annotated[float, AfterValidator(_drawable)]
+
+
+def _storable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what a recipe's file cannot say, or a chat template's process cannot be told."""
+    for name, value in arguments.items():
+        for item in _items(value):
+            is_plain = isinstance(item, str | int) or (isinstance(item, float) and math.isfinite(item))
+            if isinstance(item, dict):
+                _storable(item)
+            elif not is_plain:
+                raise ValueError(
+                    f"{name!r} is {shown(item)}; give texts, numbers, true or false, and lists or tables of these"
+                )
+    return arguments
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_storable)]
 AnySection = TypeVar("AnySection", bound=BaseModel)
 AnyRecipe = TypeVar("AnyRecipe", bound="RunRecipe")
 
@@ -198,7 +216,7 @@ class Data(Section):
     template: Literal["chat", "raw"] | None = None
     """Render prompts with the chat template or take them as they are; by default chat for messages, raw for strings.
     What the template reads beside the messages is said by data.template_arguments.NAME."""
-    template_arguments: dict[str, Any] = {}
+    template_arguments: Arguments = {}
     """What the chat templates of student and teacher are told, such as {enable_thinking = false}."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """The most tokens of a prompt; by default what the context leaves beside the completion."""
@@ -418,7 +436,7 @@ class Evaluation(Section):
     """Split of a task or hub data set."""
     template: Literal["chat", "raw"] | None = None
     """As in data.template; template_arguments.NAME says what it reads beside the messages."""
-    template_arguments: dict[str, Any] = {}
+    template_arguments: Arguments = {}
     """As in data.template_arguments; when a run is trained, those by default."""
     num_problems: int = Field(default=60, ge=1, le=MANY_AT_ONCE)
     """Problems, held out from training."""
@@ -1130,17 +1148,20 @@ def check_recipe(given: Any, kind: type[RunRecipe]) -> None:
 
 def to_toml(data: dict[str, Any]) -> str:
     """The resolved recipe as TOML: plain values first, then one table a section."""
-    lines = [f"{key} = {_toml_value(value)}" for key, value in data.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {toml_value(value)}" for key, value in data.items() if not isinstance(value, dict)]
     for key, value in data.items():
         if isinstance(value, dict):
-            lines += ["", f"[{key}]", *(f"{name} = {_toml_value(item)}" for name, item in value.items())]
+            lines += ["", f"[{key}]", *(f"{name} = {toml_value(item)}" for name, item in value.items())]
     return "\n".join(lines) + "\n"
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML, on one line."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
-    # JSON's strings, numbers, booleans and arrays are also TOML.
+        return "{" + ", ".join(f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    # JSON's strings, numbers and booleans are also TOML.
     return printable(json.dumps(value, ensure_ascii=False))
 
 

@@ -24,6 +24,8 @@ from potstill.config import (
     is_table,
     make_recipe,
     read_recipe,
+    run_evaluation,
+    toml_value,
     validate,
     with_fields,
 )
@@ -176,7 +178,7 @@ def choose(study: Study) -> dict[tuple[str, str], float]:
 def _panel_items(study: Study, panel: PanelPlan, chosen: dict[tuple[str, str], float]) -> Iterator[Item]:
     base = _recipe(panel, study.fields | panel.fields, study.seeds[0], study.out / "runs/base")
     for model in panel.models:
-        yield _evaluation(study, model.removeprefix("potstill:"), model, base, base.evaluation)
+        yield _evaluation(study, model.removeprefix("potstill:"), model, base, run_evaluation(base))
     for model in panel.grpo_from:
         for seed in study.seeds:
             yield _grpo(study, model, base, seed, f"GRPO from {model}", _seed_text(seed, study.seeds), pending=False)
@@ -197,9 +199,8 @@ def _panel_items(study: Study, panel: PanelPlan, chosen: dict[tuple[str, str], f
                 label = f"GRPO from {run.label}"
                 yield _grpo(study, model, run.recipe, seed, label, which, pending, (run.job.path,))
             for judgement in cell.group.judgements:
-                settings = make_recipe(
-                    with_fields(run.recipe.resolved(), _in("evaluation", judgement.fields))
-                ).evaluation
+                judged = with_fields(run.recipe.resolved(), _in("evaluation", judgement.fields))
+                settings = run_evaluation(make_recipe(judged))
                 model, name = str(run.job.path / "model"), f"{run.job.name}, {judgement.label}"
                 yield _evaluation(study, name, model, run.recipe, settings, pending, (run.job.path,))
 
@@ -328,8 +329,7 @@ def _flags(settings: dict[str, Any]) -> list[str]:
     for field, value in settings.items():
         name = f"--{field.replace('_', '-')}"
         if isinstance(value, dict):
-            for key, inner in value.items():
-                words += [f"{name}.{key}", json.dumps(inner)]
+            words += [f"{name}.{key}={toml_value(inner)}" for key, inner in value.items()]
         elif value not in ((), []):
             words += [name, *map(str, value if isinstance(value, list) else [value])]
     return words
