@@ -18,6 +18,7 @@ from potstill.cli import main
 from potstill.config import load_any_recipe, load_recipe, to_toml
 from potstill.models import ModelError, load_model
 from potstill.rates import learning_rate
+from potstill.results import EVAL_COLUMNS, read_entry
 from potstill.runlog import RunError
 
 
@@ -173,7 +174,11 @@ def test_a_finished_run_is_extended(finished, whole, tmp_path):
     before = (finished / "metrics.jsonl").stat().st_mtime_ns
     potstill.train(given, extend_to=8, quiet=True)
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+    # Its evaluation was of the student that went on, which no longer is the run's.
+    runlog.append(finished / "evals.jsonl", dict.fromkeys(EVAL_COLUMNS) | {"step": 8, "temperature": 1.0})
+    assert [row["step"] for row in read_entry(finished).evals] == [8]
     potstill.train(given, extend_to=10, quiet=True)
+    assert not read_entry(finished).evals
     assert load_recipe(finished / "recipe.toml").train.extended == ((4, 4), (8, 8))
 
 
@@ -190,8 +195,9 @@ def test_an_unfinished_run_is_extended_and_killed_and_resumed(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    # From the folder's own recipe, as an unfinished run says.
-    main(["train", str(tmp_path / "run/recipe.toml")])
+    # From the folder's own recipe, as an unfinished run says. No step is left, and what the last one gave is there.
+    resumed = potstill.train(load_recipe(tmp_path / "run/recipe.toml"), quiet=True)
+    assert resumed.metrics["step"] == 7 and "loss" in resumed.metrics
     afresh = recipe_of(tmp_path / "afresh", **sections, train={"steps": 7, "extended": [[2, 4]]})
     potstill.train(afresh, quiet=True)
     assert_same_run(tmp_path / "run", tmp_path / "afresh")

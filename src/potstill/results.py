@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, load_any_recipe
-from potstill.runlog import REPAIRS, STEP_LOGS, RunError, check_keys, is_done, read_json, read_json_list, read_rows
+from potstill.runlog import (
+    REPAIRS,
+    STEP_LOGS,
+    RunError,
+    check_keys,
+    is_done,
+    last_row,
+    read_json,
+    read_json_list,
+    read_rows,
+)
 
 # Of a study's folder: what it consists of, written before the first run.
 PLAN_FILE = "plan.json"
@@ -91,10 +101,11 @@ def read_entry(path: Path) -> Entry:
     recipe = load_any_recipe(path / "recipe.toml")
     if not is_done(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
-    rows = read_rows(path / "evals.jsonl", EVAL_COLUMNS)
-    # The newest evaluation at each temperature is the one that counts.
-    evals = list({row["temperature"]: row for row in rows}.values())
     metrics, samples, decisions = (tuple(read_rows(path / name, keys)) for name, keys in STEP_LOGS.items())
+    # Of the student as it is now, not of one that the run has gone on from; at each temperature the newest counts.
+    rows = read_rows(path / "evals.jsonl", ("step", *EVAL_COLUMNS))
+    num_steps = last_row(path)["step"]
+    evals = list({row["temperature"]: row for row in rows if row["step"] == num_steps}.values())
     return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions)
 
 

@@ -464,7 +464,8 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
             runlog.store_evals(folder, step, evaluate(finished, run_evaluation(recipe), date=setup.date, **options))
         runlog.finish(recipe)
     distributed.wait_for_rank_0(world)
-    return RunResult(folder, student, metrics)
+    # A run that was stopped after its last step has no step left to do.
+    return RunResult(folder, student, metrics or runlog.last_row(folder))
 
 
 def accumulate_gradients(
