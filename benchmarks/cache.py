@@ -113,7 +113,16 @@ def one_step(recipe: Recipe, setup: Setup, optimizer: torch.optim.Optimizer, ste
     models: dict[Writer, Any] = {}
     if isinstance(setup.teacher, LanguageModel):
         models["teacher"] = setup.teacher.model
-    writing = Writing(recipe.objective, models, recipe.window.tokens, setup.end_ids, recipe.sampling, num, setup.cache)
+    writing = Writing(
+        recipe.objective,
+        models,
+        recipe.window.tokens,
+        setup.ends.stop_ids,
+        recipe.sampling,
+        num,
+        setup.loss.vocab_size,
+        setup.cache,
+    )
     world = distributed.start()
     started = time.perf_counter()
     rollouts = write_rollouts(writing, prompts, [(0, step, i) for i in range(num)])

@@ -4,7 +4,7 @@ Both take turns within one process; each keeps its shortest time of all rounds.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import tyro
@@ -15,7 +15,7 @@ from potstill.sampling import truncate
 from potstill.topk import top_k_of
 
 
-def shortest(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def shortest(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():

@@ -27,7 +27,8 @@ from rich.table import Table
 
 from potstill.config import Sampling, load_recipe
 from potstill.data import load_examples, make_prompts
-from potstill.models import LanguageModel, end_set, load_model
+from potstill.ends import end_set
+from potstill.models import LanguageModel, load_model
 from potstill.sampling import sample
 from potstill.types import Completion
 
