@@ -2,6 +2,7 @@ import contextlib
 import getpass
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -24,6 +25,10 @@ from potstill.config import Recipe
 from potstill.models import LanguageModel
 from potstill.tasks.multiplication import build_tokenizer
 from potstill.types import Example, Prompt, Rollout
+
+# A shell has what it runs in the background ignore these, and processes that are started would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # One thread is fastest for models this small. Every test holds with any number: where bits are compared, they are those
 # of one machine with one number of threads.

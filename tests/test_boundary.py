@@ -124,13 +124,12 @@ def test_a_second_signal_does_not_wait(monkeypatch):
 
 
 def command(*arguments, **options):
-    """A command in a process of its own; a shell ignores Ctrl-C for what it runs in the background."""
+    """A command in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "potstill", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 
