@@ -87,6 +87,7 @@ def test_two_ranks_gate_the_window_and_look_ahead_as_one(tmp_path):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_two_ranks_that_are_killed_resume(tmp_path):
     train = {"steps": 10, "checkpoint_every": 2, "lr": 1e-3}
     write_recipe(tmp_path, objective={"prefix": "teacher", "kl": "forward"}, train=train)

@@ -280,6 +280,7 @@ def test_each_run_is_done_once_and_a_crash_is_shown_and_done_again(tmp_path, cap
     assert run_study(study) and "nothing is left to do" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_study_takes_its_processes_along_and_goes_on(tmp_path):
     text = RUNS[: RUNS.index("[[panels.groups]]\nlabel")].replace(
         "cache = true\n", f"fields.train.steps = {NUM_STEPS}\n"

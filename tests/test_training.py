@@ -169,6 +169,7 @@ def test_unknown_end_tokens_are_refused_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bits(tmp_path):
     """SIGKILL at three different moments, against a run that was never killed."""
     train = {"steps": 40, "checkpoint_every": 3}
