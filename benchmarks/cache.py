@@ -30,7 +30,8 @@ from potstill.config import CacheOptions, Recipe, load_recipe
 from potstill.metrics import Stopwatch
 from potstill.models import LanguageModel, find_folder
 from potstill.prefixes import Writing, write_rollouts
-from potstill.training import Setup, accumulate_gradients, prepare
+from potstill.setup import Setup, prepare
+from potstill.training import accumulate_gradients
 from potstill.types import Writer
 
 ROOT = Path(__file__).parent.parent

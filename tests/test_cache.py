@@ -31,8 +31,8 @@ from potstill.data import load_examples
 from potstill.digests import file_digest, seal
 from potstill.models import ASSETS, ModelError, load_model
 from potstill.objective import batch_loss, teacher_signal
+from potstill.setup import prepare
 from potstill.topk import top_k_of
-from potstill.training import prepare
 from potstill.types import NonFiniteError
 
 SMALL = CacheOptions(rollouts_per_shard=16)

@@ -10,7 +10,7 @@ from odd_models import make_tiny, write_folder
 from odd_tokenizers import R1, chat_template, family_tokenizer, metaspace_tokenizer
 
 import potstill
-from potstill import build_cache, templates, training
+from potstill import build_cache, setup, templates
 from potstill.cli import main
 from potstill.config import Evaluation
 from potstill.data import DataError, load_examples, make_prompts, prompt_notes
@@ -330,7 +330,7 @@ def test_the_date_that_templates_write_stays_with_the_run_and_the_cache(tmp_path
     """A run that is stopped, and a cache, go on on another day with the prompts of the first."""
     days = iter(f"2026-11-{day}" for day in range(10, 30))
     monkeypatch.setattr(templates, "today", lambda: next(days))
-    monkeypatch.setattr(training, "today", templates.today)
+    monkeypatch.setattr(setup, "today", templates.today)
     rows = [{"messages": [HI | {"content": text}, HELLO]} for text in ("Hi", "Yo", "Ha", "Ho")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = family_tokenizer("llama")

@@ -264,7 +264,7 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
     """The same rollouts with and without a tail that repeats the end of the answer."""
     recipe = gated(tmp_path / "run", {"tokens": 64, "start": 64})
     from potstill import distributed
-    from potstill.training import prepare
+    from potstill.setup import prepare
 
     world = distributed.start()
     setup = prepare(recipe, world)
@@ -326,7 +326,7 @@ def test_the_gate_works_with_other_prefixes_and_a_cache(tmp_path, prefix):
 
 def test_probes_are_held_out(tmp_path):
     from potstill import distributed
-    from potstill.training import prepare
+    from potstill.setup import prepare
 
     setup = prepare(gated(tmp_path / "run", {}), distributed.start())
     assert len(setup.probes) == 16

@@ -12,7 +12,7 @@ from conftest import make_model, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 import potstill
-from potstill import evaluation, grpo, training
+from potstill import evaluation, grpo, setup, training
 from potstill.cache import CacheError
 from potstill.cache_build import build_cache
 from potstill.config import CacheOptions, Evaluation, GrpoRecipe, RecipeError, make_recipe
@@ -117,7 +117,7 @@ def test_a_cache_is_of_its_class(tmp_path):
     for changed, is_refused in (({}, False), ({"end_class": "raw"}, True), ({"separate_ends": ("<eos>",)}, True)):
         spec = {"objective": {**objective, **changed}, "teacher": {"cache": str(tmp_path / "cache")}}
         with pytest.raises(CacheError, match="the end class") if is_refused else contextlib.nullcontext():
-            training.prepare(tiny_recipe("unused", **spec), World(0, 1, torch.device("cpu")), **models)
+            setup.prepare(tiny_recipe("unused", **spec), World(0, 1, torch.device("cpu")), **models)
 
 
 # Logits of three members beside ordinary tokens: nothing, everything by one of them, shares, more than everything else.

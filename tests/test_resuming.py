@@ -242,7 +242,7 @@ def test_ctrl_c_says_what_is_saved(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     for where, said in (
-        ("potstill.training.ready", "nothing was saved yet: the same command begins again"),
+        ("potstill.setup.ready", "nothing was saved yet: the same command begins again"),
         ("potstill.training.accumulate_gradients", "nothing was saved yet: the same command begins again"),
         ("potstill.training.evaluate", "step 4 was saved last, and the same command goes on from there"),
     ):

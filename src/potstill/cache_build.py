@@ -51,8 +51,8 @@ from potstill.prefixes import Writing, write_rollouts
 from potstill.probe import ready
 from potstill.progress import CacheDisplay
 from potstill.runlog import flush, write_atomically
+from potstill.setup import Setup, prepare
 from potstill.topk import TopK, picked_log_probs, top_k_of
-from potstill.training import Setup, prepare
 from potstill.types import Batch, Example, Prompt
 
 # Of each shard, `verify_cache` computes so many log-sum-exps again.

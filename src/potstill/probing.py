@@ -1,9 +1,7 @@
 """Probes of the length gate: what the student writes to held-out prompts at the current window."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,10 +15,8 @@ from potstill.fused import fused_statistics
 from potstill.metrics import before_answer, is_loop
 from potstill.models import LanguageModel
 from potstill.prefixes import Writing, from_one
+from potstill.setup import Setup
 from potstill.types import Rollout, Writer
-
-if TYPE_CHECKING:
-    from potstill.training import Setup
 
 # Ends the seeds of what is written to probe with.
 PROBE = 4
