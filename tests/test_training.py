@@ -20,7 +20,7 @@ from potstill.data import DataError
 from potstill.models import ModelError
 from potstill.probe import ready
 from potstill.rates import learning_rate
-from potstill.training import step_indices
+from potstill.seeds import step_indices
 from potstill.types import NonFiniteError
 
 TIMES = [f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")]

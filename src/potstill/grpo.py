@@ -41,10 +41,11 @@ from potstill.progress import StepDisplay
 from potstill.rates import learning_rate
 from potstill.rope import refuse_crossing
 from potstill.sampling import sample
+from potstill.seeds import step_indices, step_seed
 from potstill.setup import hold_out
 from potstill.tasks import Task, make_task
 from potstill.templates import today
-from potstill.training import SHOWN_CHARACTERS, step_indices, step_seed
+from potstill.training import SHOWN_CHARACTERS
 from potstill.types import Completion, NonFiniteError, Prompt, Rollout
 
 # Of the start check: prompts, and the end of the seeds of what is written to them.

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ from potstill.probing import probe_window
 from potstill.progress import StepDisplay
 from potstill.rates import describe_lr, learning_rate, planned_steps, with_lr
 from potstill.samples import Scored, logged_sample, scored_samples
+from potstill.seeds import step_indices, step_seed
 from potstill.setup import Setup, prepare
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
 from potstill.weights import cautions
@@ -389,25 +389,9 @@ def _not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteErr
     )
 
 
-def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[int]:
-    """The prompts of a step: consecutive places in an endless sequence of shuffled epochs."""
-    order: dict[int, list[int]] = {}
-    indices = []
-    for place in range(step * per_step, (step + 1) * per_step):
-        epoch, i = divmod(place, num_prompts)
-        if epoch not in order:
-            order[epoch] = random.Random(f"epoch/{seed}/{epoch}").sample(range(num_prompts), num_prompts)
-        indices.append(order[epoch][i])
-    return indices
-
-
 def is_spent(config: Train, num_steps: int, flops: float) -> bool:
     """Whether a run that has done this much has reached its last step or its operations."""
     return num_steps >= config.steps or (config.flops is not None and flops >= config.flops)
-
-
-def step_seed(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:
