@@ -7,11 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import potstill
-from potstill import runlog, training
+from potstill import runlog
 from potstill.config import make_recipe
 from potstill.flops import model_flops, rollout_flops, training_flops
 from potstill.models import LanguageModel
-from potstill.rates import learning_rate
+from potstill.rates import is_spent, learning_rate
 from potstill.tasks.multiplication import build_tokenizer
 
 
@@ -87,8 +87,6 @@ def test_the_schedule_goes_by_what_is_nearer():
     rates = [learning_rate(config, 1 + i, spent) for i, spent in enumerate((0, 25, 50, 75, 100))]
     assert rates == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0])
     assert learning_rate(config, 501, 25) == pytest.approx(0.5)
-    assert (
-        training.is_spent(config, 1001, 0)
-        and training.is_spent(config, 3, 100)
-        and not training.is_spent(config, 3, 99)
-    )
+    assert is_spent(config, 1001, 0)
+    assert is_spent(config, 3, 100)
+    assert not is_spent(config, 3, 99)

@@ -1,4 +1,4 @@
-"""The learning rate of each step, and what it is where the recipe does not say."""
+"""The learning rate of each step, what it is where the recipe does not say, and when a run is spent."""
 
 import math
 
@@ -45,3 +45,8 @@ def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
     if config.flops is not None:
         progress = max(progress, flops / config.flops)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def is_spent(config: Train, num_steps: int, flops: float) -> bool:
+    """Whether a run that has done this much has reached its last step or its operations."""
+    return num_steps >= config.steps or (config.flops is not None and flops >= config.flops)

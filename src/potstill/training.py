@@ -15,7 +15,7 @@ from potstill import checkpoint, distributed, runlog, vocabulary
 from potstill.batching import batch_places, make_batch
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import CachedTeacher
-from potstill.config import Recipe, Train, check_recipe, run_evaluation
+from potstill.config import Recipe, check_recipe, run_evaluation
 from potstill.controllers import (
     MixingState,
     WindowState,
@@ -50,7 +50,7 @@ from potstill.prefixes import Writing, write_rollouts
 from potstill.probe import ready
 from potstill.probing import probe_window
 from potstill.progress import StepDisplay
-from potstill.rates import describe_lr, learning_rate, planned_steps, with_lr
+from potstill.rates import describe_lr, is_spent, learning_rate, planned_steps, with_lr
 from potstill.samples import Scored, logged_sample, scored_samples
 from potstill.seeds import step_indices, step_seed
 from potstill.setup import Setup, prepare
@@ -387,11 +387,6 @@ def _not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteErr
         f"step {step + 1}: {what}; nothing was updated. The first prompts are {ids}. Look at them and at both models' "
         "logits, or lower train.lr"
     )
-
-
-def is_spent(config: Train, num_steps: int, flops: float) -> bool:
-    """Whether a run that has done this much has reached its last step or its operations."""
-    return num_steps >= config.steps or (config.flops is not None and flops >= config.flops)
 
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:
