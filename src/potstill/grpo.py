@@ -35,6 +35,7 @@ from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
 from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
 from potstill.metrics import Stopwatch, is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, fingerprint, load_model, save_model, without_progress_bars
+from potstill.opening import SHOWN_CHARACTERS
 from potstill.probe import ready
 from potstill.probing import PROBE
 from potstill.progress import StepDisplay
@@ -45,7 +46,6 @@ from potstill.seeds import step_indices, step_seed
 from potstill.setup import hold_out
 from potstill.tasks import Task, make_task
 from potstill.templates import today
-from potstill.training import SHOWN_CHARACTERS
 from potstill.types import Completion, NonFiniteError, Prompt, Rollout
 
 # Of the start check: prompts, and the end of the seeds of what is written to them.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from potstill import checkpoint, distributed, runlog, vocabulary
+from potstill import checkpoint, distributed, runlog
 from potstill.batching import batch_places, make_batch
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import CachedTeacher
@@ -27,13 +27,12 @@ from potstill.controllers import (
     scheduled_window,
 )
 from potstill.distributed import World
-from potstill.ends import described
 from potstill.evaluation import evaluate, evaluate_anew
 from potstill.extension import FIELDS as EXTENSION_FIELDS
 from potstill.extension import extended
 from potstill.flops import ModelFlops, rollout_flops, training_flops
 from potstill.fused import token_loss
-from potstill.habits import disagreement, habit_sums, step_habits, what_is_unknown
+from potstill.habits import disagreement, habit_sums, step_habits
 from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
 from potstill.models import LanguageModel, ModelError, fingerprint, save_model
 from potstill.objective import (
@@ -46,21 +45,19 @@ from potstill.objective import (
     student_rows,
     without_baseline,
 )
+from potstill.opening import opening
 from potstill.prefixes import Writing, write_rollouts
 from potstill.probe import ready
 from potstill.probing import probe_window
 from potstill.progress import StepDisplay
-from potstill.rates import describe_lr, is_spent, learning_rate, planned_steps, with_lr
+from potstill.rates import is_spent, learning_rate, planned_steps, with_lr
 from potstill.samples import Scored, logged_sample, scored_samples
 from potstill.seeds import step_indices, step_seed
 from potstill.setup import Setup, prepare
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
-from potstill.weights import cautions
 
 # Decoded rollouts with per-token numbers are logged this many at a time, at step 1 and with every checkpoint.
 NUM_LOGGED_SAMPLES = 2
-# Of the first prompt, to show that the template is right.
-SHOWN_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -179,7 +176,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
     metrics: dict[str, Any] = {}
     has_warned = False
     with StepDisplay(config.steps, start, quiet, config.flops) as display, stop_asked_for() as asked:
-        display.note(*_opening(recipe, setup, start), *notes)
+        display.note(*opening(recipe, setup, start), *notes)
         step, is_last = start, is_spent(config, start, state.flops)
         while not is_last:
             torch.manual_seed(step_seed("step", config.seed, step, world.rank))
@@ -410,53 +407,3 @@ def _environment(setup: Setup, world: World) -> dict[str, Any]:
 
 def _weights(model: Teacher) -> str | None:
     return model.cache.manifest.teacher.parameters if isinstance(model, CachedTeacher) else fingerprint(model)
-
-
-def _opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
-    """What a user should see before the first step."""
-    student, teacher = setup.student, setup.teacher
-    lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
-    lines += _about_ends(recipe, setup)
-    lines += recipe.notes
-    if recipe.train.lr is None:
-        lines.append(describe_lr(recipe.train, student.num_weights))
-    lines += cautions(student.model, with_lr(recipe.train, student.num_weights).lr or 0)
-    if teacher is not None and setup.loss.vocab_size is not None:
-        lines += vocabulary.describe(student, teacher, setup.loss.vocab_size)
-    for name, flops in (("student", setup.student_flops), ("teacher", setup.teacher_flops)):
-        if flops is not None and flops.per_pair is None:
-            lines.append(
-                f"warning: the {name}'s operations (flops) are counted without attention, whose sizes are unknown"
-            )
-    if setup.cache is not None:
-        lines += setup.cache.describe()
-    example = setup.prompts[0]
-    text = student.tokenizer.decode(example.token_ids)
-    lines += setup.notes
-    lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
-    if teacher is not None and example.teacher_ids is not None:
-        lines.append(f"the teacher reads: {teacher.tokenizer.decode(example.teacher_ids)[:SHOWN_CHARACTERS]!r}")
-    return lines
-
-
-def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
-    """What ends a completion and how the loss counts it, with a warning where the two models end differently."""
-    student, teacher, ends = setup.student, setup.teacher, setup.ends
-    tokenizer = student.tokenizer
-    lines = [f"end set: {described(tokenizer, ends.stop_ids)}"]
-    if len(ends.all_ids) > 1 and recipe.objective.signal != "labels":
-        lines.append(
-            f"one class in the loss: {described(tokenizer, ends.class_ids) or 'none, each end token is apart'}"
-        )
-    if teacher is None:
-        return lines
-    if unknown := what_is_unknown(recipe.objective, ends):
-        lines.append(unknown)
-    if set(student.end_ids) != set(teacher.end_ids):
-        lines.append(f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}")
-    if set(ends.stop_ids) != set(ends.all_ids):
-        lines.append(
-            'warning: rollouts.end_set is "student", so the end tokens that only the teacher has end nothing: '
-            "expect responses that go on to the length cap"
-        )
-    return lines
