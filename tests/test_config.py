@@ -13,10 +13,10 @@ from potstill.config import (
     Sampling,
     Train,
     field_names,
+    left_out,
     load_any_recipe,
     load_recipe,
     make_recipe,
-    not_carried_over,
     read_recipe,
     to_toml,
     unread_fields,
@@ -189,12 +189,12 @@ def test_sections_made_in_python_are_refused_in_one_line(section):
     ],
 )
 def test_names_of_other_programs_lead_to_the_field(name, field):
-    found = nearest_field(name, field_names())
-    assert found == field or (field is None and found in field_names())
+    found = nearest_field(name, field_names(Recipe))
+    assert found == field or (field is None and found in field_names(Recipe))
 
 
 def test_every_synonym_is_of_a_field():
-    known = {*field_names(), *field_names(GrpoRecipe)}
+    known = {*field_names(Recipe), *field_names(GrpoRecipe)}
     assert {field for fields in SYNONYMS.values() for field in fields} <= known
 
 
@@ -276,7 +276,7 @@ def test_what_a_shipped_recipe_says_of_its_own_model_is_not_for_others(tmp_path)
         ("grpo", {"model": "my/model"}, ["grpo.lr"]),
         ("grpo", {"model": str(run)}, []),
     ]:
-        assert not_carried_over(recipe, fields) == names, fields
+        assert left_out(recipe, fields) == names, fields
         data = read_recipe(recipe, fields)
         for name in names:
             section, field = name.split(".")
@@ -284,7 +284,7 @@ def test_what_a_shipped_recipe_says_of_its_own_model_is_not_for_others(tmp_path)
     assert "another model, data or length: train.lr" in load_recipe("demo", {"student.model": "x/y"}).notes[0]
     assert not load_recipe("demo").notes
     (tmp_path / "own.toml").write_text((SHIPPED_RECIPES / "demo.toml").read_text())
-    assert not_carried_over(tmp_path / "own.toml", {"student.model": "my/model"}) == []
+    assert left_out(tmp_path / "own.toml", {"student.model": "my/model"}) == []
 
 
 def test_overrides_win_over_the_file(tmp_path):
@@ -325,7 +325,7 @@ def test_the_hash_names_the_run_and_not_the_folder(tmp_path):
 def test_unread_fields_exist():
     for data in ({"objective": {"prefix": "dataset", "signal": "labels"}}, {"data": {"source": "x.jsonl"}}, {}):
         for name in unread_fields(Recipe.model_validate(data)):
-            assert any(known == name or known.startswith(name + ".") for known in field_names()), name
+            assert any(known == name or known.startswith(name + ".") for known in field_names(Recipe)), name
 
 
 def test_recipes_are_frozen():

@@ -1,0 +1,87 @@
+"""What a recipe says: one frozen schema for everything a run does, read from a TOML file plus dotted overrides."""
+
+from potstill.config.fields import (
+    CacheOptions,
+    Data,
+    Evaluation,
+    Grpo,
+    GrpoFields,
+    RecipeFields,
+    Rollouts,
+    Sampling,
+    StudentSpec,
+    TeacherSpec,
+    Train,
+    Window,
+    run_evaluation,
+)
+from potstill.config.methods import METHODS, Method
+from potstill.config.objective_fields import Mixing, Objective
+from potstill.config.recipe import GrpoRecipe, Recipe, check_recipe
+from potstill.config.run_recipe import CHANGE_NOTHING, CHANGE_ROUNDING, RunRecipe, is_one_of
+from potstill.config.section import RecipeError, Section, field_names, validate
+from potstill.config.sources import DATA_SUFFIXES, TASK_NAMES, is_hub_id, is_table, sources
+from potstill.config.toml import (
+    SHIPPED_RECIPES,
+    find_toml,
+    left_out,
+    load_any_recipe,
+    load_grpo_recipe,
+    load_recipe,
+    make_recipe,
+    read_recipe,
+    read_toml,
+    to_toml,
+    toml_value,
+    with_fields,
+)
+from potstill.config.unread import unread_fields
+
+__all__ = [
+    "CHANGE_NOTHING",
+    "CHANGE_ROUNDING",
+    "DATA_SUFFIXES",
+    "METHODS",
+    "SHIPPED_RECIPES",
+    "TASK_NAMES",
+    "CacheOptions",
+    "Data",
+    "Evaluation",
+    "Grpo",
+    "GrpoFields",
+    "GrpoRecipe",
+    "Method",
+    "Mixing",
+    "Objective",
+    "Recipe",
+    "RecipeError",
+    "RecipeFields",
+    "Rollouts",
+    "RunRecipe",
+    "Sampling",
+    "Section",
+    "StudentSpec",
+    "TeacherSpec",
+    "Train",
+    "Window",
+    "check_recipe",
+    "field_names",
+    "find_toml",
+    "is_hub_id",
+    "is_one_of",
+    "is_table",
+    "left_out",
+    "load_any_recipe",
+    "load_grpo_recipe",
+    "load_recipe",
+    "make_recipe",
+    "read_recipe",
+    "read_toml",
+    "run_evaluation",
+    "sources",
+    "to_toml",
+    "toml_value",
+    "unread_fields",
+    "validate",
+    "with_fields",
+]

@@ -1,0 +1,110 @@
+"""A section of a recipe: a frozen schema whose errors are one line that says what to do."""
+
+import functools
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from potstill.config.values import items_of, shown
+from potstill.names import nearest_field
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message is one line and says what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def __init__(self, /, **fields: Any) -> None:
+        """A section from Python. Raises RecipeError with one line."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise RecipeError(_describe(error.errors()[0], type(self))) from None
+
+    # Inner sections are validated by the outer one, which knows their place.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _typed_as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what would be read as a value of another type: true is no 1, and "2" is no 2."""
+        types = _plain_types(cls, str(info.field_name))
+        wanted = next((word for kind, word in WORDS.items() if kind in types), None)
+        if wanted is not None and not all(_is_typed(item, types) for item in items_of(value)):
+            raise PydanticCustomError("type_as_written", f"Input should be a valid {wanted}")  # pyright: ignore
+        return value
+
+
+WORDS = {int: "integer", float: "number", bool: "boolean, true or false"}
+
+
+def _is_typed(value: Any, types: frozenset[type]) -> bool:
+    """Whether a plain value is of one of these types; whole numbers are numbers, and others are judged later."""
+    return type(value) not in (bool, str, int) or type(value) in types or (type(value) is int and float in types)
+
+
+@functools.cache
+def _plain_types(section: type[BaseModel], field: str) -> frozenset[type]:
+    """The types that a field's annotation is made of; those of the texts and numbers that it lists."""
+
+    def leaves(annotation: Any) -> list[type]:
+        inner = get_args(annotation)
+        if not inner:
+            return [annotation if isinstance(annotation, type) else type(annotation)]
+        return [leaf for each in inner for leaf in leaves(each)]
+
+    return frozenset(leaves(section.model_fields[field].annotation))
+
+
+def validate(data: dict[str, Any], where: str, schema: type[AnySection]) -> AnySection:
+    """Validate plain data by a schema.
+
+    Raises RecipeError with one line for an unknown key (with the nearest name), a wrong type, a value out of range, or
+    a field that the chosen mode does not read.
+    """
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_describe(error.errors()[0], schema)}") from None
+
+
+def _describe(error: Any, schema: type[BaseModel]) -> str:
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"{name} is not a field of the recipe; the nearest is {nearest_field(name, field_names(schema))}"
+    if error["type"] == "missing":
+        return f"{name} is missing; it has no default"
+    if not location:
+        return error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
+        # Of a whole section, whose message names the field.
+        return f"{name}: {message}"
+    if error["type"] in ("model_type", "dict_type"):
+        message = f"it is a section; write its fields below a line [{name}]"
+    return f"{name} is {shown(error['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def field_names(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all fields of the schema."""
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += field_names(field.annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def set_fields(section: BaseModel, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name in section.model_fields_set:
+        value = getattr(section, name)
+        names += set_fields(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [prefix + name]
+    return names

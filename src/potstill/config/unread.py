@@ -1,0 +1,107 @@
+"""Which field needs which mode. A field that the chosen mode does not read may not be set, and is not in the hash."""
+
+from typing import Any
+
+from potstill.config.fields import GrpoFields, RecipeFields, Window
+from potstill.config.sources import is_hub_id, is_table, sources
+
+
+def unread_fields(recipe: RecipeFields) -> dict[str, str]:
+    """Fields (or whole sections) that the recipe's mode does not read, with the reason."""
+    objective = recipe.objective
+    unread: dict[str, str] = {}
+    if objective.prefix != "mixed":
+        reason = f'objective.prefix is "{objective.prefix}" and only "mixed" has two writers'
+        unread |= {
+            f"objective.{name}": reason for name in ("mix_unit", "student_share", "first_writer", "handoff_tokens")
+        }
+    elif objective.mix_unit == "handoff":
+        unread["objective.student_share"] = 'objective.mix_unit is "handoff", whose share follows from the lengths'
+    else:
+        reason = f'objective.mix_unit is "{objective.mix_unit}" and only "handoff" has a first writer'
+        unread |= {f"objective.{name}": reason for name in ("first_writer", "handoff_tokens")}
+    if objective.kl != "mixed":
+        reason = f'objective.kl is "{objective.kl}" and only "mixed" has a forward weight'
+        unread |= {"objective.forward_weight": reason, "objective.forward_above": reason, "mixing": reason}
+    else:
+        of_schedule = {
+            "linear": ("end_weight", "over_steps"),
+            "cosine": ("end_weight", "over_steps"),
+            "steps": ("at_steps",),
+            "entropy": ("reference", "floor", "band", "rate", "bounds"),
+        }
+        unread |= _unread_of_schedule("mixing", recipe.mixing, of_schedule)
+    if objective.kl != "jsd":
+        unread["objective.jsd_weight"] = f'objective.kl is "{objective.kl}" and only "jsd" reads it'
+    if not objective.kl.startswith("skew"):
+        unread["objective.skew"] = f'objective.kl is "{objective.kl}" and only the skew KLs are skewed'
+    if objective.split is None:
+        unread["objective.split_weights"] = "objective.split is not set"
+    unread |= _unread_of_window(recipe.window)
+    if objective.signal != "topk":
+        unread["objective.top_k"] = f'objective.signal is "{objective.signal}" and only "topk" keeps some tokens apart'
+    if objective.signal != "sampled":
+        reason = f'objective.signal is "{objective.signal}" and only "sampled" is estimated'
+        unread |= {"objective.estimator": reason, "objective.baseline": reason}
+    elif objective.estimator != "k1":
+        unread["objective.baseline"] = f'objective.estimator is "{objective.estimator}" and only "k1" has a reward'
+    if objective.end_class == "raw":
+        unread["objective.separate_ends"] = 'objective.end_class is "raw", which keeps every end token apart'
+    if objective.signal == "labels":
+        reason = 'objective.signal is "labels", which has no KL and needs no teacher\'s distribution'
+        fields = ("kl", "forward_weight", "forward_above", "jsd_weight", "skew", "gamma", "temperature", "end_class")
+        fields += ("separate_ends",)
+        unread |= {f"objective.{field}": reason for field in fields} | {"mixing": reason}
+        if objective.prefix != "teacher":
+            unread["teacher"] = reason
+    if objective.prefix == "dataset":
+        unread["sampling"] = unread["rollouts"] = 'objective.prefix is "dataset", so nothing is sampled in training'
+    if recipe.teacher.model == "self":
+        reason = 'teacher.model is "self", which is loaded as the student is'
+        unread |= {"teacher.dtype": reason, "teacher.trust_remote_code": reason}
+        unread["rollouts.end_set"] = 'teacher.model is "self", which ends as the student does'
+    else:
+        unread["teacher.refresh_steps"] = (
+            f'teacher.model is {recipe.teacher.model!r} and only "self" can follow the student'
+        )
+    if not is_table(recipe.data.source):
+        unread["teacher.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
+        unread["data.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
+        unread["data.config"] = f"data.source is the task {recipe.data.source!r}, which has one configuration"
+    else:
+        unread["data.seed"] = "only a task makes problems from a seed"
+        if not any(map(is_hub_id, sources(recipe.data.source))):
+            reason = f"data.source is the file {recipe.data.source!r}, which has no splits and no configurations"
+            unread |= {"data.split": reason, "data.config": reason}
+    if recipe.train.loss_backend == "plain":
+        unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
+    if recipe.evaluation.source is None:
+        unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
+    return unread
+
+
+def unread_grpo_fields(recipe: GrpoFields) -> dict[str, str]:
+    """The same of a GRPO recipe."""
+    reason = "GRPO needs scores, so data.source is a task, which has no columns and no configurations"
+    unread = {"data.prompt_column": reason, "data.config": reason} | _unread_of_window(recipe.window)
+    if recipe.evaluation.source is None:
+        unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
+    return unread
+
+
+def _unread_of_window(window: Window) -> dict[str, str]:
+    of_schedule = {
+        "linear": ("start", "over_steps"),
+        "entropy-gated": (
+            *("start", "ladder", "check_every", "num_probes", "patience", "reference", "threshold"),
+            *("max_truncation", "max_repetition", "sticky", "step_back"),
+        ),
+    }
+    return _unread_of_schedule("window", window, of_schedule)
+
+
+def _unread_of_schedule(section: str, settings: Any, of_schedule: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """The fields that only other schedules of a section read."""
+    read = of_schedule.get(settings.schedule, ())
+    known = {field for fields in of_schedule.values() for field in fields}
+    return {f"{section}.{f}": f'{section}.schedule is "{settings.schedule}"' for f in sorted(known - set(read))}
