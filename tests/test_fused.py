@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from potstill.divergence import log_mixture
 from potstill.fused import close_kl, fused_loss, fused_statistics
 from potstill.heads import Head
 from potstill.passes import make_plan
-from potstill.tiles import log_mixture
 from potstill.types import LossTerms, NonFiniteError, TokenStats
 
 MIB = 2**20

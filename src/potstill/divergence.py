@@ -5,12 +5,12 @@ tested against. Notation: p teacher, q student, z student logits, w the forward 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from potstill.tiles import log_mixture
 from potstill.types import TokenStats
 
 
@@ -195,3 +195,14 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx, upstream_N):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_NV,) = ctx.saved_tensors
         return grad_NV * upstream_N[:, None], None, None
+
+
+def log_mixture(student_log_probs: Tensor, teacher_log_probs: Tensor, mixture_weight: float) -> Tensor:
+    """log m by log-add-exp: the log of a sum of probabilities would be -inf where both underflow.
+
+    Not by `torch.logaddexp`, which on a CPU rounds an element by where it lies: in a vector, or in the rest after them.
+    """
+    of_teacher = teacher_log_probs + math.log(mixture_weight)
+    of_student = student_log_probs + math.log1p(-mixture_weight)
+    gap = (of_teacher - of_student).abs()
+    return torch.maximum(of_teacher, of_student) + torch.exp(-gap).log1p()

@@ -9,12 +9,13 @@ The same source runs eagerly, where `scratch` tiles keep temporaries in the cach
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from potstill.divergence import log_mixture
 
 # The logit of a column that is not there: its exponential is exactly 0 and its products stay finite.
 MASKED = -1e30
@@ -147,17 +148,6 @@ def tile_forward_kl(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor) -> Tensor:
     lt_NV = y_NV.double() - log_t_N1
     d_NV = lt_NV - (z_NV.double() - log_s_N1)
     return (lt_NV.exp() * (d_NV + torch.expm1(-d_NV))).sum(-1)
-
-
-def log_mixture(student_log_probs: Tensor, teacher_log_probs: Tensor, mixture_weight: float) -> Tensor:
-    """log m by log-add-exp: the log of a sum of probabilities would be -inf where both underflow.
-
-    Not by `torch.logaddexp`, which on a CPU rounds an element by where it lies: in a vector, or in the rest after them.
-    """
-    of_teacher = teacher_log_probs + math.log(mixture_weight)
-    of_student = student_log_probs + math.log1p(-mixture_weight)
-    gap = (of_teacher - of_student).abs()
-    return torch.maximum(of_teacher, of_student) + torch.exp(-gap).log1p()
 
 
 def tile_gradient(

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from potstill import tiles
+from potstill.divergence import log_mixture
 from potstill.fused import detached, fused_statistics, token_loss
 from potstill.heads import Head
 from potstill.passes import Tile, Walk, check_finite
 from potstill.problem import Problem
-from potstill.tiles import MASKED, log_mixture
+from potstill.tiles import MASKED
 from potstill.types import LossTerms, TokenStats
 
 # Rows of a head that are gathered at a time, in elements.
