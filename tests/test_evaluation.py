@@ -8,6 +8,7 @@ from conftest import make_model
 
 from potstill import evaluation
 from potstill.cli import main
+from potstill.commands import gave_up
 from potstill.config import Evaluation, RecipeError
 from potstill.data import DataError
 from potstill.evaluation import evaluate, summarize
@@ -162,7 +163,7 @@ def test_problems_of_one_name_are_not_one_problem(tmp_path, name, monkeypatch, c
 
 def test_what_grading_gave_up_on_is_said():
     rows = [{"temperature": 1.0, "notes": {"timeout": 3, "wrong": 9, "crash": 1}}, {"temperature": 0.6, "notes": {}}]
-    lines = evaluation.gave_up([Entry("base", Path("base"), rows)])
+    lines = gave_up([Entry("base", Path("base"), rows)])
     assert lines == ["base at T=1: grading gave up on responses: timeout 3, crash 1"]
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from synthetic_runs import evaluate, write_run
 
-from potstill.evaluation import comparisons
+from potstill.commands import comparisons
 from potstill.report import print_findings, write_report
 from potstill.results import Entry
 

@@ -8,7 +8,8 @@ from conftest import make_model
 
 from potstill import batching, divergence, objective, tiles
 from potstill.cli import main
-from potstill.identities import BOUND, check_identities, check_model, print_checks
+from potstill.commands import print_checks
+from potstill.identities import BOUND, check_identities, check_model
 from potstill.objective import Loss
 from potstill.types import LossTerms
 

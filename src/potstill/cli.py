@@ -91,6 +91,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             say(to_toml(resolved.resolved()).rstrip())
             return
         from potstill import distributed
+        from potstill.commands import print_results
         from potstill.training import train
 
         world = distributed.start()
@@ -98,7 +99,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         distributed.stop()
         if world.is_main:
             say(f"{resolved.method}: the student is in {result.folder / 'model'}")
-            _print_results([result.folder])
+            print_results([result.folder])
 
     @command(app)
     def grpo(
@@ -117,11 +118,12 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             say(*resolved.notes, error=True)
             say(to_toml(resolved.resolved()).rstrip())
             return
+        from potstill.commands import print_results
         from potstill.grpo import run_grpo
 
         folder = run_grpo(resolved)
         say(f"GRPO from {resolved.model}: the model is in {folder / 'model'}")
-        _print_results([folder])
+        print_results([folder])
 
     @command(app)
     def evaluate(
@@ -138,7 +140,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             responses: Folder for the responses of models that are no runs; an evaluation that was stopped goes on from
                 them. Those of a run are in its own folder.
         """
-        from potstill.evaluation import evaluate_and_store
+        from potstill.commands import evaluate_and_store
 
         settings = settings.model_copy(update=_template_arguments(overrides))
         if not models:
@@ -173,7 +175,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             max_tokens: Completion length cap.
             seed: Seed of the problems and of sampling.
         """
-        from potstill.evaluation import show_responses
+        from potstill.commands import show_responses
 
         told = _template_arguments(overrides)
         for name, value, least in (("num", num, 1), ("max-tokens", max_tokens, 1), ("seed", seed, 0)):
@@ -202,7 +204,8 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             model: Check a real model instead, as far as that needs no enumeration: a folder, hub id or run folder.
             json_file: Also write the rows to this JSON file.
         """
-        from potstill.identities import check_identities, check_model, print_checks
+        from potstill.commands import print_checks
+        from potstill.identities import check_identities, check_model
 
         _refuse_overrides(overrides)
         if model is None:
@@ -413,13 +416,3 @@ def _print_grid() -> None:
         'objective.kl = "jsd" with jsd_weight is TRL\'s beta strictly between 0 and 1. TRL 1.16: DistillationConfig is '
         "stable, GKDConfig is in trl.experimental.gkd."
     )
-
-
-def _print_results(folders: list[Path]) -> None:
-    """The comparison table of runs and evaluation files, when they hold an evaluation."""
-    from potstill.report import print_table
-    from potstill.results import read_entry
-
-    entries = [entry for entry in map(read_entry, folders) if entry.evals]
-    if entries:
-        print_table(entries)

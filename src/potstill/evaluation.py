@@ -5,12 +5,11 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from potstill.boundary import Stopped
 from potstill.config import (
     TASK_NAMES,
     Evaluation,
@@ -26,12 +25,10 @@ from potstill.data import DataError, make_prompts, prompt_notes
 from potstill.ends import end_set, named_end_ids
 from potstill.grading import Grade, majority
 from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
-from potstill.models import LanguageModel, fingerprint, is_run, locate
-from potstill.printable import plain, say
+from potstill.models import LanguageModel, fingerprint
+from potstill.printable import say
 from potstill.probe import ready
 from potstill.progress import token_bar
-from potstill.report import print_table
-from potstill.results import Entry
 from potstill.rope import refuse_crossing
 from potstill.runlog import (
     append,
@@ -46,7 +43,7 @@ from potstill.runlog import (
     write_rows,
 )
 from potstill.sampling import sample
-from potstill.statistics import Estimate, holm, mean_over_problems, paired, pass_at_k, ratio_over_problems
+from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import Task, make_task
 from potstill.types import Example, Prompt
 from potstill.vocabulary import num_named_rows
@@ -86,7 +83,8 @@ def evaluate(
     model = ready(model)
     task, examples, prompts = prepare_problems(model, evaluation, date)
     if not quiet:
-        _say_notes(prompts, model, evaluation.template, evaluation.template_arguments)
+        template, told = evaluation.template, evaluation.template_arguments
+        say(*prompt_notes(len(prompts), prompts, model.tokenizer, template, told), error=True)
     end_ids = named_end_ids(model.tokenizer, evaluation.end_tokens) or end_ids or end_set(model)
     model.eval()
     rows = []
@@ -260,16 +258,6 @@ def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
         raise DataError(f"evaluation source {evaluation.source!r}: {error}") from None
 
 
-def _say_notes(
-    prompts: Sequence[Prompt],
-    model: LanguageModel,
-    template: Literal["chat", "raw"] | None,
-    arguments: Mapping[str, Any] | None,
-) -> None:
-    for note in prompt_notes(len(prompts), prompts, model.tokenizer, template, arguments):
-        say(note, error=True)
-
-
 def prepare_problems(
     model: LanguageModel, evaluation: Evaluation, date: str | None = None
 ) -> tuple[Task, list[Example], list[Prompt]]:
@@ -346,119 +334,3 @@ def evaluate_anew(recipe: Recipe | GrpoRecipe, model: LanguageModel, quiet: bool
             options |= {"date": begun_on(folder)}
             store_evals(folder, step, evaluate(named, run_evaluation(recipe), **options))
         write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
-
-
-def evaluate_and_store(
-    models: Sequence[str], evaluation: Evaluation, out: Path | None = None, responses: Path | None = None
-) -> None:
-    """Evaluate several models, print the comparison and its tests, and store each run's results in its folder.
-
-    Responses go to each run's folder `responses`, and those of other models to the folder `responses`, if given.
-    """
-    for model in models:
-        locate(model)
-    # Of runs; read before anything is sampled.
-    steps = [last_row(Path(model))["step"] if is_run(Path(model)) else None for model in models]
-    entries = []
-    for model, step in zip(models, steps, strict=True):
-        target = Path(model)
-        folder, date = (responses, None) if step is None else (target / "responses", begun_on(target))
-        try:
-            rows = evaluate(model, evaluation, responses=folder, date=date)
-        except KeyboardInterrupt as stop:
-            if folder is None:
-                stop = Stopped.of(stop, "stopped; nothing was saved: with --responses FOLDER an evaluation can go on")
-            raise stop from None
-        if step is not None:
-            store_evals(target, step, rows)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, json.dumps(rows, indent=1) + "\n")
-        entries.append(Entry(str(target).removeprefix("potstill:"), target, rows))
-    print_table(entries)
-    say(*gave_up(entries), *comparisons(entries))
-
-
-def gave_up(entries: Sequence[Entry]) -> list[str]:
-    """Where grading ended before it had an answer; these responses scored 0."""
-    lines = []
-    for entry in entries:
-        for row in entry.evals:
-            counts = {note: row["notes"][note] for note in ("timeout", "crash", "too long") if note in row["notes"]}
-            if counts:
-                described = ", ".join(f"{note} {num}" for note, num in counts.items())
-                lines.append(f"{entry.name} at T={row['temperature']:g}: grading gave up on responses: {described}")
-    return lines
-
-
-def comparisons(entries: Sequence[Entry]) -> list[str]:
-    """Each model against the first on the same problems, at each temperature; p-values corrected over all of them.
-
-    The last line says what the intervals are about; there is none without another model.
-    """
-    first, *others = entries
-    if not others:
-        return []
-    pairs = []
-    for other in others:
-        for a, b in zip(first.evals, other.evals, strict=True):
-            # Of one evaluation, whose problems have the same places for all models.
-            mine, theirs = a["problems"]["score"], b["problems"]["score"]
-            pairs.append((other.name, a["temperature"], paired(theirs, mine)))
-    corrected = holm([result.p_value for _, _, result in pairs])
-    lines = [
-        f"{name} - {first.name} at T={temperature:g}: {100 * result.difference.value:+.1f} points "
-        f"[{100 * result.difference.low:+.1f}, {100 * result.difference.high:+.1f}] (paired bootstrap over problems), "
-        f"p = {p:.2g} (Wilcoxon, Holm over {len(pairs)})"
-        for (name, temperature, result), p in zip(pairs, corrected, strict=True)
-    ]
-    note = "Intervals and p-values are over problems alone: they are about these models, and not about how they were "
-    return [*lines, note + "trained, for which it takes at least three seeds of each."]
-
-
-def show_responses(
-    model_name: str,
-    given: Sequence[str],
-    source: str,
-    template: Literal["chat", "raw"] | None,
-    num: int,
-    max_tokens: int,
-    seed: int,
-    sampling: Sampling,
-    template_arguments: Mapping[str, Any] | None = None,
-) -> None:
-    """Print `num` responses: to problems of a task with their scores, or to each of the given prompts."""
-    from rich.console import Console
-
-    task, examples = None, [Example(str(i), p) for i, p in enumerate(given) for _ in range(num)]
-    if not given:
-        task, examples = make_problems(Evaluation(source=source, num_problems=num, seed=seed))
-    model = ready(model_name)
-    prompts = make_prompts(
-        examples,
-        model.tokenizer,
-        template=template,
-        max_completion=max_tokens,
-        context_length=model.context_length,
-        template_arguments=template_arguments,
-    )
-    refuse_crossing(model, [p.token_ids for p in prompts], max_tokens, "--max-tokens")
-    _say_notes(prompts, model, template, template_arguments)
-    completions = sample(
-        model.model,
-        [prompt.token_ids for prompt in prompts],
-        [(seed, i) for i in range(len(prompts))],
-        max_tokens=max_tokens,
-        end_ids=end_set(model),
-        sampling=sampling,
-        vocab_size=num_named_rows(model),
-    )
-    console = Console()
-    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
-        text = model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        facts = [f"{len(completion.token_ids)} tokens", f"stopped by {completion.stop}"]
-        facts.append(f"entropy {sum(completion.entropies) / len(completion.entropies):.3f} nats")
-        if task is not None:
-            facts.append(f"score {task.grade([example], [text])[0].score:g}, answer {example.answer}")
-        console.print(plain(model.tokenizer.decode(prompt.token_ids), "dim"), plain(text, "bold"), sep="")
-        console.print(plain("  " + ", ".join(facts)))

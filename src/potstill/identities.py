@@ -10,11 +10,9 @@ Notation as in the design: p teacher, q student, s a prefix, y a text, d^T and d
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +25,7 @@ from potstill.fused import fused_loss
 from potstill.heads import Head
 from potstill.models import LanguageModel
 from potstill.objective import Loss, batch_loss, later_costs
-from potstill.printable import plain, say
 from potstill.probe import logits_error
-from potstill.runlog import write_atomically
 from potstill.types import Example, LossTerms, Prompt, Rollout, Stop
 
 V, WINDOW, END = 3, 3, 0
@@ -509,30 +505,6 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
     checks.append(Check(name, _relative(found["reverse"], policy)))
     mixed = 0.3 * found["forward"] + 0.7 * found["reverse"]
     return [*checks, Check("mixed gradient = w forward + (1 - w) reverse", _relative(found["mixed"], mixed))]
-
-
-def print_checks(checks: list[Check], json_file: Path | None = None) -> bool:
-    """Print one row a check, write them to a JSON file if asked, and say whether all hold."""
-    from rich.console import Console
-    from rich.table import Table as Rows
-
-    table = Rows(title="identities, in float64")
-    table.add_column("identity")
-    table.add_column("error", justify="right", no_wrap=True)
-    table.add_column("allowed", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for check in checks:
-        sign = ">=" if check.differs else "<="
-        verdict = "ok" if check.holds else "[bold]BROKEN[/]"
-        table.add_row(plain(check.name), f"{check.error:.1e}", f"{sign} {check.bound:g}", verdict)
-    Console().print(table)
-    num_broken = sum(not check.holds for check in checks)
-    say(f"{num_broken} of {len(checks)} are broken" if num_broken else f"all {len(checks)} hold")
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{**dataclasses.asdict(check), "holds": check.holds} for check in checks]
-        write_atomically(json_file, json.dumps(rows, indent=1) + "\n")
-    return not num_broken
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
