@@ -18,8 +18,8 @@ from synthetic_runs import write_run
 from potstill import Recipe, build_cache, evaluate, hub, run_grpo, train
 from potstill.cli import main
 from potstill.config import Evaluation, RecipeError
-from potstill.data import DataError
 from potstill.models import ASSETS, ModelError
+from potstill.types import DataError
 
 
 @pytest.fixture(scope="module")

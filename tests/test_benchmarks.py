@@ -7,10 +7,10 @@ from conftest import make_model
 
 from potstill.cli import main
 from potstill.config import Evaluation
-from potstill.data import DataError
 from potstill.evaluation import evaluate, make_problems
 from potstill.tasks import make_task
 from potstill.tasks.benchmarks import INSTRUCTION
+from potstill.types import DataError
 
 # As the hub's data sets have them.
 ROWS = {

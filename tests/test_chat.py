@@ -13,11 +13,12 @@ import potstill
 from potstill import build_cache, setup, templates
 from potstill.cli import main
 from potstill.config import Evaluation
-from potstill.data import DataError, load_examples, make_prompts, prompt_notes
+from potstill.data import load_examples, make_prompts, prompt_notes
 from potstill.evaluation import prepare_problems
 from potstill.grading import Grader
 from potstill.models import LanguageModel, ModelError, find_end_ids
 from potstill.templates import ChatTemplate, Conversation, as_parts, text_of
+from potstill.types import DataError
 
 HI = {"role": "user", "content": "Hi"}
 HELLO = {"role": "assistant", "content": "Hello"}

@@ -3,9 +3,9 @@ import json
 import pytest
 from conftest import make_model
 
-from potstill.data import DataError, load_examples, make_prompts, prompt_notes
+from potstill.data import load_examples, make_prompts, prompt_notes
 from potstill.tasks.multiplication import build_tokenizer
-from potstill.types import Example
+from potstill.types import DataError, Example
 
 CHAT = "{% for m in messages %}{{ m.content }}={% endfor %}{% if add_generation_prompt %}#{% endif %}"
 

@@ -10,13 +10,13 @@ from potstill import evaluation
 from potstill.cli import main
 from potstill.commands import gave_up
 from potstill.config import Evaluation, RecipeError
-from potstill.data import DataError
 from potstill.evaluation import evaluate, summarize
 from potstill.metrics import num_tokens_to_answer, step_means, zlib_ratio
 from potstill.models import load_model
 from potstill.results import Entry
 from potstill.runlog import RunError, locked, read_rows, write_rows
 from potstill.tasks.multiplication import Multiplication, build_tokenizer
+from potstill.types import DataError
 
 SMALL = Evaluation(source="multiplication", num_problems=6, num_responses=4, temperatures=(1.0, 0.6))
 

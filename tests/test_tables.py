@@ -9,9 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from potstill.data import DataError, load_examples
+from potstill.data import load_examples
 from potstill.tables import read_rows
 from potstill.tasks import make_task
+from potstill.types import DataError
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 

@@ -12,10 +12,10 @@ import potstill
 from potstill import runlog
 from potstill.batching import make_batches
 from potstill.config import Objective, RecipeError, Sampling, make_recipe
-from potstill.data import DataError
 from potstill.objective import Loss, teacher_signal
 from potstill.prefixes import Writing, write_rollouts
 from potstill.sampling import sample
+from potstill.types import DataError
 
 
 def with_hint(rollout, hint):

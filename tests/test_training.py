@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 import potstill
 from potstill import runlog, training
 from potstill.config import METHODS, RecipeError, to_toml
-from potstill.data import DataError
 from potstill.models import ModelError
 from potstill.probe import ready
 from potstill.rates import learning_rate
 from potstill.seeds import step_indices
-from potstill.types import NonFiniteError
+from potstill.types import DataError, NonFiniteError
 
 TIMES = [f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")]
 

@@ -10,10 +10,10 @@ from odd_models import make_tiny, make_tokenizer, write_folder
 import potstill
 from potstill import runlog
 from potstill.config import CacheOptions, Evaluation, Sampling
-from potstill.data import DataError
 from potstill.models import ModelError
 from potstill.probe import ready
 from potstill.sampling import sample
+from potstill.types import DataError
 from potstill.vocabulary import num_named_rows, shared_vocab_size, unshared_tokens
 
 NUM_IDS, PADDING = 314, 40

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from potstill.tables import DataError
 from potstill.templates import ChatTemplate, Conversation, TemplateError, lost, text_of
-from potstill.types import Example, Message
+from potstill.types import DataError, Example, Message
 
 # Takes the place of a message's content, to see where that message begins; no text begins with it.
 OTHER = "\ue000"

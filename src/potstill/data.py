@@ -11,10 +11,10 @@ from typing import Any, Literal
 from potstill.chat import render_examples
 from potstill.config import is_table
 from potstill.encoding import Encoding, Room, TooLong, close_completion, fit_prompts
-from potstill.tables import DataError, Row, make_row, read_rows, with_own_ids
+from potstill.tables import Row, make_row, read_rows, with_own_ids
 from potstill.tasks import make_task
 from potstill.templates import ChatTemplate
-from potstill.types import Example, Message, Prompt
+from potstill.types import DataError, Example, Message, Prompt
 
 # A task makes any number of problems; this many when the recipe does not say.
 DEFAULT_TASK_PROMPTS = 4096

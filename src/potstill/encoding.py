@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from potstill.chat import Texts, answers_of, closing_ids
-from potstill.tables import DataError
 from potstill.templates import ChatTemplate, text_of
-from potstill.types import Example, Prompt
+from potstill.types import DataError, Example, Prompt
 
 TooLong = Literal["refuse", "drop", "cut-left"]
 Completion = tuple[tuple[int, ...], tuple[bool, ...]]

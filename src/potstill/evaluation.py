@@ -21,7 +21,7 @@ from potstill.config import (
     run_evaluation,
     to_toml,
 )
-from potstill.data import DataError, make_prompts, prompt_notes
+from potstill.data import make_prompts, prompt_notes
 from potstill.ends import end_set, named_end_ids
 from potstill.grading import Grade, majority
 from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
@@ -45,7 +45,7 @@ from potstill.runlog import (
 from potstill.sampling import sample
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import Task, make_task
-from potstill.types import Example, Prompt
+from potstill.types import DataError, Example, Prompt
 from potstill.vocabulary import num_named_rows
 
 Row = dict[str, Any]

@@ -8,7 +8,6 @@ from pathlib import Path
 from potstill import distributed, vocabulary
 from potstill.cache import Cache, CachedTeacher
 from potstill.config import Recipe, RecipeError, Window, is_table, run_evaluation
-from potstill.data import DataError
 from potstill.distributed import World
 from potstill.ends import Ends, find_ends
 from potstill.evaluation import prepare_problems
@@ -22,7 +21,7 @@ from potstill.prompts import prepare_prompts
 from potstill.rope import refuse_crossing
 from potstill.tasks import make_task
 from potstill.templates import today
-from potstill.types import Prompt
+from potstill.types import DataError, Prompt
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 from potstill.config import DATA_SUFFIXES, is_hub_id, sources
 from potstill.hub import cache_first, cannot_be_had, is_reachable
-from potstill.types import Example
+from potstill.types import DataError, Example
 
 # Rows of a Parquet file that are decoded together.
 BATCH_ROWS = 1024
 UTF8 = "save the file as UTF-8"
-
-
-class DataError(ValueError):
-    """Prompts that cannot be used; the message is one line and says what to do."""
 
 
 class Row(NamedTuple):

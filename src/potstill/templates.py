@@ -13,8 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from potstill.tables import DataError
-from potstill.types import Message
+from potstill.types import DataError, Message
 
 # Of the processor, for one conversation.
 SECONDS = 2.0

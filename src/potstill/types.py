@@ -27,6 +27,10 @@ class ModelError(ValueError):
     """A model that cannot be used as asked; the message is one line and says what to do."""
 
 
+class DataError(ValueError):
+    """Prompts that cannot be used; the message is one line and says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One problem as text: what a task or a data file provides.

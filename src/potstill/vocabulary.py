@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from potstill.data import DataError
 from potstill.models import LanguageModel
-from potstill.types import ModelError, Prompt
+from potstill.types import DataError, ModelError, Prompt
 
 if TYPE_CHECKING:
     from potstill.cache import CachedTeacher
