@@ -14,7 +14,7 @@ import numpy as np
 
 from potstill.cache import Cache
 from potstill.config import Objective, Sampling
-from potstill.sampling import sample
+from potstill.sampling import OtherWriter, sample
 from potstill.types import Prompt, Rollout, Stop, Writer
 
 
@@ -138,9 +138,9 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed])
         end_ids=writing.end_ids,
         sampling=writing.sampling,
         vocab_size=writing.vocab_size,
-        other_model=writing.models["student"],
-        other_prompts=[prompt.ids_of("student") for prompt in prompts],
-        other_share=writing.objective.student_share,
+        other=OtherWriter(
+            writing.models["student"], [prompt.ids_of("student") for prompt in prompts], writing.objective.student_share
+        ),
     )
     names: tuple[Writer, Writer] = ("teacher", "student")
     return [

@@ -30,6 +30,14 @@ NUCLEUS, GROWTH = 128, 8
 TURNS = 1
 
 
+class OtherWriter(NamedTuple):
+    """A second model that may write each token, what it reads, and the probability that a token is its own."""
+
+    model: Any
+    prompts: Sequence[tuple[int, ...]]
+    share: float
+
+
 @torch.inference_mode()
 def sample(
     model,
@@ -41,37 +49,34 @@ def sample(
     sampling: Sampling,
     vocab_size: int | None = None,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
-    other_model=None,
-    other_prompts: Sequence[tuple[int, ...]] = (),
-    other_share: float = 0.0,
+    other: OtherWriter | None = None,
 ) -> list[Completion]:
     """Draw one completion of 1 to `max_tokens` tokens (one number, or one a prompt) for each prompt, in their order.
 
     `model` is a Hugging Face causal LM, `seeds` holds integers that name each row's random stream, and decoding stops
     after any of `end_ids`, which is then part of the completion. Only ids below `vocab_size` are drawn, from the
     distribution over them; the rows of a head beyond that may have no token. `on_tokens` is told how many tokens each
-    batch wrote. With an `other_model`, which reads `other_prompts`, each token comes from it with probability
-    `other_share`: an exact draw from the mixture of both distributions, of which it is also known whose it was. Raises
-    NonFiniteError when a model gives no distribution to draw from. With temperature 1 and no truncation this is exact
-    ancestral sampling, by inversion of the cumulative distribution.
+    batch wrote. With an `other` writer each token comes from it with the probability that is its share: an exact draw
+    from the mixture of both distributions, of which it is also known whose it was. Raises NonFiniteError when a model
+    gives no distribution to draw from. With temperature 1 and no truncation this is exact ancestral sampling, by
+    inversion of the cumulative distribution.
     """
     caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-    models, texts = [model], [prompts]
-    if other_model is not None:
-        models, texts = [model, other_model], [prompts, other_prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[Completion | None] = [None] * len(prompts)
     for start in range(0, len(order), sampling.batch_size):
         rows = order[start : start + sampling.batch_size]
+        max_length = max(caps[i] for i in rows)
+        decoders = [_Decoder(model, [prompts[i] for i in rows], max_length)]
+        if other is not None:
+            decoders.append(_Decoder(other.model, [other.prompts[i] for i in rows], max_length))
         decoded = _decode(
-            models,
-            [[each[i] for i in rows] for each in texts],
-            [seeds[i] for i in rows],
+            decoders,
+            _Draws.of([seeds[i] for i in rows], max_length, other, decoders[0].device),
             [caps[i] for i in rows],
-            end_ids,
-            sampling,
-            vocab_size,
-            other_share,
+            end_ids=frozenset(end_ids),
+            sampling=sampling,
+            vocab_size=vocab_size,
         )
         for i, completion in zip(rows, decoded, strict=True):
             completions[i] = completion
@@ -79,84 +84,105 @@ def sample(
     return completions  # pyright: ignore[reportReturnType]
 
 
+class _Draws(NamedTuple):
+    """Random numbers of a batch: one a token to draw it with, and whether it is the other writer's turn."""
+
+    uniforms_LR: Tensor
+    is_others_LR: Tensor
+
+    @staticmethod
+    def of(
+        seeds: Sequence[tuple[int, ...]], max_length: int, other: OtherWriter | None, device: torch.device
+    ) -> "_Draws":
+        streams = [np.random.default_rng(seed).random(max_length) for seed in seeds]
+        uniforms_LR = torch.from_numpy(np.stack(streams, axis=1)).to(device)
+        if other is None:
+            return _Draws(uniforms_LR, torch.zeros(uniforms_LR.shape, dtype=torch.bool, device=device))
+        # Turns come from streams of their own, so that the other draws are those of one model alone.
+        turns = [np.random.default_rng((*seed, TURNS)).random(max_length) < other.share for seed in seeds]
+        return _Draws(uniforms_LR, torch.from_numpy(np.stack(turns, axis=1)).to(device))
+
+    def keep(self, kept: Tensor) -> "_Draws":
+        return _Draws(self.uniforms_LR[:, kept], self.is_others_LR[:, kept])
+
+
+class _Decoder:
+    """One model in the middle of a batch: the ids that come next, positions, mask, and cache.
+
+    `length` is how many ids the cache holds after the next pass.
+    """
+
+    def __init__(self, model, prompts: Sequence[tuple[int, ...]], max_length: int):
+        self.model, self.cache = model, None
+        self.device = next(model.parameters()).device
+        self.next_ids_RT, self.positions_RT, self.mask_RT = _left_pad(prompts, max_length, self.device)
+        self.length = self.next_ids_RT.shape[1]
+
+    def next_logits(self) -> Tensor:
+        """The logits [R, V] after the ids that come next, which are then in the cache."""
+        places = slice(self.length - self.next_ids_RT.shape[1], self.length)
+        positions_RT = self.positions_RT[:, places]
+        inputs = {"input_ids": self.next_ids_RT, "position_ids": positions_RT, "past_key_values": self.cache}
+        if self.mask_RT is not None:
+            inputs["attention_mask"] = self.mask_RT[:, : self.length]
+        output = self.model(**inputs, **_quiet_routers(self.model), use_cache=True, logits_to_keep=1)
+        if self.cache is None:
+            self.cache = _with_room(output.past_key_values)
+        return output.logits[:, -1]
+
+    def push(self, ids_R: Tensor) -> None:
+        self.next_ids_RT = ids_R[:, None]
+        self.length += 1
+
+    def keep(self, kept: Tensor) -> None:
+        """Drop all rows but these."""
+        assert self.cache is not None, "a pass comes first"
+        # Not batch_select_indices, which layers with recurrent states do not have.
+        self.cache.reorder_cache(kept)
+        if self.mask_RT is not None:
+            self.positions_RT, self.mask_RT = self.positions_RT[kept], self.mask_RT[kept]
+
+
 def _decode(
-    models,
-    texts,
-    seeds,
+    decoders: list[_Decoder],
+    draws: _Draws,
     caps: list[int],
-    end_ids: Sequence[int],
+    *,
+    end_ids: frozenset[int],
     sampling: Sampling,
     vocab_size: int | None,
-    other_share: float,
 ) -> list[Completion]:
     """Decode one batch. R is the number of rows still in it, L the largest cap."""
-    device = next(models[0].parameters()).device
-    ends = frozenset(end_ids)
-    max_tokens = max(caps)
-    streams = [np.random.default_rng(seed).random(max_tokens) for seed in seeds]
-    uniforms_LR = torch.from_numpy(np.stack(streams, axis=1)).to(device)
-    # Whose turn it is comes from streams of its own, so that the other draws are those of one model alone.
-    is_others_LR = torch.zeros(uniforms_LR.shape, dtype=torch.bool, device=device)
-    if len(models) > 1:
-        turns = [np.random.default_rng((*seed, TURNS)).random(max_tokens) < other_share for seed in seeds]
-        is_others_LR = torch.from_numpy(np.stack(turns, axis=1)).to(device)
-    # Of each model: the ids that come next, positions and mask, cache, and how many ids the cache will then hold.
-    padded = [_left_pad(prompts, max_tokens, device) for prompts in texts]
-    next_ids, positions, masks = (list(each) for each in zip(*padded, strict=True))
-    caches: list[Any] = [None] * len(models)
-    lengths = [ids_RT.shape[1] for ids_RT in next_ids]
-    rows = list(range(len(seeds)))
+    written = [_Written([], [], [], []) for _ in caps]
+    rows = list(range(len(caps)))
     running = set(rows)
-    written: list[_Written] = [_Written([], [], [], []) for _ in seeds]
-    for step in range(max_tokens):
-        draws = []
-        for m, model in enumerate(models):
-            places = slice(lengths[m] - next_ids[m].shape[1], lengths[m])
-            inputs = {"input_ids": next_ids[m], "position_ids": positions[m][:, places], "past_key_values": caches[m]}
-            if (mask_RT := masks[m]) is not None:
-                inputs["attention_mask"] = mask_RT[:, : lengths[m]]
-            output = model(**inputs, **_quiet_routers(model), use_cache=True, logits_to_keep=1)
-            if caches[m] is None:
-                caches[m] = _with_room(output.past_key_values)
-            draws.append(draw(output.logits[:, -1, :vocab_size], uniforms_LR[step], sampling))
-        ids_R, log_probs_R, entropies_R = draws[0]
-        if len(models) > 1:
-            drawn = (torch.where(is_others_LR[step], theirs, mine) for mine, theirs in zip(*draws, strict=True))
-            ids_R, log_probs_R, entropies_R = drawn
-        columns = (ids_R.tolist(), log_probs_R.tolist(), entropies_R.tolist(), is_others_LR[step].tolist())
-        # What rows draw that have finished but not left yet is thrown away.
-        for row, token_id, log_prob, entropy, is_others in zip(rows, *columns, strict=True):
+    for step in range(max(caps)):
+        drawn = [draw(decoder.next_logits()[:, :vocab_size], draws.uniforms_LR[step], sampling) for decoder in decoders]
+        is_others_R = draws.is_others_LR[step]
+        ids_R, log_probs_R, entropies_R = drawn[0] if len(drawn) == 1 else _by_turns(*drawn, is_others_R)
+        columns = (ids_R.tolist(), log_probs_R.tolist(), entropies_R.tolist(), is_others_R.tolist())
+        # Finished rows that have not left yet draw tokens which are thrown away.
+        for row, token_id, *numbers in zip(rows, *columns, strict=True):
             if row in running:
-                written[row].token_ids.append(token_id)
-                written[row].log_probs.append(log_prob)
-                written[row].entropies.append(entropy)
-                written[row].models.append(int(is_others))
-                if token_id in ends or step + 1 == caps[row]:
+                written[row].add(token_id, *numbers)
+                if token_id in end_ids or step + 1 == caps[row]:
                     running.remove(row)
         if not running:
             break
         if len(running) <= COMPACT_AT * len(rows):
-            kept = torch.tensor([i for i, row in enumerate(rows) if row in running], device=device)
+            kept = torch.tensor([i for i, row in enumerate(rows) if row in running], device=ids_R.device)
             rows = [row for row in rows if row in running]
-            ids_R, uniforms_LR, is_others_LR = ids_R[kept], uniforms_LR[:, kept], is_others_LR[:, kept]
-            for m, cache in enumerate(caches):
-                # Not batch_select_indices, which layers with recurrent states do not have.
-                cache.reorder_cache(kept)
-                if (mask_RT := masks[m]) is not None:
-                    positions[m], masks[m] = positions[m][kept], mask_RT[kept]
-        next_ids, lengths = [ids_R[:, None]] * len(models), [length + 1 for length in lengths]
-    if not all(math.isfinite(log_prob) for each in written for log_prob in each.log_probs):
-        raise NonFiniteError("the logits of the model that writes are not finite, so nothing can be drawn from them")
-    return [
-        Completion(
-            tuple(each.token_ids),
-            "end" if each.token_ids[-1] in ends else "length",
-            tuple(each.log_probs),
-            tuple(each.entropies),
-            tuple(each.models),
-        )
-        for each in written
-    ]
+            ids_R, draws = ids_R[kept], draws.keep(kept)
+            for decoder in decoders:
+                decoder.keep(kept)
+        for decoder in decoders:
+            decoder.push(ids_R)
+    return [completion.finished(end_ids) for completion in written]
+
+
+def _by_turns(ours: tuple[Tensor, ...], others: tuple[Tensor, ...], is_others_R: Tensor) -> list[Tensor]:
+    """The other writer's draw where it is its turn, else ours."""
+    return [torch.where(is_others_R, theirs, mine) for mine, theirs in zip(ours, others, strict=True)]
 
 
 def _quiet_routers(model) -> dict[str, bool]:
@@ -166,10 +192,27 @@ def _quiet_routers(model) -> dict[str, bool]:
 
 
 class _Written(NamedTuple):
+    """The tokens of one completion so far, with their log-probabilities, entropies and writers."""
+
     token_ids: list[int]
     log_probs: list[float]
     entropies: list[float]
     models: list[int]
+
+    def add(self, token_id: int, log_prob: float, entropy: float, is_others: bool) -> None:
+        self.token_ids.append(token_id)
+        self.log_probs.append(log_prob)
+        self.entropies.append(entropy)
+        self.models.append(int(is_others))
+
+    def finished(self, end_ids: frozenset[int]) -> Completion:
+        """Raises NonFiniteError for a token that was drawn from no distribution."""
+        if not all(map(math.isfinite, self.log_probs)):
+            raise NonFiniteError(
+                "the logits of the model that writes are not finite, so nothing can be drawn from them"
+            )
+        stop = "end" if self.token_ids[-1] in end_ids else "length"
+        return Completion(tuple(self.token_ids), stop, tuple(self.log_probs), tuple(self.entropies), tuple(self.models))
 
 
 def _left_pad(prompts, max_tokens: int, device) -> tuple[Tensor, Tensor, Tensor | None]:
