@@ -88,7 +88,7 @@ def _bfloat16_products() -> Iterator[None]:
 
 
 class Problem:
-    """What is asked, checked: both sides, labels, the end class, and which rows of the vocabulary are here."""
+    """Validated inputs of one fused-KL call: both models, labels, end class, and this rank's rows of the vocabulary."""
 
     def __init__(
         self,
@@ -103,45 +103,15 @@ class Problem:
         mixture_weight: float | None,
         shard: VocabShard | None,
     ):
-        _check_side("student", hidden_ND, head)
-        sizes = [len(head.weight_VD)]
-        if (teacher_hidden_NE is None) != (teacher_head is None):
-            raise ValueError("give both the teacher's hidden states and its head, or neither")
-        if teacher_hidden_NE is not None and teacher_head is not None:
-            _check_side("teacher", teacher_hidden_NE, teacher_head)
-            sizes.append(len(teacher_head.weight_VD))
-            if len(teacher_hidden_NE) != len(hidden_ND):
-                raise ValueError(
-                    f"there are {len(hidden_ND)} student rows and {len(teacher_hidden_NE)} teacher rows; row i of both "
-                    "must be about the same token"
-                )
-        if vocab_size is None and len(set(sizes)) > 1:
-            raise ValueError(f"heads of {sizes[0]} and {sizes[1]} rows; give vocab_size, the number of rows they share")
-        self.vocab_size = min(sizes) if vocab_size is None else vocab_size
-        if not 1 <= self.vocab_size <= min(sizes):
-            raise ValueError(f"vocab_size is {vocab_size}; the heads have {sizes} rows")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0")
-        if mixture_weight is not None and not 0 < mixture_weight < 1:
-            raise ValueError(
-                f"mixture_weight is {mixture_weight}; it must be strictly between 0 and 1: the mixture is one of the "
-                "models there"
-            )
-        if mixture_weight is not None and teacher_head is None:
-            raise ValueError("a divergence from the mixture needs a teacher's hidden states and head")
-        if len(set(end_ids)) != len(end_ids):
-            raise ValueError(f"end_ids {list(end_ids)} name an id twice")
+        sizes = _sizes(hidden_ND, head, teacher_hidden_NE, teacher_head)
+        self.vocab_size = _shared_size(sizes, vocab_size)
+        _check_settings(temperature, mixture_weight, has_teacher=teacher_head is not None)
         self.num_rows, self.shard, self.mixture_weight = len(hidden_ND), shard, mixture_weight
         self.device, self.dtype = hidden_ND.device, torch.promote_types(hidden_ND.dtype, torch.float32)
-        if labels_N is not None and (labels_N.shape != (self.num_rows,) or labels_N.dtype != torch.long):
-            raise ValueError(
-                f"labels are {labels_N.dtype} {list(labels_N.shape)}; give int64 [{self.num_rows}], one id a row"
-            )
         limit = None if shard else self.vocab_size
-        if labels_N is not None and self.num_rows:
-            _check_ids("a label", int(labels_N.amin()), int(labels_N.amax()), limit)
-        if end_ids:
-            _check_ids("an end id", min(end_ids), max(end_ids), limit)
+        if labels_N is not None:
+            _check_labels(labels_N, self.num_rows, limit)
+        _check_end_ids(end_ids, limit)
 
         # From here on ids are those of this rank's rows; the ids of other ranks are negative or too large.
         start = shard.start if shard else 0
@@ -159,6 +129,62 @@ class Problem:
     @property
     def sides(self) -> list[Side]:
         return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+
+def _sizes(
+    hidden_ND: Tensor, head: Head, teacher_hidden_NE: Tensor | None, teacher_head: Head | None
+) -> tuple[int, ...]:
+    """The rows of each head, once both sides are found to fit together."""
+    _check_side("student", hidden_ND, head)
+    if (teacher_hidden_NE is None) != (teacher_head is None):
+        raise ValueError("give both the teacher's hidden states and its head, or neither")
+    if teacher_hidden_NE is None or teacher_head is None:
+        return (len(head.weight_VD),)
+    _check_side("teacher", teacher_hidden_NE, teacher_head)
+    if len(teacher_hidden_NE) != len(hidden_ND):
+        raise ValueError(
+            f"there are {len(hidden_ND)} student rows and {len(teacher_hidden_NE)} teacher rows; row i of both must be "
+            "about the same token"
+        )
+    return len(head.weight_VD), len(teacher_head.weight_VD)
+
+
+def _shared_size(sizes: tuple[int, ...], vocab_size: int | None) -> int:
+    """The rows that take part: as many as are asked for, or all where both heads have as many."""
+    if vocab_size is None and len(set(sizes)) > 1:
+        raise ValueError(f"heads of {sizes[0]} and {sizes[1]} rows; give vocab_size, the number of rows they share")
+    shared = min(sizes) if vocab_size is None else vocab_size
+    if not 1 <= shared <= min(sizes):
+        raise ValueError(f"vocab_size is {vocab_size}; the heads have {list(sizes)} rows")
+    return shared
+
+
+def _check_settings(temperature: float, mixture_weight: float | None, has_teacher: bool) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    if mixture_weight is None:
+        return
+    if not 0 < mixture_weight < 1:
+        raise ValueError(
+            f"mixture_weight is {mixture_weight}; it must be strictly between 0 and 1: the mixture is one of the "
+            "models there"
+        )
+    if not has_teacher:
+        raise ValueError("a divergence from the mixture needs a teacher's hidden states and head")
+
+
+def _check_labels(labels_N: Tensor, num_rows: int, limit: int | None) -> None:
+    if labels_N.shape != (num_rows,) or labels_N.dtype != torch.long:
+        raise ValueError(f"labels are {labels_N.dtype} {list(labels_N.shape)}; give int64 [{num_rows}], one id a row")
+    if num_rows:
+        _check_ids("a label", int(labels_N.amin()), int(labels_N.amax()), limit)
+
+
+def _check_end_ids(end_ids: tuple[int, ...], limit: int | None) -> None:
+    if len(set(end_ids)) != len(end_ids):
+        raise ValueError(f"end_ids {list(end_ids)} name an id twice")
+    if end_ids:
+        _check_ids("an end id", min(end_ids), max(end_ids), limit)
 
 
 def _check_side(who: str, hidden: Tensor, head: Head) -> None:
