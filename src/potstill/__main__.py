@@ -1,3 +1,5 @@
+"""The program `potstill`: where Python starts the command line."""
+
 from potstill.boundary import boundary
 
 
