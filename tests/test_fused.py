@@ -4,6 +4,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from potstill import divergence, fused, passes
 from potstill.divergence import log_mixture
 from potstill.fused import close_kl, fused_loss, fused_statistics
 from potstill.heads import Head
@@ -104,17 +106,17 @@ def brute_force(inputs: Inputs, temperature=1.0, end_ids=(), mixture_weight=0.3,
     m = mixture_weight * p + (1 - mixture_weight) * q
     skew_forward, skew_reverse = (p * (p / m).log()).sum(-1), (q * (q / m).log()).sum(-1)
     return TokenStats(
-        -(q * q.log()).sum(-1),
-        student_sum,
-        (p * (p / q).log()).sum(-1),
-        (q * (q / p).log()).sum(-1),
-        mixture_weight * skew_forward + (1 - mixture_weight) * skew_reverse,
-        -(p * p.log()).sum(-1),
-        teacher_sum,
-        student_label,
-        teacher_label,
-        skew_forward,
-        skew_reverse,
+        student_entropy_N=-(q * q.log()).sum(-1),
+        student_log_sum_exp_N=student_sum,
+        forward_kl_N=(p * (p / q).log()).sum(-1),
+        reverse_kl_N=(q * (q / p).log()).sum(-1),
+        jsd_N=mixture_weight * skew_forward + (1 - mixture_weight) * skew_reverse,
+        teacher_entropy_N=-(p * p.log()).sum(-1),
+        teacher_log_sum_exp_N=teacher_sum,
+        student_log_prob_N=student_label,
+        teacher_log_prob_N=teacher_label,
+        skew_forward_N=skew_forward,
+        skew_reverse_N=skew_reverse,
     )
 
 
@@ -151,8 +153,20 @@ TERMS = {
     "gated forward": LossTerms(forward=1.0, forward_above=3.45),
     "entropy": LossTerms(entropy=1.0),
     "cross_entropy": LossTerms(cross_entropy=1.0),
-    "all": LossTerms(0.4, -0.5, 0.6, -0.7, 0.8, -0.3, 0.9, mixture_weight=0.3, forward_above=3.45),
-    "by token": LossTerms(torch.linspace(0, 1, 37), torch.linspace(1, 0, 37), cross_entropy=torch.linspace(-1, 1, 37)),
+    "all": LossTerms(
+        forward=0.4,
+        reverse=-0.5,
+        jsd=0.6,
+        entropy=-0.7,
+        cross_entropy=0.8,
+        skew_forward=-0.3,
+        skew_reverse=0.9,
+        mixture_weight=0.3,
+        forward_above=3.45,
+    ),
+    "by token": LossTerms(
+        forward=torch.linspace(0, 1, 37), reverse=torch.linspace(1, 0, 37), cross_entropy=torch.linspace(-1, 1, 37)
+    ),
 }
 HEADS = {
     "plain": {},
@@ -257,6 +271,45 @@ def test_gradcheck():
         return tuple(getattr(stats, name) for name in STUDENT_STATISTICS)
 
     assert torch.autograd.gradcheck(function, inputs.trained)
+
+
+def in_another_order(order: Sequence[str]) -> type:
+    """The class TokenStats with its fields in this order."""
+    types = {field.name: field.type for field in dataclasses.fields(TokenStats)}
+    fields = [(name, types[name], dataclasses.field(default=None)) for name in order]
+    return dataclasses.make_dataclass("TokenStats", fields, frozen=True, slots=True, kw_only=True)
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+@pytest.mark.parametrize("num_rows", [37, 0])
+def test_the_order_of_the_statistics_changes_nothing(monkeypatch, num_rows, with_labels):
+    """Statistics are taken by name: with the fields of the class in other orders, every value and gradient stays."""
+
+    names = TokenStats.__slots__
+
+    def everything():
+        inputs = make_inputs(num_rows=num_rows)
+        options = {"labels_N": inputs.labels if with_labels else None, "end_ids": ENDS, "tile": (16, 40)}
+        loss, loss_N, of_loss = fused_loss(*inputs.args(), TERMS["jsd"], **options)
+        kl_N, close = close_kl(*inputs.args(), **options)
+        alone = fused_statistics(inputs.hidden, inputs.head, **options)
+        both = fused_statistics(*inputs.args(), mixture_weight=0.3, **options)
+        # Each statistic counts differently, so that no two can change places.
+        used = [name for name in STUDENT_STATISTICS if getattr(both, name) is not None]
+        (loss + sum(i * getattr(both, name).sum() for i, name in enumerate(used, 1))).backward()
+        values = {"loss_N": loss_N, "kl_N": kl_N}
+        values |= {f"gradient {i}": tensor.grad for i, tensor in enumerate(inputs.trained)}
+        for which, stats in {"loss": of_loss, "close": close, "alone": alone, "both": both}.items():
+            values |= {f"{name} of {which}": getattr(stats, name) for name in names}
+        return values
+
+    expected = everything()
+    for order in (names[::-1], names[5:] + names[:5], (names[2], names[3], *names[:2], *names[4:])):
+        for module in (fused, passes, divergence):
+            monkeypatch.setattr(module, "TokenStats", in_another_order(order))
+        for name, value in everything().items():
+            assert (value is None) == (expected[name] is None), name
+            assert value is None or torch.equal(value, expected[name]), name
 
 
 def run_loss(inputs: Inputs, terms=TERMS["all"], **options):
@@ -377,7 +430,7 @@ def test_properties(seed, spread, forward_weight):
         assert loss(terms, same).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("terms", [LossTerms(forward=1.0), LossTerms(reverse=1.0), LossTerms(0.5, 0.5)])
+@pytest.mark.parametrize("terms", [LossTerms(forward=1.0), LossTerms(reverse=1.0), LossTerms(forward=0.5, reverse=0.5)])
 def test_a_tiny_divergence_is_right_to_one_percent(terms):
     """The Bregman form: about 2e-6 nats, where a difference of cross-entropies is noise."""
     torch.manual_seed(0)
@@ -402,7 +455,7 @@ def test_peaked_offset_and_underflowing_logits():
     exact = exact.to(torch.float32).to(torch.float64)
     probs = (exact.hidden @ exact.head.weight_VD.T).float().softmax(-1)
     assert (probs == 0).any(), "nothing underflows"
-    terms = LossTerms(0.4, 0.6, 0.2, mixture_weight=0.3)
+    terms = LossTerms(forward=0.4, reverse=0.6, jsd=0.2, mixture_weight=0.3)
     logits = [h @ head.weight_VD.T + head.bias_V for h, head in (exact.args()[:2], exact.args()[2:])]
     ls, lt = (z.log_softmax(-1) for z in logits)
     lm = torch.logaddexp(lt + math.log(0.3), ls + math.log(0.7))

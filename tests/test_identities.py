@@ -97,7 +97,7 @@ def wrong_terms(monkeypatch):
 
     def wrong(self):
         terms = real(self)
-        return LossTerms(terms.reverse, terms.forward) if self.objective.kl == "mixed" else terms
+        return LossTerms(forward=terms.reverse, reverse=terms.forward) if self.objective.kl == "mixed" else terms
 
     monkeypatch.setattr(Loss, "terms", wrong)
 

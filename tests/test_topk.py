@@ -35,12 +35,12 @@ def coarse_statistics(inputs, ids_NK, temperature, end_ids, teacher_entropy_N, v
     )
     zero_N = torch.zeros(len(p))
     return TokenStats(
-        zero_N,
-        zero_N,
-        forward,
-        reverse,
-        0.3 * skew_forward + 0.7 * skew_reverse,
-        teacher_entropy_N,
+        student_entropy_N=zero_N,
+        student_log_sum_exp_N=zero_N,
+        forward_kl_N=forward,
+        reverse_kl_N=reverse,
+        jsd_N=0.3 * skew_forward + 0.7 * skew_reverse,
+        teacher_entropy_N=teacher_entropy_N,
         student_log_prob_N=zero_N,
         skew_forward_N=skew_forward,
         skew_reverse_N=skew_reverse,

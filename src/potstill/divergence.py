@@ -140,7 +140,11 @@ def token_statistics(
 
     z_NV = _at_least_float32(student_logits_NV) / temperature
     z_sum_N, ls_NV = z_NV.logsumexp(-1), merge_end_class(z_NV, end_ids).log_softmax(-1)
-    stats = TokenStats(entropy(ls_NV), z_sum_N, student_log_prob_N=log_prob(z_NV, z_sum_N))
+    stats = TokenStats(
+        student_entropy_N=entropy(ls_NV),
+        student_log_sum_exp_N=z_sum_N,
+        student_log_prob_N=log_prob(z_NV, z_sum_N),
+    )
     if teacher_logits_NV is None:
         return stats
     y_NV = _at_least_float32(teacher_logits_NV) / temperature

@@ -11,7 +11,8 @@ plain version of all this.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from potstill import divergence
 from potstill.heads import Head
 from potstill.passes import Gradients, Walk, gated, is_there, refuse_rows
 from potstill.problem import Problem
-from potstill.types import LossTerms, TokenStats, VocabShard
+from potstill.types import LossTerms, TokenStats, VocabShard, Weight
 
 MIB = 2**20
 DEFAULT_BUDGET = 256 * MIB
@@ -74,7 +75,7 @@ def fused_loss(
     trained = tuple(wants_gradient and t is not None and t.requires_grad for t in inputs)
     walk = Walk(problem, budget if wants_gradient else 0, backend, tile, trains_head=trained[1])
     loss_sum, loss_N, *values = _Loss.apply(*inputs, terms, weights_N, scale, walk, trained)  # pyright: ignore
-    return loss_sum, loss_N, _stats(values)
+    return loss_sum, loss_N, _from_values(values)
 
 
 def fused_statistics(
@@ -103,7 +104,7 @@ def fused_statistics(
     if backend == "plain":
         return _plain_statistics(problem, sides, labels_N, end_ids, temperature)
     walk = Walk(problem, 0, backend, tile, trains_head=True)
-    return _stats(_Statistics.apply(hidden_ND, head.weight_VD, head.bias_V, walk))  # pyright: ignore
+    return _from_values(_Statistics.apply(hidden_ND, head.weight_VD, head.bias_V, walk))  # pyright: ignore
 
 
 @torch.no_grad()
@@ -127,12 +128,12 @@ def close_kl(
     sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
     problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), None, None)
     walk = Walk(problem, DEFAULT_BUDGET, "auto", tile, trains_head=False)
-    values, kls = [], [torch.zeros(0, dtype=torch.float64, device=problem.device)]
+    parts, kls = [], [torch.zeros(0, dtype=torch.float64, device=problem.device)]
     for group in walk.groups():
         found = walk.statistics(group)
-        values.append(found.values(problem))
+        parts.append(found.stats(problem))
         kls.append(walk.forward_kl(found))
-    return torch.cat(kls), _stats(_joined(values, problem))
+    return torch.cat(kls), _joined(parts, problem)
 
 
 class _Loss(torch.autograd.Function):
@@ -142,20 +143,21 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, terms, weights_N, scale, walk, trained):  # pyright: ignore[reportIncompatibleMethodOverride]
         problem: Problem = walk.problem
         into = Gradients(walk, hidden, weight, bias, trained)
-        values, kls = [], []
+        parts, kls = [], []
         with torch.autocast(hidden.device.type, enabled=False):
             for group in walk.groups():
                 found = walk.statistics(group)
-                values.append(found.values(problem))
+                parts.append(found.stats(problem))
                 if any(trained):
                     kls.append(walk.gradient(found, terms, 0.0, weights_N, scale, into))
-            stats = _joined(values, problem)
-            loss_N = token_loss(terms, _stats(stats), torch.cat(kls) if kls else None)
+            stats = _joined(parts, problem)
+            loss_N = token_loss(terms, stats, torch.cat(kls) if kls else None)
             ctx.gradients = into.finish(problem, [None if t is None else t.dtype for t in (hidden, weight, bias)])
         loss_sum = scale * (loss_N if weights_N is None else loss_N * weights_N).sum()
-        ctx.mark_non_differentiable(loss_N, *(t for t in stats if t is not None))
+        values = _to_values(stats)
+        ctx.mark_non_differentiable(loss_N, *(t for t in values if t is not None))
         ctx.set_materialize_grads(False)
-        return loss_sum, loss_N, *stats
+        return loss_sum, loss_N, *values
 
     @staticmethod
     def backward(ctx, upstream, *unused):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -179,27 +181,40 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, walk):  # pyright: ignore[reportIncompatibleMethodOverride]
         with torch.autocast(hidden.device.type, enabled=False):
             ctx.found = [walk.statistics(group) for group in walk.groups()]
-            values = _joined([found.values(walk.problem) for found in ctx.found], walk.problem)
+            stats = _joined([found.stats(walk.problem) for found in ctx.found], walk.problem)
         ctx.walk = walk
         ctx.save_for_backward(hidden, weight, bias)
-        names = TokenStats.__slots__
-        constant = [v for name, v in zip(names, values, strict=True) if name.startswith("teacher") and v is not None]
-        ctx.mark_non_differentiable(*constant)
+        constant = (stats.teacher_entropy_N, stats.teacher_log_sum_exp_N, stats.teacher_log_prob_N)
+        ctx.mark_non_differentiable(*(value for value in constant if value is not None))
         ctx.set_materialize_grads(False)
-        return tuple(values)
+        return _to_values(stats)
 
     @staticmethod
     def backward(ctx, *upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         walk, (hidden, weight, bias) = ctx.walk, ctx.saved_tensors
         into = Gradients(walk, hidden, weight, bias, ctx.needs_input_grad[:3])
-        h, lse, f, r, j, _, _, log_prob, _, skew_f, skew_r = (0.0 if g is None else g for g in upstream)
         problem = walk.problem
-        terms = LossTerms(f, r, j, h, -log_prob, skew_f, skew_r, problem.mixture_weight or 0.5)
+        gradients = _from_values(upstream)
+        terms = LossTerms(
+            forward=_weight(gradients.forward_kl_N),
+            reverse=_weight(gradients.reverse_kl_N),
+            jsd=_weight(gradients.jsd_N),
+            entropy=_weight(gradients.student_entropy_N),
+            cross_entropy=-_weight(gradients.student_log_prob_N),
+            skew_forward=_weight(gradients.skew_forward_N),
+            skew_reverse=_weight(gradients.skew_reverse_N),
+            mixture_weight=problem.mixture_weight or 0.5,
+        )
+        log_sum_exp = _weight(gradients.student_log_sum_exp_N)
         with torch.autocast(hidden.device.type, enabled=False):
             for found in ctx.found:
-                walk.gradient(found, terms, lse, None, 1.0, into)
-            gradients = into.finish(problem, [None if t is None else t.dtype for t in (hidden, weight, bias)])
-        return *gradients, None
+                walk.gradient(found, terms, log_sum_exp, None, 1.0, into)
+            return *into.finish(problem, [None if t is None else t.dtype for t in (hidden, weight, bias)]), None
+
+
+def _weight(gradient_N: Tensor | None) -> Weight:
+    """The weight of a term in the loss from the gradient of its statistic, None where that is not used."""
+    return 0.0 if gradient_N is None else gradient_N
 
 
 def _plain_statistics(
@@ -252,24 +267,50 @@ def token_loss(terms: LossTerms, stats: TokenStats, kl_N: Tensor | None = None) 
     return torch.stack(parts).sum(0)
 
 
-def _joined(values: list[list[Tensor | None]], problem: Problem) -> list[Tensor | None]:
+def _joined(parts: Sequence[TokenStats], problem: Problem) -> TokenStats:
     """The statistics of all groups, one after the other."""
-    if not values:
-        empty = torch.zeros(0, dtype=problem.dtype, device=problem.device)
-        is_there = [True, True, *[problem.teacher is not None] * 5, *[problem.labels is not None] * 2]
-        is_there += [problem.mixture_weight is not None] * 2
-        return [empty.clone() if there else None for there in is_there]
-    return [None if parts[0] is None else torch.cat(parts) for parts in zip(*values, strict=True)]  # pyright: ignore
+    if not parts:
+        return _empty(problem)
+    columns = zip(*map(_to_values, parts), strict=True)
+    return _from_values([None if column[0] is None else torch.cat(column) for column in columns])
 
 
-def _stats(values: Sequence[Tensor | None]) -> TokenStats:
-    return TokenStats(**dict(zip(TokenStats.__slots__, values, strict=True)))  # pyright: ignore[reportArgumentType]
+def _empty(problem: Problem) -> TokenStats:
+    """The statistics of no token at all."""
+
+    def empty(is_there: bool = True) -> Any:
+        return torch.zeros(0, dtype=problem.dtype, device=problem.device) if is_there else None
+
+    has_teacher, has_labels = problem.teacher is not None, problem.labels is not None
+    has_mixture = problem.mixture_weight is not None
+    return TokenStats(
+        student_entropy_N=empty(),
+        student_log_sum_exp_N=empty(),
+        forward_kl_N=empty(has_teacher),
+        reverse_kl_N=empty(has_teacher),
+        jsd_N=empty(has_mixture),
+        teacher_entropy_N=empty(has_teacher),
+        teacher_log_sum_exp_N=empty(has_teacher),
+        student_log_prob_N=empty(has_labels),
+        teacher_log_prob_N=empty(has_labels and has_teacher),
+        skew_forward_N=empty(has_mixture),
+        skew_reverse_N=empty(has_mixture),
+    )
+
+
+def _to_values(stats: TokenStats) -> tuple[Tensor | None, ...]:
+    """The statistics as an autograd function returns them: a tuple, in the order of the class."""
+    return tuple(getattr(stats, name) for name in TokenStats.__slots__)
+
+
+def _from_values(values: Iterable[Any]) -> TokenStats:
+    """The inverse of `_to_values`; values that belong to the statistics, such as their gradients, go by their names."""
+    return TokenStats(**dict(zip(TokenStats.__slots__, values, strict=True)))
 
 
 def detached(stats: TokenStats) -> TokenStats:
     """The same numbers without a gradient."""
-    values = [getattr(stats, name) for name in TokenStats.__slots__]
-    return _stats([None if value is None else value.detach() for value in values])
+    return _from_values(None if value is None else value.detach() for value in _to_values(stats))
 
 
 def _check_terms(terms: LossTerms, weights_N: Tensor | None, scale: float, problem: Problem) -> None:

@@ -7,6 +7,7 @@
 The end class is one more column, whose logit is the log-sum-exp of its members; in the tiles its members are masked.
 """
 
+import dataclasses
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from potstill import tiles
 from potstill.problem import Problem, Side
 from potstill.tiles import MASKED, Backend, Terms
-from potstill.types import LossTerms, NonFiniteError, VocabShard, Weight
+from potstill.types import LossTerms, NonFiniteError, TokenStats, VocabShard, Weight
 
 # Rows: fewer make matrix products 5 to 20 % slower on the CPU measured (docs/performance.md), more gain nothing.
 # Columns: as many as leave a pair of tiles in 6 MiB.
@@ -381,16 +382,32 @@ class Group:
     classes: Tensor
     mixture: Tensor
 
-    def values(self, problem: Problem) -> list[Tensor | None]:
-        """In the order of TokenStats."""
-        m, b = self.moments, problem.mixture_weight
-        log_probs = list(self.labels - self.log_sums) if problem.labels is not None else [None, None]
-        jsd = None if b is None else b * self.mixture[0] + (1 - b) * self.mixture[1]
-        of_student, of_teacher = [m.student_entropy, m.student_log_sum_exp], [m.teacher_entropy, m.teacher_log_sum_exp]
-        if problem.teacher is None:
-            return [*of_student, None, None, None, None, None, log_probs[0], None, None, None]
-        skews = [None, None] if b is None else list(self.mixture[:2])
-        return [*of_student, m.forward_kl, m.reverse_kl, jsd, *of_teacher, *log_probs, *skews]
+    def stats(self, problem: Problem) -> TokenStats:
+        """The statistics of the group's rows."""
+        moments = self.moments
+        stats = TokenStats(
+            student_entropy_N=moments.student_entropy,
+            student_log_sum_exp_N=moments.student_log_sum_exp,
+        )
+        if problem.teacher is not None:
+            stats = dataclasses.replace(
+                stats,
+                forward_kl_N=moments.forward_kl,
+                reverse_kl_N=moments.reverse_kl,
+                teacher_entropy_N=moments.teacher_entropy,
+                teacher_log_sum_exp_N=moments.teacher_log_sum_exp,
+            )
+        if problem.labels is not None:
+            student_N, teacher_N = self.labels - self.log_sums
+            teacher_N = None if problem.teacher is None else teacher_N
+            stats = dataclasses.replace(stats, student_log_prob_N=student_N, teacher_log_prob_N=teacher_N)
+        if (b := problem.mixture_weight) is not None:
+            skew_forward_N, skew_reverse_N = self.mixture[:2]
+            jsd_N = b * skew_forward_N + (1 - b) * skew_reverse_N
+            stats = dataclasses.replace(
+                stats, jsd_N=jsd_N, skew_forward_N=skew_forward_N, skew_reverse_N=skew_reverse_N
+            )
+        return stats
 
 
 class Gradients:

@@ -121,12 +121,12 @@ class Batch:
     rollouts: tuple[Rollout, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
     """Statistics [N] of the loss tokens, in nats; None where there is no teacher, no label or no mixture asked for.
 
-    With m = b p + (1 - b) q, `skew_forward_N` is KL(p || m), `skew_reverse_N` KL(q || m) and `jsd_N` b of the one and
-    1 - b of the other.
+    This class is the one place that knows their order; everything else takes them by name. With m = b p + (1 - b) q,
+    `skew_forward_N` is KL(p || m), `skew_reverse_N` KL(q || m) and `jsd_N` b of the one and 1 - b of the other.
     """
 
     student_entropy_N: Tensor
@@ -146,7 +146,7 @@ class TokenStats:
 Weight = Union[float, "Tensor"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
     """The loss of a token as a sum of terms. Each weight is a number or a tensor [N], so that it can differ by token.
 
