@@ -5,7 +5,7 @@ ends the text, and a window of three tokens. So every text can be listed with it
 a finite sum. One side of each identity is what training computes (`batch_loss` and what it calls, in float64); the
 other is written out here from the definition alone, or is a central difference of it.
 
-Notation as in the design: p teacher, q student, s a prefix, y a text, d^T and d^q the distributions of prefixes.
+Notation as in docs/theory.md: p teacher, q student, s a prefix, y a text, d^T and d^q the distributions of prefixes.
 """
 
 import dataclasses

@@ -217,8 +217,8 @@ def returns_to_go(kl_N: Tensor, batch: Batch, gamma: float) -> Tensor:
     """What the later tokens of its rollout cost each token [N]: sum over u > t of gamma^(u - t) KL_u, in nats.
 
     KL_u is the exact reverse KL at position u, the mean of the log-ratio that a policy gradient would take there
-    (paper.md, 3.2). With gamma = 1, the local gradient plus that of sum_t returns_t log q(y_t) is the gradient of the
-    sequence's reverse KL.
+    (docs/theory.md, section 3). With gamma = 1, the local gradient plus that of sum_t returns_t log q(y_t) is the
+    gradient of the sequence's reverse KL.
     """
     lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
     is_there_BL = torch.arange(max(lengths), device=kl_N.device) < torch.tensor(lengths, device=kl_N.device)[:, None]
@@ -241,7 +241,7 @@ def sampled_loss(
     """An estimate of a KL from the log-probability that each model gives to the token which the student drew.
 
     Returns `(loss_N, value_N, stats)`: what is differentiated, the estimates, and statistics. With k = log q/p at y ~ q
-    (paper.md, section 3.4; Tang & Munos, arXiv 2506.09477), the expected gradient is that of
+    (docs/theory.md, section 5; Tang & Munos, arXiv 2506.09477), the expected gradient is that of
 
         k1 = k as a constant reward     -(-k - b) log q(y), the local reverse KL, with any baseline b that ignores y
         k2 = k^2 / 2, differentiated    the local reverse KL
