@@ -188,3 +188,10 @@ def test_data_sets_with_several_configurations(tmp_path):
     for config, what in ((None, "several configurations"), ("third", "no configuration 'third'")):
         with pytest.raises(DataError, match=f"has {what}; set data.config to one of main, other"):
             load_examples(str(tmp_path), config=config)
+
+
+def test_a_task_stands_alone(tmp_path):
+    """It has no rows, and must not be looked for on the hub."""
+    file = write(tmp_path / "a.jsonl", {"prompt": "a"})
+    with pytest.raises(DataError, match="has the task 'multiplication:novice' among its tables"):
+        load_examples([file, "multiplication:novice"])

@@ -9,10 +9,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from potstill.chat import render_examples
-from potstill.config import is_table
 from potstill.encoding import Encoding, Room, TooLong, close_completion, fit_prompts
-from potstill.tables import Row, make_row, read_rows, with_own_ids
-from potstill.tasks import make_task
+from potstill.tables import Row, make_row, read_rows, sources, with_own_ids
+from potstill.tasks import is_table, make_task
 from potstill.templates import ChatTemplate
 from potstill.types import DataError, Example, Message, Prompt
 
@@ -45,6 +44,11 @@ def load_examples(
             return make_task(source).examples(split, num_examples or DEFAULT_TASK_PROMPTS, seed)
         except ValueError as error:
             raise DataError(f"data source {source!r}: {error}") from None
+    for name in sources(source):
+        if not is_table(name):
+            raise DataError(
+                f"{source!r} has the task {name!r} among its tables; give files and data sets, or a task alone"
+            )
     columns = [prompt_column, *COLUMNS, *([] if teacher_column is None else [teacher_column])]
     rows = read_rows(source, columns, num_rows=num_examples, split=split, config=config)
     if not rows:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from potstill.config import Evaluation, GrpoRecipe, Recipe, RunRecipe, is_table
+from potstill.config import Evaluation, GrpoRecipe, Recipe, RunRecipe
 from potstill.results import read_entry
+from potstill.tasks import is_table
 from potstill.types import NonFiniteError
 
 if TYPE_CHECKING:

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import (
-    TASK_NAMES,
     Evaluation,
     GrpoRecipe,
     Recipe,
     RecipeError,
     Sampling,
-    is_table,
     run_evaluation,
     to_toml,
 )
@@ -44,7 +42,7 @@ from potstill.runlog import (
 )
 from potstill.sampling import sample
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
-from potstill.tasks import Task, make_task
+from potstill.tasks import TASKS, Task, is_table, make_task
 from potstill.types import DataError, Example, Prompt
 from potstill.vocabulary import num_named_rows
 
@@ -249,7 +247,7 @@ def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
     if evaluation.source is None or is_table(evaluation.source):
         raise RecipeError(
             f"evaluation.source is {evaluation.source!r}; only the responses of a task can be scored: choose one of "
-            f"{', '.join(TASK_NAMES)} (reasoning-gym:NAME, gsm8k:FILE)"
+            f"{', '.join(TASKS)} (reasoning-gym:NAME, gsm8k:FILE)"
         )
     try:
         task = make_task(evaluation.source)

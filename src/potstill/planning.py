@@ -21,7 +21,6 @@ from potstill.config import (
     GrpoRecipe,
     Recipe,
     RecipeError,
-    is_table,
     make_recipe,
     read_recipe,
     run_evaluation,
@@ -33,6 +32,7 @@ from potstill.jobs import Job
 from potstill.results import read_entry
 from potstill.runlog import is_done
 from potstill.study_file import Group, PanelPlan, Study
+from potstill.tasks import is_table
 
 # What a method's name says already.
 NAMED_FIELDS = tuple(

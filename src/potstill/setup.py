@@ -7,7 +7,7 @@ from pathlib import Path
 
 from potstill import distributed, vocabulary
 from potstill.cache import Cache, CachedTeacher
-from potstill.config import Recipe, RecipeError, Window, is_table, run_evaluation
+from potstill.config import Recipe, RecipeError, Window, run_evaluation
 from potstill.distributed import World
 from potstill.ends import Ends, find_ends
 from potstill.evaluation import prepare_problems
@@ -19,7 +19,7 @@ from potstill.passes import find_backend
 from potstill.probe import ready
 from potstill.prompts import prepare_prompts
 from potstill.rope import refuse_crossing
-from potstill.tasks import make_task
+from potstill.tasks import is_table, make_task
 from potstill.templates import today
 from potstill.types import DataError, Prompt
 

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from potstill.config import DATA_SUFFIXES, is_hub_id, sources
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.types import DataError, Example
 
+# What the name of a data file ends in, or these and .gz.
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # Rows of a Parquet file that are decoded together.
 BATCH_ROWS = 1024
 UTF8 = "save the file as UTF-8"
@@ -41,6 +42,17 @@ class WrittenFloat(float):
 
     def __str__(self) -> str:
         return self.text
+
+
+def sources(source: str | Sequence[str]) -> tuple[str, ...]:
+    """The parts of a data source: one, or several."""
+    return (source,) if isinstance(source, str) else tuple(source)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a table is for `datasets` to find: a hub id, or a folder."""
+    is_file = name.removesuffix(".gz").endswith(DATA_SUFFIXES) and not Path(name).is_dir()
+    return not is_file and not any(mark in name for mark in "*?[")
 
 
 def read_rows(

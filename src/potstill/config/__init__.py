@@ -20,7 +20,6 @@ from potstill.config.objective_fields import Mixing, Objective
 from potstill.config.recipe import GrpoRecipe, Recipe, check_recipe
 from potstill.config.run_recipe import CHANGE_NOTHING, CHANGE_ROUNDING, RunRecipe, is_one_of
 from potstill.config.section import RecipeError, Section, field_names, validate
-from potstill.config.sources import DATA_SUFFIXES, TASK_NAMES, is_hub_id, is_table, sources
 from potstill.config.toml import (
     SHIPPED_RECIPES,
     find_toml,
@@ -40,10 +39,8 @@ from potstill.config.unread import unread_fields
 __all__ = [
     "CHANGE_NOTHING",
     "CHANGE_ROUNDING",
-    "DATA_SUFFIXES",
     "METHODS",
     "SHIPPED_RECIPES",
-    "TASK_NAMES",
     "CacheOptions",
     "Data",
     "Evaluation",
@@ -67,9 +64,7 @@ __all__ = [
     "check_recipe",
     "field_names",
     "find_toml",
-    "is_hub_id",
     "is_one_of",
-    "is_table",
     "left_out",
     "load_any_recipe",
     "load_grpo_recipe",
@@ -78,7 +73,6 @@ __all__ = [
     "read_recipe",
     "read_toml",
     "run_evaluation",
-    "sources",
     "to_toml",
     "toml_value",
     "unread_fields",

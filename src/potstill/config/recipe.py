@@ -8,9 +8,9 @@ from pydantic import model_validator
 from potstill.config.fields import GrpoFields, RecipeFields, Window
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import RecipeError
-from potstill.config.sources import TASK_NAMES, is_table
 from potstill.config.unread import unread_fields, unread_grpo_fields
 from potstill.config.values import shown
+from potstill.tasks import TASKS, is_table
 
 
 class Recipe(RecipeFields):
@@ -193,7 +193,7 @@ class GrpoRecipe(GrpoFields):
         if is_table(self.data.source):
             raise ValueError(
                 f"data.source is {self.data.source!r}; only the responses of a task can be scored: choose one of "
-                f"{', '.join(TASK_NAMES)}"
+                f"{', '.join(TASKS)}"
             )
         sampling = self.sampling
         if not sampling.temperature or sampling.top_p < 1 or sampling.top_k:

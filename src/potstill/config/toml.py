@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from potstill.config.recipe import GrpoRecipe, Recipe
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import RecipeError, validate
-from potstill.config.sources import is_table
 from potstill.printable import printable
+from potstill.tasks import is_table
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 SHIPPED_RECIPES = Path(__file__).parent.parent / "recipes"

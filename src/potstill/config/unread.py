@@ -3,7 +3,8 @@
 from typing import Any
 
 from potstill.config.fields import GrpoFields, RecipeFields, Window
-from potstill.config.sources import is_hub_id, is_table, sources
+from potstill.tables import is_hub_id, sources
+from potstill.tasks import is_table
 
 
 def unread_fields(recipe: RecipeFields) -> dict[str, str]:
@@ -70,7 +71,7 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
         unread["data.config"] = f"data.source is the task {recipe.data.source!r}, which has one configuration"
     else:
         unread["data.seed"] = "only a task makes problems from a seed"
-        if not any(map(is_hub_id, sources(recipe.data.source))):
+        if not any(is_table(name) and is_hub_id(name) for name in sources(recipe.data.source)):
             reason = f"data.source is the file {recipe.data.source!r}, which has no splits and no configurations"
             unread |= {"data.split": reason, "data.config": reason}
     if recipe.train.loss_backend == "plain":

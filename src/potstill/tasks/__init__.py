@@ -32,6 +32,11 @@ TASKS: dict[str, Callable[[str | None], Task]] = {
 }
 
 
+def is_table(source: str | Sequence[str]) -> bool:
+    """Whether a data source is of files or hub data sets rather than a task."""
+    return not isinstance(source, str) or source.partition(":")[0] not in TASKS
+
+
 def make_task(source: str) -> Task:
     """The task that a data source such as "multiplication" or "reasoning-gym:gsm_symbolic" names."""
     name, _, argument = source.partition(":")

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from potstill.answers import integer
 from potstill.boxes import box_end
-from potstill.config import DATA_SUFFIXES
 from potstill.grading import Grade, Grader, Kind, gsm8k_gold
-from potstill.tables import Row, read_rows, with_own_ids
+from potstill.tables import DATA_SUFFIXES, Row, read_rows, with_own_ids
 from potstill.types import Example
 
 # Columns that may name a problem; the first that a row has does.
