@@ -11,10 +11,10 @@ import torch
 import tyro
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from potstill.character_tokenizer import build_tokenizer
 from potstill.config import Recipe
 from potstill.models import LanguageModel
 from potstill.runlog import read_rows
-from potstill.tasks.multiplication import build_tokenizer
 from potstill.training import train
 
 

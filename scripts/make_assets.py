@@ -18,9 +18,9 @@ import torch
 from transformers import Qwen3Config
 
 from potstill import load_recipe, train
+from potstill.character_tokenizer import build_tokenizer
 from potstill.data import load_examples
 from potstill.models import load_model, save_model
-from potstill.tasks.multiplication import build_tokenizer
 
 BUILD = Path("build/assets")
 ASSETS = Path("src/potstill/assets")

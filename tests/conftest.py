@@ -21,9 +21,9 @@ if not torch.cuda.is_available():
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from potstill import training
+from potstill.character_tokenizer import build_tokenizer
 from potstill.config import Recipe
 from potstill.models import LanguageModel
-from potstill.tasks.multiplication import build_tokenizer
 from potstill.types import Example, Prompt, Rollout
 
 # A shell has what it runs in the background ignore these, and processes that are started would inherit that.

@@ -7,6 +7,7 @@ import torch
 from conftest import make_model
 
 from potstill import evaluation
+from potstill.character_tokenizer import build_tokenizer
 from potstill.cli import main
 from potstill.commands import gave_up
 from potstill.config import Evaluation, RecipeError
@@ -15,7 +16,7 @@ from potstill.metrics import num_tokens_to_answer, step_means, zlib_ratio
 from potstill.models import load_model
 from potstill.results import Entry
 from potstill.runlog import RunError, locked, read_rows, write_rows
-from potstill.tasks.multiplication import Multiplication, build_tokenizer
+from potstill.tasks.multiplication import Multiplication
 from potstill.types import DataError
 
 SMALL = Evaluation(source="multiplication", num_problems=6, num_responses=4, temperatures=(1.0, 0.6))

@@ -8,11 +8,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import potstill
 from potstill import runlog
+from potstill.character_tokenizer import build_tokenizer
 from potstill.config import make_recipe
 from potstill.flops import model_flops, rollout_flops, training_flops
 from potstill.models import LanguageModel
 from potstill.rates import is_spent, learning_rate
-from potstill.tasks.multiplication import build_tokenizer
 
 
 def gpt2() -> LanguageModel:

@@ -18,8 +18,6 @@ from potstill.grading import Grade
 from potstill.types import Example
 
 DIGITS = (2, 3, 4)
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
-CHARACTERS = "_0123456789*+=|:~#?."
 ANSWER = re.compile(r"#(\d+)")
 # A fifth of the 720 problems with two digits is held out, and the levels take turns.
 MAX_TEST_PROBLEMS = 390
@@ -156,20 +154,3 @@ class Multiplication:
         """Where the first finished answer ends (characters), or None."""
         match = re.search(r"#\d+\.", response)
         return match.end() if match else None
-
-
-def build_tokenizer():
-    """The task's tokenizer: one token a character, `<bos>` put before a prompt."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=512
-    )
