@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from potstill.heads import Head
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.names import nearest
-from potstill.results import resume_command
+from potstill.runlog import resume_command
 from potstill.templates import ChatTemplate, TemplateError
 from potstill.types import ModelError
 from potstill.weights import refuse_foreign_files, refuse_unread_file, refuse_unread_settings, refuse_wrong_weights

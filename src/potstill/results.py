@@ -18,6 +18,7 @@ from potstill.runlog import (
     read_json,
     read_json_list,
     read_rows,
+    resume_command,
 )
 
 # Of a study's folder: what it consists of, written before the first run.
@@ -107,12 +108,6 @@ def read_entry(path: Path) -> Entry:
     num_steps = last_row(path)["step"]
     evals = list({row["temperature"]: row for row in rows if row["step"] == num_steps}.values())
     return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions)
-
-
-def resume_command(folder: Path) -> str:
-    """What goes on with an unfinished run."""
-    recipe = load_any_recipe(folder / "recipe.toml")
-    return f"potstill {'grpo' if isinstance(recipe, GrpoRecipe) else 'train'} {folder / 'recipe.toml'}"
 
 
 def read_panels(paths: list[Path]) -> list[Panel]:

@@ -15,7 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from potstill.config import CHANGE_NOTHING, CHANGE_ROUNDING, Recipe, RunRecipe, is_one_of, load_any_recipe, to_toml
+from potstill.config import (
+    CHANGE_NOTHING,
+    CHANGE_ROUNDING,
+    GrpoRecipe,
+    Recipe,
+    RunRecipe,
+    is_one_of,
+    load_any_recipe,
+    to_toml,
+)
 from potstill.digests import file_digest
 
 # What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is finished.
@@ -108,6 +117,12 @@ def begun_on(folder: Path) -> str | None:
     """The date that the chat templates of a run were told when it began; None where none has begun."""
     environment = folder / "environment.json"
     return read_json(environment, ("date",))["date"] if environment.exists() else None
+
+
+def resume_command(folder: Path) -> str:
+    """What goes on with an unfinished run."""
+    recipe = load_any_recipe(folder / "recipe.toml")
+    return f"potstill {'grpo' if isinstance(recipe, GrpoRecipe) else 'train'} {folder / 'recipe.toml'}"
 
 
 @contextmanager
