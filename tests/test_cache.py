@@ -28,7 +28,7 @@ from potstill.cache_build import build_cache, findings, summary, verify_cache
 from potstill.cli import main
 from potstill.config import CacheOptions, RecipeError, make_recipe, to_toml
 from potstill.data import load_examples
-from potstill.digests import file_digest, seal
+from potstill.files import file_digest, seal
 from potstill.models import ASSETS, ModelError, load_model
 from potstill.objective import batch_loss, teacher_signal
 from potstill.setup import prepare

@@ -11,8 +11,9 @@ import pytest
 
 from potstill.claims import claims, contrast, estimate
 from potstill.config import GrpoRecipe, Recipe, make_recipe, to_toml
+from potstill.files import append
 from potstill.results import read_entry, recipe_key
-from potstill.runlog import append, finish
+from potstill.runlog import finish
 
 NUM_PROBLEMS, NUM_RESPONSES = 40, 8
 EVALUATION = {"source": "multiplication", "num_problems": NUM_PROBLEMS, "num_responses": NUM_RESPONSES}

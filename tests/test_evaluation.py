@@ -12,10 +12,11 @@ from potstill.cli import main
 from potstill.commands import gave_up
 from potstill.config import Evaluation, RecipeError
 from potstill.evaluation import evaluate, summarize
+from potstill.files import write_rows
 from potstill.metrics import num_tokens_to_answer, step_means, zlib_ratio
 from potstill.models import load_model
 from potstill.results import Entry
-from potstill.runlog import RunError, locked, read_rows, write_rows
+from potstill.runlog import RunError, locked, read_rows
 from potstill.tasks.multiplication import Multiplication
 from potstill.types import DataError
 

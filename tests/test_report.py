@@ -19,9 +19,10 @@ from synthetic_runs import evaluate, write_run
 import potstill
 from potstill.claims import Claim
 from potstill.comparison import grids, make_groups, metrics_of, problem_values, stored
+from potstill.files import append
 from potstill.report import print_table, table, table_note, with_policy, write_report
 from potstill.results import group_by_seed, read_entry, recipe_key
-from potstill.runlog import RunError, append
+from potstill.runlog import RunError
 from potstill.statistics import Estimate, seeds_and_problems
 
 DECISION = {"teacher_entropy": None, "truncation": 0.1, "teacher_truncation": 0.0, "repetition": 0.0, "threshold": 0.1}

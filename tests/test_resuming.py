@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_runlog import EVALUATION, FAST, assert_same_run, kill, kill_in_a_process, rows_of, weights_of
 
 import potstill
-from potstill import evaluation, runlog
+from potstill import evaluation, files, runlog
 from potstill.cli import main
 from potstill.config import load_any_recipe, load_recipe, to_toml
 from potstill.models import ModelError, load_model
@@ -175,7 +175,7 @@ def test_a_finished_run_is_extended(finished, whole, tmp_path):
     potstill.train(given, extend_to=8, quiet=True)
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
     # Its evaluation was of the student that went on, which no longer is the run's.
-    runlog.append(finished / "evals.jsonl", dict.fromkeys(EVAL_COLUMNS) | {"step": 8, "temperature": 1.0})
+    files.append(finished / "evals.jsonl", dict.fromkeys(EVAL_COLUMNS) | {"step": 8, "temperature": 1.0})
     assert [row["step"] for row in read_entry(finished).evals] == [8]
     potstill.train(given, extend_to=10, quiet=True)
     assert not read_entry(finished).evals

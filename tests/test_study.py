@@ -13,9 +13,10 @@ from potstill import planning
 from potstill.cli import split_overrides
 from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
 from potstill.estimates import estimate
+from potstill.files import append
 from potstill.planning import SWEEP_EVALUATION_SEED, choose, plan
 from potstill.results import EVAL_COLUMNS, read_panels
-from potstill.runlog import append, finish, is_done, read_rows
+from potstill.runlog import finish, is_done, read_rows
 from potstill.study import run_study
 from potstill.study_file import read_study_file
 

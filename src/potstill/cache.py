@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.config import Recipe, TeacherSpec
-from potstill.digests import file_digest, json_digest, seal, unseal
+from potstill.files import file_digest, json_digest, seal, unseal
 from potstill.fused import fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel, ModelError, find_folder, fingerprint, load_config, load_tokenizer

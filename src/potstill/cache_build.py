@@ -42,15 +42,14 @@ from potstill.cache import (
     tensors_digest,
 )
 from potstill.config import CacheOptions, Recipe, RecipeError, TeacherSpec, check_recipe
-from potstill.digests import file_digest
 from potstill.distributed import World
+from potstill.files import file_digest, flush, write_atomically
 from potstill.fused import close_kl, fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel, find_folder
 from potstill.prefixes import Writing, write_rollouts
 from potstill.probe import ready
 from potstill.progress import CacheDisplay
-from potstill.runlog import flush, write_atomically
 from potstill.setup import Setup, prepare
 from potstill.topk import TopK, picked_log_probs, top_k_of
 from potstill.types import Batch, Example, Prompt

@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from potstill.boundary import Stopped
-from potstill.digests import file_digest, seal, unseal
 from potstill.distributed import World, gather, wait_for_all
+from potstill.files import file_digest, flush, seal, unseal
 from potstill.models import LanguageModel
-from potstill.runlog import RunError, flush, read_json, seal_logs
+from potstill.runlog import RunError, read_json, seal_logs
 from potstill.types import Prompt, Rollout
 
 STATE = "state.json"

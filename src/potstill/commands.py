@@ -11,6 +11,7 @@ from potstill.config import Evaluation, Sampling
 from potstill.data import make_prompts, prompt_notes
 from potstill.ends import end_set
 from potstill.evaluation import evaluate, make_problems
+from potstill.files import write_atomically
 from potstill.identities import Check
 from potstill.models import is_run, locate
 from potstill.printable import plain, say
@@ -18,7 +19,7 @@ from potstill.probe import ready
 from potstill.report import print_table
 from potstill.results import Entry, read_entry
 from potstill.rope import refuse_crossing
-from potstill.runlog import begun_on, last_row, store_evals, write_atomically
+from potstill.runlog import begun_on, last_row, store_evals
 from potstill.sampling import sample
 from potstill.statistics import holm, paired
 from potstill.types import Example

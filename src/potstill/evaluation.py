@@ -21,6 +21,7 @@ from potstill.config import (
 )
 from potstill.data import make_prompts, prompt_notes
 from potstill.ends import end_set, named_end_ids
+from potstill.files import append, flush, write_atomically, write_rows
 from potstill.grading import Grade, majority
 from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, fingerprint
@@ -28,18 +29,7 @@ from potstill.printable import say
 from potstill.probe import ready
 from potstill.progress import token_bar
 from potstill.rope import refuse_crossing
-from potstill.runlog import (
-    append,
-    begun_on,
-    flush,
-    last_row,
-    locked,
-    read_json,
-    read_rows,
-    store_evals,
-    write_atomically,
-    write_rows,
-)
+from potstill.runlog import begun_on, last_row, locked, read_json, read_rows, store_evals
 from potstill.sampling import sample
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import TASKS, Task, is_table, make_task

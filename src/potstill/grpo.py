@@ -24,7 +24,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 
-from potstill import checkpoint, distributed, runlog
+from potstill import checkpoint, distributed, files, runlog
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.config import Grpo, GrpoRecipe, RecipeError, Train, check_recipe, run_evaluation
 from potstill.controllers import Probe, WindowState, decide, first_window, is_probe_due, scheduled_window
@@ -374,7 +374,7 @@ class _Steps(TrainerCallback):
             gate, decision = decide(recipe.window, self.state.window, probe)
             self.state = dataclasses.replace(self.state, window=gate)
             self.display.note(f"before step {step + 1}: {decision}")
-            runlog.append(recipe.out / "window.jsonl", {"step": step + 1, **decision.as_row()})
+            files.append(recipe.out / "window.jsonl", {"step": step + 1, **decision.as_row()})
         self.window = self.state.window.tokens
         if recipe.window.schedule == "linear":
             self.window = scheduled_window(recipe.window, step, recipe.grpo.steps)
@@ -426,7 +426,7 @@ class _Steps(TrainerCallback):
         metrics |= {"flops": parts, "total_flops": self.state.flops}
         timing = self.display.timing(self.clock.seconds)
         timing["student_seconds"] = round(timing["seconds"] - sum(self.clock.seconds.values()), 4)
-        runlog.append(recipe.out / "metrics.jsonl", metrics | timing)
+        files.append(recipe.out / "metrics.jsonl", metrics | timing)
         signal = self.asked()
         if self.step % recipe.grpo.checkpoint_every == 0 or self.step == recipe.grpo.steps or signal:
             data = dataclasses.asdict(self.state)

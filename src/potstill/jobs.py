@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from potstill.files import write_atomically
 from potstill.printable import one_line, plain, say
-from potstill.runlog import write_atomically
 
 POLL_SECONDS = 0.25
 

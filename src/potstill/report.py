@@ -38,11 +38,12 @@ from potstill.comparison import (
 )
 from potstill.config import METHODS
 from potstill.figures import Link
+from potstill.files import write_atomically
 from potstill.findings import findings, first_and_last_habits, habit_table, number, seeds_of, values
 from potstill.printable import plain, say
 from potstill.reader import reader_data
 from potstill.results import Entry, Panel, read_panels
-from potstill.runlog import RunError, write_atomically
+from potstill.runlog import RunError
 from potstill.statistics import Estimate
 
 RESULTS_FILE = "results.json"

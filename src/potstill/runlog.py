@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from potstill.config import (
     load_any_recipe,
     to_toml,
 )
-from potstill.digests import file_digest
+from potstill.files import file_digest, flush, write_atomically, write_rows
 
 # What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is finished.
 STEP_LOGS = {
@@ -253,27 +253,6 @@ def _check_log(path: Path, num_steps: int, num_bytes: int, sha256: str) -> None:
     )
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one JSON line; a last line that a kill or a full disk has torn is cut off before."""
-    with path.open("ab+") as file:
-        size = file.tell()
-        if size:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json_line(row).encode())
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Replace a JSONL file by these rows, as `write_atomically` does."""
-    write_atomically(path, "".join(map(json_line, rows)))
-
-
-def json_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 def read_rows(path: Path, keys: Collection[str] = ()) -> list[dict[str, Any]]:
     """All whole lines of a JSONL file; none when it does not exist.
 
@@ -333,26 +312,6 @@ def finish(recipe: RunRecipe) -> None:
     for path in (recipe.out, *recipe.out.glob("model"), *recipe.out.glob("model/*")):
         flush(path)
     write_atomically(recipe.out / "DONE", recipe.identity() + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader or a kill sees the old text or the new, never a part."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """Have the file's (or folder's) bytes on disk before anything refers to them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, RecipeError, to_toml
+from potstill.files import write_atomically
 from potstill.jobs import Job, run_jobs
 from potstill.planning import Item, PlannedPanel, choose, plan, recipe_file
 from potstill.printable import plain, say
 from potstill.results import PLAN_FILE, read_plan
-from potstill.runlog import locked, write_atomically
+from potstill.runlog import locked
 from potstill.study_file import Study
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from potstill import checkpoint, distributed, runlog
+from potstill import checkpoint, distributed, files, runlog
 from potstill.batching import batch_places, make_batch
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import CachedTeacher
@@ -200,7 +200,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
                     state = dataclasses.replace(state, window=gate)
                     display.note(f"before step {step + 1}: {decision}")
                     if world.is_main:
-                        runlog.append(folder / "window.jsonl", {"step": step + 1, **decision.as_row()})
+                        files.append(folder / "window.jsonl", {"step": step + 1, **decision.as_row()})
             window = state.window.tokens
             if recipe.window.schedule == "linear":
                 window = scheduled_window(recipe.window, step - age, planned_steps(config, step - age))
@@ -284,9 +284,9 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
             state = State(mixing, state.window, total_flops)
             metrics |= {"flops": parts, "total_flops": total_flops}
             if world.is_main:
-                runlog.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
+                files.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
                 for sample in samples:
-                    runlog.append(folder / "samples.jsonl", {"step": step + 1, **sample})
+                    files.append(folder / "samples.jsonl", {"step": step + 1, **sample})
             # The ranks stop together.
             signal = distributed.max_over_ranks(asked(), world)
             if saves or signal:

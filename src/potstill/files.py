@@ -1,0 +1,75 @@
+"""Files that a kill leaves whole: text, JSON lines, checksums. Knows nothing of runs."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add one JSON line; a last line that a kill or a full disk has torn is cut off before."""
+    with path.open("ab+") as file:
+        size = file.tell()
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json_line(row).encode())
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace a JSONL file by these rows, as `write_atomically` does."""
+    write_atomically(path, "".join(map(json_line, rows)))
+
+
+def json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader or a kill sees the old text or the new, never a part."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have the file's (or folder's) bytes on disk before anything refers to them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path, num_bytes: int | None = None) -> str:
+    """SHA-256 of a file, or of its first bytes, as 64 hexadecimal digits."""
+    if num_bytes is not None:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(num_bytes)).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(data: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def seal(data: dict[str, Any], indent: int | None = None) -> str:
+    """JSON of plain data with a checksum of it, for `unseal`."""
+    plain = json.loads(json.dumps(data))
+    return json.dumps({"checksum": json_digest(plain), **plain}, indent=indent) + "\n"
+
+
+def unseal(data: dict[str, Any]) -> dict[str, Any] | None:
+    """The data without its checksum; None where the two do not belong together."""
+    rest = {key: value for key, value in data.items() if key != "checksum"}
+    return rest if data.get("checksum") == json_digest(rest) else None
