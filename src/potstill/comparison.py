@@ -1,4 +1,4 @@
-"""What a report compares: seeds of one recipe as one group, its metrics with intervals, grids, sweeps and pairs.
+"""Comparisons of a report: seeds of one recipe as one group, its metrics with intervals, grids, sweeps and pairs.
 
 Works on what `results` read, and needs no torch.
 """

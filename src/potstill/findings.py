@@ -1,4 +1,4 @@
-"""What a report found, in sentences, and its numbers as text.
+"""Findings of a report in sentences, and its numbers as text.
 
 What is said of training takes three seeds. An interval over problems alone is about the models that there are: another
 seed, or the rounding of another machine, can turn over what it seems to show.

@@ -1,4 +1,4 @@
-"""What a fused divergence is asked for: both models' hidden states and heads, the class of end tokens, the labels.
+"""Checked inputs of a fused divergence: both models' hidden states and heads, the class of end tokens, the labels.
 
 Everything is checked here, before any tile is computed.
 """

@@ -1,4 +1,4 @@
-"""What a user sees while something long goes on: a live line on a terminal, plain lines elsewhere."""
+"""Progress of long work: a live line on a terminal, plain lines elsewhere."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""What run folders, evaluation files and study folders hold, for whoever compares them. Reads files; needs no torch."""
+"""Contents of run folders, evaluation files and study folders, for whoever compares them. Reads files; needs no torch."""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""What the file of a study says: panels of groups of runs, as fields over a base recipe."""
+"""The file of a study: panels of groups of runs, as fields over a base recipe."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What happens to one tile of logits, in PyTorch: statistics on the way forward, the gradient on the way back.
+"""The work on one tile of logits, in PyTorch: statistics on the way forward, the gradient on the way back.
 
 A tile is a [N, V] piece of both models' tempered logits, for some rows and some columns of the vocabulary. Nothing here
 knows where it came from. Notation: z student logits, y teacher logits, q and p their softmaxes, A and B their

@@ -1,4 +1,4 @@
-"""What the parts of potstill say to each other. No logic; torch is imported for annotations alone.
+"""Values that the parts of potstill exchange. No logic; torch is imported for annotations alone.
 
 Shapes: B sequences, T positions, N loss tokens (flattened), V shared vocabulary, D student hidden, E teacher hidden.
 Position t of every `_BT` tensor is about predicting token t+1.

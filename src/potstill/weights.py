@@ -1,4 +1,4 @@
-"""What can be wrong with the weights of a model: not all there, not whole, not numbers, too coarse for their rate."""
+"""Faults of a model's weights: missing, cut short, not finite, too coarse for their learning rate."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-r"""What an answer's form means: `x = 5` is a named value, `x < 3` a set, `1 \pm 2` two values, `2 + 6 = 8` is 8."""
+r"""The meaning of an answer's form: `x = 5` is a named value, `x < 3` a set, `1 \pm 2` two values, `2 + 6 = 8` is 8."""
 
 from dataclasses import replace
 from fractions import Fraction
