@@ -37,19 +37,18 @@ from potstill.metrics import Stopwatch, is_loop, num_tokens_to_answer, zlib_rati
 from potstill.models import LanguageModel, fingerprint, load_model, save_model, without_progress_bars
 from potstill.opening import SHOWN_CHARACTERS
 from potstill.probe import ready
-from potstill.probing import PROBE
 from potstill.progress import StepDisplay
 from potstill.rates import learning_rate
 from potstill.rope import refuse_crossing
 from potstill.sampling import sample
-from potstill.seeds import step_indices, step_seed
+from potstill.seeds import Key, Stream, step_indices, step_seed, stream_key
 from potstill.setup import hold_out
 from potstill.tasks import Task, make_task
 from potstill.templates import today
 from potstill.types import Completion, NonFiniteError, Prompt, Rollout
 
-# Of the start check: prompts, and the end of the seeds of what is written to them.
-NUM_START_PROMPTS, START = 32, 5
+# Prompts of the start check.
+NUM_START_PROMPTS = 32
 # Below these the start checkpoint has little to explore with: entropy in nats a token, share of groups that disagree.
 LOW_ENTROPY, FEW_GROUPS = 0.05, 0.1
 
@@ -158,7 +157,8 @@ def measure_start(recipe: GrpoRecipe, setup: Setup) -> dict[str, float]:
     """
     group_size = recipe.grpo.group_size
     chosen = [prompt for prompt in setup.prompts[:NUM_START_PROMPTS] for _ in range(group_size)]
-    seeds = [(recipe.grpo.seed, 0, i // group_size, i % group_size, START) for i in range(len(chosen))]
+    places = [divmod(i, group_size) for i in range(len(chosen))]
+    seeds = [stream_key((recipe.grpo.seed, 0, *place), Stream.START) for place in places]
     responses = write(recipe, setup, chosen, seeds, first_window(recipe.window).tokens)
     scores = score(setup.task, responses)
     means = response_means(responses)
@@ -197,7 +197,7 @@ def verdict(start: dict[str, float]) -> list[str]:
 
 
 def write(
-    recipe: GrpoRecipe, setup: Setup, prompts: Sequence[Prompt], seeds: Sequence[tuple[int, ...]], window: int
+    recipe: GrpoRecipe, setup: Setup, prompts: Sequence[Prompt], seeds: Sequence[Key], window: int
 ) -> list[Response]:
     """Let the model as it is now respond to each prompt, up to the window."""
     model = setup.model
@@ -239,7 +239,7 @@ def response_means(responses: Sequence[Response]) -> dict[str, float]:
 
 def probe_window(recipe: GrpoRecipe, setup: Setup, state: WindowState, step: int) -> tuple[Probe, int]:
     """What the length gate looks at: one response to each held-out prompt. Also the operations that this took."""
-    seeds = [(recipe.grpo.seed, step, i, 0, PROBE) for i in range(len(setup.probes))]
+    seeds = [stream_key((recipe.grpo.seed, step, place, 0), Stream.PROBE) for place in range(len(setup.probes))]
     responses = write(recipe, setup, setup.probes, seeds, state.tokens)
     means = response_means(responses)
     probe = Probe(

@@ -15,6 +15,7 @@ import numpy as np
 from potstill.cache import Cache
 from potstill.config import Objective, Sampling
 from potstill.sampling import OtherWriter, sample
+from potstill.seeds import Key, Stream, round_key, stream_key
 from potstill.types import Prompt, Rollout, Stop, Writer
 
 
@@ -36,13 +37,7 @@ class Writing:
     cache: Cache | None = None
 
 
-# (seed of the run, which set of rollouts, place in the set) names the random stream of a rollout.
-Seed = tuple[int, ...]
-# Ends the seed of what a second writer draws, and of where it takes over.
-SECOND_WRITER, HANDOFF = 2, 3
-
-
-def from_one(writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+def from_one(writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
     """Let one model write after each prompt, up to the window. Every token is a loss token."""
     completions = sample(
         writing.models[writer],
@@ -59,14 +54,14 @@ def from_one(writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds:
     ]
 
 
-def from_teacher(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+def from_teacher(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
     """What the teacher writes now, or has written into the cache."""
     if writing.cache is None:
         return from_one("teacher", writing, prompts, seeds)
     return [writing.cache.rollout(prompt, writing.window) for prompt in prompts]
 
 
-def from_dataset(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+def from_dataset(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
     """Take the completions that come with the data, up to the window of each."""
     rollouts = []
     for prompt in prompts:
@@ -77,7 +72,7 @@ def from_dataset(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Se
     return rollouts
 
 
-def by_sequence(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+def by_sequence(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
     """An exact share of each set of rollouts is the student's, in shuffled places; the rest is the teacher's."""
     share = writing.objective.student_share
     rollouts: dict[int, Rollout] = {}
@@ -97,25 +92,24 @@ def by_sequence(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[See
 def student_places(num_places: int, share: float, seed: int, round_: int) -> frozenset[int]:
     """Which places of a set the student writes: as many as bring the total of all sets so far to its share, rounded."""
     before, after = (round(share * num_places * (round_ + done)) for done in (0, 1))
-    order = np.random.default_rng((seed, round_)).permutation(num_places)
+    order = np.random.default_rng(round_key(seed, round_)).permutation(num_places)
     return frozenset(order[: after - before].tolist())
 
 
-def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
     """One model writes the first m tokens, m drawn evenly from a range, and the other goes on unless it has ended."""
     objective = writing.objective
     first: Writer = objective.first_writer
     second: Writer = "student" if first == "teacher" else "teacher"
-    low, high = objective.handoff_tokens
     names = ("end_ids", "sampling", "vocab_size")
     options: dict[str, Any] = {name: getattr(writing, name) for name in names}
-    caps = [int(np.random.default_rng((*seed, HANDOFF)).integers(low, high + 1)) for seed in seeds]
+    caps = [_handoff_place(seed, objective.handoff_tokens) for seed in seeds]
     begun = sample(writing.models[first], [p.ids_of(first) for p in prompts], seeds, max_tokens=caps, **options)
     open_rows = [i for i, part in enumerate(begun) if part.stop == "length"]
     ended = sample(
         writing.models[second],
         [prompts[i].ids_of(second) + begun[i].token_ids for i in open_rows],
-        [(*seeds[i], SECOND_WRITER) for i in open_rows],
+        [stream_key(seeds[i], Stream.SECOND_WRITER) for i in open_rows],
         max_tokens=[writing.window - caps[i] for i in open_rows],
         **options,
     )
@@ -128,7 +122,13 @@ def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed
     return rollouts
 
 
-def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+def _handoff_place(seed: Key, handoff_tokens: tuple[int, int]) -> int:
+    """How many tokens of a rollout its first writer may write, drawn evenly from the range."""
+    low, high = handoff_tokens
+    return int(np.random.default_rng(stream_key(seed, Stream.HANDOFF)).integers(low, high + 1))
+
+
+def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
     """Each token is drawn from the mixture of both models' distributions."""
     completions = sample(
         writing.models["teacher"],
@@ -139,7 +139,10 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed])
         sampling=writing.sampling,
         vocab_size=writing.vocab_size,
         other=OtherWriter(
-            writing.models["student"], [prompt.ids_of("student") for prompt in prompts], writing.objective.student_share
+            model=writing.models["student"],
+            prompts=[prompt.ids_of("student") for prompt in prompts],
+            share=writing.objective.student_share,
+            seeds=[stream_key(seed, Stream.TURNS) for seed in seeds],
         ),
     )
     names: tuple[Writer, Writer] = ("teacher", "student")
@@ -153,7 +156,7 @@ def _rollout(prompt: Prompt, token_ids: tuple[int, ...], writers: tuple[Writer, 
     return Rollout(prompt, token_ids, (True,) * len(token_ids), writers, stop)
 
 
-SOURCES: dict[str, Callable[[Writing, Sequence[Prompt], Sequence[Seed]], list[Rollout]]] = {
+SOURCES: dict[str, Callable[[Writing, Sequence[Prompt], Sequence[Key]], list[Rollout]]] = {
     "teacher": from_teacher,
     "student": lambda *given: from_one("student", *given),
     "dataset": from_dataset,
@@ -163,7 +166,7 @@ SOURCES: dict[str, Callable[[Writing, Sequence[Prompt], Sequence[Seed]], list[Ro
 }
 
 
-def write_rollouts(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Seed]) -> list[Rollout]:
+def write_rollouts(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
     """One rollout for each prompt; `seeds` name the random stream of each."""
     objective = writing.objective
     name = f"mixed/{objective.mix_unit}" if objective.prefix == "mixed" else objective.prefix

@@ -15,11 +15,9 @@ from potstill.fused import fused_statistics
 from potstill.metrics import before_answer, is_loop
 from potstill.models import LanguageModel
 from potstill.prefixes import Writing, from_one
+from potstill.seeds import Stream, stream_key
 from potstill.setup import Setup
 from potstill.types import Rollout, Writer
-
-# Ends the seeds of what is written to probe with.
-PROBE = 4
 
 
 @torch.no_grad()
@@ -32,7 +30,8 @@ def probe_window(
     responses is measured once a window: by letting it write, or from the cache. Ranks share the prompts.
     """
     prompts = setup.probes[world.rank :: world.size]
-    seeds = [(recipe.train.seed, step, i, PROBE) for i in range(world.rank, len(setup.probes), world.size)]
+    places = range(world.rank, len(setup.probes), world.size)
+    seeds = [stream_key((recipe.train.seed, step, place), Stream.PROBE) for place in places]
     writing = Writing(
         recipe.objective,
         decoders,

@@ -26,16 +26,23 @@ COMPACT_AT = 0.85
 ROOM = 32
 # Tokens that are sorted in search of a nucleus, and how many times more where it is not among them.
 NUCLEUS, GROWTH = 128, 8
-# Ends the seed of the random stream that says which of two models writes.
-TURNS = 1
 
 
 class OtherWriter(NamedTuple):
-    """A second model that may write each token, what it reads, and the probability that a token is its own."""
+    """A second model that may write each token, what it reads, and the probability that a token is its own.
+
+    `seeds` name the random stream of each row that says whose turn it is. They are not those that draw the tokens, so
+    that the draws are those of one model alone.
+    """
 
     model: Any
     prompts: Sequence[tuple[int, ...]]
     share: float
+    seeds: Sequence[tuple[int, ...]]
+
+    def only(self, rows: Sequence[int]) -> "OtherWriter":
+        """The same for some of the rows."""
+        return self._replace(prompts=[self.prompts[i] for i in rows], seeds=[self.seeds[i] for i in rows])
 
 
 @torch.inference_mode()
@@ -68,11 +75,12 @@ def sample(
         rows = order[start : start + sampling.batch_size]
         max_length = max(caps[i] for i in rows)
         decoders = [_Decoder(model, [prompts[i] for i in rows], max_length)]
-        if other is not None:
-            decoders.append(_Decoder(other.model, [other.prompts[i] for i in rows], max_length))
+        others = None if other is None else other.only(rows)
+        if others is not None:
+            decoders.append(_Decoder(others.model, others.prompts, max_length))
         decoded = _decode(
             decoders,
-            _Draws.of([seeds[i] for i in rows], max_length, other, decoders[0].device),
+            _Draws.of([seeds[i] for i in rows], max_length, others, decoders[0].device),
             [caps[i] for i in rows],
             end_ids=frozenset(end_ids),
             sampling=sampling,
@@ -98,8 +106,7 @@ class _Draws(NamedTuple):
         uniforms_LR = torch.from_numpy(np.stack(streams, axis=1)).to(device)
         if other is None:
             return _Draws(uniforms_LR, torch.zeros(uniforms_LR.shape, dtype=torch.bool, device=device))
-        # Turns come from streams of their own, so that the other draws are those of one model alone.
-        turns = [np.random.default_rng((*seed, TURNS)).random(max_length) < other.share for seed in seeds]
+        turns = [np.random.default_rng(seed).random(max_length) < other.share for seed in other.seeds]
         return _Draws(uniforms_LR, torch.from_numpy(np.stack(turns, axis=1)).to(device))
 
     def keep(self, kept: Tensor) -> "_Draws":

@@ -2,6 +2,45 @@
 
 import hashlib
 import random
+from enum import IntEnum
+
+# What numpy's generators take as their seed. A rollout is named by (seed of the run, round, place in the round), and in
+# GRPO by its response in the group as well; `stream_key` makes the keys of its random streams.
+Key = tuple[int, ...]
+
+
+class Stream(IntEnum):
+    """Uses of random numbers, each with streams of its own.
+
+    The numbers are part of what a seed means: one that changes changes every run. A new use takes a new number.
+    """
+
+    TOKENS = 0
+    """Draws the tokens of a rollout, or of its first writer."""
+    TURNS = 1
+    """Says which of two models writes each token."""
+    SECOND_WRITER = 2
+    """Draws the tokens of the model that takes over."""
+    HANDOFF = 3
+    """Says where the second model takes over."""
+    PROBE = 4
+    """Draws the tokens of the length gate's probes, whose rounds are steps."""
+    START = 5
+    """Draws the tokens of the check that GRPO begins with."""
+
+
+def stream_key(rollout: Key, stream: Stream) -> Key:
+    """The key of one of a rollout's random streams."""
+    return rollout if stream is Stream.TOKENS else (*rollout, int(stream))
+
+
+def round_key(seed: int, round_: int) -> Key:
+    """The key of what is drawn once for a round: the order of its places.
+
+    numpy fills short keys with zeros, so that this is also the key of the tokens in the round's first place. An order
+    takes the low bits of the numbers that are drawn, and tokens the high ones.
+    """
+    return (seed, round_)
 
 
 def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[int]:
