@@ -22,6 +22,7 @@ from potstill.rope import refuse_crossing
 from potstill.runlog import begun_on, last_row, store_evals
 from potstill.sampling import sample
 from potstill.statistics import holm, paired
+from potstill.tasks.own import describe_files, own_files
 from potstill.types import Example
 from potstill.vocabulary import num_named_rows
 
@@ -121,6 +122,7 @@ def show_responses(
         template_arguments=template_arguments,
     )
     refuse_crossing(model, [p.token_ids for p in prompts], max_tokens, "--max-tokens")
+    say(*describe_files(own_files(None if given else source)), error=True)
     say(*prompt_notes(len(prompts), prompts, model.tokenizer, template, template_arguments), error=True)
     completions = sample(
         model.model,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from potstill.config import Evaluation, GrpoRecipe, Recipe, RunRecipe
 from potstill.results import read_entry
+from potstill.tables import own_task
 from potstill.tasks import is_table
 from potstill.types import NonFiniteError
 
@@ -136,14 +137,14 @@ def _finished_step(path: Path) -> StepCost:
 
 
 def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
-    """A trial in a folder that is removed again; None where it would not be quick.
+    """A trial in a folder that is removed again; None where it would not be quick, or run code of the user's.
 
     There is no cache yet, so what it saves is taken off.
     """
     models = [start]
     if isinstance(recipe, Recipe) and recipe.teacher.model != "self":
         models.append(recipe.teacher.model)
-    if is_table(recipe.data.source) or not all(map(_is_small, models)):
+    if is_table(recipe.data.source) or own_task(recipe.data.source) or not all(map(_is_small, models)):
         return None
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "trial"
@@ -177,10 +178,10 @@ def _trial(recipe: AnyRecipe, sections: dict[str, dict[str, Any]], out: Path, **
 
 
 def _try_evaluation(model: str, evaluation: Evaluation) -> Cost | None:
-    """From one batch of responses; None where that would not be quick."""
+    """From one batch of responses; None where that would not be quick, or run code of the user's."""
     if evaluation.source is None:
         return Cost(0, 0)
-    if is_table(evaluation.source) or not _is_small(model):
+    if is_table(evaluation.source) or own_task(evaluation.source) or not _is_small(model):
         return None
     from potstill.evaluation import evaluate
 

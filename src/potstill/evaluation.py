@@ -33,6 +33,7 @@ from potstill.runlog import begun_on, last_row, locked, read_json, read_rows, st
 from potstill.sampling import sample
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import TASKS, Task, is_table, make_task
+from potstill.tasks.own import describe_files, own_files
 from potstill.types import DataError, Example, Prompt
 from potstill.vocabulary import num_named_rows
 
@@ -72,6 +73,7 @@ def evaluate(
     task, examples, prompts = prepare_problems(model, evaluation, date)
     if not quiet:
         template, told = evaluation.template, evaluation.template_arguments
+        say(*describe_files(own_files(evaluation.source)), error=True)
         say(*prompt_notes(len(prompts), prompts, model.tokenizer, template, told), error=True)
     end_ids = named_end_ids(model.tokenizer, evaluation.end_tokens) or end_ids or end_set(model)
     model.eval()
@@ -94,7 +96,7 @@ def evaluate(
         row["notes"] = dict(Counter(r["note"] for r in found if r["note"]))
         row["num_tokens"] = sum(r["length"] for r in found)
         row["seconds"] = round(time.perf_counter() - started, 2)
-        row["settings"] = evaluation.model_dump(mode="json", exclude={"temperatures"}) | {"end_ids": list(end_ids)}
+        row["settings"] = _settings(evaluation) | {"end_ids": list(end_ids)}
         rows.append(row)
     return rows
 
@@ -190,12 +192,18 @@ def _file_name(
     prompts: Sequence[Prompt],
 ) -> str:
     """One file for each set of weights, settings and temperature: what would be sampled otherwise is never mixed."""
-    settings = evaluation.model_dump(mode="json", exclude={"temperatures"})
+    settings = _settings(evaluation)
     # A template may write another date than yesterday's.
     asked = [prompt.token_ids for prompt in prompts]
     identity = json.dumps([fingerprint(model), settings, temperature, list(end_ids), asked], sort_keys=True)
     source = re.sub(r"[^\w.-]+", "-", str(evaluation.source))[:60]
     return f"{source}-T{temperature:g}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
+
+
+def _settings(evaluation: Evaluation) -> dict[str, Any]:
+    """The settings of an evaluation at one temperature; of a task of the user's own also which code it was."""
+    settings, files = evaluation.model_dump(mode="json", exclude={"temperatures"}), own_files(evaluation.source)
+    return settings | ({"source_sha256": next(iter(files.values()))} if files else {})
 
 
 def by_problem(rows: Sequence[Row], num_responses: int) -> list[Sequence[Row]]:
@@ -237,11 +245,14 @@ def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
     if evaluation.source is None or is_table(evaluation.source):
         raise RecipeError(
             f"evaluation.source is {evaluation.source!r}; only the responses of a task can be scored: choose one of "
-            f"{', '.join(TASKS)} (reasoning-gym:NAME, gsm8k:FILE)"
+            f"{', '.join(TASKS)} (reasoning-gym:NAME, gsm8k:FILE), or my_task.py:MyTask of your own"
         )
     try:
         task = make_task(evaluation.source)
-        return task, task.examples(evaluation.split, evaluation.num_problems, evaluation.seed)
+        examples = task.examples(evaluation.split, evaluation.num_problems, evaluation.seed)
+        # On trial: a task that cannot grade would otherwise say so after a whole training.
+        task.grade(examples[:1], [""])
+        return task, examples
     except ValueError as error:
         raise DataError(f"evaluation source {evaluation.source!r}: {error}") from None
 

@@ -44,6 +44,7 @@ from potstill.sampling import sample
 from potstill.seeds import Key, Stream, step_indices, step_seed, stream_key
 from potstill.setup import hold_out
 from potstill.tasks import Task, make_task
+from potstill.tasks.own import describe_files, own_files
 from potstill.templates import today
 from potstill.types import Completion, NonFiniteError, Prompt, Rollout
 
@@ -64,6 +65,7 @@ class Setup:
     end_ids: tuple[int, ...]
     flops: ModelFlops
     world: World
+    task_files: dict[str, str]
     date: str
     notes: tuple[str, ...]
 
@@ -146,7 +148,8 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     if recipe.evaluation.source is not None:
         prepare_problems(model, run_evaluation(recipe), date)
     task = make_task(str(data.source))
-    return Setup(model, task, prompts, probes, end_ids, model_flops(model), world, date, tuple(notes))
+    files = own_files(data.source, recipe.evaluation.source)
+    return Setup(model, task, prompts, probes, end_ids, model_flops(model), world, files, date, tuple(notes))
 
 
 def measure_start(recipe: GrpoRecipe, setup: Setup) -> dict[str, float]:
@@ -460,6 +463,7 @@ def _environment(setup: Setup) -> dict[str, Any]:
         "world_size": setup.world.size,
         "device": str(setup.world.device),
         "date": setup.date,
+        "task_files": setup.task_files,
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "end_ids": list(setup.end_ids),
         "models": {
@@ -472,6 +476,7 @@ def _opening(recipe: GrpoRecipe, setup: Setup, step: int) -> list[str]:
     """What a user should see before the first step."""
     tokenizer = setup.model.tokenizer
     lines = [f"GRPO from {recipe.model}: {recipe.out}" + (f", resumed after step {step}" if step else "")]
+    lines += describe_files(setup.task_files)
     lines.append(f"end set: {described(tokenizer, setup.end_ids)}")
     lines += recipe.notes
     lines += setup.notes

@@ -6,6 +6,7 @@ from potstill.ends import described
 from potstill.habits import what_is_unknown
 from potstill.rates import describe_lr, with_lr
 from potstill.setup import Setup
+from potstill.tasks.own import describe_files
 from potstill.weights import cautions
 
 # Of the first prompt, to show that the template is right.
@@ -16,6 +17,7 @@ def opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     """Everything a user should see before the first step, warnings included."""
     student, teacher = setup.student, setup.teacher
     lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
+    lines += describe_files(setup.task_files)
     lines += _about_ends(recipe, setup)
     lines += recipe.notes
     if recipe.train.lr is None:

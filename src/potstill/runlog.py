@@ -132,7 +132,8 @@ def open_run(
     """Create the run folder or enter it again, for this process alone; gives lines about what the recipe changed.
 
     Raises RunError as `check_folder`, when another process is in it, or when it was begun with other models or prompts
-    under the same names: what a recipe names can change, and objects may have taken its place.
+    under the same names: what a recipe names can change, and objects may have taken its place. A file of a task of the
+    user's own that has changed is noted: a grader that failed at the end of a run is mended without another training.
     """
     folder = recipe.out
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,9 +148,12 @@ def open_run(
                     f"run folder {str(folder)!r} was begun with other {key} ({json.dumps(begun[key])} there, "
                     f"{json.dumps(environment[key])} here); {_other_place(folder)}"
                 )
+        edited = edited_files(folder, environment.get("task_files", {}))
         history = begun.get("changes", [])
+        if changes or edited:
+            what = {"fields": changes} | ({"task_files": edited} if edited else {})
+            history = [*history, {"num_steps": _num_rows(folder / "metrics.jsonl"), **what}]
         if changes:
-            history = [*history, {"num_steps": _num_rows(folder / "metrics.jsonl"), "fields": changes}]
             # It is finished no longer: what it has to do is done below.
             (folder / "DONE").unlink(missing_ok=True)
             flush(folder)
@@ -159,7 +163,24 @@ def open_run(
         write_environment(folder, environment | {"changes": history})
         if changes:
             write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
-        yield tuple(_said(name, *values) for name, values in changes.items() if not is_one_of(name, CHANGE_NOTHING))
+        of_recipe = [_said(name, *values) for name, values in changes.items() if not is_one_of(name, CHANGE_NOTHING)]
+        yield (*of_recipe, *describe_edits(edited))
+
+
+def edited_files(folder: Path, files: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """The files among these (with their SHA-256) that the run in a folder knows otherwise, with both checksums."""
+    environment = folder / "environment.json"
+    known = read_json(environment).get("task_files", {}) if environment.exists() else {}
+    return {file: (known[file], now) for file, now in files.items() if known.get(file, now) != now}
+
+
+def describe_edits(edited: dict[str, tuple[str, str]]) -> list[str]:
+    """A line for each file of a task that is not the one that the run was begun with."""
+    return [
+        f"warning: {file} has changed since the run began (SHA-256 {then[:16]}..., now {now[:16]}...); the prompts are "
+        "the same, scores and the ends of answers may differ"
+        for file, (then, now) in edited.items()
+    ]
 
 
 def _num_rows(path: Path) -> int:

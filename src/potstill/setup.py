@@ -20,6 +20,7 @@ from potstill.probe import ready
 from potstill.prompts import prepare_prompts
 from potstill.rope import refuse_crossing
 from potstill.tasks import is_table, make_task
+from potstill.tasks.own import own_files
 from potstill.templates import today
 from potstill.types import DataError, Prompt
 
@@ -38,6 +39,7 @@ class Setup:
     answer_end: Callable[[str], int | None]
     student_flops: ModelFlops
     teacher_flops: ModelFlops | None
+    task_files: dict[str, str]
     date: str
     notes: tuple[str, ...]
 
@@ -116,6 +118,7 @@ def prepare(
         answer_end,
         model_flops(student),
         head_flops(teacher.head) if isinstance(teacher, CachedTeacher) else teacher and model_flops(teacher),
+        own_files(recipe.data.source if prompts is None else None, recipe.evaluation.source),
         date,
         tuple(notes),
     )

@@ -6,6 +6,7 @@ consists of and how far it is; the report reads it.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from potstill.files import write_atomically
 from potstill.jobs import Job, run_jobs
 from potstill.planning import Item, PlannedPanel, choose, plan, recipe_file
 from potstill.printable import plain, say
-from potstill.results import PLAN_FILE, read_plan
-from potstill.runlog import locked
+from potstill.results import PLAN_FILE, read_entry, read_plan
+from potstill.runlog import edited_files, locked
 from potstill.study_file import Study
+from potstill.tables import own_task
+from potstill.tasks import make_task
+from potstill.tasks.own import check_file, own_files
 
 
 def run_study(
@@ -37,9 +41,15 @@ def run_study(
     states = _last_states(study)
     panels = plan(study, choose(study))
     _check_models(study, panels)
+    sources = _own_sources(panels)
+    for source in sources:
+        check_file(source)
     print_plan(study, panels, states, num_parallel, one_thread, list_all=dry_run)
+    say(*_outdated(panels))
     if dry_run:
         return True
+    for source in sources:
+        make_task(source)
     study.out.mkdir(parents=True, exist_ok=True)
     with locked(study.out, "study"):
         crashed = _run_stage(study, [panel for panel in panels if panel.is_sweep], panels, num_parallel, one_thread)
@@ -67,6 +77,32 @@ def _check_models(study: Study, panels: Sequence[PlannedPanel]) -> None:
     for name in sorted(names):
         if not Path(name).is_relative_to(study.out):
             locate(name)
+
+
+def _own_sources(panels: Sequence[PlannedPanel]) -> list[str]:
+    """The tasks of the user's own that the runs of a study take problems from."""
+    items = [item for panel in panels for item in panel.items]
+    sources = [source for item in items for source in (item.recipe.data.source, item.evaluation.source)]
+    return sorted({source for source in sources if isinstance(source, str) and own_task(source)})
+
+
+def _outdated(panels: Sequence[PlannedPanel]) -> list[str]:
+    """A line for each file of the user's own that has changed since some of the study's runs were done with it."""
+    done = {item.job.path: item for panel in panels for item in panel.items if item.is_done and item.kind != "cache"}
+    edited = Counter(file for item in done.values() for file in _edited_files(item))
+    return [
+        f"{file} has changed since {num} finished runs and evaluations began; they stay as they are: remove those that "
+        "are to be done again"
+        for file, num in sorted(edited.items())
+    ]
+
+
+def _edited_files(item: Item) -> list[str]:
+    """The files of the user's own that a finished item has run, and that are now other than then."""
+    if item.kind != "evaluate":
+        return list(edited_files(item.job.path, own_files(item.recipe.data.source, item.evaluation.source)))
+    then = read_entry(item.job.path).evals[0]["settings"].get("source_sha256")
+    return [file for file, now in own_files(item.evaluation.source).items() if now != then]
 
 
 def _processes(num_jobs: int | None) -> tuple[int, bool]:

@@ -47,6 +47,7 @@ from potstill.objective import (
 )
 from potstill.opening import opening
 from potstill.prefixes import Writing, write_rollouts
+from potstill.printable import say
 from potstill.probe import ready
 from potstill.probing import probe_window
 from potstill.progress import StepDisplay
@@ -54,6 +55,7 @@ from potstill.rates import is_spent, learning_rate, planned_steps, with_lr
 from potstill.samples import Scored, logged_sample, scored_samples
 from potstill.seeds import step_indices, step_seed
 from potstill.setup import Setup, prepare
+from potstill.tasks.own import own_files
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
 
 # Decoded rollouts with per-token numbers are logged this many at a time, at step 1 and with every checkpoint.
@@ -125,6 +127,13 @@ def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
         if world.is_main:
             evaluate_anew(recipe, model.to(world.device), quiet)
         distributed.wait_for_rank_0(world)
+    elif world.is_main and not quiet:
+        edited = runlog.edited_files(folder, own_files(recipe.data.source, recipe.evaluation.source))
+        for file in edited:
+            say(
+                f"{file} has changed since; the finished run stays as it is, `potstill evaluate` scores it anew",
+                error=True,
+            )
     return RunResult(folder, model, runlog.last_row(folder))
 
 
@@ -395,6 +404,7 @@ def _environment(setup: Setup, world: World) -> dict[str, Any]:
         "world_size": world.size,
         "device": str(world.device),
         "date": setup.date,
+        "task_files": setup.task_files,
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "end_ids": list(setup.ends.stop_ids),
         "end_class": list(setup.ends.class_ids),

@@ -48,8 +48,9 @@ class TeacherSpec(Section):
 
 class Data(Section):
     source: str | tuple[str, ...] = "multiplication"
-    """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a file (.jsonl, .json, .csv, .parquet, or these and
-    .gz), a pattern of files, a hub data set or a folder of one; or a list of files and data sets."""
+    """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a task of your own (my_task.py:MyTask, a class in a
+    Python file, whose code is run), a file (.jsonl, .json, .csv, .parquet, or these and .gz), a pattern of files, a hub
+    data set or a folder of one; or a list of files and data sets."""
     split: str = "train"
     """Split of a task or hub data set."""
     config: str | None = None
