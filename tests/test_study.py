@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_recipe
 
 from potstill import planning
-from potstill.cli import split_overrides
+from potstill.cli import main, split_overrides
 from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
 from potstill.estimates import estimate
 from potstill.files import append
@@ -184,13 +184,13 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
 )
 def test_what_could_not_begin_is_refused_before_any_work(tmp_path, group, message):
     with pytest.raises(ValueError, match=message):
-        run_study(write_study(tmp_path, f'[[panels]]\ntitle = "A"\n[[panels.groups]]\n{group}\n'), dry_run=True)
+        run_study(write_study(tmp_path, f'[[panels]]\ntitle = "A"\n[[panels.groups]]\n{group}\n'), main, dry_run=True)
     assert not (tmp_path / "study").exists()
 
 
 def test_files_that_are_no_study_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="--jobs is 0; it must be at least 1"):
-        run_study(read_study_file("quick"), num_jobs=0)
+        run_study(read_study_file("quick"), main, num_jobs=0)
     with pytest.raises(RecipeError, match="study 'quik' does not exist; give a TOML file or one of paper-mini"):
         read_study_file("quik")
     (tmp_path / "s.toml").write_text("out = [")
@@ -247,7 +247,7 @@ fields.temperatures = [0.0]
 
 def test_each_run_is_done_once_and_a_crash_is_shown_and_done_again(tmp_path, capfd):
     study = write_study(tmp_path, RUNS)
-    assert not run_study(study, num_jobs=2)
+    assert not run_study(study, main, num_jobs=2)
     captured = capfd.readouterr()
     assert "CRASHED DAgger, broken: potstill: step 2: the gradient is not finite" in captured.err
     (panel,) = read_panels([study.out])
@@ -272,13 +272,13 @@ def test_each_run_is_done_once_and_a_crash_is_shown_and_done_again(tmp_path, cap
     assert len(finished) == 2
     # The same study again: only what crashed, and what is new.
     study = write_study(tmp_path, RUNS.replace("train.lr = 1e30", "train.lr = 1e-3"))
-    assert run_study(study, num_jobs=2)
+    assert run_study(study, main, num_jobs=2)
     out = capfd.readouterr().out
     assert "2 to do, 2 at a time" in out and "from finished runs and trials" in out
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in study.out.rglob("DONE")}.items()
     (panel,) = read_panels([study.out])
     assert not panel.unfinished and len(panel.entries) == 7
-    assert run_study(study) and "nothing is left to do" in capfd.readouterr().out
+    assert run_study(study, main) and "nothing is left to do" in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -303,7 +303,7 @@ def test_a_killed_study_takes_its_processes_along_and_goes_on(tmp_path):
     (panel,) = read_panels([study.out])
     assert len(panel.unfinished) == 4
 
-    assert run_study(study, num_jobs=2)
+    assert run_study(study, main, num_jobs=2)
     for run in runs:
         steps = [row["step"] for row in read_rows(run.job.path / "metrics.jsonl")]
         assert steps == list(range(1, NUM_STEPS + 1)) and is_done(run.job.path, run.recipe)
@@ -329,7 +329,7 @@ def test_plan_file_is_plain_data(tmp_path):
     study = write_study(tmp_path, '[[panels]]\ntitle = "A"\nnote = "b"\n[[panels.groups]]\n')
     (item,) = items_of(study)
     pretend(item, 0.5)
-    assert run_study(study)
+    assert run_study(study, main)
     (panel,) = json.loads((study.out / "plan.json").read_text())["panels"]
     assert (panel["title"], panel["note"], panel["runs"][0]["state"]) == ("A", "b", "done")
     assert tiny_recipe(tmp_path / "x").hash() != item.recipe.hash()

@@ -253,7 +253,7 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
 
         _refuse_overrides(overrides)
         found = read_study_file(study)
-        is_whole = run_study(found, jobs, dry_run)
+        is_whole = run_study(found, main, jobs, dry_run)
         if report and not dry_run:
             from potstill.report import print_findings, write_report
 

@@ -17,6 +17,9 @@ from potstill.printable import one_line, plain, say
 
 POLL_SECONDS = 0.25
 
+# Runs one command, given its arguments. A function at the top of a module, as another process loads it by its name.
+Execute = Callable[[list[str]], None]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -38,7 +41,12 @@ class Job:
 
 
 def run_jobs(
-    jobs: Sequence[Job], num_parallel: int, one_thread: bool, on_end: Callable[[Job, str | None], None]
+    jobs: Sequence[Job],
+    execute: Execute,
+    *,
+    num_parallel: int,
+    one_thread: bool,
+    on_end: Callable[[Job, str | None], None],
 ) -> None:
     """Run jobs, at most `num_parallel` at a time and each after what it needs; the others go on when one crashes.
 
@@ -58,7 +66,8 @@ def run_jobs(
                 for job in [job for job in waiting if not unmet & set(job.needs)][: num_parallel - len(running)]:
                     waiting.remove(job)
                     job.log.parent.mkdir(parents=True, exist_ok=True)
-                    running[job] = context.Process(target=_execute, args=(job.arguments, job.log, one_thread))
+                    given = (execute, job.arguments, job.log, one_thread)
+                    running[job] = context.Process(target=_execute_apart, args=given)
                     running[job].start()
                 if not running:
                     # What is left needs something that crashed.
@@ -83,7 +92,7 @@ def run_jobs(
                 process.join()
 
 
-def _execute(arguments: tuple[str, ...], log: Path, one_thread: bool) -> None:
+def _execute_apart(execute: Execute, arguments: tuple[str, ...], log: Path, one_thread: bool) -> None:
     """In a process of its own: a potstill command with its output in a file. Ends when the parent does, however.
 
     Everything that a run writes survives that, and an orphan would keep its run folder from the next attempt.
@@ -98,9 +107,7 @@ def _execute(arguments: tuple[str, ...], log: Path, one_thread: bool) -> None:
         import torch
 
         torch.set_num_threads(1)
-    from potstill.cli import main
-
-    main(list(arguments))
+    execute(list(arguments))
 
 
 def _reason(log: Path, exitcode: int) -> str:

@@ -7,12 +7,13 @@ consists of and how far it is; the report reads it.
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, RecipeError, to_toml
 from potstill.files import write_atomically
-from potstill.jobs import Job, run_jobs
+from potstill.jobs import Execute, Job, run_jobs
 from potstill.planning import Item, PlannedPanel, choose, plan, recipe_file
 from potstill.printable import plain, say
 from potstill.results import PLAN_FILE, read_entry, read_plan
@@ -25,10 +26,11 @@ from potstill.tasks.own import check_file, own_files
 
 def run_study(
     study: Study,
+    execute: Execute,
     num_jobs: int | None = None,
     dry_run: bool = False,
 ) -> bool:
-    """Do what is missing of a study, sweeps first; returns whether nothing crashed.
+    """Do what is missing of a study, sweeps first, each run by `execute`; returns whether nothing crashed.
 
     Prints the plan with estimated time and disk before it begins, and asks nothing. What crashed in an earlier call is
     done again. Raises RecipeError or RunError before any work when a run could not begin.
@@ -51,14 +53,15 @@ def run_study(
     for source in sources:
         make_task(source)
     study.out.mkdir(parents=True, exist_ok=True)
+    run = partial(run_jobs, execute=execute, num_parallel=num_parallel, one_thread=one_thread)
     with locked(study.out, "study"):
-        crashed = _run_stage(study, [panel for panel in panels if panel.is_sweep], panels, num_parallel, one_thread)
+        crashed = _run_stage(study, [panel for panel in panels if panel.is_sweep], panels, run)
         chosen = choose(study)
         panels = plan(study, chosen)
         for (title, method), value in chosen.items():
             say(f"{title}: {METHODS[method].name} goes on with {value:g}")
         others = [panel for panel in panels if not panel.is_sweep]
-        crashed += _run_stage(study, others, panels, num_parallel, one_thread)
+        crashed += _run_stage(study, others, panels, run)
     for item, message in crashed:
         say(f"CRASHED {item.job.name}: {message} ({item.job.log})", error=True)
     return not crashed
@@ -115,7 +118,7 @@ def _processes(num_jobs: int | None) -> tuple[int, bool]:
 
 
 def _run_stage(
-    study: Study, stage: Sequence[PlannedPanel], panels: Sequence[PlannedPanel], num_parallel: int, one_thread: bool
+    study: Study, stage: Sequence[PlannedPanel], panels: Sequence[PlannedPanel], run: Callable[..., None]
 ) -> list[tuple[Item, str]]:
     """Run what is missing of some panels. Returns what crashed."""
     # The same run can be in several panels.
@@ -139,7 +142,7 @@ def _run_stage(
     # What others wait for first, then the longest, so that the processes end together.
     needed = {path for item in items.values() for path in item.job.needs}
     order = sorted(items.values(), key=lambda item: (item.job.path not in needed, -item.job.num_steps))
-    run_jobs([item.job for item in order], num_parallel, one_thread, on_end)
+    run([item.job for item in order], on_end=on_end)
     return crashed
 
 
