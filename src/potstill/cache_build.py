@@ -229,7 +229,7 @@ def _fill(
     ]
     size = options.rollouts_per_shard
     portions = [entries[start : start + size] for start in range(0, len(entries), size)]
-    display.begin(manifest, len(entries))
+    display.begin(manifest.total("num_rollouts"), len(entries))
     for first in range(0, len(portions), world.size):
         mine = portions[first + world.rank] if first + world.rank < len(portions) else None
         record = None if mine is None else _make_shard(mine, recipe, setup, teacher, manifest.settings, out)
@@ -237,8 +237,17 @@ def _fill(
         manifest = dataclasses.replace(manifest, shards=manifest.shards + new)
         if world.is_main:
             write_atomically(out / "manifest.json", manifest.to_json())
-        display.update(new)
+        display.update(**_sizes(new))
     return manifest
+
+
+def _sizes(records: Sequence[ShardRecord]) -> dict[str, int]:
+    """Everything that a display is told of finished shards."""
+    return {
+        "num_rollouts": sum(record.num_rollouts for record in records),
+        "num_tokens": sum(record.num_tokens for record in records),
+        "num_bytes": sum(record.num_bytes for record in records),
+    }
 
 
 def _make_shard(
@@ -388,14 +397,14 @@ def verify_cache(
     broken: dict[ShardRecord, str] = {}
     errors = [0.0]
     with CacheDisplay(quiet) as display:
-        display.begin(dataclasses.replace(manifest, shards=()), manifest.total("num_rollouts"))
+        display.begin(0, manifest.total("num_rollouts"))
         for record in manifest.shards:
             try:
                 alone = Cache(folder, dataclasses.replace(manifest, shards=(record,)))
                 errors.append(alone.check_shard(0, head, VERIFIED_ROWS))
             except CacheError as error:
                 broken[record] = str(error)
-            display.update([record])
+            display.update(**_sizes([record]))
     kept = dataclasses.replace(manifest, shards=tuple(r for r in manifest.shards if r not in broken))
     if broken and drop_broken:
         for record in broken:

@@ -3,14 +3,11 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from potstill.printable import plain, printable, say
-
-if TYPE_CHECKING:
-    from potstill.cache import Manifest, ShardRecord
 
 # Seconds between plain lines where there is no terminal.
 PLAIN_INTERVAL = 5.0
@@ -109,12 +106,12 @@ class CacheDisplay:
         if self.live and hasattr(self, "progress"):
             self.progress.stop()
 
-    def begin(self, manifest: "Manifest", num_rollouts: int) -> None:
+    def begin(self, num_there: int, num_rollouts: int) -> None:
         """Say what there is already and how many rollouts are to be done."""
         self.total, self.done, self.num_tokens, self.num_bytes = num_rollouts, 0, 0, 0
         self.began = self.last_line = time.perf_counter()
-        if manifest.shards and not self.quiet:
-            say(f"{manifest.total('num_rollouts'):,} completions are there already", error=True)
+        if num_there and not self.quiet:
+            say(f"{num_there:,} completions are there already", error=True)
         if self.live:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -126,13 +123,13 @@ class CacheDisplay:
             self.progress.start()
             self.task = self.progress.add_task("first shard", total=num_rollouts)
 
-    def update(self, records: "Sequence[ShardRecord]") -> None:
-        """Show finished shards."""
+    def update(self, *, num_rollouts: int, num_tokens: int, num_bytes: int) -> None:
+        """Show what finished shards hold."""
         if self.quiet:
             return
-        self.done += sum(record.num_rollouts for record in records)
-        self.num_tokens += sum(record.num_tokens for record in records)
-        self.num_bytes += sum(record.num_bytes for record in records)
+        self.done += num_rollouts
+        self.num_tokens += num_tokens
+        self.num_bytes += num_bytes
         now = time.perf_counter()
         shown = (
             f"{self.num_tokens / (now - self.began):,.0f} tok/s  {self.num_bytes / self.num_tokens:,.1f} bytes/token"
