@@ -23,7 +23,7 @@ from potstill.controllers import (
     scheduled_weight,
     scheduled_window,
 )
-from potstill.metrics import is_loop
+from potstill.text import is_loop
 from potstill.types import DataError
 
 GOOD = Probe(entropy=1.0, teacher_entropy=None, truncation=0.1, teacher_truncation=0.0, repetition=0.0)

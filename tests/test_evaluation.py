@@ -13,11 +13,12 @@ from potstill.commands import gave_up
 from potstill.config import Evaluation, RecipeError
 from potstill.evaluation import evaluate, summarize
 from potstill.files import write_rows
-from potstill.metrics import num_tokens_to_answer, step_means, zlib_ratio
+from potstill.metrics import step_means
 from potstill.models import load_model
 from potstill.results import Entry
 from potstill.runlog import RunError, locked, read_rows
 from potstill.tasks.multiplication import Multiplication
+from potstill.text import num_tokens_to_answer, zlib_ratio
 from potstill.types import DataError
 
 SMALL = Evaluation(source="multiplication", num_problems=6, num_responses=4, temperatures=(1.0, 0.6))

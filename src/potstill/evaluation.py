@@ -23,7 +23,6 @@ from potstill.data import make_prompts, prompt_notes
 from potstill.ends import end_set, named_end_ids
 from potstill.files import append, flush, write_atomically, write_rows
 from potstill.grading import Grade, majority
-from potstill.metrics import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.models import LanguageModel, fingerprint
 from potstill.printable import say
 from potstill.probe import ready
@@ -34,6 +33,7 @@ from potstill.sampling import sample
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import TASKS, Task, is_table, make_task
 from potstill.tasks.own import describe_files, own_files
+from potstill.text import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.types import DataError, Example, Prompt
 from potstill.vocabulary import num_named_rows
 

@@ -33,7 +33,7 @@ from potstill.distributed import World
 from potstill.ends import described, end_set
 from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
 from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
-from potstill.metrics import Stopwatch, is_loop, num_tokens_to_answer, zlib_ratio
+from potstill.metrics import Stopwatch
 from potstill.models import LanguageModel, fingerprint, load_model, save_model, without_progress_bars
 from potstill.opening import SHOWN_CHARACTERS
 from potstill.probe import ready
@@ -46,6 +46,7 @@ from potstill.setup import hold_out
 from potstill.tasks import Task, make_task
 from potstill.tasks.own import describe_files, own_files
 from potstill.templates import today
+from potstill.text import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.types import Completion, NonFiniteError, Prompt, Rollout
 
 # Prompts of the start check.

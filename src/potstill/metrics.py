@@ -1,7 +1,6 @@
 """From rollouts and token statistics to the numbers of a step. Sums first, so that ranks and batches add up."""
 
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,14 +8,11 @@ from typing import Any
 
 import torch
 
+from potstill.text import num_tokens_to_answer, zlib_ratio
 from potstill.types import Batch, Rollout, TokenStats, Writer
 
 # (statistic, name in the run log) of those that have one value a loss token.
 TOKEN_STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
-
-
-# Of a text's end, and how many times smaller zlib makes a loop.
-LOOP_CHARACTERS, LOOP_RATIO = 10_000, 10.0
 
 
 class Stopwatch:
@@ -40,33 +36,6 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def zlib_ratio(text: str) -> float:
-    """How many times smaller zlib makes the text: about 1 for short prose, above 10 for a loop."""
-    data = text.encode()
-    return len(data) / len(zlib.compress(data)) if data else 1.0
-
-
-def num_tokens_to_answer(
-    completion_ids: Sequence[int], text: str, tokenizer, answer_end: Callable[[str], int | None]
-) -> int:
-    """How many tokens there are up to the end of the first final answer; all of them when there is none.
-
-    What follows the answer, a loop above all, would otherwise dominate the entropy and the length. The end token is not
-    counted, nor others after it: the text, which has none of them, does not show whether they are one or many.
-    """
-    end = answer_end(text)
-    if end is None:
-        return len(completion_ids)
-    low, high = 1, len(completion_ids)
-    while low < high:
-        middle = (low + high) // 2
-        if len(tokenizer.decode(completion_ids[:middle], skip_special_tokens=True)) >= end:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
 def before_answer(
     batch: Batch, text_of: Mapping[int, str], tokenizer, answer_end: Callable[[str], int | None]
 ) -> torch.Tensor:
@@ -76,11 +45,6 @@ def before_answer(
         num = num_tokens_to_answer(rollout.completion_ids, text_of[id(rollout)], tokenizer, answer_end)
         flags += [i < num for i, is_trained in enumerate(rollout.trained) if is_trained]
     return torch.tensor(flags, device=batch.loss_mask_BT.device)
-
-
-def is_loop(text: str) -> bool:
-    """Whether a text repeats itself: zlib makes its last 10,000 characters ten times smaller (arXiv 2604.08527)."""
-    return zlib_ratio(text[-LOOP_CHARACTERS:]) > LOOP_RATIO
 
 
 def token_sums(

@@ -12,11 +12,12 @@ from potstill.controllers import Probe, WindowState
 from potstill.distributed import World
 from potstill.flops import rollout_flops, training_flops
 from potstill.fused import fused_statistics
-from potstill.metrics import before_answer, is_loop
+from potstill.metrics import before_answer
 from potstill.models import LanguageModel
 from potstill.prefixes import Writing, from_one
 from potstill.seeds import Stream, stream_key
 from potstill.setup import Setup
+from potstill.text import is_loop
 from potstill.types import Rollout, Writer
 
 

@@ -1,4 +1,4 @@
-"""Contents of run folders, evaluation files and study folders, for whoever compares them. Reads files; needs no torch."""
+"""Contents of run folders, evaluation files and study folders, for whoever compares them. Needs no torch."""
 
 import json
 from collections import defaultdict
