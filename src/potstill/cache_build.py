@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from potstill import distributed
-from potstill.batching import make_batches
+from potstill.batching import batch_places, make_batch
 from potstill.cache import (
     INDEX,
     KEY_BYTES,
@@ -270,16 +270,18 @@ def _make_shard(
         dataclasses.replace(rollout, trained=(True,) * len(rollout.completion_ids))
         for rollout in write_rollouts(writing, prompts, seeds)
     ]
-    signals: dict[int, dict[str, Tensor]] = {}
+    # Each rollout's, by its place.
+    signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
     kls: list[float] = []
     if settings.payload != "completions":
-        for batch in make_batches(rollouts, recipe.train.tokens_per_batch, setup.student.device):
+        for places in batch_places(rollouts, recipe.train.tokens_per_batch):
+            batch = make_batch([rollouts[place] for place in places], setup.student.device)
             columns, kl_N = _score(batch, teacher, setup, settings)
             kls += [] if kl_N is None else kl_N.tolist()
             lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
             split = {name: column.cpu().split(lengths) for name, column in columns.items()}
-            for i, rollout in enumerate(batch.rollouts):
-                signals[id(rollout)] = {name: parts[i] for name, parts in split.items()}
+            for i, place in enumerate(places):
+                signals[place] = {name: parts[i] for name, parts in split.items()}
     # Ids are most of what is stored beside the signal, where prompts are long.
     ids_type = torch.uint16 if teacher.vocab_size <= 2**16 else torch.int32
     texts = [
@@ -290,7 +292,7 @@ def _make_shard(
         for rollout in rollouts
     ]
     of_signal = SIGNALS[settings.payload]
-    rows = [text | signals.get(id(rollout), {}) for rollout, text in zip(rollouts, texts, strict=True)]
+    rows = [text | signal for text, signal in zip(texts, signals, strict=True)]
     tensors = {name: torch.cat([row[name] for row in rows]).contiguous() for name in (*TEXT, *of_signal)}
     keys = np.frombuffer(b"".join(key for _, key, _ in entries), np.uint8).reshape(-1, KEY_BYTES)
     tensors |= {
@@ -435,7 +437,7 @@ def _live_kl(cache: Cache, teacher: LanguageModel, head: Head | None) -> float |
     step = max(len(places) // VERIFIED_ROLLOUTS, 1)
     kl = num_tokens = 0.0
     for place in places[::step]:
-        (batch,) = make_batches([cache.stored_rollout(place)], 1, teacher.device)
+        batch = make_batch([cache.stored_rollout(place)], teacher.device)
         hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
         if head is not None:
             kl_N, _ = close_kl(cache.rows_of(batch.rollouts, head), head, hidden_NE, teacher.head)

@@ -68,13 +68,14 @@ def render_examples(examples: Sequence[Example], template: ChatTemplate, end_ids
     """
     chats = [make_chat(example) for example in examples]
     prompts = _render(chats, [chat.prompt() for chat in chats], template)
-    answered = [chat for chat in chats if end_ids is not None and answers_of(chat.example)]
+    places = [place for place, chat in enumerate(chats) if end_ids is not None and answers_of(chat.example)]
+    answered = [chats[place] for place in places]
     wholes = _render(answered, [chat.whole() for chat in answered], template)
-    whole_of = {id(chat): whole for chat, whole in zip(answered, wholes, strict=True)}
+    whole_at = dict(zip(places, wholes, strict=True))
     closing = tuple(map(template.tokenizer.convert_ids_to_tokens, closing_ids(template, end_ids or ())))
     texts = []
-    for chat, prompt in zip(chats, prompts, strict=True):
-        whole = whole_of.get(id(chat))
+    for place, (chat, prompt) in enumerate(zip(chats, prompts, strict=True)):
+        whole = whole_at.get(place)
         texts.append(Texts(prompt, () if whole is None else _turns(chat, prompt, whole, template, closing)))
     return texts
 

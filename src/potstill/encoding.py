@@ -152,8 +152,7 @@ def fit_prompts(
         raise DataError(
             f"all {len(prompts)} prompts are too long, the first with {num_tokens} tokens, {room.reason(num_tokens)}"
         )
-    left_out = {id(prompt) for prompt in too_long}
-    return [prompt for prompt in prompts if id(prompt) not in left_out]
+    return [prompt for prompt in prompts if len(prompt.ids_of(who)) <= limit]
 
 
 def _cut(prompt: Prompt, who: Literal["student", "teacher"], limit: int, encoding: Encoding) -> Prompt:

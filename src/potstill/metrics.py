@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,12 +37,12 @@ class Stopwatch:
 
 
 def before_answer(
-    batch: Batch, text_of: Mapping[int, str], tokenizer, answer_end: Callable[[str], int | None]
+    batch: Batch, texts: Sequence[str], tokenizer, answer_end: Callable[[str], int | None]
 ) -> torch.Tensor:
-    """For each loss token [N] of a batch, whether it comes up to the first final answer; texts by `id` of rollout."""
+    """For each loss token [N] of a batch, whether it comes up to the first final answer; `texts` are the responses."""
     flags = []
-    for rollout in batch.rollouts:
-        num = num_tokens_to_answer(rollout.completion_ids, text_of[id(rollout)], tokenizer, answer_end)
+    for rollout, text in zip(batch.rollouts, texts, strict=True):
+        num = num_tokens_to_answer(rollout.completion_ids, text, tokenizer, answer_end)
         flags += [i < num for i, is_trained in enumerate(rollout.trained) if is_trained]
     return torch.tensor(flags, device=batch.loss_mask_BT.device)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from potstill import distributed
-from potstill.batching import make_batches
+from potstill.batching import batch_places, make_batch
 from potstill.config import Recipe
 from potstill.controllers import Probe, WindowState
 from potstill.distributed import World
@@ -31,8 +31,8 @@ def probe_window(
     responses is measured once a window: by letting it write, or from the cache. Ranks share the prompts.
     """
     prompts = setup.probes[world.rank :: world.size]
-    places = range(world.rank, len(setup.probes), world.size)
-    seeds = [stream_key((recipe.train.seed, step, place), Stream.PROBE) for place in places]
+    numbers = range(world.rank, len(setup.probes), world.size)
+    seeds = [stream_key((recipe.train.seed, step, number), Stream.PROBE) for number in numbers]
     writing = Writing(
         recipe.objective,
         decoders,
@@ -49,15 +49,15 @@ def probe_window(
     flops = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
     scores_teacher = recipe.window.reference == "teacher" and isinstance(setup.teacher, LanguageModel)
     texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
-    text_of = dict(zip(map(id, rollouts), texts, strict=True))
     num_tokens = entropy = teacher_entropy = 0.0
     options = setup.loss.shared_options() | {"temperature": 1.0}
-    for batch in make_batches(rollouts, recipe.train.tokens_per_batch, world.device):
+    for places in batch_places(rollouts, recipe.train.tokens_per_batch):
+        batch = make_batch([rollouts[place] for place in places], world.device)
         sides: list[Any] = [student(batch.input_ids_BT)[batch.loss_mask_BT], student.head]
         if scores_teacher and isinstance(setup.teacher, LanguageModel):
             sides += [setup.teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT], setup.teacher.head]
         stats = fused_statistics(*sides, **options)
-        is_before_N = before_answer(batch, text_of, student.tokenizer, setup.answer_end)
+        is_before_N = before_answer(batch, [texts[place] for place in places], student.tokenizer, setup.answer_end)
         num_tokens += float(is_before_N.sum())
         entropy += float(stats.student_entropy_N[is_before_N].double().sum())
         if stats.teacher_entropy_N is not None:

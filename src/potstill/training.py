@@ -346,7 +346,6 @@ def accumulate_gradients(
     batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
     (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
     texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
-    text_of = dict(zip(map(id, rollouts), texts, strict=True))
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
     returns: list[Any] = [None] * len(batches)
     if loss.objective.gamma:
@@ -381,7 +380,8 @@ def accumulate_gradients(
                         samples[place] = logged_sample(student, setup.teacher, rollout, scored, loss)
         with clock("student"):
             loss_sum.backward()
-        before_answer_N = before_answer(batch, text_of, student.tokenizer, setup.answer_end)
+        responses = [texts[place] for place in places]
+        before_answer_N = before_answer(batch, responses, student.tokenizer, setup.answer_end)
         sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
     sums_over_ranks = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
     return sums_over_ranks, [samples[place] for place in sorted(samples)]
