@@ -293,7 +293,11 @@ def test_faults_of_grades_are_found_before_a_training(folder, capsys, old, new, 
 
 
 def test_lists_hold_no_tasks(folder, capsys):
-    refused(capsys, [*train(OPD), "--data.source", "sums.py:Sums", "multiplication"], "'sums.py:Sums' is a task")
+    refused(
+        capsys,
+        [*train(OPD), "--data.source", "sums.py:Sums", "multiplication"],
+        "has the task 'sums.py:Sums' among its tables",
+    )
 
 
 def test_doubled_ids_and_lists_are_put_right(folder):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from potstill.config import Evaluation, GrpoRecipe, Recipe, RunRecipe
 from potstill.results import read_entry
-from potstill.tables import own_task
 from potstill.tasks import is_table
+from potstill.tasks.own import own_task
 from potstill.types import NonFiniteError
 
 if TYPE_CHECKING:

@@ -19,9 +19,8 @@ from potstill.printable import plain, say
 from potstill.results import PLAN_FILE, read_entry, read_plan
 from potstill.runlog import edited_files, locked
 from potstill.study_file import Study
-from potstill.tables import own_task
 from potstill.tasks import make_task
-from potstill.tasks.own import check_file, own_files
+from potstill.tasks.own import check_file, own_files, own_task
 
 
 def run_study(

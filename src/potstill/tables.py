@@ -49,16 +49,6 @@ def sources(source: str | Sequence[str]) -> tuple[str, ...]:
     return (source,) if isinstance(source, str) else tuple(source)
 
 
-def own_task(source: str | Sequence[str] | None) -> tuple[str, str] | None:
-    """File and class of a source such as "my_task.py:MyTask", a task of the user's own; None for other sources."""
-    if not isinstance(source, str):
-        return None
-    if source.endswith(".py"):
-        return source, ""
-    file, mark, name = source.partition(".py:")
-    return (f"{file}.py", name) if mark else None
-
-
 def is_hub_id(name: str) -> bool:
     """Whether a table is for `datasets` to find: a hub id, or a folder."""
     is_file = name.removesuffix(".gz").endswith(DATA_SUFFIXES) and not Path(name).is_dir()
@@ -79,8 +69,6 @@ def read_rows(
     """
     parts: list[Iterator[Row]] = []
     for name in sources(source):
-        if own_task(name) is not None:
-            raise DataError(f"{name!r} is a task, and a list of sources is of files and data sets; give a task alone")
         if is_hub_id(name):
             parts.append(_rows_of_data_set(name, columns, num_rows, split, config))
         else:

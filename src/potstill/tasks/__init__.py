@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from potstill.grading import Grade
-from potstill.tables import own_task
 from potstill.tasks.benchmarks import BENCHMARKS, make_benchmark
 from potstill.tasks.columns import Columns
 from potstill.tasks.multiplication import Multiplication
-from potstill.tasks.own import OwnTask
+from potstill.tasks.own import OwnTask, own_task
 from potstill.tasks.reasoning_gym import ReasoningGym
 from potstill.types import Example
 

@@ -18,12 +18,22 @@ from typing import Any
 
 from potstill.files import file_digest
 from potstill.grading import Grade
-from potstill.tables import own_task, with_own_ids
+from potstill.tables import with_own_ids
 from potstill.types import DataError, Example
 
 MEMBERS = ("examples", "grade", "answer_end")
 # Of the user's values and errors, a message shows so many characters.
 SHOWN_CHARACTERS = 120
+
+
+def own_task(source: str | Sequence[str] | None) -> tuple[str, str] | None:
+    """File and class of a source such as "my_task.py:MyTask", a task of the user's own; None for other sources."""
+    if not isinstance(source, str):
+        return None
+    if source.endswith(".py"):
+        return source, ""
+    file, mark, name = source.partition(".py:")
+    return (f"{file}.py", name) if mark else None
 
 
 class OwnTask:
