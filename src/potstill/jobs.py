@@ -16,6 +16,9 @@ from potstill.files import write_atomically
 from potstill.printable import one_line, plain, say
 
 POLL_SECONDS = 0.25
+# What every job would load: transformers' own parts come only when a model is, which takes longer than a small job.
+LOADED = ["potstill.cli", "potstill.evaluation", "potstill.training", "transformers.modeling_utils"]
+LOADED += ["transformers.generation.utils", "transformers.models.auto.modeling_auto"]
 
 # Runs one command, given its arguments. A function at the top of a module, as another process loads it by its name.
 Execute = Callable[[list[str]], None]
@@ -56,7 +59,7 @@ def run_jobs(
     # Processes are copies of one that has loaded everything, where the system can do that: loading takes seconds.
     context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["potstill.evaluation", "potstill.training"])
+        context.set_forkserver_preload(LOADED)
     waiting = list(jobs)
     running: dict[Job, BaseProcess] = {}
     unmet = {job.path for job in jobs}
