@@ -35,8 +35,8 @@ def logged(folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_cell_learns(tmp_path, method):
     corner = {"prefix": METHODS[method].prefix, "kl": METHODS[method].kl}
-    train = {"steps": 30, "lr": 3e-3, "warmup_steps": 4, "checkpoint_every": 30, "prompts_per_step": 24}
-    recipe = tiny_recipe(tmp_path / "run", objective=corner, train=train, window={"tokens": 64})
+    train = {"steps": 12, "lr": 1e-2, "checkpoint_every": 12, "prompts_per_step": 24}
+    recipe = tiny_recipe(tmp_path / "run", objective=corner, train=train, window={"tokens": 48})
     result = potstill.train(recipe, quiet=True)
     losses = [row["loss"] for row in logged(result.folder)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

@@ -205,11 +205,11 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
             json_file: Also write the rows to this JSON file.
         """
         from potstill.commands import print_checks
-        from potstill.identities import check_identities, check_model
+        from potstill.identities import check_model, identities
 
         _refuse_overrides(overrides)
         if model is None:
-            checks = check_identities()
+            checks = list(identities())
         else:
             from potstill.probe import ready
 
