@@ -13,6 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from forked import Forks
 
 if not torch.cuda.is_available():
     # Triton then runs its kernels in Python; it looks when they are defined.
@@ -109,6 +110,14 @@ def interrupted_at(step: int):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "learning_rate", interrupt)
         yield
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """A process to fork from: nothing else forks, as the process of the tests may have threads."""
+    loaded = Forks(tmp_path_factory.mktemp("forks"))
+    yield loaded
+    loaded.close()
 
 
 @pytest.fixture

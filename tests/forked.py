@@ -1,5 +1,7 @@
 """Potstill commands as forks of one process that has loaded everything, to be killed or hindered at an exact place.
 
+That process has one thread, as a fork of one with more may hang. The process of the tests may have more.
+
 A file-system event is what Python tells of a change inside the work folder: a file opened to be written, a rename, a
 removal, a new folder. Events are counted in order, so that a place in a command has a number. `python forked.py` is the
 process that has loaded everything; it forks once a line of its standard input.
@@ -8,6 +10,7 @@ process that has loaded everything; it forks once a line of its standard input.
 import ctypes
 import errno
 import fcntl
+import importlib
 import json
 import mmap
 import os
@@ -18,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,9 +91,30 @@ class Forks:
 
     def run(self, folder: Path, argv: list[str], trouble: Trouble | None = None) -> Ended:
         """Run a command in a folder until it ends, with every process that it began."""
+        return self._ask(folder, argv, trouble, [{}])
+
+    def call(self, folder: Path, function: Callable, *arguments: str | int, trouble: Trouble | None = None) -> Ended:
+        """Call a function of a test file, by its name, as `run` does a command."""
+        return self._ask(folder, [f"{function.__module__}:{function.__name__}", *arguments], trouble, [{}])
+
+    def run_ranks(self, folder: Path, argv: list[str], num_ranks: int) -> Ended:
+        """The same on several ranks, which find each other as `torchrun` has them do it."""
+        from torch.distributed import TCPStore
+
+        # The store takes a port that is free and keeps it; ranks that were told a number would race for it.
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+        shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+        return self._ask(folder, argv, None, ranks)
+
+    def _ask(
+        self, folder: Path, argv: Sequence[str | int], trouble: Trouble | None, ranks: list[dict[str, str]]
+    ) -> Ended:
+        """Ask for a process a rank, and wait for how they end."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"argv": argv, "folder": str(folder.resolve()), "trouble": asdict(trouble or Trouble())}
-        print(json.dumps(request), file=self.process.stdin, flush=True)
+        request = {"argv": argv, "folder": str(folder.resolve()), "ranks": ranks}
+        print(json.dumps(request | {"trouble": asdict(trouble or Trouble())}), file=self.process.stdin, flush=True)
         return Ended(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
@@ -104,6 +129,8 @@ def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    import conftest  # noqa: F401
+
     import potstill.cache_build
     import potstill.cli
     import potstill.evaluation
@@ -122,18 +149,22 @@ def serve() -> None:
         print(json.dumps(_fork(**json.loads(line))), file=answers, flush=True)
 
 
-def _fork(argv: list[str], folder: str, trouble: dict[str, Any]) -> dict[str, Any]:
-    """One command, and how it ended."""
+def _fork(argv: list, folder: str, trouble: dict[str, Any], ranks: list[dict[str, str]]) -> dict[str, Any]:
+    """One command, and how it ended: a process for each rank, with its environment."""
     counter = mmap.mmap(-1, 8)
     # Pipes, as no limit on files is one on them; what a command prints fits in.
     pipes = {name: os.pipe() for name in ("out", "err")}
     for _, to_write in pipes.values():
         fcntl.fcntl(to_write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     started = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        _execute(argv, folder, [pipes["out"][1], pipes["err"][1]], Trouble(**trouble), counter)
-    code = _wait(child, trouble["seconds"])
+    children = []
+    for environment in ranks:
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ.update(environment)
+            _execute(argv, folder, [pipes["out"][1], pipes["err"][1]], Trouble(**trouble), counter)
+    codes = [_wait(child, trouble["seconds"]) for child in children]
+    code = next((code for code in codes if code), 0)
     ended = {"code": code, "seconds": time.perf_counter() - started, "events": struct.unpack("q", counter)[0]}
     for name, (to_read, to_write) in pipes.items():
         os.close(to_write)
@@ -172,7 +203,7 @@ def _members(session: int) -> list[str]:
     return found
 
 
-def _execute(argv: list[str], folder: str, outputs: list[int], trouble: Trouble, counter: mmap.mmap) -> None:
+def _execute(argv: list, folder: str, outputs: list[int], trouble: Trouble, counter: mmap.mmap) -> None:
     """In the child: the command, with its trouble. Does not return."""
     os.setsid()
     os.chdir(folder)
@@ -191,7 +222,11 @@ def _execute(argv: list[str], folder: str, outputs: list[int], trouble: Trouble,
 
     code = 0
     try:
-        main(argv)
+        test_file, _, function = argv[0].partition(":")
+        if function:
+            getattr(importlib.import_module(test_file), function)(*argv[1:])
+        else:
+            main(argv)
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
     except BaseException:

@@ -5,17 +5,16 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import interrupted_at, make_model, tiny_recipe
+from forked import Trouble
 from odd_models import make_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -202,47 +201,39 @@ def test_a_small_teacher_stays_within_the_bound(tmp_path):
     assert manifest.total("num_bytes") / manifest.total("num_tokens") <= 2 * 96 + 32
 
 
-def test_killed_builds_end_with_the_same_files(tmp_path):
-    """SIGKILL at ten random moments, the first prompts first, against one build that was never interrupted."""
-    options = CacheOptions(rollouts_per_shard=8, completions=2)
-    recipe = tiny_recipe("unused", data={"num_prompts": 96})
-    objects = {"student": load_model("potstill:base"), "teacher": load_model("potstill:teacher")}
-    started = time.perf_counter()
-    build(recipe, tmp_path / "whole", options, **objects)
-    duration = time.perf_counter() - started
-    draw = random.Random(0)
-    num_killed, seen = 0, set()
-    while num_killed < 10:
-        child = os.fork()
-        if child == 0:
-            build(recipe, tmp_path / "killed", options, **objects)
-            os._exit(0)
-        time.sleep(draw.uniform(0.02, 0.25) * duration)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), "the build ended before it was killed"
-        num_killed += 1
+def build_in_parts(out):
+    build(tiny_recipe("unused"), Path(out), CacheOptions(rollouts_per_shard=8, completions=2))
+
+
+def test_killed_builds_end_with_the_same_files(tmp_path, forks):
+    """SIGKILL at ten random places, the first prompts first, against one build that was never interrupted."""
+    whole = forks.call(tmp_path, build_in_parts, "whole")
+    assert whole.code == 0, whole.err
+    draw, seen = random.Random(0), []
+    for _ in range(10):
+        # Ten or so events are before the first shard of each build and five a shard, of which there are 16.
+        trouble = Trouble(event=draw.randint(1, 22))
+        assert forks.call(tmp_path, build_in_parts, "killed", trouble=trouble).is_killed
         if (tmp_path / "killed/manifest.json").exists():
-            seen.add(len(read_manifest(tmp_path / "killed").shards))
+            seen.append(len(read_manifest(tmp_path / "killed").shards))
             # What is visible is whole.
             Cache(tmp_path / "killed")
-        # Nearly done before it was killed ten times: what follows is killed in a build of its own.
-        if seen and max(seen) > 18:
-            shutil.rmtree(tmp_path / "killed")
-            seen.clear()
-    build(recipe, tmp_path / "killed", options, **objects)
+    assert len(set(seen)) > 3 and max(seen) >= 8
+    build_in_parts(tmp_path / "killed")
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
 
-def test_two_ranks_write_the_files_of_one(tmp_path):
+def test_two_ranks_write_the_files_of_one(tmp_path, forks):
+    """Started by torchrun, where the other tests of ranks start them as it does."""
     (tmp_path / "recipe.toml").write_text(to_toml(tiny_recipe("unused").resolved()))
+    build_recipe = ["cache", "build", "recipe.toml", "--rollouts-per-shard", "12", "--out"]
+    one = forks.run(tmp_path, [*build_recipe, "one"])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    for name, start in (("one", [sys.executable, "-m"]), ("two", launcher)):
-        command = [*start, "potstill", "cache", "build", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / name)]
-        command += ["--rollouts-per-shard", "12"]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("bytes a token") == 2 and "64/64" in done.stderr
+    command, environment = [*launcher, "potstill", *build_recipe, "two"], os.environ | {"OMP_NUM_THREADS": "1"}
+    two = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    for code, out, err in ((one.code, one.out, one.err), (two.returncode, two.stdout, two.stderr)):
+        assert code == 0, err
+        assert out.count("bytes a token") == 2 and "64/64" in err
     assert len(tree(tmp_path / "one")) > 6 and tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
@@ -588,11 +579,12 @@ def test_a_build_removes_only_what_a_build_left(copied):
     assert {path.name for path in shards.iterdir()} == {*listed, *theirs, "fedcba9876543210.safetensors"}
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 3])
-def test_a_build_killed_before_its_manifest_goes_on(tmp_path, kill_at):
-    """SIGKILL as the head gets its name, as the manifest is first written, and before a shard is listed."""
-    options = {"student": make_model(), "teacher": make_model(seed=1), "prompts": ["__12*3=", "__13*3="]}
-    build(tiny_recipe("unused"), tmp_path / "whole", **options)
+def build_two(out):
+    objects = {"student": make_model(), "teacher": make_model(seed=1), "prompts": ["__12*3=", "__13*3="]}
+    build(tiny_recipe("unused"), Path(out), **objects)
+
+
+def build_two_and_be_killed(out, kill_at):
     left = kill_at
 
     def counted(real):
@@ -603,14 +595,18 @@ def test_a_build_killed_before_its_manifest_goes_on(tmp_path, kill_at):
 
         return call
 
-    if (child := os.fork()) == 0:
-        for name in ("save_whole", "write_atomically"):
-            setattr(cache_build, name, counted(getattr(cache_build, name)))
-        build(tiny_recipe("unused"), tmp_path / "killed", **options)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    for name in ("save_whole", "write_atomically"):
+        setattr(cache_build, name, counted(getattr(cache_build, name)))
+    build_two(out)
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 3])
+def test_a_build_killed_before_its_manifest_goes_on(tmp_path, forks, kill_at):
+    """SIGKILL as the head gets its name, as the manifest is first written, and before a shard is listed."""
+    build_two(tmp_path / "whole")
+    assert forks.call(tmp_path, build_two_and_be_killed, "killed", kill_at).is_killed
     assert (tmp_path / "killed/manifest.json").exists() == (kill_at > 2)
-    build(tiny_recipe("unused"), tmp_path / "killed", **options)
+    build_two(tmp_path / "killed")
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
 
@@ -632,30 +628,23 @@ def test_another_head_is_found_at_the_first_use_of_a_shard(copied, tmp_path):
     assert runlog.read_rows(tmp_path / "run/metrics.jsonl") == []
 
 
-def test_a_full_disk_loses_nothing(tmp_path, capfd):
-    """A limit on file sizes, which some of the shards exceed."""
+def build_six_shards(out) -> Manifest:
     recipe = tiny_recipe("unused", data={"num_prompts": 48})
-    objects = {"student": load_model("potstill:base"), "teacher": load_model("potstill:teacher")}
-    options = dataclasses.replace(SMALL, rollouts_per_shard=8)
-    whole = build(recipe, tmp_path / "whole", options, **objects)
+    return build(recipe, Path(out), dataclasses.replace(SMALL, rollouts_per_shard=8))
+
+
+def test_a_full_disk_loses_nothing(tmp_path, forks):
+    """A limit on file sizes, which some of the shards exceed."""
+    whole = build_six_shards(tmp_path / "whole")
     sizes = [shard.num_bytes for shard in whole.shards]
     limit = sizes[0] if sizes[0] < max(sizes) else sizes[0] - 1
     num_before = next(i for i, size in enumerate(sizes) if size > limit)
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            build(recipe, tmp_path / "full", options, **objects)
-        except CacheError as error:
-            os.write(2, str(error).encode())
-            os._exit(7)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 7
-    message = capfd.readouterr().err
-    assert "cannot be written" in message and "what is finished is kept" in message and "full/shards/" in message
+    ended = forks.call(tmp_path, build_six_shards, "full", trouble=Trouble(limits={"RLIMIT_FSIZE": limit}))
+    assert ended.code == 1 and "CacheError" in ended.last_line
+    assert "cannot be written" in ended.last_line and "what is finished is kept" in ended.last_line
+    assert "full/shards/" in ended.last_line
     assert len(list((tmp_path / "full/shards").iterdir())) == num_before == len(read_manifest(tmp_path / "full").shards)
-    build(recipe, tmp_path / "full", options, **objects)
+    build_six_shards(tmp_path / "full")
     assert tree(tmp_path / "full") == tree(tmp_path / "whole")
 
 

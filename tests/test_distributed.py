@@ -22,29 +22,27 @@ def write_recipe(folder, **sections):
     (folder / "recipe.toml").write_text(to_toml(tiny_recipe(folder / "run", **sections).resolved()))
 
 
-def command(folder, name, ranks):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [
-        sys.executable,
-        *launcher,
-        "-m",
-        "potstill",
-        "train",
-        str(folder / "recipe.toml"),
-        "--out",
-        str(folder / name),
-    ]
+def command(folder, name):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "potstill", "train", str(folder / "recipe.toml"), "--out", str(folder / name)]
+    return [sys.executable, *launcher, *arguments]
+
+
+def train_on_one_and_on_two(forks, folder):
+    """The run folders `one` and `two`, by ranks as `torchrun` starts them; the slow tests have it do so itself."""
+    one = forks.run(folder, ["train", "recipe.toml", "--out", "one"])
+    two = forks.run_ranks(folder, ["train", "recipe.toml", "--out", "two"], num_ranks=2)
+    assert one.code == two.code == 0, one.err + two.err
 
 
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
-def test_two_ranks_equal_one(tmp_path, normalize):
+def test_two_ranks_equal_one(tmp_path, forks, normalize):
     objective = {"prefix": "student", "kl": "mixed", "forward_weight": 0.3}
     # The rate is tiny, so that the second step's rollouts are the same on both sides to the last token.
     train = {"steps": 2, "lr": 1e-6, "normalize": normalize, "checkpoint_every": 2, "tokens_per_batch": 128}
     pair = {"student": {"model": "potstill:stops-student"}, "teacher": {"model": "potstill:stops-teacher"}}
     write_recipe(tmp_path, objective=objective, train=train, window={"tokens": 48}, **pair)
-    for name, ranks in (("one", 1), ("two", 2)):
-        subprocess.run(command(tmp_path, name, ranks), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+    train_on_one_and_on_two(forks, tmp_path)
     one, two = (runlog.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", "length", "num_loss_tokens"):
@@ -67,14 +65,13 @@ def test_two_ranks_equal_one(tmp_path, normalize):
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-7)
 
 
-def test_two_ranks_gate_the_window_and_look_ahead_as_one(tmp_path):
+def test_two_ranks_gate_the_window_and_look_ahead_as_one(tmp_path, forks):
     """Seven probes on two ranks, and returns whose baseline is over both."""
     window = {"schedule": "entropy-gated", "tokens": 32, "start": 8, "check_every": 1, "num_probes": 7, "patience": 1}
     train = {"steps": 3, "lr": 1e-6, "checkpoint_every": 3, "tokens_per_batch": 128}
     objective = {"prefix": "student", "kl": "reverse", "gamma": 1.0}
     write_recipe(tmp_path, objective=objective, train=train, window=window | {"reference": "teacher"})
-    for name, ranks in (("one", 1), ("two", 2)):
-        subprocess.run(command(tmp_path, name, ranks), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+    train_on_one_and_on_two(forks, tmp_path)
     one, two = (runlog.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [row["window"] for row in one] == [8, 16, 32]
     for a, b in zip(one, two, strict=True):
@@ -93,7 +90,7 @@ def test_two_ranks_that_are_killed_resume(tmp_path):
     write_recipe(tmp_path, objective={"prefix": "teacher", "kl": "forward"}, train=train)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     process = subprocess.Popen(
-        command(tmp_path, "killed", ranks=2), env=ONE_THREAD, start_new_session=True, stderr=subprocess.DEVNULL
+        command(tmp_path, "killed"), env=ONE_THREAD, start_new_session=True, stderr=subprocess.DEVNULL
     )
     while len(runlog.read_rows(metrics)) < 4:
         assert process.poll() is None, "the run ended before it was killed"
@@ -101,7 +98,7 @@ def test_two_ranks_that_are_killed_resume(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for name in ("killed", "whole"):
-        subprocess.run(command(tmp_path, name, ranks=2), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+        subprocess.run(command(tmp_path, name), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
     killed, whole = (load_file(tmp_path / name / "model/model.safetensors") for name in ("killed", "whole"))
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
 

@@ -1,5 +1,5 @@
 import dataclasses
-import multiprocessing
+import re
 from pathlib import Path
 
 import pytest
@@ -119,25 +119,26 @@ def test_only_the_expected_responses_are_taken_from_a_file(tmp_path, damage, lin
     assert file.read_bytes() == before
 
 
-def test_two_evaluations_cannot_write_one_file(tmp_path):
+def evaluate_one(responses):
+    evaluate("potstill:base", ONE, responses=Path(responses), quiet=True)
+
+
+def test_two_evaluations_cannot_write_one_file(tmp_path, forks):
     """One process is in the middle of it; the other is told so, and both results are right in the end."""
     whole = without_times(evaluate("potstill:base", ONE, quiet=True))
     real, refused = evaluation.sample, []
 
     def meanwhile(*args, **options):
         if not refused:
-            second = multiprocessing.get_context("fork").Process(
-                target=lambda: evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)
-            )
-            second.start()
-            second.join()
-            refused.append(second.exitcode)
+            refused.append(forks.call(tmp_path, evaluate_one, str(tmp_path)))
         return real(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "sample", meanwhile)
         assert without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)) == whole
-    assert refused == [1] and whole[0]["num_problems"] == 6
+    (ended,) = refused
+    assert ended.code == 1 and re.search("RunError: responses file .* is in use by another", ended.err)
+    assert whole[0]["num_problems"] == 6
     (file,) = tmp_path.glob("*.jsonl")
     with locked(file, "responses file"), pytest.raises(RunError, match=r"responses file .* is in use by another"):
         evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)

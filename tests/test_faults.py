@@ -818,13 +818,6 @@ def table() -> list[Any]:
 # --- the folders, and the test ---
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    loaded = Forks(tmp_path_factory.mktemp("forks"))
-    yield loaded
-    loaded.close()
-
-
 class Folders:
     """Folders that commands made, and what commands leave in them without a fault; each made once."""
 

@@ -1,16 +1,14 @@
 """What may change when a run goes on, what makes it another run, and going on past its end."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 
 import pytest
 import torch
 from conftest import interrupted_at, tiny_recipe
 from safetensors.torch import load_file
-from test_runlog import EVALUATION, FAST, assert_same_run, kill, kill_in_a_process, rows_of, weights_of
+from test_runlog import EVALUATION, FAST, assert_same_run, kill, rows_of, weights_of
 
 import potstill
 from potstill import evaluation, files, runlog
@@ -113,12 +111,17 @@ def test_what_makes_another_run_is_refused(finished, sections, message):
         potstill.train(changed, quiet=True)
 
 
-def test_a_finished_run_is_evaluated_anew(finished, whole):
+def evaluate_and_be_killed(out):
+    evaluation.write_atomically = kill
+    potstill.train(recipe_of(out, evaluation=EVALUATION), quiet=True)
+
+
+def test_a_finished_run_is_evaluated_anew(finished, whole, forks):
     """In other settings, without its checkpoint, and by a process that is killed in the middle."""
     shutil.rmtree(finished / "checkpoint")
     first = recipe_of(finished, evaluation=EVALUATION)
     assert not runlog.is_done(finished, first) and runlog.is_trained(finished, first)
-    kill_in_a_process(lambda: setattr(evaluation, "write_atomically", lambda *given: kill()), first)
+    assert forks.call(finished, evaluate_and_be_killed, str(finished)).is_killed
     assert len(rows_of(finished, "evals.jsonl")) == 2
     assert not runlog.is_done(finished, first)
     result = potstill.train(first, quiet=True)
@@ -182,23 +185,21 @@ def test_a_finished_run_is_extended(finished, whole, tmp_path):
     assert load_recipe(finished / "recipe.toml").train.extended == ((4, 4), (8, 8))
 
 
-def test_an_unfinished_run_is_extended_and_killed_and_resumed(tmp_path):
-    sections = {"mixing": {"schedule": "linear"}, "objective": {"prefix": "dataset", "kl": "mixed"}}
-    stop(tmp_path / "run", **sections)
-    recipe = recipe_of(tmp_path / "run", **sections)
+TO_EXTEND = {"mixing": {"schedule": "linear"}, "objective": {"prefix": "dataset", "kl": "mixed"}}
 
-    def extend_and_be_killed():
-        runlog.finish = lambda recipe: kill()
-        potstill.train(recipe, extend_to=7, quiet=True)
 
-    process = multiprocessing.get_context("fork").Process(target=extend_and_be_killed)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+def extend_and_be_killed(out):
+    runlog.finish = kill
+    potstill.train(recipe_of(out, **TO_EXTEND), extend_to=7, quiet=True)
+
+
+def test_an_unfinished_run_is_extended_and_killed_and_resumed(tmp_path, forks):
+    stop(tmp_path / "run", **TO_EXTEND)
+    assert forks.call(tmp_path, extend_and_be_killed, str(tmp_path / "run")).is_killed
     # From the folder's own recipe, as an unfinished run says. No step is left, and what the last one gave is there.
     resumed = potstill.train(load_recipe(tmp_path / "run/recipe.toml"), quiet=True)
     assert resumed.metrics["step"] == 7 and "loss" in resumed.metrics
-    afresh = recipe_of(tmp_path / "afresh", **sections, train={"steps": 7, "extended": [[2, 4]]})
+    afresh = recipe_of(tmp_path / "afresh", **TO_EXTEND, train={"steps": 7, "extended": [[2, 4]]})
     potstill.train(afresh, quiet=True)
     assert_same_run(tmp_path / "run", tmp_path / "afresh")
 

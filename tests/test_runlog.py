@@ -1,7 +1,6 @@
 """What a run folder does with kills, torn lines and damage: nothing is doubled, lost or taken without a word."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -240,30 +239,22 @@ def test_a_damaged_environment_is_refused_before_any_step(stopped):
     assert potstill.train(stopped, quiet=True).metrics["step"] == 4
 
 
-def kill():
+def kill(*given):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_in_a_process(prepare, recipe):
-    """Train in a copy of this process, in which `prepare` has arranged a real kill."""
-
-    def run():
-        prepare()
-        potstill.train(recipe, quiet=True)
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+def train_and_be_killed_before_done(out):
+    runlog.finish = kill
+    potstill.train(tiny_recipe(out, evaluation=EVALUATION, **FAST), quiet=True)
 
 
 EVALUATION = {"source": "multiplication", "num_problems": 4, "num_responses": 2, "max_tokens": 16}
 
 
-def test_a_kill_between_evaluation_and_done_doubles_no_rows(tmp_path):
+def test_a_kill_between_evaluation_and_done_doubles_no_rows(tmp_path, forks):
     """SIGKILL of a real process when the rows are there and DONE is not."""
     recipe = tiny_recipe(tmp_path / "run", evaluation=EVALUATION, **FAST)
-    kill_in_a_process(lambda: setattr(runlog, "finish", lambda recipe: kill()), recipe)
+    assert forks.call(tmp_path, train_and_be_killed_before_done, str(recipe.out)).is_killed
     before = rows_of(recipe.out, "evals.jsonl")
     assert len(before) == 2 and not (recipe.out / "DONE").exists()
     potstill.train(recipe, quiet=True)
@@ -309,9 +300,7 @@ def test_logs_reach_the_disk_before_what_makes_them_unrepeatable(tmp_path, monke
     assert ("fsync", "/run") in events[done:]
 
 
-@pytest.mark.parametrize("kill_at", [5, 11, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 7, 8, 13, 14))])
-def test_a_kill_at_any_moment_of_a_checkpoint_resumes_to_the_same_bits(tmp_path, whole, kill_at):
-    """SIGKILL before one of the renames, removals and flushes of a run with two checkpoints."""
+def train_and_be_killed_in_a_checkpoint(out, kill_at):
     left = kill_at
 
     def counted(real):
@@ -322,14 +311,18 @@ def test_a_kill_at_any_moment_of_a_checkpoint_resumes_to_the_same_bits(tmp_path,
 
         return call
 
-    def count():
-        for owner, name in ((runlog.Path, "rename"), (shutil, "rmtree")):
-            setattr(owner, name, counted(getattr(owner, name)))
-        for owner in (checkpoint, runlog, files):
-            owner.flush = counted(owner.flush)
+    for owner, name in ((runlog.Path, "rename"), (shutil, "rmtree")):
+        setattr(owner, name, counted(getattr(owner, name)))
+    for owner in (checkpoint, runlog, files):
+        owner.flush = counted(owner.flush)
+    potstill.train(tiny_recipe(out, **FAST), quiet=True)
 
+
+@pytest.mark.parametrize("kill_at", [5, 11, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 7, 8, 13, 14))])
+def test_a_kill_at_any_moment_of_a_checkpoint_resumes_to_the_same_bits(tmp_path, forks, whole, kill_at):
+    """SIGKILL before one of the renames, removals and flushes of a run with two checkpoints."""
     recipe = tiny_recipe(tmp_path / "run", **FAST)
-    kill_in_a_process(count, recipe)
+    assert forks.call(tmp_path, train_and_be_killed_in_a_checkpoint, str(recipe.out), kill_at).is_killed
     potstill.train(recipe, quiet=True)
     assert_same_run(recipe.out, whole)
     assert [path.name for path in (recipe.out / "checkpoint").iterdir()] == ["step-000004"]
