@@ -56,6 +56,7 @@ def recipe_of(name: str) -> str:
 
 def prepare(folder: Path, recipe: str) -> None:
     """The files that the pages speak of."""
+    (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "my.toml").write_text(recipe)
     (folder / "prompts.jsonl").write_text(blocks("data.md", "json")[0])
 
