@@ -1,26 +1,37 @@
 import tomllib
+from typing import Annotated
 
 import pytest
 from conftest import tiny_recipe
 
+from potstill.claims import QUESTIONS
 from potstill.config import (
+    ALIKE,
     METHODS,
+    NAMED,
     SHIPPED_RECIPES,
     Evaluation,
     GrpoRecipe,
+    Objective,
     Recipe,
     RecipeError,
+    Role,
     Sampling,
+    Section,
     Train,
     field_names,
+    fields_with,
     left_out,
     load_any_recipe,
     load_recipe,
     make_recipe,
     read_recipe,
+    role_of,
+    roles_of,
     to_toml,
     unread_fields,
 )
+from potstill.estimates import FREE
 from potstill.names import SYNONYMS, nearest_field
 from potstill.planning import plan
 from potstill.rates import usual_lr, with_lr
@@ -326,6 +337,81 @@ def test_unread_fields_exist():
     for data in ({"objective": {"prefix": "dataset", "signal": "labels"}}, {"data": {"source": "x.jsonl"}}, {}):
         for name in unread_fields(Recipe.model_validate(data)):
             assert any(known == name or known.startswith(name + ".") for known in field_names(Recipe)), name
+
+
+# The fields that comparisons, resumes and studies ask for by role; all others must agree. Another role of one of these
+# changes which runs are compared, which groups of seeds there are, and which run folders go on.
+FIELDS_WITH = {
+    Role.SEED: {"data.seed", "train.seed", "grpo.seed"},
+    Role.TUNED: {"train.lr", "grpo.lr"},
+    Role.LENGTH: {"train.steps", "train.extended", "grpo.steps"},
+    Role.WARM_UP: {"train.warmup_steps", "grpo.warmup_steps"},
+    Role.BUDGET: {"train.flops"},
+    Role.START: {"model"},
+    Role.CACHE: {"teacher.cache"},
+    Role.BACKEND: {"train.loss_backend"},
+    Role.ROUNDING: {"train.tokens_per_batch", "sampling.batch_size", "grpo.rows_per_batch"},
+    Role.SPEED: {"train.loss_memory"},
+    Role.OUTPUT: {"out", "train.checkpoint_every", "grpo.checkpoint_every"},
+    Role.EVALUATION: {f"evaluation.{name}" for name in Evaluation.model_fields},
+}
+
+
+def test_every_field_has_one_role():
+    ours, theirs = roles_of(Recipe), roles_of(GrpoRecipe)
+    assert list(ours) == field_names(Recipe) and list(theirs) == field_names(GrpoRecipe)
+    assert all(ours[name] is theirs[name] is role_of(name) for name in ours.keys() & theirs.keys())
+    assert {role: set(fields_with(role)) for role in FIELDS_WITH} == FIELDS_WITH
+    assert set(fields_with(*Role)) == {*ours, *theirs}
+
+    class TwoRoles(Section):
+        rate: Annotated[float, Role.TUNED, Role.SEED] = 0.0
+
+    class NoRole(Section):
+        rate: float = 0.0
+
+    for section, number in ((TwoRoles, 2), (NoRole, 0)):
+        with pytest.raises(TypeError, match=f"rate has {number} roles"):
+            roles_of(section)
+
+
+def test_a_name_that_is_no_field_is_not_passed_over():
+    recipe = Recipe()
+    assert "lr" not in recipe.resolved_without(("train.lr", Role.SEED))["train"]
+    assert "teacher" not in recipe.resolved_without(("teacher",))
+    for name, nearest in (("train.learning_rate", "train.lr"), ("grpo.lr", "train.lr"), ("widow", "window")):
+        with pytest.raises(
+            ValueError, match=f"'{name}' is no field and no section of a Recipe; the nearest is {nearest}"
+        ):
+            recipe.resolved_without((name,))
+    with pytest.raises(KeyError):
+        role_of("train.learning_rate")
+    for question in QUESTIONS:
+        recipe.resolved_without(question.compared.about)
+    for some_recipe in (recipe, GrpoRecipe()):
+        some_recipe.resolved_without((*ALIKE, *FREE))
+
+
+def test_a_method_s_name_says_the_fields_that_a_study_leaves_out_beside_it():
+    mixed, handoff = {"kl": "mixed"}, {"prefix": "mixed", "mix_unit": "handoff"}
+    said = {
+        "prefix": ({}, "student"),
+        "mix_unit": ({"prefix": "mixed"}, "token"),
+        "student_share": ({"prefix": "mixed"}, 0.3),
+        "first_writer": (handoff, "student"),
+        "handoff_tokens": (handoff, (1, 2)),
+        "kl": ({}, "jsd"),
+        "forward_weight": (mixed, 0.3),
+        "forward_above": (mixed, 1.0),
+        "jsd_weight": ({"kl": "jsd"}, 0.3),
+        "skew": ({"kl": "skew-forward"}, 0.3),
+        "gamma": ({"prefix": "student", "kl": "reverse"}, 0.3),
+        "split": ({}, 4),
+        "split_weights": ({"split": 4}, (1.0, 0.0)),
+    }
+    assert set(fields_with(*NAMED)) == {f"objective.{name}" for name in said}
+    for name, (others, value) in said.items():
+        assert Objective(**others).name != Objective(**(others | {name: value})).name
 
 
 def test_recipes_are_frozen():

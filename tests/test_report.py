@@ -263,10 +263,17 @@ def test_seeds_group_and_other_fields_do_not(tmp_path, evals):
     names = [[entry.path.name for entry in group] for group in group_by_seed(entries)]
     assert names == [["a", "b"], ["a-grpo", "b-grpo"], ["c"], ["c-grpo"]]
     a, c = entries[0], entries[4]
-    assert recipe_key(a, ()) != recipe_key(c, ()) and recipe_key(a, ["train"]) == recipe_key(c, ["train"])
+    assert recipe_key(a, ()) != recipe_key(c, ()) and recipe_key(a, ("train",)) == recipe_key(c, ("train",))
     labels = [group.label for group in make_groups(entries, [])]
     rates = ("0.003", "0.001")
     assert labels == [f"{name} · train.lr {lr}" for lr in rates for name in ("SFT", "GRPO · from SFT")]
+
+
+def test_cells_may_have_loss_backends_and_batches_of_their_own(tmp_path, evals):
+    ways = {"forward": {"loss_backend": "plain"}, "reverse": {"loss_backend": "triton", "tokens_per_batch": 77}}
+    entries = [read_entry(write_run(tmp_path / kl, evals[0], objective={"kl": kl}, train=ways[kl])) for kl in ways]
+    (part,) = grids(make_groups(entries, []))
+    assert [group.entries[0].path.name for group in part.groups] == ["forward", "reverse"]
 
 
 def test_cells_may_have_learning_rates_of_their_own(tmp_path, evals):

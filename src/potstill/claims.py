@@ -1,8 +1,8 @@
 """The paper's claims (arXiv 2605.16826), each judged from run folders. Reads what `results` read; needs no torch.
 
 Compared are runs that agree in everything but what a claim is about, their seeds included, and that were evaluated on
-the same problems with the same settings. What changes no objective (`IGNORED`) may differ; runs that differ in that
-alone are averaged, so leave out the learning rates that lost a sweep. A comparison gives one number a problem.
+the same problems with the same settings. What leaves the objective alike (`IGNORED`) may differ; runs that differ in
+that alone are averaged, so leave out the learning rates that lost a sweep. A comparison gives one number a problem.
 Comparisons under several conditions (teachers, windows, prefixes) are averaged within a seed, which is the unit that
 training varies with, and the interval is for seeds and problems (`seeds_and_problems`). Where seeds were evaluated on
 different problems it is Student's for the seeds' means, which hold the problems' noise too.
@@ -25,19 +25,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from potstill.config import METHODS, GrpoRecipe, Recipe, Window
+from potstill.config import ALIKE, METHODS, GrpoRecipe, Recipe, Role, Selection, fields_with
 from potstill.results import Entry, recipe_key
 from potstill.statistics import SEEDS_TO_JUDGE, Estimate, pass_at_k, seeds_and_problems
 
 # May differ within a comparison. How a run was evaluated is read from the evaluation, which can be newer.
-IGNORED = (
-    *("train.lr", "teacher.cache", "train.checkpoint_every", "train.loss_backend", "train.loss_memory"),
-    *("train.tokens_per_batch", "grpo.checkpoint_every", "evaluation"),
-)
+IGNORED = (*ALIKE, Role.EVALUATION)
 NUM_LAST_STEPS = 10
-KL = ("objective.kl", "objective.forward_weight", "objective.forward_above", "mixing")
-PREFIX = ("objective.prefix",)
-GATE = tuple(f"window.{name}" for name in Window.model_fields if name != "tokens")
+KL = (Role.DIVERGENCE, Role.WEIGHT_SCHEDULE)
+PREFIX = (Role.PREFIX,)
+GATE = tuple(name for name in fields_with(Role.WINDOW) if name != "window.tokens")
 UNITS = {
     "Avg": "points",
     "Pass@k": "points",
@@ -92,7 +89,7 @@ class Comparison(NamedTuple):
     """
 
     place: Place
-    about: tuple[str, ...]
+    about: Selection
     needs: str
     contrast: Literal["ends", "top", "slope"] = "ends"
     of_grpo: bool = False
@@ -249,7 +246,7 @@ def _as_run(
     key = [recipe_key(placed, (*IGNORED, *question.compared.about)), evaluated_on]
     seeds = [placed.recipe.train.seed, placed.recipe.data.seed]
     if isinstance(entry.recipe, GrpoRecipe):
-        key.append(recipe_key(entry, (*IGNORED, "model")))
+        key.append(recipe_key(entry, (*IGNORED, Role.START)))
         seeds += [entry.recipe.grpo.seed, entry.recipe.data.seed]
     reference = None
     if question.compared.reference is not None:
@@ -391,7 +388,7 @@ EQUAL_STEPS = Comparison(
 EQUAL_COST = Comparison(
     _prefixes(lambda recipe: recipe.train.flops is not None),
     # The warm-up follows the number of steps, by default.
-    (*PREFIX, "train.steps", "train.warmup_steps"),
+    (*PREFIX, Role.LENGTH, Role.WARM_UP),
     "runs with student and with teacher prefixes and train.flops set",
 )
 CACHED = Comparison(_cost(True), PREFIX, "runs with student and with cached teacher prefixes")
@@ -423,7 +420,7 @@ RL_OPD = Comparison(
 )
 RL_GAIN = Comparison(
     _entropy,
-    ("objective", "mixing", "window", "teacher", "train.steps", "train.flops"),
+    ("objective", "mixing", "window", "teacher", Role.LENGTH, Role.WARM_UP, Role.BUDGET),
     "GRPO from three or more runs of a seed, all evaluated with the same settings",
     contrast="slope",
     of_grpo=True,

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.config import GrpoRecipe, Recipe
-from potstill.results import SEEDS, Entry, find_starts, group_by_seed, recipe_key
+from potstill.config import ALIKE, GrpoRecipe, Recipe, Role, fields_with, role_of
+from potstill.results import Entry, find_starts, group_by_seed, recipe_key
 from potstill.statistics import Estimate, pass_at_k, seeds_and_problems
 
-GRID_AXES = ("objective.prefix", "objective.kl")
-MIXING_AXES = ("objective.kl", "objective.forward_weight", "mixing")
-WINDOW_AXES = ("window",)
-FREE = ("train.lr", "teacher.cache")
-BUDGET = ("train.steps", "train.flops", "train.warmup_steps", "train.checkpoint_every")
+# In which fields the runs of a grid differ, of a sweep of the forward weight, and of a comparison of windows.
+GRID_AXES = (Role.PREFIX, Role.DIVERGENCE)
+SWEEP_AXES = (Role.DIVERGENCE, Role.WEIGHT_SCHEDULE)
+WINDOW_AXES = (Role.WINDOW,)
+BUDGET = (Role.LENGTH, Role.WARM_UP, Role.BUDGET)
 
 
 @dataclass(frozen=True)
@@ -172,23 +172,24 @@ def over_seeds(rows: Sequence[dict[str, float] | None]) -> Estimate | None:
 
 def pair_up(first: Group, second: Group) -> list[tuple[Entry, Entry]]:
     """The runs of two groups with the same seeds."""
-    by_seed = {seed_of(entry): entry for entry in first.entries}
-    return [(by_seed[seed], entry) for entry in second.entries if (seed := seed_of(entry)) in by_seed]
+    by_seeds = {json.dumps(seeds_in(entry)): entry for entry in first.entries}
+    return [(by_seeds[seeds], entry) for entry in second.entries if (seeds := json.dumps(seeds_in(entry))) in by_seeds]
 
 
-def seed_of(entry: Entry) -> tuple[Any, ...]:
-    """The run's seeds, None where its recipe has no such field."""
+def seeds_in(entry: Entry) -> dict[str, int]:
+    """The run's seeds by field; none of a model."""
     fields = flat(entry)
-    return tuple(fields.get(name) for name in SEEDS)
+    return {name: fields[name] for name in fields_with(Role.SEED) if name in fields}
 
 
 def seed_names(group: Group) -> dict[Path, str]:
     """What to call a group's runs: the seeds that vary, that of training where none does; "" of a model."""
-    seeds = [seed_of(entry) for entry in group.entries]
-    varying = [i for i in range(len(SEEDS)) if len({each[i] for each in seeds}) > 1]
-    shown = varying or [i for i in range(len(SEEDS)) if SEEDS[i] != "data.seed"]
+    seeds = [seeds_in(entry) for entry in group.entries]
+    names = fields_with(Role.SEED)
+    varying = [name for name in names if len({each.get(name) for each in seeds}) > 1]
+    shown = varying or [name for name in names if name != "data.seed"]
     # Seeds of one number, as a study sets them, are said once.
-    texts = ["/".join(dict.fromkeys(str(each[i]) for i in shown if each[i] is not None)) for each in seeds]
+    texts = ["/".join(dict.fromkeys(str(each[name]) for name in shown if name in each)) for each in seeds]
     return {entry.path: text and f"seed {text}" for entry, text in zip(group.entries, texts, strict=True)}
 
 
@@ -206,7 +207,7 @@ def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Gro
         for name, same in by_name.items():
             settings = []
             for entry, *_ in same:
-                fields = {key: value for key, value in flat(entry).items() if key not in SEEDS}
+                fields = {key: value for key, value in flat(entry).items() if role_of(key) is not Role.SEED}
                 if is_grpo:
                     start = starts.get(entry.path)
                     fields |= {"model": labels.get(start.path, start.name) if start else str(entry.start)}
@@ -255,30 +256,30 @@ def _text(name: str, value: Any) -> str:
 
 
 def partition(
-    groups: Iterable[Group], axes: Sequence[str], keep: Callable[[Sequence[Group]], bool] = bool
+    groups: Iterable[Group], axes: Sequence[Role], keep: Callable[[Sequence[Group]], bool] = bool
 ) -> list[Part]:
-    """Sets of distillations that agree on all but these axes (fields or sections) and seeds, as far as they are kept.
+    """Sets of distillations that agree on all but the fields along these axes and seeds, as far as they are kept.
 
-    Their learning rates may differ, as each can have its best one, and some can read a cached teacher, unless that
-    would put two groups in one place.
+    They may also differ in what leaves the objective ALIKE: each can have its best learning rate, and some can read a
+    cached teacher. Where that would put two groups in one place, they may not.
     """
     found = [group for group in groups if isinstance(group.entries[0].recipe, Recipe)]
-    for ignored in ((*axes, *FREE), tuple(axes)):
+    for ignored in ((*axes, *ALIKE), tuple(axes)):
         parts: dict[str, list[Group]] = defaultdict(list)
         for group in found:
-            parts[recipe_key(group.entries[0], (*SEEDS, *ignored))].append(group)
+            parts[recipe_key(group.entries[0], (Role.SEED, *ignored))].append(group)
         places = [[json.dumps(split_fields(group, axes)[0]) for group in part] for part in parts.values()]
         if all(len(set(each)) == len(each) for each in places):
             break
     kept = [part for part in parts.values() if keep(part)]
-    settings = [split_fields(part[0], (*SEEDS, *ignored))[1] for part in kept]
+    settings = [split_fields(part[0], (Role.SEED, *ignored))[1] for part in kept]
     return [Part(label, tuple(part)) for label, part in zip(tell_apart(settings), kept, strict=True)]
 
 
-def split_fields(group: Group, axes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A group's fields along these axes (fields or sections), and the others."""
+def split_fields(group: Group, axes: Sequence[Role]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A group's fields along these axes, and the others."""
     fields = flat(group.entries[0])
-    along = {name for name in fields if any(name == axis or name.startswith(axis + ".") for axis in axes)}
+    along = {name for name in fields if role_of(name) in axes}
     return {name: fields[name] for name in fields if name in along}, {n: v for n, v in fields.items() if n not in along}
 
 
@@ -295,7 +296,7 @@ def budgets(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
     """Grids at equal steps beside those at equal operations, where there are both."""
     found: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
-        found[recipe_key(part.groups[0].entries[0], (*SEEDS, *GRID_AXES, *BUDGET, *FREE))].append(part)
+        found[recipe_key(part.groups[0].entries[0], (Role.SEED, *GRID_AXES, *BUDGET, *ALIKE))].append(part)
     both = [sorted(same, key=has_flops) for same in found.values() if len({has_flops(part) for part in same}) == 2]
     return [tuple(same) for same in both]
 
@@ -315,7 +316,7 @@ def mixing_sweeps(groups: Sequence[Group]) -> list[Part]:
 
     return [
         Part(part.label, tuple(sorted(part.groups, key=lambda group: forward_weight(group) or 0.0)))
-        for part in partition(found, MIXING_AXES, is_sweep)
+        for part in partition(found, SWEEP_AXES, is_sweep)
     ]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from potstill.config import Evaluation, GrpoRecipe, Recipe, RunRecipe
+from potstill.config import Evaluation, GrpoRecipe, Recipe, Role, RunRecipe, Selection
 from potstill.results import read_entry
 from potstill.tasks import is_table
 from potstill.tasks.own import own_task
@@ -28,18 +28,9 @@ NUM_TRIAL_STEPS = 2
 # Models whose weights are larger are not loaded for an estimate.
 MAX_TRIAL_BYTES = 50e6
 # What the cost of a step does not depend on.
-FREE_FIELDS = (
-    *(
-        "out",
-        "evaluation",
-        "data.seed",
-        "data.num_prompts",
-        "teacher.cache",
-        "objective.kl",
-        "objective.forward_weight",
-    ),
-    *("train.seed", "train.lr", "train.steps", "train.warmup_steps", "train.flops", "train.checkpoint_every"),
-    *("model", "grpo.seed", "grpo.lr", "grpo.steps", "grpo.warmup_steps", "grpo.checkpoint_every"),
+FREE: Selection = (
+    *(Role.OUTPUT, Role.EVALUATION, Role.SEED, Role.TUNED, Role.START, Role.CACHE, Role.DIVERGENCE),
+    *(Role.LENGTH, Role.WARM_UP, Role.BUDGET, "data.num_prompts"),
 )
 
 
@@ -124,7 +115,7 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
 
 def _kind(recipe: Recipe | GrpoRecipe) -> str:
     """What runs with steps of one cost have in common."""
-    data = recipe.resolved_without(FREE_FIELDS)
+    data = recipe.resolved_without(FREE)
     cached = isinstance(recipe, Recipe) and recipe.teacher.cache is not None
     return json.dumps([cached, data], sort_keys=True)
 

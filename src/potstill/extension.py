@@ -9,9 +9,6 @@ from potstill import checkpoint
 from potstill.config import Recipe, load_any_recipe, make_recipe, with_fields
 from potstill.runlog import RunError
 
-# What an extension changes.
-FIELDS = ("train.steps", "train.extended")
-
 
 def extended(recipe: Recipe, num_steps: int) -> Recipe:
     """The recipe with its run's steps and extensions, and `num_steps` from the last checkpoint on.
@@ -40,5 +37,6 @@ def extended(recipe: Recipe, num_steps: int) -> Recipe:
     num_done = checkpoint.step_of(last) if last is not None else 0
     if num_steps > there.train.steps and num_done > max([0, *(until for until, _ in pairs)]):
         pairs.append((num_done, there.train.steps))
+    # Both have Role.LENGTH, which alone an extension may change.
     fields = {"train.steps": num_steps, "train.extended": pairs}
     return make_recipe(with_fields(recipe.resolved(), fields), "--extend-to")

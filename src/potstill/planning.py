@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 from potstill.config import (
     METHODS,
+    NAMED,
     Evaluation,
     GrpoRecipe,
     Recipe,
     RecipeError,
+    fields_with,
     make_recipe,
     read_recipe,
     run_evaluation,
@@ -34,10 +36,6 @@ from potstill.runlog import is_done
 from potstill.study_file import Group, PanelPlan, Study
 from potstill.tasks import is_table
 
-# What a method's name says already.
-NAMED_FIELDS = tuple(
-    f"objective.{field}" for field in ("forward_weight", "jsd_weight", "gamma", "student_share", "skew")
-)
 # Of a panel: more are a slip in an axis, and would take minutes to plan alone.
 MAX_RUNS = 10_000
 # A sweep is judged on problems that no other run is evaluated on.
@@ -58,13 +56,14 @@ class Cell:
 def cells(study: Study, panel: PanelPlan) -> list[Cell]:
     """Every combination of every group's axes."""
     found = []
+    named = fields_with(*NAMED)
     for group in panel.groups:
         for values in itertools.product(*group.axes.values()):
             chosen = dict(zip(group.axes, values, strict=True))
             method = chosen.pop("method", None)
             fields = study.fields | panel.fields | group.fields | _corner(method) | chosen
             details = [group.label] if group.label else []
-            details += [_axis_text(field, value) for field, value in chosen.items() if field not in NAMED_FIELDS]
+            details += [_axis_text(field, value) for field, value in chosen.items() if field not in named]
             found.append(Cell(fields, group.sweep_as or method, tuple(details), group.seeds or study.seeds, group))
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from potstill.config import METHODS, GrpoRecipe, Recipe, load_any_recipe
+from potstill.config import METHODS, GrpoRecipe, Recipe, Role, Selection, load_any_recipe
 from potstill.runlog import (
     REPAIRS,
     STEP_LOGS,
@@ -27,8 +27,6 @@ PLAN_FILE = "plan.json"
 RUN_KEYS = ("folder", "name", "state")
 # What every row of an evaluation has.
 EVAL_COLUMNS = ("model", "temperature", "num_responses", "avg", "pass", "levels", "problems", "settings")
-# Fields in which repetitions of one run differ.
-SEEDS = ("data.seed", "train.seed", "grpo.seed")
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,8 @@ def read_study(folder: Path) -> list[Panel]:
     return panels
 
 
-def recipe_key(entry: Entry, ignore: Sequence[str]) -> str:
-    """The resolved recipe as JSON, without `out` and without these dotted fields or sections: equal iff runs match.
+def recipe_key(entry: Entry, ignore: Selection) -> str:
+    """The resolved recipe as JSON, without `out` and without what is ignored: equal iff runs match.
 
     Of a teacher's cache it says only that there is one: seeds have caches of their own.
     """
@@ -191,9 +189,9 @@ def group_by_seed(entries: Sequence[Entry]) -> list[tuple[Entry, ...]]:
     starts = find_starts(entries)
     groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for entry in entries:
-        key = (recipe_key(entry, SEEDS), "" if entry.recipe is not None else str(entry.path))
+        key = (recipe_key(entry, (Role.SEED,)), "" if entry.recipe is not None else str(entry.path))
         start = starts.get(entry.path)
         if start is not None and start.recipe is not None:
-            key = (recipe_key(entry, (*SEEDS, "model")), recipe_key(start, SEEDS))
+            key = (recipe_key(entry, (Role.SEED, Role.START)), recipe_key(start, (Role.SEED,)))
         groups[key].append(entry)
     return [tuple(group) for group in groups.values()]

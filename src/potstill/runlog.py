@@ -20,9 +20,10 @@ from potstill.config import (
     CHANGE_ROUNDING,
     GrpoRecipe,
     Recipe,
+    Role,
     RunRecipe,
-    is_one_of,
     load_any_recipe,
+    role_of,
     to_toml,
 )
 from potstill.files import file_digest, flush, write_atomically, write_rows
@@ -51,11 +52,11 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked; the message is one line and says what to do."""
 
 
-def check_folder(recipe: RunRecipe, may_change: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+def check_folder(recipe: RunRecipe, may_change: Collection[Role] = ()) -> dict[str, tuple[Any, Any]]:
     """The fields in which the recipe of the run in its folder differs, with both values. Writes nothing.
 
     Raises RunError if the folder holds something else than this recipe's run. Fields that a resume may change, and
-    those of `may_change`, make it no other run.
+    those with a role of `may_change`, make it no other run.
     """
     folder = recipe.out
     if folder.exists() and not folder.is_dir():
@@ -67,7 +68,7 @@ def check_folder(recipe: RunRecipe, may_change: Collection[str] = ()) -> dict[st
     there = load_any_recipe(folder / "recipe.toml")
     changes = there.changes_to(recipe)
     for name, (theirs, ours) in changes.items():
-        if not is_one_of(name, (*CHANGE_NOTHING, *CHANGE_ROUNDING, *may_change)):
+        if role_of(name) not in (*CHANGE_NOTHING, *CHANGE_ROUNDING, *may_change):
             raise RunError(
                 f"run folder {str(folder)!r} holds another recipe ({name} is {_shown(theirs)} there and {_shown(ours)} "
                 f"here); {_extension(there, recipe, name)}{_other_place(folder)}"
@@ -79,7 +80,7 @@ def _extension(there: RunRecipe, here: RunRecipe, name: str) -> str:
     """How `--extend-to` would make this recipe that of the run there, which differs in field `name`; else nothing."""
     if not isinstance(there, Recipe) or not isinstance(here, Recipe) or there.train.flops is not None:
         return ""
-    if name not in ("train.steps", "train.extended"):
+    if role_of(name) is not Role.LENGTH:
         return ""
     if here.train.steps > there.train.steps:
         return f"go on with --extend-to {here.train.steps}, or "
@@ -110,7 +111,7 @@ def is_done(folder: Path, recipe: RunRecipe) -> bool:
     if not is_trained(folder, recipe):
         return False
     changes = load_any_recipe(folder / "recipe.toml").changes_to(recipe)
-    return not any(is_one_of(name, ["evaluation"]) for name in changes)
+    return not any(role_of(name) is Role.EVALUATION for name in changes)
 
 
 def begun_on(folder: Path) -> str | None:
@@ -127,7 +128,7 @@ def resume_command(folder: Path) -> str:
 
 @contextmanager
 def open_run(
-    recipe: RunRecipe, environment: dict[str, Any], may_change: Collection[str] = ()
+    recipe: RunRecipe, environment: dict[str, Any], may_change: Collection[Role] = ()
 ) -> Iterator[tuple[str, ...]]:
     """Create the run folder or enter it again, for this process alone; gives lines about what the recipe changed.
 
@@ -163,7 +164,7 @@ def open_run(
         write_environment(folder, environment | {"changes": history})
         if changes:
             write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
-        of_recipe = [_said(name, *values) for name, values in changes.items() if not is_one_of(name, CHANGE_NOTHING)]
+        of_recipe = [_said(name, *values) for name, values in changes.items() if role_of(name) not in CHANGE_NOTHING]
         yield (*of_recipe, *describe_edits(edited))
 
 
@@ -194,8 +195,10 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
 
 
 def _said(name: str, theirs: Any, ours: Any) -> str:
-    by_rounding = "; from here on the run differs by rounding from one that is not changed"
-    return f"{name} is {_shown(ours)} and was {_shown(theirs)}" + (by_rounding if name in CHANGE_ROUNDING else "")
+    said = f"{name} is {_shown(ours)} and was {_shown(theirs)}"
+    if role_of(name) in CHANGE_ROUNDING:
+        said += "; from here on the run differs by rounding from one that is not changed"
+    return said
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from potstill.config import Section, find_toml, read_toml, validate
+from potstill.config import Role, Section, fields_with, find_toml, read_toml, validate
 
 SHIPPED_STUDIES = Path(__file__).parent / "studies"
 
@@ -27,7 +27,7 @@ def _flat(value: Any) -> Any:
 # What the study sets itself, in fields and on axes, and what to write instead.
 SET_BY_THE_STUDY = {
     "out": "give out to the study, whose runs are named by what they are",
-} | dict.fromkeys(("train.seed", "data.seed", "grpo.seed"), "use seeds = [...] of the study or of a group")
+} | dict.fromkeys(fields_with(Role.SEED), "use seeds = [...] of the study or of a group")
 # Of the GRPO stage it also sets these.
 SET_BY_THE_START: dict[str, str] = dict.fromkeys(
     ("model", "data.source", "evaluation"), "the stage takes it from the run that it goes on from"

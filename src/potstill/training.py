@@ -15,7 +15,7 @@ from potstill import checkpoint, distributed, files, runlog
 from potstill.batching import batch_places, make_batch
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.cache import CachedTeacher
-from potstill.config import Recipe, check_recipe, run_evaluation
+from potstill.config import Recipe, Role, check_recipe, run_evaluation
 from potstill.controllers import (
     MixingState,
     WindowState,
@@ -28,7 +28,6 @@ from potstill.controllers import (
 )
 from potstill.distributed import World
 from potstill.evaluation import evaluate, evaluate_anew
-from potstill.extension import FIELDS as EXTENSION_FIELDS
 from potstill.extension import extended
 from potstill.flops import ModelFlops, rollout_flops, training_flops
 from potstill.fused import token_loss
@@ -93,9 +92,9 @@ def train(
     """
     check_recipe(recipe, Recipe)
     world = distributed.start()
-    may_change: tuple[str, ...] = ()
+    may_change: tuple[Role, ...] = ()
     if extend_to is not None:
-        recipe, may_change = extended(recipe, extend_to), EXTENSION_FIELDS
+        recipe, may_change = extended(recipe, extend_to), (Role.LENGTH,)
     if world.is_main:
         runlog.check_folder(recipe, may_change)
     folder, objects = recipe.out, (student, teacher, tokenizer, prompts)

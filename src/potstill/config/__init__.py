@@ -17,9 +17,10 @@ from potstill.config.fields import (
 )
 from potstill.config.methods import METHODS, Method
 from potstill.config.objective_fields import Mixing, Objective
-from potstill.config.recipe import GrpoRecipe, Recipe, check_recipe
-from potstill.config.run_recipe import CHANGE_NOTHING, CHANGE_ROUNDING, RunRecipe, is_one_of
-from potstill.config.section import RecipeError, Section, field_names, validate
+from potstill.config.recipe import GrpoRecipe, Recipe, check_recipe, fields_with, role_of
+from potstill.config.roles import ALIKE, CHANGE_NOTHING, CHANGE_ROUNDING, NAMED, Role, Selection
+from potstill.config.run_recipe import RunRecipe
+from potstill.config.section import RecipeError, Section, field_names, roles_of, validate
 from potstill.config.toml import (
     SHIPPED_RECIPES,
     find_toml,
@@ -37,9 +38,11 @@ from potstill.config.toml import (
 from potstill.config.unread import unread_fields
 
 __all__ = [
+    "ALIKE",
     "CHANGE_NOTHING",
     "CHANGE_ROUNDING",
     "METHODS",
+    "NAMED",
     "SHIPPED_RECIPES",
     "CacheOptions",
     "Data",
@@ -53,18 +56,20 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RecipeFields",
+    "Role",
     "Rollouts",
     "RunRecipe",
     "Sampling",
     "Section",
+    "Selection",
     "StudentSpec",
     "TeacherSpec",
     "Train",
     "Window",
     "check_recipe",
     "field_names",
+    "fields_with",
     "find_toml",
-    "is_one_of",
     "left_out",
     "load_any_recipe",
     "load_grpo_recipe",
@@ -72,6 +77,8 @@ __all__ = [
     "make_recipe",
     "read_recipe",
     "read_toml",
+    "role_of",
+    "roles_of",
     "run_evaluation",
     "to_toml",
     "toml_value",

@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from potstill.config.objective_fields import Mixing, Objective
+from potstill.config.roles import Role
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import Section
 from potstill.config.values import LARGEST_RATE, MANY, MANY_AT_ONCE, Arguments, Beta, Seed, Temperature
 
 
-class StudentSpec(Section):
+class StudentSpec(Section, role=Role.MODEL):
     model: str = "potstill:base"
     """Folder or hub id of a Hugging Face causal LM; potstill:base is the shipped one."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -27,7 +28,7 @@ class StudentSpec(Section):
     """Run Python code that the model's folder brings."""
 
 
-class TeacherSpec(Section):
+class TeacherSpec(Section, role=Role.MODEL):
     model: str = "potstill:teacher"
     """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is the student as it was
     before the first step, or at the last refresh."""
@@ -38,7 +39,7 @@ class TeacherSpec(Section):
     student's prompts."""
     prompt_column: str | None = None
     """Column of a file or hub data set with what the teacher is asked instead, such as the prompt and a hint."""
-    cache: str | None = None
+    cache: Annotated[str | None, Role.CACHE] = None
     """Folder that `potstill cache build` wrote: completions and signal come from it, and the teacher is not loaded."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the teacher's weights."""
@@ -46,7 +47,7 @@ class TeacherSpec(Section):
     """Run Python code that the model's folder brings."""
 
 
-class Data(Section):
+class Data(Section, role=Role.DATA):
     source: str | tuple[str, ...] = "multiplication"
     """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a task of your own (my_task.py:MyTask, a class in a
     Python file, whose code is run), a file (.jsonl, .json, .csv, .parquet, or these and .gz), a pattern of files, a hub
@@ -69,22 +70,22 @@ class Data(Section):
     too_long: Literal["refuse", "drop", "cut-left"] = "refuse"
     """What becomes of prompts that are too long: the run is refused, they are left out, or they lose their first
     tokens."""
-    seed: Seed = 0
+    seed: Annotated[Seed, Role.SEED] = 0
     """Seed of a task's problems."""
 
 
-class Sampling(Section):
+class Sampling(Section, role=Role.OBJECTIVE):
     temperature: Temperature = 1.0
     """0 is greedy. 1 with no truncation samples exactly from the model."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Keep the smallest set of tokens with at least this mass."""
     top_k: int = Field(default=0, ge=0)
     """Keep the k likeliest tokens; 0 keeps all."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: Annotated[int, Role.ROUNDING] = Field(default=64, ge=1)
     """Rows decoded together. It changes a model's numbers by rounding alone, and so a token once in very many."""
 
 
-class Rollouts(Section):
+class Rollouts(Section, role=Role.OBJECTIVE):
     reuse: int = Field(default=1, ge=1)
     """Optimiser steps that each set of rollouts serves. Their age in steps is logged."""
     end_set: Literal["union", "student"] = "union"
@@ -93,7 +94,7 @@ class Rollouts(Section):
     cap."""
 
 
-class Window(Section):
+class Window(Section, role=Role.WINDOW):
     tokens: int = Field(default=128, ge=1)
     """Completion length cap in training, the largest that a schedule reaches. Stops beyond it are not learnt."""
     schedule: Literal["fixed", "linear", "entropy-gated"] = "fixed"
@@ -131,21 +132,21 @@ def _few(fields: dict[str, Any]) -> int:
     return min(10, fields.get("steps", 0) // 10)
 
 
-class Train(Section):
-    steps: int = Field(default=120, ge=1, le=MANY)
+class Train(Section, role=Role.UPDATE):
+    steps: Annotated[int, Role.LENGTH] = Field(default=120, ge=1, le=MANY)
     """Optimiser updates, at most."""
-    flops: float | None = Field(default=None, gt=0)
+    flops: Annotated[float | None, Role.BUDGET] = Field(default=None, gt=0)
     """End the run with the step that brings the operations of rollouts, teacher and student to this number."""
     prompts_per_step: int = Field(default=48, ge=1, le=MANY_AT_ONCE)
     """Prompts (and rollouts) of one update, over all ranks."""
-    tokens_per_batch: int = Field(default=4096, ge=1)
+    tokens_per_batch: Annotated[int, Role.ROUNDING] = Field(default=4096, ge=1)
     """Padded tokens of one forward-backward slice on one rank. Gradients depend on it by rounding alone."""
-    lr: float | None = Field(default=None, gt=0, le=LARGEST_RATE)
+    lr: Annotated[float | None, Role.TUNED] = Field(default=None, gt=0, le=LARGEST_RATE)
     """Peak learning rate. By default 1e-5 for a student of up to a billion weights, for larger ones that over their
     billions, from ten billion on 1e-6. Fresh and very small models need far more."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine decay to 0, or constant."""
-    warmup_steps: int = Field(default_factory=_few, ge=0)
+    warmup_steps: Annotated[int, Role.WARM_UP] = Field(default_factory=_few, ge=0)
     """Linear warm-up. By default 10, or a tenth of the steps where they are fewer than 100."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     """AdamW's betas."""
@@ -153,24 +154,24 @@ class Train(Section):
     """AdamW's weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
-    normalize: Literal["token", "sequence"] = "token"
+    normalize: Annotated[Literal["token", "sequence"], Role.OBJECTIVE] = "token"
     """token: the mean over the loss tokens of the step; sequence: the mean of per-sequence means."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the student's forward pass; the loss is always float32."""
-    loss_memory: int = Field(default=256, ge=0)
+    loss_memory: Annotated[int, Role.SPEED] = Field(default=256, ge=0)
     """MiB for logits kept between the loss's two passes; 0 computes them twice. Changes speed, not results."""
-    loss_backend: Literal["auto", "eager", "compiled", "triton", "plain"] = "auto"
+    loss_backend: Annotated[Literal["auto", "eager", "compiled", "triton", "plain"], Role.BACKEND] = "auto"
     """How the loss is computed; auto: triton on a GPU, else eager. plain holds all logits in memory."""
-    checkpoint_every: int = Field(default=20, ge=1)
+    checkpoint_every: Annotated[int, Role.OUTPUT] = Field(default=20, ge=1)
     """Steps between checkpoints; one is also written at the end."""
-    seed: Seed = 0
+    seed: Annotated[Seed, Role.SEED] = 0
     """Seed of the data order, of sampling and of fresh weights."""
-    extended: tuple[tuple[int, int], ...] = ()
+    extended: Annotated[tuple[tuple[int, int], ...], Role.LENGTH] = ()
     """Pairs (step, steps): up to that step, the schedules were those of a run of so many steps. `--extend-to` adds one
     when a run goes on past its end."""
 
 
-class Evaluation(Section):
+class Evaluation(Section, role=Role.EVALUATION):
     source: str | None = None
     """Task that the problems come from: as in data.source, or a benchmark (gsm8k, math500, amc23, aime24) of the hub or
     of a local file (gsm8k:FILE). Without one nothing is evaluated."""
@@ -227,41 +228,41 @@ class CacheOptions:
     """Prompts with a completion in one file, which is what a kill loses at most on each rank."""
 
 
-class Grpo(Section):
+class Grpo(Section, role=Role.UPDATE):
     """Group-relative policy optimisation (arXiv 2402.03300), as TRL's GRPOTrainer does it.
 
     A response's advantage is its score minus its group's mean, over the group's standard deviation; the loss is the
     mean over the tokens of the step. Each set of responses serves one update, so that nothing is clipped.
     """
 
-    steps: int = Field(default=40, ge=1, le=MANY)
+    steps: Annotated[int, Role.LENGTH] = Field(default=40, ge=1, le=MANY)
     """Optimiser updates."""
     prompts_per_step: int = Field(default=12, ge=1, le=MANY_AT_ONCE)
     """Prompts of one update."""
-    group_size: int = Field(default=8, ge=2, le=MANY_AT_ONCE)
+    group_size: Annotated[int, Role.OBJECTIVE] = Field(default=8, ge=2, le=MANY_AT_ONCE)
     """Responses to each prompt; their scores are compared with each other."""
-    rows_per_batch: int = Field(default=32, ge=1)
+    rows_per_batch: Annotated[int, Role.ROUNDING] = Field(default=32, ge=1)
     """Responses of one forward-backward slice, at most. Gradients depend on it by rounding alone."""
-    lr: float = Field(default=1e-6, gt=0, le=LARGEST_RATE)
+    lr: Annotated[float, Role.TUNED] = Field(default=1e-6, gt=0, le=LARGEST_RATE)
     """Peak learning rate; very small models need far more."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or cosine decay to 0."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Annotated[int, Role.WARM_UP] = Field(default=0, ge=0)
     """Linear warm-up."""
-    kl_weight: float = Field(default=0.0, ge=0)
+    kl_weight: Annotated[float, Role.OBJECTIVE] = Field(default=0.0, ge=0)
     """Weight of the KL to the start model, which is then kept in memory; 0 does without one."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
-    checkpoint_every: int = Field(default=20, ge=1)
+    checkpoint_every: Annotated[int, Role.OUTPUT] = Field(default=20, ge=1)
     """Steps between checkpoints; one is also written at the end."""
-    seed: Seed = 0
+    seed: Annotated[Seed, Role.SEED] = 0
     """Seed of the data order and of sampling."""
 
 
 class RecipeFields(RunRecipe):
     """All fields of a recipe, each checked by itself."""
 
-    out: Path = Path("runs/run")
+    out: Annotated[Path, Role.OUTPUT] = Path("runs/run")
     """Run folder. A run that is already there and unfinished is resumed."""
     student: StudentSpec = StudentSpec()
     teacher: TeacherSpec = TeacherSpec()
@@ -278,9 +279,9 @@ class RecipeFields(RunRecipe):
 class GrpoFields(RunRecipe):
     """All fields of a GRPO recipe, each checked by itself."""
 
-    out: Path = Path("runs/grpo")
+    out: Annotated[Path, Role.OUTPUT] = Path("runs/grpo")
     """Run folder. A run that is already there and unfinished is resumed."""
-    model: str = "potstill:base"
+    model: Annotated[str, Role.START] = "potstill:base"
     """Where it starts: a run folder, a model folder, a hub id or potstill:base."""
     data: Data = Data()
     sampling: Sampling = Sampling()

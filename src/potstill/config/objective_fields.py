@@ -1,42 +1,45 @@
 """The fields of the loss: on whose tokens, which divergence, from what signal, and how its weight moves."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from potstill.config.methods import METHODS
+from potstill.config.roles import Role
 from potstill.config.section import Section
 from potstill.config.values import COLDEST, NonNegative
 
+DivergenceName = Literal["forward", "reverse", "mixed", "jsd", "skew-forward", "skew-reverse"]
 
-class Objective(Section):
-    prefix: Literal["teacher", "student", "dataset", "mixed"] = "teacher"
+
+class Objective(Section, role=Role.OBJECTIVE):
+    prefix: Annotated[Literal["teacher", "student", "dataset", "mixed"], Role.PREFIX] = "teacher"
     """Who writes the tokens that both models are conditioned on. No gradient goes through them."""
-    mix_unit: Literal["sequence", "handoff", "token"] = "sequence"
+    mix_unit: Annotated[Literal["sequence", "handoff", "token"], Role.PREFIX] = "sequence"
     """prefix = mixed: whole rollouts by one model each; one model begins and the other goes on; or token by token."""
-    student_share: float = Field(default=0.5, ge=0, le=1)
+    student_share: Annotated[float, Role.PREFIX] = Field(default=0.5, ge=0, le=1)
     """mixed by sequence: the exact share of rollouts by the student; mixed by token: the weight of its distribution."""
-    first_writer: Literal["teacher", "student"] = "teacher"
+    first_writer: Annotated[Literal["teacher", "student"], Role.PREFIX] = "teacher"
     """mixed by handoff: who begins."""
-    handoff_tokens: tuple[int, int] = (8, 64)
+    handoff_tokens: Annotated[tuple[int, int], Role.PREFIX] = (8, 64)
     """mixed by handoff: the first writer's tokens, drawn evenly from this range (both ends included)."""
-    kl: Literal["forward", "reverse", "mixed", "jsd", "skew-forward", "skew-reverse"] = "forward"
+    kl: Annotated[DivergenceName, Role.DIVERGENCE] = "forward"
     """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: their linear mixture; jsd: the
     generalised Jensen-Shannon divergence; skew-forward, skew-reverse: each KL to a mixture of both (DistiLLM)."""
-    forward_weight: float = Field(default=0.5, ge=0, le=1)
+    forward_weight: Annotated[float, Role.DIVERGENCE] = Field(default=0.5, ge=0, le=1)
     """Weight of the forward KL in kl = mixed, or what its schedule (section mixing) begins with."""
-    forward_above: float | None = Field(default=None, ge=0)
+    forward_above: Annotated[float | None, Role.TOKEN_WEIGHT] = Field(default=None, ge=0)
     """kl = mixed: only where the teacher's entropy (nats) is above this; elsewhere all weight is the reverse KL's."""
-    jsd_weight: float = Field(default=0.5, gt=0, lt=1)
+    jsd_weight: Annotated[float, Role.DIVERGENCE] = Field(default=0.5, gt=0, lt=1)
     """kl = jsd: the teacher's weight in the mixture that both models are compared with."""
-    skew: float = Field(default=0.1, gt=0, lt=1)
+    skew: Annotated[float, Role.DIVERGENCE] = Field(default=0.1, gt=0, lt=1)
     """kl = skew-forward, skew-reverse: how much of the first model is mixed into the second."""
-    gamma: float = Field(default=0.0, ge=0, le=1)
+    gamma: Annotated[float, Role.TOKEN_WEIGHT] = Field(default=0.0, ge=0, le=1)
     """Student prefixes and reverse KL: how much of the later tokens' KL each written token answers for. 0: the local
     gradient; 1: that of the whole sequence's KL."""
-    split: int | None = Field(default=None, ge=1)
+    split: Annotated[int | None, Role.TOKEN_WEIGHT] = Field(default=None, ge=1)
     """A position in the completion: tokens before it and tokens from it on have weights of their own."""
-    split_weights: tuple[NonNegative, NonNegative] = (1.0, 1.0)
+    split_weights: Annotated[tuple[NonNegative, NonNegative], Role.TOKEN_WEIGHT] = (1.0, 1.0)
     """Weights of the loss before the split and from it on."""
     temperature: float = Field(default=1.0, ge=COLDEST)
     """Divides both models' logits in the loss; sampling has its own."""
@@ -88,7 +91,7 @@ class Objective(Section):
         return f"Hybrid({'; '.join([f'{prefix} / {kl}', *details])})"
 
 
-class Mixing(Section):
+class Mixing(Section, role=Role.WEIGHT_SCHEDULE):
     """How the forward weight of kl = "mixed" changes over a run, from objective.forward_weight on."""
 
     schedule: Literal["constant", "linear", "cosine", "steps", "entropy"] = "constant"

@@ -6,8 +6,9 @@ from typing import Any
 from pydantic import model_validator
 
 from potstill.config.fields import GrpoFields, RecipeFields, Window
+from potstill.config.roles import Role
 from potstill.config.run_recipe import RunRecipe
-from potstill.config.section import RecipeError
+from potstill.config.section import RecipeError, roles_of
 from potstill.config.unread import unread_fields, unread_grpo_fields
 from potstill.config.values import shown
 from potstill.tasks import TASKS, is_table
@@ -228,6 +229,16 @@ def _check_ladder(window: Window) -> None:
                 f"window.ladder is {list(window.ladder)}; it must grow from above window.start = {window.start} to "
                 f"window.tokens = {window.tokens}"
             )
+
+
+def role_of(name: str) -> Role:
+    """The role of a dotted field of either kind of recipe. Raises KeyError for any other name."""
+    return (roles_of(GrpoRecipe) | roles_of(Recipe))[name]
+
+
+def fields_with(*roles: Role) -> tuple[str, ...]:
+    """The dotted fields with these roles, of both kinds of recipe."""
+    return tuple(name for name, role in (roles_of(GrpoRecipe) | roles_of(Recipe)).items() if role in roles)
 
 
 def check_recipe(given: Any, kind: type[RunRecipe]) -> None:

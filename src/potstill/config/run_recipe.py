@@ -2,27 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from potstill.config.section import Section, set_fields
-
-# Fields and sections that a run may be resumed with whatever they were, as none of its steps depends on them ...
-CHANGE_NOTHING = ("out", "evaluation", "train.checkpoint_every", "train.loss_memory", "grpo.checkpoint_every")
-# ... or only by rounding, which is said then. Every other field is what makes it this run.
-CHANGE_ROUNDING = ("train.tokens_per_batch", "sampling.batch_size", "grpo.rows_per_batch")
-
-
-def is_one_of(name: str, fields: Collection[str]) -> bool:
-    """Whether a dotted field is among these, or in a section that is."""
-    return name in fields or name.partition(".")[0] in fields
+from potstill.config.roles import CHANGE_NOTHING, CHANGE_ROUNDING, Role, Selection
+from potstill.config.section import Section, roles_of, set_fields
+from potstill.names import nearest_field
 
 
 class RunRecipe(Section):
     """What every kind of recipe is: fields, of which the chosen mode reads some, and a run folder."""
 
-    out: Path = Path("runs/run")
+    out: Annotated[Path, Role.OUTPUT] = Path("runs/run")
     _notes: tuple[str, ...] = ()
 
     @property
@@ -46,30 +37,49 @@ class RunRecipe(Section):
         """Every field that is read, defaults included, as plain data."""
         return self.resolved_without(())
 
-    def resolved_without(self, names: Iterable[str]) -> dict[str, Any]:
-        """The same without some dotted fields or whole sections."""
+    def resolved_without(self, left_out: Selection) -> dict[str, Any]:
+        """The same without the fields of some roles, some dotted fields or whole sections.
+
+        Raises ValueError for a name that is no field or section of this kind of recipe.
+        """
         data = self.model_dump(mode="json", exclude_none=True)
-        for name in (*self.unread(), *names):
+        for name in names_of(type(self), (*self.unread(), *left_out)):
             *sections, field = name.split(".")
             section = data
             for key in sections:
                 section = section.get(key, {})
             section.pop(field, None)
-        return data
+        return {name: value for name, value in data.items() if value != {}}
 
     def hash(self) -> str:
         """Of the resolved recipe without the folder it is written to."""
-        return _hash(self.resolved_without(["out"]))
+        return _hash(self.resolved_without(("out",)))
 
     def identity(self) -> str:
         """Of what a run's weights depend on: the resolved recipe without the fields that a resume may change."""
-        return _hash(self.resolved_without([*CHANGE_NOTHING, *CHANGE_ROUNDING]))
+        return _hash(self.resolved_without((*CHANGE_NOTHING, *CHANGE_ROUNDING)))
 
     def changes_to(self, other: "RunRecipe") -> dict[str, tuple[Any, Any]]:
         """The dotted fields in which another recipe differs, with both values; None where a field is not read."""
-        mine, theirs = _flat(self.resolved_without(["out"])), _flat(other.resolved_without(["out"]))
+        mine, theirs = _flat(self.resolved_without(("out",))), _flat(other.resolved_without(("out",)))
         pairs = {name: (mine.get(name), theirs.get(name)) for name in {**mine, **theirs}}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def names_of(kind: type[Section], selection: Selection) -> list[str]:
+    """The dotted fields and the sections that are meant. Raises ValueError for a name that this kind does not have."""
+    roles = roles_of(kind)
+    sections = {name.partition(".")[0] for name in roles if "." in name}
+    names: list[str] = []
+    for item in selection:
+        if isinstance(item, Role):
+            names += [name for name, role in roles.items() if role is item]
+        elif item in roles or item in sections:
+            names.append(item)
+        else:
+            nearest = nearest_field(item, list(roles))
+            raise ValueError(f"{item!r} is no field and no section of a {kind.__name__}; the nearest is {nearest}")
+    return names
 
 
 def _hash(data: dict[str, Any]) -> str:

@@ -1,11 +1,14 @@
 """A section of a recipe: a frozen schema whose errors are one line that says what to do."""
 
 import functools
-from typing import Any, TypeVar, get_args
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from potstill.config.roles import Role
 from potstill.config.values import items_of, shown
 from potstill.names import nearest_field
 
@@ -17,7 +20,14 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
+    """Fields of one subject. `role` is that of the fields which say no other."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    default_role: ClassVar[Role | None] = None
+
+    def __init_subclass__(cls, role: Role | None = None, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        cls.default_role = role or cls.default_role
 
     def __init__(self, /, **fields: Any) -> None:
         """A section from Python. Raises RecipeError with one line."""
@@ -91,15 +101,31 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
     return f"{name} is {shown(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def field_names(section: type[BaseModel], prefix: str = "") -> list[str]:
+def field_names(schema: type[BaseModel]) -> list[str]:
     """Dotted names of all fields of the schema."""
-    names: list[str] = []
+    return [name for name, _, _ in _leaves(schema)]
+
+
+@functools.cache
+def roles_of(schema: type[Section]) -> dict[str, Role]:
+    """The role of each field of the schema by its dotted name. Raises TypeError where a field has none, or two."""
+    roles = {}
+    for name, field, section in _leaves(schema):
+        own = [item for item in field.metadata if isinstance(item, Role)]
+        found = own or [section.default_role] * (section.default_role is not None)
+        if len(found) != 1:
+            raise TypeError(f"{name} has {len(found)} roles; give it one: Annotated[..., Role.X]")
+        roles[name] = found[0]
+    return roles
+
+
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Dotted name, definition and section of each field."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += field_names(field.annotation, f"{prefix}{name}.")
+            yield from _leaves(field.annotation, f"{prefix}{name}.")
         else:
-            names.append(prefix + name)
-    return names
+            yield prefix + name, field, section
 
 
 def set_fields(section: BaseModel, prefix: str = "") -> list[str]:
