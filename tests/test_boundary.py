@@ -22,11 +22,11 @@ from potstill.boundary import Stopped, boundary, described, naming, stop_asked_f
 from potstill.config import RecipeError, make_recipe, to_toml
 from potstill.planning import plan
 from potstill.printable import one_line, printable, say
-from potstill.report import print_table
 from potstill.results import read_entry
 from potstill.runlog import read_rows
 from potstill.study import print_plan
 from potstill.study_file import Study
+from potstill.terminal import print_table
 from potstill.training import train
 
 

@@ -20,7 +20,7 @@ import potstill
 from potstill.claims import Claim
 from potstill.comparison import grids, make_groups, metrics_of, problem_values, stored
 from potstill.files import append
-from potstill.report import print_table, table, table_note, with_policy, write_report
+from potstill.report import table, table_note, with_policy, write_report
 from potstill.results import group_by_seed, read_entry, recipe_key
 from potstill.runlog import RunError
 from potstill.statistics import Estimate, seeds_and_problems
@@ -134,17 +134,6 @@ def test_evaluations_of_different_problems_are_not_compared_silently(runs, tmp_p
     assert "WARNING" not in table_note([read_entry(runs / "opd"), read_entry(runs / "dagger")])
     note = table_note([read_entry(runs / "dagger"), read_entry(folder)])
     assert "WARNING: the evaluations differ in num_problems, seed" in note
-
-
-def test_the_terminal_table_is_whole_however_narrow_the_window(runs, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    entries = [read_entry(runs / "opd"), read_entry(runs / "dagger")] * 3
-    print_table(entries)
-    printed = [line for line in capsys.readouterr().out.splitlines() if line and line[0] in "┏┃┡│├└"]
-    assert len({len(line) for line in printed}) == 1 and all(line[-1] in "┓┃┩│┤┘" for line in printed)
-    header, _ = table(entries)
-    _, low, high = entries[0].evals[0]["entropy"]
-    assert f"[{low:.3f}, {high:.3f}]" in "".join(printed) and all(name in "".join(printed) for name in header[1:])
 
 
 def test_what_models_and_users_write_is_escaped(runs, tmp_path):

@@ -219,16 +219,19 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
 
     @command(app)
     def report(paths: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
-        """Write one HTML file that compares runs, and `results.json` with its numbers beside it.
+        """Write one HTML file that compares runs, and `results.json` with its numbers beside it; print a summary.
 
         Args:
             paths: Run folders, study folders, and JSON files that `potstill evaluate --out` wrote.
             out: The file to write.
         """
         from potstill.report import write_report
+        from potstill.terminal import print_summary
 
         _refuse_overrides(overrides)
-        say(f"wrote {write_report(paths, out)}")
+        page = write_report(paths, out)
+        print_summary(page)
+        say(f"wrote {page}")
 
     @command(app)
     def study(
@@ -255,11 +258,12 @@ def _app(overrides: dict[str, Any]) -> SubcommandApp:
         found = read_study_file(study)
         is_whole = run_study(found, main, jobs, dry_run)
         if report and not dry_run:
-            from potstill.report import print_findings, write_report
+            from potstill.report import write_report
+            from potstill.terminal import print_summary
 
             page = write_report([found.out], found.out / "report.html")
-            print_findings(page)
-            say(f"Open {page} for the grids, the curves and the rollouts; results.json beside it has the numbers.")
+            print_summary(page)
+            say(f"Open {page} for grids, claims, curves and rollouts.")
         if not is_whole:
             sys.exit(1)
 

@@ -16,13 +16,13 @@ from potstill.identities import Check
 from potstill.models import is_run, locate
 from potstill.printable import plain, say
 from potstill.probe import ready
-from potstill.report import print_table
 from potstill.results import Entry, read_entry
 from potstill.rope import refuse_crossing
 from potstill.runlog import begun_on, last_row, store_evals
 from potstill.sampling import sample
 from potstill.statistics import holm, paired
 from potstill.tasks.own import describe_files, own_files
+from potstill.terminal import print_table
 from potstill.types import Example
 from potstill.vocabulary import num_named_rows
 

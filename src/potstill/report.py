@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,11 +35,10 @@ from potstill.comparison import (
     stored,
     window_comparisons,
 )
-from potstill.config import METHODS
+from potstill.config import METHODS, Recipe
 from potstill.figures import Link
 from potstill.files import write_atomically
 from potstill.findings import findings, first_and_last_habits, habit_table, number, seeds_of, values
-from potstill.printable import plain, say
 from potstill.reader import reader_data
 from potstill.results import Entry, Panel, read_panels
 from potstill.runlog import RunError
@@ -93,43 +91,32 @@ def level_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     return ["model", "T", *levels], rows
 
 
-def print_table(entries: Sequence[Entry]) -> None:
-    """The comparison on the terminal: a column for each model, intervals under the values."""
-    from rich.console import Console
-    from rich.table import Table
-
-    header, rows = table(entries)
-    (_, *names), *quantities = zip(header, *rows, strict=True)
-    quantities = [(name, *cells) for name, *cells in quantities if any(cells)]
-    shown = Table(show_lines=True)
-    shown.add_column(min_width=max(len(name) for name, *_ in quantities))
-    for name, *column in zip(names, *(cells for _, *cells in quantities), strict=True):
-        width = max(len(line) for cell in column for line in cell.replace(" [", "\n[").split("\n"))
-        shown.add_column(plain(name), justify="right", min_width=width)
-    for name, *cells in quantities:
-        shown.add_row(name, *(plain(cell.replace(" [", "\n[")) for cell in cells))
-    # A table that is folded to a narrow window cannot be read; a cut one cannot either, so it keeps its width.
-    needed = Console(width=10_000).measure(shown).minimum
-    Console(width=max(Console().width, needed)).print(shown)
-    say(table_note(entries))
-
-
 def table_note(entries: Sequence[Entry]) -> str:
     """What the table's numbers are of, in a line; a warning when they are not of the same thing."""
-    rows = [row for entry in entries for row in entry.evals]
-    if not rows:
+    if not any(entry.evals for entry in entries):
         return "No evaluation was found."
-    first = rows[0]
     note = (
-        f"{first['num_problems']} held-out problems, {first['num_responses']} responses each, at most "
-        f"{first['settings']['max_tokens']} tokens; accuracy and truncation in %; [95 % bootstrap interval over "
-        "problems]; entropy (nats a token), length and truncation at the highest temperature; seconds of training."
+        f"{settings_note(entries)}; accuracy and truncation in %; [95 % bootstrap interval over problems]; entropy "
+        "(nats a token), length and truncation at the highest temperature; seconds of training."
     )
-    compared = ("source", "split", "template", "num_problems", "num_responses", "max_tokens", "seed")
-    differing = [name for name in compared if any(row["settings"][name] != first["settings"][name] for row in rows)]
-    if differing:
-        note += f" WARNING: the evaluations differ in {', '.join(differing)}, so their numbers cannot be compared."
-    return note
+    return " ".join([note, *settings_warning(entries)])
+
+
+def settings_note(entries: Sequence[Entry]) -> str:
+    """The size of the first evaluation among these."""
+    row = next(row for entry in entries for row in entry.evals)
+    num, length = row["num_responses"], row["settings"]["max_tokens"]
+    return f"{row['num_problems']} held-out problems, {num} responses each, at most {length} tokens"
+
+
+def settings_warning(entries: Sequence[Entry]) -> list[str]:
+    """A sentence where evaluations are not of the same thing; none where they are."""
+    asked = [row["settings"] for entry in entries for row in entry.evals]
+    compared = ("source", "split", "template", "num_problems", "num_responses", "max_tokens", "seed", "source_sha256")
+    differing = [name for name in compared if any(each.get(name) != asked[0].get(name) for each in asked)]
+    if not differing:
+        return []
+    return [f"WARNING: the evaluations differ in {', '.join(differing)}, so their numbers cannot be compared."]
 
 
 def _percent(estimate: Sequence[float]) -> str:
@@ -225,48 +212,9 @@ def with_policy(page: str) -> str:
     return page[:start] + "; ".join(rules) + page[page.index('"', start) :]
 
 
-def print_findings(page: Path) -> None:
-    """What a report found, on the terminal: of each panel its groups, its findings and the claims that were judged."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    for panel in json.loads((page.parent / RESULTS_FILE).read_text())["panels"]:
-        metrics = {key: metric for key, metric in panel["metrics"].items() if key != "seconds"}
-        groups = Table(title=plain(panel["title"], "bold"), title_justify="left", box=box.SIMPLE)
-        groups.add_column()
-        for metric in metrics.values():
-            groups.add_column(textwrap.fill(metric["title"], 10), justify="right")
-        for group in panel["groups"]:
-            found = (_short(group["metrics"].get(key), metric) for key, metric in metrics.items())
-            groups.add_row(plain(group["label"]), *found)
-        claimed = Table(box=box.SIMPLE)
-        for name in ("claim", "effect", "verdict, by three seeds or more"):
-            claimed.add_column(name, justify="right" if name == "effect" else "left")
-        for claim in panel["claims"]:
-            if effect := claim["effect"]:
-                text = f"{_effect(Estimate(**effect), claim['unit'])} {claim['unit']}"
-                claimed.add_row(plain(claim["name"]), plain(text), claim["answer"])
-        for table in (groups, claimed):
-            # A table that is folded to a narrow window cannot be read.
-            needed = Console(width=10_000).measure(table).maximum
-            if table.row_count:
-                Console(width=max(Console().width, needed)).print(table)
-        say(*panel["findings"], "")
-
-
 def _effect(effect: Estimate, unit: str) -> str:
     sign = "" if unit == "times" else "+"
     return f"{effect.value:{sign}.3g} [{effect.low:.3g}, {effect.high:.3g}]"
-
-
-def _short(summary: dict[str, float] | None, metric: dict[str, Any]) -> str:
-    """A value and half of its interval; empty without one."""
-    if summary is None:
-        return ""
-    scale, digits = metric["scale"], metric["digits"]
-    value = f"{scale * summary['value']:,.{digits}f}"
-    return value if summary["low"] is None else f"{value} ±{scale * (summary['high'] - summary['low']) / 2:.{digits}f}"
 
 
 def refuse_to_replace(path: Path) -> None:
@@ -339,6 +287,9 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             {
                 "label": group.label,
                 "paths": [link(entry.path) for entry in group.entries],
+                "is_model": group.entries[0].recipe is None,
+                "corner": group.entries[0].cell,
+                "start": start_of(group, comparison),
                 "metrics": summaries(group.summaries),
             }
             for group in comparison.groups
@@ -368,6 +319,15 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
 
 def interval(effect: Estimate | None) -> dict[str, float] | None:
     return None if effect is None else {"value": effect.value, "low": effect.low, "high": effect.high}
+
+
+def start_of(group: Group, comparison: Comparison) -> str | None:
+    """The label of what a group's runs began as, where it is among the groups."""
+    recipe = group.entries[0].recipe
+    if not isinstance(recipe, Recipe):
+        return next((pair.before.label for pair in comparison.grpo if pair.after is group), None)
+    models = [each for each in comparison.groups if each.entries[0].recipe is None and each.entries[0].evals]
+    return next((each.label for each in models if each.entries[0].evals[0]["model"] == recipe.student.model), None)
 
 
 def evaluation_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def print_plan(
     megabytes = sum(cost.num_bytes for cost in known) / 1e6
     say(
         f"{len(costs)} to do, {num_parallel} at a time: about {minutes:.0f} minutes and {megabytes:.0f} MB for "
-        f"{len(known)} of them (from finished runs and trials of two steps)"
+        f"{len(known)} of them (from finished runs and trials)"
     )
     if len(known) < len(costs):
         say(f"what the other {len(costs) - len(known)} take is known when the first of their kind is done")
