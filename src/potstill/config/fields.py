@@ -38,7 +38,7 @@ class TeacherSpec(Section, role=Role.MODEL):
     """Render the teacher's prompts with its own chat template, or take them as they are; by default it reads the
     student's prompts."""
     prompt_column: str | None = None
-    """Column of a file or hub data set with what the teacher is asked instead, such as the prompt and a hint."""
+    """Column of a file or hub data set with prompts for the teacher alone, such as the prompt and a hint."""
     cache: Annotated[str | None, Role.CACHE] = None
     """Folder that `potstill cache build` wrote: completions and signal come from it, and the teacher is not loaded."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -57,19 +57,18 @@ class Data(Section, role=Role.DATA):
     config: str | None = None
     """Configuration of a hub data set or folder that has several."""
     num_prompts: int | None = Field(default=None, ge=1, le=10**8)
-    """How many prompts to take; all of a file by default, 4096 of a task."""
+    """Number of prompts; by default all of a file, and 4096 of a task."""
     prompt_column: str = "prompt"
     """Column of a file or hub data set that holds the prompt."""
     template: Literal["chat", "raw"] | None = None
     """Render prompts with the chat template or take them as they are; by default chat for messages, raw for strings.
-    What the template reads beside the messages is said by data.template_arguments.NAME."""
+    data.template_arguments.NAME tells the template more."""
     template_arguments: Arguments = Field(default_factory=dict)
-    """What the chat templates of student and teacher are told, such as {enable_thinking = false}."""
+    """Arguments for the chat templates of student and teacher, such as {enable_thinking = false}."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
-    """The most tokens of a prompt; by default what the context leaves beside the completion."""
+    """Most tokens of a prompt; by default as many as the context leaves beside the completion."""
     too_long: Literal["refuse", "drop", "cut-left"] = "refuse"
-    """What becomes of prompts that are too long: the run is refused, they are left out, or they lose their first
-    tokens."""
+    """Treatment of prompts that are too long: refuse the run, leave them out, or cut their first tokens."""
     seed: Annotated[Seed, Role.SEED] = 0
     """Seed of a task's problems."""
 
@@ -89,7 +88,7 @@ class Rollouts(Section, role=Role.OBJECTIVE):
     reuse: int = Field(default=1, ge=1)
     """Optimiser steps that each set of rollouts serves. Their age in steps is logged."""
     end_set: Literal["union", "student"] = "union"
-    """What ends a completion, in training, evaluation and the exported model. union: any end token of student or
+    """Tokens that end a completion, in training, evaluation and the exported model. union: any end token of student or
     teacher; student: the student's own alone, which is how a mismatch of end tokens drives responses to the length
     cap."""
 
@@ -178,7 +177,7 @@ class Evaluation(Section, role=Role.EVALUATION):
     split: str = "test"
     """Split of a task or hub data set."""
     template: Literal["chat", "raw"] | None = None
-    """As in data.template; template_arguments.NAME says what it reads beside the messages."""
+    """As in data.template; template_arguments.NAME tells the template more."""
     template_arguments: Arguments = Field(default_factory=dict)
     """As in data.template_arguments; when a run is trained, those by default."""
     num_problems: int = Field(default=60, ge=1, le=MANY_AT_ONCE)
@@ -215,7 +214,7 @@ class Evaluation(Section, role=Role.EVALUATION):
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What is stored of each token, how many completions, and in what portions."""
+    """Contents of a cache: what it stores for each token, how many completions, and in what portions."""
 
     payload: Literal["hidden", "topk", "completions"] = "hidden"
     """hidden: the teacher's last hidden states, exact for every KL; topk: its objective.top_k likeliest tokens;
