@@ -17,11 +17,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from potstill.answers import Rule as ByAnswer
-from potstill.answers import Verdict, compare, integer
 from potstill.boxes import last_box
+
+# The grammar of answers takes a tenth of a second to load, which a help text does not wait for.
+if TYPE_CHECKING:
+    from potstill.answers import Rule as ByAnswer
+
+    Rule = ByAnswer | Literal["no box", "too long", "timeout", "crash"]
 
 # Seconds for one pair; an honest one takes milliseconds.
 SECONDS = 5.0
@@ -32,7 +36,6 @@ MEMORY_BYTES = 2 * 2**30
 MAX_CHARACTERS = 1000
 
 Kind = Literal["latex", "integer"]
-Rule = ByAnswer | Literal["no box", "too long", "timeout", "crash"]
 Pair = tuple[str, str | None]
 
 
@@ -42,7 +45,7 @@ class Grade:
 
     score: float
     answer: str | None = None
-    note: Rule | Literal[""] = ""
+    note: "Rule | Literal['']" = ""
 
 
 def gsm8k_gold(answer: str) -> str:
@@ -82,7 +85,7 @@ class Grader:
         decided |= self._compare_all([pair for pair, verdict in at_once.items() if verdict is None])
         return [Grade(float(decided[pair][0]), pair[1], decided[pair][1]) for pair in pairs]
 
-    def _compare_all(self, pairs: Sequence[Pair]) -> dict[Pair, tuple[bool, Rule]]:
+    def _compare_all(self, pairs: Sequence[Pair]) -> "dict[Pair, tuple[bool, Rule]]":
         waiting, decided = deque(pairs), {}
         busy: dict[subprocess.Popen, tuple[Pair, float]] = {}
         with selectors.DefaultSelector() as ready, contextlib.ExitStack() as stack:
@@ -119,13 +122,15 @@ class Grader:
         return decided
 
 
-def _at_once(gold: str, answer: str | None, kind: Kind) -> tuple[bool, Rule] | None:
+def _at_once(gold: str, answer: str | None, kind: Kind) -> "tuple[bool, Rule] | None":
     """The verdict where no expressions are compared; None where they are."""
     if answer is None:
         return False, "no box"
     if len(answer) > MAX_CHARACTERS:
         return False, "too long"
     if kind == "integer":
+        from potstill.answers import integer
+
         return integer(answer) == integer(gold) is not None, "integer"
     return (True, "same text") if answer == gold != "" else None
 
@@ -176,6 +181,8 @@ def _work() -> None:
     """
     import resource
     import signal
+
+    from potstill.answers import Verdict, compare
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print("ready", flush=True)

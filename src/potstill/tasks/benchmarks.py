@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from potstill.answers import integer
 from potstill.boxes import box_end
 from potstill.grading import Grade, Grader, Kind, gsm8k_gold
 from potstill.tables import DATA_SUFFIXES, Row, read_rows, with_own_ids
@@ -35,6 +34,8 @@ class Benchmark(NamedTuple):
 
 def _integer_gold(answer: str) -> str:
     """An AIME answer as it is. Raises ValueError for what is no integer."""
+    from potstill.answers import integer
+
     if integer(answer) is None:
         raise ValueError(f"an AIME answer is an integer, and this one is not: {answer!r}")
     return answer
