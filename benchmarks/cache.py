@@ -28,7 +28,7 @@ from potstill import distributed
 from potstill.cache_build import build_cache
 from potstill.config import CacheOptions, Recipe, load_recipe
 from potstill.metrics import Stopwatch
-from potstill.models import LanguageModel, find_folder
+from potstill.models import find_folder
 from potstill.prefixes import Writing, write_rollouts
 from potstill.setup import Setup, prepare
 from potstill.training import accumulate_gradients
@@ -112,8 +112,8 @@ def one_step(recipe: Recipe, setup: Setup, optimizer: torch.optim.Optimizer, ste
     num = recipe.train.prompts_per_step
     prompts = [setup.prompts[(step * num + i) % len(setup.prompts)] for i in range(num)]
     models: dict[Writer, Any] = {}
-    if isinstance(setup.teacher, LanguageModel):
-        models["teacher"] = setup.teacher.model
+    if setup.teacher is not None and setup.teacher.decoder is not None:
+        models["teacher"] = setup.teacher.decoder
     writing = Writing(
         recipe.objective,
         models,

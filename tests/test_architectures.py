@@ -14,7 +14,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import potstill
 from potstill import runlog
 from potstill.config import Sampling
-from potstill.flops import model_flops
 from potstill.models import LanguageModel, ModelError
 from potstill.probe import ready
 from potstill.sampling import sample
@@ -158,7 +157,7 @@ def check(kind: str, tok, tmp_path) -> str:
         return f"refused: {error}"
     # Chunks of a scan round more than anything else.
     assert decoding_error(student) < 2e-3
-    assert model_flops(student).per_token > 0
+    assert student.flops.per_token > 0
     recipe = tiny_recipe(
         tmp_path / kind,
         objective={"prefix": "student", "kl": "reverse"},

@@ -10,7 +10,7 @@ import potstill
 from potstill import runlog
 from potstill.character_tokenizer import build_tokenizer
 from potstill.config import make_recipe
-from potstill.flops import model_flops, rollout_flops, training_flops
+from potstill.flops import rollout_flops, training_flops
 from potstill.models import LanguageModel
 from potstill.rates import is_spent, learning_rate
 
@@ -26,7 +26,7 @@ def test_a_forward_pass_is_what_pytorch_counts(make, num_tokens):
     """Attention written out, as the counter does not know the fused kind; it then takes all pairs, causal or not."""
     model = make()
     model.model.set_attn_implementation("eager")
-    flops = model_flops(model)
+    flops = model.flops
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.model(input_ids=torch.ones(1, num_tokens, dtype=torch.long), use_cache=False)
     all_pairs = flops.per_token * num_tokens + flops.per_pair * num_tokens**2
@@ -36,7 +36,7 @@ def test_a_forward_pass_is_what_pytorch_counts(make, num_tokens):
 
 
 def test_parts_by_hand(student, teacher):
-    s, t = model_flops(student), model_flops(teacher)
+    s, t = student.flops, teacher.flops
     # Three tokens of prompt and four of completion, of which two are loss tokens: six go in.
     rollout = make_rollout([1, 5, 6], [9, 5, 3, 2], trained=[False, True, False, True], writer="teacher")
     assert training_flops([rollout], s, t) == {

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import potstill
 from potstill.config import Evaluation
-from potstill.flops import model_flops
 from potstill.models import LanguageModel, ModelError
 from potstill.probe import probe, ready
 
@@ -221,8 +220,8 @@ def test_a_run_folder_is_a_model_wherever_one_is_named(tmp_path, monkeypatch):
 
 def test_operations_leave_out_what_a_configuration_does_not_say(tok, monkeypatch):
     model = ready(make_tiny(tok), tok)
-    whole = model_flops(model)
+    whole = model.flops
     less = SimpleNamespace(model_type="odd", hidden_size=32, num_hidden_layers=2)
     monkeypatch.setattr(model.model.config, "get_text_config", lambda: less)
-    part = model_flops(model)
+    part = model.flops
     assert part.per_pair is None and part.backbone(3) == 3 * whole.per_token < whole.backbone(3)

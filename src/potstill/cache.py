@@ -31,11 +31,12 @@ from torch import Tensor
 
 from potstill.config import Recipe, TeacherSpec
 from potstill.files import file_digest, json_digest, seal, unseal
+from potstill.flops import head_flops
 from potstill.fused import fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel, ModelError, find_folder, fingerprint, load_config, load_tokenizer
 from potstill.topk import TopK
-from potstill.types import Example, Prompt, Rollout, Stop
+from potstill.types import Batch, Example, Prompt, Rollout, Stop
 
 FORMAT = 2
 # Shards that are mapped at a time; what is mapped and touched counts as this process's memory.
@@ -260,7 +261,14 @@ def key_of(prompt: Prompt, writer: str) -> bytes:
 
 
 class CachedTeacher:
-    """What training needs of a teacher whose body is not there: its head, its tokenizer and where its rows are."""
+    """A teacher whose body is not there: its head, its tokenizer, and its signal on the rollouts of a cache.
+
+    It cannot write: its completions are read from the cache (`Cache.rollout`).
+    """
+
+    can_score = False
+    decoder = None
+    context_length = None
 
     def __init__(self, cache: "Cache", device: torch.device, trust_remote_code: bool = False):
         manifest = cache.manifest
@@ -268,7 +276,6 @@ class CachedTeacher:
         self.name = manifest.teacher.name
         self.end_ids = manifest.teacher_end_ids
         self.vocab_size = manifest.teacher_vocab_size
-        self.context_length = None
         folder = cache.folder / "tokenizer"
         try:
             self.tokenizer = load_tokenizer(str(folder), trust_remote_code)
@@ -279,12 +286,16 @@ class CachedTeacher:
                 f"{str(folder)!r} is not the tokenizer that the cache was built with; build the cache again"
             )
         self.head = cache.head(device) if manifest.settings.payload == "hidden" else None
+        self.flops = head_flops(self.head)
 
-    def signal_of(self, rollouts: Sequence[Rollout]) -> Tensor | TopK:
-        """Hidden states [N, E], or the k likeliest tokens, at the loss tokens of some rollouts."""
+    def weights_digest(self) -> str | None:
+        return self.cache.manifest.teacher.parameters
+
+    def signal_at(self, batch: Batch) -> Tensor | TopK:
+        """Hidden states [N, E], or the k likeliest tokens, at the loss tokens of a batch of cached rollouts."""
         if self.head is None:
-            return self.cache.top_k_of(rollouts, self.device)
-        return self.cache.rows_of(rollouts, self.head)
+            return self.cache.top_k_of(batch.rollouts, self.device)
+        return self.cache.rows_of(batch.rollouts, self.head)
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ def _score(
     batch: Batch, teacher: LanguageModel, setup: Setup, settings: Settings
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """What is stored of each token of a batch [N, ...], and KL(teacher || stored) [N] where something is rounded."""
-    hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+    hidden_NE = teacher.signal_at(batch)
     head = teacher.head
     if settings.payload == "topk":
         assert settings.top_k is not None
@@ -438,7 +438,7 @@ def _live_kl(cache: Cache, teacher: LanguageModel, head: Head | None) -> float |
     kl = num_tokens = 0.0
     for place in places[::step]:
         batch = make_batch([cache.stored_rollout(place)], teacher.device)
-        hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+        hidden_NE = teacher.signal_at(batch)
         if head is not None:
             kl_N, _ = close_kl(cache.rows_of(batch.rollouts, head), head, hidden_NE, teacher.head)
         else:

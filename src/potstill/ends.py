@@ -5,13 +5,11 @@ Both are decided here alone. Training, caches, GRPO and evaluation ask the same 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from potstill.config import Recipe, RecipeError
-from potstill.models import LanguageModel, ModelError
-
-if TYPE_CHECKING:
-    from potstill.cache import CachedTeacher
+from potstill.models import LanguageModel
+from potstill.teachers import Teacher
+from potstill.types import ModelError
 
 # Ends that hand over to a tool: the turn goes on when the tool has answered. In one class with the end of an answer a
 # student would learn to do either where the teacher does one of them.
@@ -40,9 +38,7 @@ class Ends:
     compared_ids: tuple[int, ...] = ()
 
 
-def find_ends(
-    recipe: Recipe, student: LanguageModel, teacher: "LanguageModel | CachedTeacher | None", vocab_size: int | None
-) -> Ends:
+def find_ends(recipe: Recipe, student: LanguageModel, teacher: Teacher | None, vocab_size: int | None) -> Ends:
     """The end tokens of a distillation whose heads share `vocab_size` rows.
 
     An id without a row is never written and has no probability, so that it has no part in a class. Raises ModelError
@@ -58,7 +54,7 @@ def find_ends(
     return Ends(all_ids, stop_ids, members if has_class else (), with_row if len(with_row) > 1 else ())
 
 
-def end_set(student: LanguageModel, teacher: "LanguageModel | CachedTeacher | None" = None) -> tuple[int, ...]:
+def end_set(student: LanguageModel, teacher: Teacher | None = None) -> tuple[int, ...]:
     """The union of both models' end ids. Raises ModelError when there is none: nothing would ever stop."""
     ids = tuple(dict.fromkeys((*student.end_ids, *(teacher.end_ids if teacher else ()))))
     if not ids:

@@ -6,11 +6,11 @@ real tokens, padding left out; attention is causal. Every expert of a mixture of
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from potstill.heads import Head
-from potstill.models import LanguageModel
 from potstill.types import Rollout, Writer
 
 # Where a step's operations go.
@@ -34,18 +34,21 @@ class ModelFlops:
 
 
 def head_flops(head: Head | None) -> ModelFlops:
-    """Of a teacher that is a head alone, or not even that."""
+    """The operations of a teacher that is a head alone, or not even that."""
     return ModelFlops(0, 0, 0 if head is None else 2 * head.weight_VD.numel())
 
 
-def model_flops(model: LanguageModel) -> ModelFlops:
-    """Counted from the weights that tokens are multiplied with; the head's rows are those it has, padding included."""
+def model_flops(backbone: Any, head: Head, config) -> ModelFlops:
+    """The operations of a model, counted from the weights that tokens are multiplied with.
+
+    The head's rows are those it has, padding included.
+    """
     # GPT-2 keeps its linear layers in a class of its own.
-    layers = [m for m in model.backbone.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    layers = [m for m in backbone.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     return ModelFlops(
         per_token=sum(2 * layer.weight.numel() for layer in layers),
-        per_pair=_attention_flops(model.model.config.get_text_config()),
-        head=2 * model.head.weight_VD.numel(),
+        per_pair=_attention_flops(config),
+        head=2 * head.weight_VD.numel(),
     )
 
 

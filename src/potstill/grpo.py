@@ -32,7 +32,7 @@ from potstill.data import load_examples, make_prompts, prompt_notes
 from potstill.distributed import World
 from potstill.ends import described, end_set
 from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
-from potstill.flops import ModelFlops, model_flops, rollout_flops, training_flops
+from potstill.flops import ModelFlops, rollout_flops, training_flops
 from potstill.metrics import Stopwatch
 from potstill.models import LanguageModel, fingerprint, load_model, save_model, without_progress_bars
 from potstill.opening import SHOWN_CHARACTERS
@@ -150,7 +150,7 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
         prepare_problems(model, run_evaluation(recipe), date)
     task = make_task(str(data.source))
     files = own_files(data.source, recipe.evaluation.source)
-    return Setup(model, task, prompts, probes, end_ids, model_flops(model), world, files, date, tuple(notes))
+    return Setup(model, task, prompts, probes, end_ids, model.flops, world, files, date, tuple(notes))
 
 
 def measure_start(recipe: GrpoRecipe, setup: Setup) -> dict[str, float]:

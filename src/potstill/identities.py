@@ -26,7 +26,7 @@ from potstill.heads import Head
 from potstill.models import LanguageModel
 from potstill.objective import Loss, batch_loss, later_costs
 from potstill.probe import logits_error
-from potstill.types import Example, LossTerms, Prompt, Rollout, Stop
+from potstill.types import Batch, Example, LossTerms, Prompt, Rollout, Stop
 
 V, WINDOW, END = 3, 3, 0
 # Of central differences: the error is of the order of STEP squared.
@@ -74,6 +74,10 @@ class Table(nn.Module):
             for ids in input_ids_BT.tolist()
         ]
         return self.logits_SV[torch.tensor(rows)]
+
+    def signal_at(self, batch: Batch) -> Tensor:
+        """As a teacher: the rows of a batch's loss tokens."""
+        return self(batch.teacher_ids_BT)[batch.teacher_mask_BT]
 
     def log_probs(self, prefix: Text) -> Tensor:
         """Of the next token, [V]."""
@@ -138,7 +142,7 @@ def trained(
         prompt = Prompt(Example("x", "x"), (1,))
         rollout = Rollout(prompt, text, (True,) * len(text), ("student",) * len(text), stop)
         batch = make_batch([rollout])
-        hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT].detach()
+        hidden_NE = teacher.signal_at(batch).detach()
         probability = writer.log_prob(text).exp().item()
         returns_N = None
         if loss.objective.gamma:

@@ -10,21 +10,19 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from potstill.flops import ModelFlops, model_flops
 from potstill.heads import Head
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.names import nearest
 from potstill.runlog import resume_command
 from potstill.templates import ChatTemplate, TemplateError
-from potstill.types import ModelError
+from potstill.types import Batch, ModelError
 from potstill.weights import refuse_foreign_files, refuse_unread_file, refuse_unread_settings, refuse_wrong_weights
-
-if TYPE_CHECKING:
-    pass
 
 ASSETS = Path(__file__).parent / "assets"
 # What architectures call the factors that logits are multiplied with or divided by, and their soft cap.
@@ -64,6 +62,27 @@ class LanguageModel(nn.Module):
     def forward(self, input_ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal."""
         return self.backbone(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+
+    def signal_at(self, batch: Batch) -> Tensor:
+        """As a teacher: hidden states [N, E] at a batch's loss tokens."""
+        return self(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+
+    @property
+    def can_score(self) -> bool:
+        return True
+
+    @property
+    def decoder(self) -> Any:
+        """What writes: the model itself."""
+        return self.model
+
+    @property
+    def flops(self) -> ModelFlops:
+        """The operations of a forward pass."""
+        return model_flops(self.backbone, self.head, self.model.config.get_text_config())
+
+    def weights_digest(self) -> str:
+        return fingerprint(self)
 
     @property
     def head(self) -> Head:

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from potstill import distributed
-from potstill.cache import CachedTeacher
 from potstill.config import Objective
 from potstill.distributed import World
 from potstill.fused import DEFAULT_BUDGET, detached, fused_loss, fused_statistics
 from potstill.heads import Head
 from potstill.models import LanguageModel
+from potstill.teachers import Teacher
 from potstill.topk import TopK, top_k_loss, top_k_of
 from potstill.types import Batch, LossTerms, Rollout, TokenStats
-
-Teacher = LanguageModel | CachedTeacher
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,7 @@ def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tenso
     if loss.objective.signal == "labels":
         return None
     assert teacher is not None, "prepare loads a teacher for every other signal"
-    if isinstance(teacher, CachedTeacher):
-        return teacher.signal_of(batch.rollouts)
-    return teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+    return teacher.signal_at(batch)
 
 
 @torch.no_grad()

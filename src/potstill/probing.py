@@ -13,7 +13,6 @@ from potstill.distributed import World
 from potstill.flops import rollout_flops, training_flops
 from potstill.fused import fused_statistics
 from potstill.metrics import before_answer
-from potstill.models import LanguageModel
 from potstill.prefixes import Writing, from_one
 from potstill.seeds import Stream, stream_key
 from potstill.setup import Setup
@@ -47,15 +46,15 @@ def probe_window(
     student = setup.student.around(decoders["student"], "student")
     rollouts = from_one("student", writing, prompts, seeds)
     flops = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
-    scores_teacher = recipe.window.reference == "teacher" and isinstance(setup.teacher, LanguageModel)
+    scores_teacher = recipe.window.reference == "teacher" and setup.teacher is not None and setup.teacher.can_score
     texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
     num_tokens = entropy = teacher_entropy = 0.0
     options = setup.loss.shared_options() | {"temperature": 1.0}
     for places in batch_places(rollouts, recipe.train.tokens_per_batch):
         batch = make_batch([rollouts[place] for place in places], world.device)
         sides: list[Any] = [student(batch.input_ids_BT)[batch.loss_mask_BT], student.head]
-        if scores_teacher and isinstance(setup.teacher, LanguageModel):
-            sides += [setup.teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT], setup.teacher.head]
+        if scores_teacher and setup.teacher is not None:
+            sides += [setup.teacher.signal_at(batch), setup.teacher.head]
         stats = fused_statistics(*sides, **options)
         is_before_N = before_answer(batch, [texts[place] for place in places], student.tokenizer, setup.answer_end)
         num_tokens += float(is_before_N.sum())
@@ -70,7 +69,7 @@ def probe_window(
     if state.teacher_truncation is None:
         if setup.cache is not None:
             num_teachers_cut = _num_cut([setup.cache.rollout(prompt, state.tokens) for prompt in prompts])
-        elif setup.teacher is not None and setup.teacher_flops is not None:
+        elif setup.teacher is not None and setup.teacher.decoder is not None and setup.teacher_flops is not None:
             written = from_one("teacher", writing, prompts, seeds)
             num_teachers_cut = _num_cut(written)
             flops += rollout_flops(written, {"teacher": setup.teacher_flops}, by_token=False)

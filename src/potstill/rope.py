@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from potstill.models import LanguageModel
+from potstill.teachers import Teacher
 from potstill.types import ModelError
 
 
@@ -14,13 +14,16 @@ def borders(config) -> list[int]:
     return [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
 
 
-def refuse_crossing(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int, field: str) -> None:
+def refuse_crossing(model: Teacher, prompts: Sequence[Sequence[int]], max_tokens: int, field: str) -> None:
     """Raise ModelError unless all rows stay on one side of the border, from the first to the last token.
 
-    `prompts` are token ids, `max_tokens` is how many may follow them, and `field` is what sets that.
+    `prompts` are token ids, `max_tokens` is how many may follow them, and `field` is what sets that. A teacher that is
+    not loaded reads nothing here.
     """
+    if model.decoder is None:
+        return
     lengths = sorted(map(len, prompts))
-    for border in borders(model.model.config.get_text_config()):
+    for border in borders(model.decoder.config.get_text_config()):
         # The last token is never read.
         if lengths and lengths[0] <= border < lengths[-1] + max_tokens - 1:
             raise ModelError(

@@ -15,7 +15,8 @@ from potstill.batching import make_batch
 from potstill.fused import fused_statistics
 from potstill.metrics import TOKEN_STATISTICS
 from potstill.models import LanguageModel
-from potstill.objective import Loss, Teacher, batch_loss, known_of_teacher, signal_of, student_rows
+from potstill.objective import Loss, batch_loss, known_of_teacher, signal_of, student_rows
+from potstill.teachers import Teacher
 from potstill.topk import TopK, top_k_loss, top_k_of
 from potstill.types import Rollout, TokenStats
 

@@ -11,16 +11,17 @@ from potstill.config import Recipe, RecipeError, Window, run_evaluation
 from potstill.distributed import World
 from potstill.ends import Ends, find_ends
 from potstill.evaluation import prepare_problems
-from potstill.flops import ModelFlops, head_flops, model_flops
+from potstill.flops import ModelFlops
 from potstill.fused import MIB
 from potstill.models import LanguageModel, ModelError
-from potstill.objective import Loss, Teacher
+from potstill.objective import Loss
 from potstill.passes import find_backend
 from potstill.probe import ready
 from potstill.prompts import prepare_prompts
 from potstill.rope import refuse_crossing
 from potstill.tasks import is_table, make_task
 from potstill.tasks.own import own_files
+from potstill.teachers import Teacher
 from potstill.templates import today
 from potstill.types import DataError, Prompt
 
@@ -91,7 +92,7 @@ def prepare(
     if loss.vocab_size is not None:
         vocabulary.refuse_unshared_ids(tokenised, loss.vocab_size, student.tokenizer)
     refuse_crossing(student, [p.token_ids for p in tokenised], recipe.window.tokens, "window.tokens")
-    if isinstance(teacher, LanguageModel):
+    if teacher is not None:
         refuse_crossing(teacher, [p.ids_of("teacher") for p in tokenised], recipe.window.tokens, "window.tokens")
     tokenised, probes = hold_out(recipe.window, tokenised)
     if cache is not None:
@@ -116,8 +117,8 @@ def prepare(
         ends,
         loss,
         answer_end,
-        model_flops(student),
-        head_flops(teacher.head) if isinstance(teacher, CachedTeacher) else teacher and model_flops(teacher),
+        student.flops,
+        None if teacher is None else teacher.flops,
         own_files(recipe.data.source if prompts is None else None, recipe.evaluation.source),
         date,
         tuple(notes),

@@ -14,7 +14,6 @@ import torch
 from potstill import checkpoint, distributed, files, runlog
 from potstill.batching import batch_places, make_batch
 from potstill.boundary import stop_asked_for, stopped_after
-from potstill.cache import CachedTeacher
 from potstill.config import Recipe, Role, check_recipe, run_evaluation
 from potstill.controllers import (
     MixingState,
@@ -33,10 +32,9 @@ from potstill.flops import ModelFlops, rollout_flops, training_flops
 from potstill.fused import token_loss
 from potstill.habits import disagreement, habit_sums, step_habits
 from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
-from potstill.models import LanguageModel, ModelError, fingerprint, save_model
+from potstill.models import LanguageModel, ModelError, save_model
 from potstill.objective import (
     Loss,
-    Teacher,
     batch_loss,
     known_of_teacher,
     later_costs,
@@ -55,6 +53,7 @@ from potstill.samples import Scored, logged_sample, scored_samples
 from potstill.seeds import step_indices, step_seed
 from potstill.setup import Setup, prepare
 from potstill.tasks.own import own_files
+from potstill.teachers import Teacher
 from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
 
 # Decoded rollouts with per-token numbers are logged this many at a time, at step 1 and with every checkpoint.
@@ -161,13 +160,14 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
     student, teacher = setup.student, setup.teacher
     config, folder = with_lr(recipe.train, student.num_weights), recipe.out
     decoders: dict[Writer, Any] = {"student": distributed.shard(student, world)}
-    if isinstance(teacher, LanguageModel):
-        decoders["teacher"] = teacher.model
+    if teacher is not None and teacher.decoder is not None:
+        decoders["teacher"] = teacher.decoder
     split_by: tuple[Writer, ...] = ("teacher", "student") if recipe.objective.prefix == "mixed" else ()
     # Its rate is set in every step.
     optimizer = torch.optim.AdamW(student.parameters(), 0.0, config.betas, weight_decay=config.weight_decay)
     follower = None
-    if isinstance(teacher, LanguageModel) and teacher.name == "self" and recipe.teacher.refresh_steps:
+    if teacher is not None and teacher.name == "self" and recipe.teacher.refresh_steps:
+        assert isinstance(teacher, LanguageModel), "load_teacher copies the student"
         follower = teacher
     start, state, saved = 0, State.first(recipe), None
     if (path := checkpoint.latest(folder)) is not None:
@@ -408,11 +408,7 @@ def _environment(setup: Setup, world: World) -> dict[str, Any]:
         "end_ids": list(setup.ends.stop_ids),
         "end_class": list(setup.ends.class_ids),
         "models": {
-            role: {"name": model.name, "weights": _weights(model), "end_ids": list(model.end_ids)}
+            role: {"name": model.name, "weights": model.weights_digest(), "end_ids": list(model.end_ids)}
             for role, model in models.items()
         },
     }
-
-
-def _weights(model: Teacher) -> str | None:
-    return model.cache.manifest.teacher.parameters if isinstance(model, CachedTeacher) else fingerprint(model)

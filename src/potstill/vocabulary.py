@@ -1,19 +1,16 @@
 """The rows of two heads that one loss is over, and one draw: ids that both tokenizers agree on."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from potstill.models import LanguageModel
+from potstill.teachers import Teacher
 from potstill.types import DataError, ModelError, Prompt
-
-if TYPE_CHECKING:
-    from potstill.cache import CachedTeacher
 
 # So many tokens are shown of a list.
 NUM_SHOWN = 3
 
 
-def shared_vocab_size(student: LanguageModel, teacher: "LanguageModel | CachedTeacher") -> int:
+def shared_vocab_size(student: LanguageModel, teacher: Teacher) -> int:
     """How many rows the two heads share, which is what the loss is over and what is drawn from.
 
     Rows beyond the tokenizers' ids are padding, and the larger head is cut. Tokens that were added to one tokenizer
@@ -45,7 +42,7 @@ def shared_vocab_size(student: LanguageModel, teacher: "LanguageModel | CachedTe
     return size
 
 
-def unshared_tokens(student: LanguageModel, teacher: "LanguageModel | CachedTeacher") -> dict[int, str]:
+def unshared_tokens(student: LanguageModel, teacher: Teacher) -> dict[int, str]:
     """The tokens by their ids that were added to one tokenizer, and for which the other has nothing."""
     alone: dict[int, str] = {}
     for model, other in ((student, teacher), (teacher, student)):
@@ -66,7 +63,7 @@ def refuse_unshared_ids(prompts: Iterable[Prompt], size: int, tokenizer) -> None
             )
 
 
-def describe(student: LanguageModel, teacher: "LanguageModel | CachedTeacher", size: int) -> list[str]:
+def describe(student: LanguageModel, teacher: Teacher, size: int) -> list[str]:
     """What is cut off two heads, in words; nothing where nothing is."""
     lines = []
     if (student.vocab_size, teacher.vocab_size) != (size, size):
