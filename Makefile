@@ -30,21 +30,24 @@ $(VENV)/installed-docs: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/potstill study quick
 
+# Two tests side by side: what a test starts has one thread, and each of the two has its own folders and ports.
+WORKERS := -n 2 --dist worksteal
+
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 # The part of the tests that is about numbers, as other processors and more threads would round them.
 NUMERICS := $(addprefix tests/test_,fused.py fused_backends.py topk.py divergence.py objective.py gamma.py identities.py)
 NUMERICS += $(addprefix tests/test_,sampling_parity.py controllers.py cache.py training.py reader.py)
-# Not what forks, which hangs beside other threads, or starts processes of its own; nor torch.compile, which goes wrong where ATen is held below the processor.
+# Not what starts processes of its own, nor torch.compile, which goes wrong where ATen is held below the processor.
 NUMERICS += -k 'not killed and not full_disk and not ranks and not each_cell and not extra_memory and not compiled'
 HAS_AVX2 := $(shell grep -m1 -ow avx2 /proc/cpuinfo 2>/dev/null)
 
 test-numerics: $(VENV)/installed
-	ATEN_CPU_CAPABILITY=default POTSTILL_TEST_THREADS=1 $(BIN)/pytest $(NUMERICS)
+	ATEN_CPU_CAPABILITY=default POTSTILL_TEST_THREADS=1 $(BIN)/pytest $(WORKERS) $(NUMERICS)
 	POTSTILL_TEST_THREADS=2 $(BIN)/pytest $(NUMERICS)
 ifneq ($(HAS_AVX2),)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 POTSTILL_TEST_THREADS=1 $(BIN)/pytest $(NUMERICS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 POTSTILL_TEST_THREADS=1 $(BIN)/pytest $(WORKERS) $(NUMERICS)
 endif
 
 test-slow: $(VENV)/installed

@@ -10,6 +10,10 @@ from pathlib import Path
 # No test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread is fastest for models this small, here and in what is started from here, so that as many tests as there are
+# cores can run side by side. Every test holds with any number: where bits are compared, they are those of one machine
+# with one number of threads.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("POTSTILL_TEST_THREADS", "1")
 
 import pytest
 import torch
@@ -31,9 +35,7 @@ from potstill.types import Example, Prompt, Rollout
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# One thread is fastest for models this small. Every test holds with any number: where bits are compared, they are those
-# of one machine with one number of threads.
-torch.set_num_threads(int(os.environ.get("POTSTILL_TEST_THREADS", "1")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # torch.compile does not tell instruction sets apart in its cache: code of another one gives wrong numbers.
 COMPILED = f"potstill-compiled-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / COMPILED))

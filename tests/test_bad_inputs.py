@@ -140,9 +140,10 @@ def test_bad_commands(yard, monkeypatch, capfd, line, message):
 @pytest.mark.parametrize(("text", "message"), some(STUDIES))
 def test_bad_studies(tmp_path, yard, monkeypatch, capfd, text, message):
     (tmp_path / "s.toml").write_text(text)
-    started = time.perf_counter()
+    # The processor's time: the clock's says how busy the machine is.
+    started = time.process_time()
     refused(yard, monkeypatch, capfd, ["study", str(tmp_path / "s.toml")], message)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 def headless(model):

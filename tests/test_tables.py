@@ -131,7 +131,7 @@ def test_files_of_every_kind_and_several_of_them(tmp_path):
         ("wide.csv", b"prompt\na,b\n", "line 2 of '.*' has more cells than the header; quote what holds commas"),
         ("latin1.csv", "prompt\né\n".encode("latin-1"), r"line 2 of '.*' is not UTF-8 \(byte 0xe9\)"),
         ("bad.jsonl.gz", b"no gzip", "cannot be read: Not a gzipped file"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n')[:-9], "cannot be read: Compressed file ended"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-9], "cannot be read: Compressed file ended"),
         ("bad.parquet", b"PAR1", "data file '.*' cannot be read: "),
         ("empty.csv", b"", "has no rows"),
     ],
