@@ -35,6 +35,7 @@ from potstill.estimates import FREE
 from potstill.names import SYNONYMS, nearest_field
 from potstill.planning import plan
 from potstill.rates import usual_lr, with_lr
+from potstill.results import read_entry
 from potstill.study_file import SHIPPED_STUDIES, read_study_file
 
 
@@ -107,7 +108,10 @@ def test_every_shipped_recipe_is_valid():
         ({"train": {"steps": "2"}}, r"train.steps is '2': input should be a valid integer"),
         ({"train": {"lr": "1e-3"}}, r"train.lr is '1e-3': input should be a valid number"),
         ({"train": {"betas": [0.9, True]}}, r"train.betas is \[0.9, True\]: input should be a valid number"),
-        ({"mixing": {"at_steps": [["1", 0.5]]}}, r"mixing.at_steps is .*: input should be a valid integer"),
+        (
+            {"weight_schedule": {"at_steps": [["1", 0.5]]}},
+            r"weight_schedule.at_steps is .*: input should be a valid integer",
+        ),
         ({"student": {"trust_remote_code": 1}}, r"trust_remote_code is 1: input should be a valid boolean"),
         ({"student": {"trust_remote_code": "yes"}}, r"trust_remote_code is 'yes': input should be a valid boolean"),
         ({"train": {"steps": 2**63}}, r"train.steps is 9223372036854775808: .* less than or equal to 1000000000"),
@@ -206,7 +210,22 @@ def test_names_of_other_programs_lead_to_the_field(name, field):
 
 def test_every_synonym_is_of_a_field():
     known = {*field_names(Recipe), *field_names(GrpoRecipe)}
-    assert {field for fields in SYNONYMS.values() for field in fields} <= known
+    sections = {field.partition(".")[0] for field in known}
+    assert {field for fields in SYNONYMS.values() for field in fields} <= known | sections
+
+
+def test_run_folders_with_names_of_before_are_refused_by_the_new_name(tmp_path):
+    for text, message in (
+        ('[mixing]\nschedule = "linear"', "mixing is not a field of the recipe; the nearest is weight_schedule$"),
+        (
+            '[objective]\nmix_unit = "token"',
+            "objective.mix_unit is not a field .*; the nearest is objective.prefix_mix$",
+        ),
+    ):
+        (tmp_path / "recipe.toml").write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            read_entry(tmp_path)
+    assert nearest_field("mixing.rate", field_names(Recipe)) == "weight_schedule.rate"
 
 
 def test_a_few_steps_need_no_word_on_the_warm_up():
@@ -393,10 +412,10 @@ def test_a_name_that_is_no_field_is_not_passed_over():
 
 
 def test_a_method_s_name_says_the_fields_that_a_study_leaves_out_beside_it():
-    mixed, handoff = {"kl": "mixed"}, {"prefix": "mixed", "mix_unit": "handoff"}
+    mixed, handoff = {"kl": "mixed"}, {"prefix": "mixed", "prefix_mix": "handoff"}
     said = {
         "prefix": ({}, "student"),
-        "mix_unit": ({"prefix": "mixed"}, "token"),
+        "prefix_mix": ({"prefix": "mixed"}, "token"),
         "student_share": ({"prefix": "mixed"}, 0.3),
         "first_writer": (handoff, "student"),
         "handoff_tokens": (handoff, (1, 2)),
@@ -430,7 +449,7 @@ def test_the_four_corners_have_their_names():
             "Hybrid(student / 0.25 forward + 0.75 reverse above 1.5 nats)",
         ),
         ({"prefix": "mixed", "student_share": 0.3}, "Hybrid(0.3 student by sequence / forward)"),
-        ({"prefix": "mixed", "mix_unit": "handoff"}, "Hybrid(teacher first for 8-64 tokens / forward)"),
+        ({"prefix": "mixed", "prefix_mix": "handoff"}, "Hybrid(teacher first for 8-64 tokens / forward)"),
         ({"kl": "jsd"}, "Hybrid(teacher / jsd 0.5)"),
         ({"kl": "skew-reverse", "signal": "topk"}, "Hybrid(teacher / skew-reverse 0.1; top 64)"),
         ({"prefix": "student", "kl": "reverse", "gamma": 1}, "OPD (gamma 1)"),

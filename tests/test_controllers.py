@@ -10,10 +10,10 @@ from conftest import interrupted_at, make_model, tiny_recipe
 
 import potstill
 from potstill import probing, runlog
-from potstill.config import Mixing, RecipeError, Window, make_recipe
+from potstill.config import RecipeError, WeightSchedule, Window, make_recipe
 from potstill.controllers import (
-    MixingState,
     Probe,
+    WeightState,
     WindowState,
     decide,
     first_window,
@@ -132,21 +132,21 @@ def test_linear_windows():
 
 
 def test_schedules_by_hand():
-    linear = Mixing(schedule="linear", end_weight=0.2)
+    linear = WeightSchedule(schedule="linear", end_weight=0.2)
     assert [scheduled_weight(linear, 1.0, step, 5) for step in range(6)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0.2])
-    cosine = Mixing(schedule="cosine", end_weight=0.0, over_steps=5)
+    cosine = WeightSchedule(schedule="cosine", end_weight=0.0, over_steps=5)
     expected = [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
     assert [scheduled_weight(cosine, 1.0, step, 99) for step in range(5)] == pytest.approx(expected)
-    steps = Mixing(schedule="steps", at_steps=((2, 0.7), (4, 0.1)))
+    steps = WeightSchedule(schedule="steps", at_steps=((2, 0.7), (4, 0.1)))
     assert [scheduled_weight(steps, 0.9, step, 6) for step in range(6)] == [0.9, 0.9, 0.7, 0.7, 0.1, 0.1]
-    assert scheduled_weight(Mixing(), 0.3, 5, 6) == 0.3
+    assert scheduled_weight(WeightSchedule(), 0.3, 5, 6) == 0.3
 
 
 def test_the_entropy_controller_holds_rises_falls_and_keeps_its_bounds():
-    mixing = Mixing(schedule="entropy", floor=0.5, band=0.2, rate=0.1, bounds=(0.1, 0.6))
-    state = next_weight(mixing, MixingState(0.3), 2.0, 9.0)
+    mixing = WeightSchedule(schedule="entropy", floor=0.5, band=0.2, rate=0.1, bounds=(0.1, 0.6))
+    state = next_weight(mixing, WeightState(0.3), 2.0, 9.0)
     # The first entropy is the unit; at it the weight falls, as it is above floor + band: by (2.0 - 1.4) / 1.0 of 0.1.
-    assert state == MixingState(pytest.approx(0.24), 2.0)
+    assert state == WeightState(pytest.approx(0.24), 2.0)
     for entropy, weight in ((1.2, 0.24), (1.0, 0.24), (1.4, 0.24), (0.5, 0.29), (0.0, 0.39), (0.0, 0.49)):
         state = next_weight(mixing, state, entropy, 9.0)
         assert state.weight == pytest.approx(weight)
@@ -158,8 +158,8 @@ def test_the_entropy_controller_holds_rises_falls_and_keeps_its_bounds():
     assert state.weight == 0.1
     absolute = mixing.model_copy(update={"reference": "absolute"})
     teacher = mixing.model_copy(update={"reference": "teacher"})
-    assert next_weight(absolute, MixingState(0.3), 0.25, 9.0).weight == pytest.approx(0.35)
-    assert next_weight(teacher, MixingState(0.3), 2.25, 9.0).weight == pytest.approx(0.35)
+    assert next_weight(absolute, WeightState(0.3), 0.25, 9.0).weight == pytest.approx(0.35)
+    assert next_weight(teacher, WeightState(0.3), 2.25, 9.0).weight == pytest.approx(0.35)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_entropy_controller_holds_rises_falls_and_keeps_its_bounds():
 def test_schedules_survive_a_resume(tmp_path, mixing):
     def recipe(name):
         objective = {"prefix": "student", "kl": "mixed", "forward_weight": 0.2}
-        return tiny_recipe(tmp_path / name, objective=objective, mixing=mixing, train={"steps": 6})
+        return tiny_recipe(tmp_path / name, objective=objective, weight_schedule=mixing, train={"steps": 6})
 
     whole = potstill.train(recipe("whole"), quiet=True)
     with interrupted_at(3):
@@ -345,14 +345,17 @@ def test_probes_are_held_out(tmp_path):
             r"window.ladder is \[256\]; it must grow",
         ),
         ({"window": {"schedule": "linear", "ladder": [3]}}, "window.ladder is set but not read"),
-        ({"mixing": {"schedule": "linear"}}, "mixing.schedule is set but not read: objective.kl is"),
-        ({"objective": {"kl": "mixed"}, "mixing": {"schedule": "steps"}}, r"mixing.at_steps is \[\]; give pairs"),
+        ({"weight_schedule": {"schedule": "linear"}}, "weight_schedule.schedule is set but not read: objective.kl is"),
         (
-            {"objective": {"kl": "mixed"}, "mixing": {"floor": 1.0}},
-            r"mixing.floor is set but not read: mixing.schedule",
+            {"objective": {"kl": "mixed"}, "weight_schedule": {"schedule": "steps"}},
+            r"weight_schedule.at_steps is \[\]; give pairs",
         ),
         (
-            {"objective": {"kl": "mixed"}, "mixing": {"schedule": "entropy", "bounds": [0.6, 1.0]}},
+            {"objective": {"kl": "mixed"}, "weight_schedule": {"floor": 1.0}},
+            r"weight_schedule.floor is set but not read: weight_schedule.schedule",
+        ),
+        (
+            {"objective": {"kl": "mixed"}, "weight_schedule": {"schedule": "entropy", "bounds": [0.6, 1.0]}},
             r"bounds is \[0.6, 1.0\]; they must be in order, between 0 and 1, with objective.forward_weight = 0.5",
         ),
     ],

@@ -17,8 +17,8 @@ GATE = {"window.schedule": "entropy-gated", "window.start": "4", "window.check-e
 GATE |= {"window.patience": "1", "window.threshold": "0.01", "window.max-truncation": "1"}
 GATE |= {"window.max-repetition": "1"}
 MIXED = {"objective.prefix": "mixed"}
-HANDOFF = {"objective.mix-unit": "handoff", "objective.handoff-tokens": "2 6", "objective.kl": "jsd"}
-ENTROPY_MIXING = {"objective.kl": "mixed", "mixing.schedule": "entropy", "mixing.rate": "0.2"}
+HANDOFF = {"objective.prefix-mix": "handoff", "objective.handoff-tokens": "2 6", "objective.kl": "jsd"}
+ENTROPY_MIXING = {"objective.kl": "mixed", "weight_schedule.schedule": "entropy", "weight_schedule.rate": "0.2"}
 ALL = 10**6
 EVALUATE = {"num-problems": "6", "num-responses": "3", "max-tokens": "10", "batch-size": "4", "temperatures": "1.0 0.6"}
 GRPO = {name.replace("train.", "grpo."): value for name, value in SMALL.items()}
@@ -89,9 +89,13 @@ CASES = {
     "dataset": Case(train(SFT, {"objective.prefix": "dataset", "data.source": "multiplication:persona"})),
     "mixed by sequence": Case(train(MIXED, ENTROPY_MIXING, {"rollouts.reuse": "3"})),
     "mixed by handoff": Case(train(MIXED, HANDOFF, {"rollouts.reuse": "2", "train.checkpoint-every": "3"})),
-    "mixed by token": Case(train(MIXED, {"objective.mix-unit": "token"})),
-    "mixing schedule": Case(
-        train(OPD, {"objective.kl": "mixed", "mixing.schedule": "linear", "rollouts.reuse": "4"}, {"train.steps": "9"})
+    "mixed by token": Case(train(MIXED, {"objective.prefix-mix": "token"})),
+    "weight schedule": Case(
+        train(
+            OPD,
+            {"objective.kl": "mixed", "weight_schedule.schedule": "linear", "rollouts.reuse": "4"},
+            {"train.steps": "9"},
+        )
     ),
     "from a cache": Case(train(SFT, {"teacher.cache": "cache"}), before=(cache(),)),
     "entropy-gated window": Case(train(OPD, GATE)),

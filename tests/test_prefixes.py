@@ -51,7 +51,7 @@ def test_places_do_not_favour_anyone():
 
 @pytest.mark.parametrize("first", ["teacher", "student"])
 def test_a_handoff_continues_what_the_first_wrote(student, teacher, first):
-    (rollouts,) = write(student, teacher, mix_unit="handoff", first_writer=first, handoff_tokens=(2, 5))
+    (rollouts,) = write(student, teacher, prefix_mix="handoff", first_writer=first, handoff_tokens=(2, 5))
     second = "student" if first == "teacher" else "teacher"
     begun = alone(teacher if first == "teacher" else student)
     lengths = set()
@@ -78,7 +78,7 @@ def test_tokens_are_drawn_from_the_mixture(student, teacher):
     """Against the mixture of the two models' probabilities: the first token and, after the likeliest, the second."""
     num, share = 6000, 0.3
     prompts = [PROMPTS[0]] * num
-    (rollouts,) = write(student, teacher, prompts=prompts, mix_unit="token", student_share=share)
+    (rollouts,) = write(student, teacher, prompts=prompts, prefix_mix="token", student_share=share)
     ids = torch.tensor([PROMPTS[0].token_ids])
     ((likeliest, _),) = Counter(r.completion_ids[0] for r in rollouts if len(r.completion_ids) > 1).most_common(1)
     for prefix in ((), (likeliest,)):
@@ -99,16 +99,16 @@ def test_tokens_are_drawn_from_the_mixture(student, teacher):
 
 def test_a_mixture_of_one_is_that_one(student, teacher):
     for share, model in ((0.0, teacher), (1.0, student)):
-        (rollouts,) = write(student, teacher, mix_unit="token", student_share=share)
+        (rollouts,) = write(student, teacher, prefix_mix="token", student_share=share)
         assert [r.completion_ids for r in rollouts] == [c.token_ids for c in alone(model)]
 
 
 @pytest.mark.parametrize(
     "objective",
     [
-        {"mix_unit": "sequence", "student_share": 0.25},
-        {"mix_unit": "handoff", "handoff_tokens": [2, 9]},
-        {"mix_unit": "token", "student_share": 0.6},
+        {"prefix_mix": "sequence", "student_share": 0.25},
+        {"prefix_mix": "handoff", "handoff_tokens": [2, 9]},
+        {"prefix_mix": "token", "student_share": 0.6},
     ],
     ids=["sequence", "handoff", "token"],
 )
@@ -152,11 +152,11 @@ def test_rollouts_are_used_again_and_survive_a_resume(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"prefix": "student", "mix_unit": "token"}, "mix_unit is set but not read"),
-        ({"prefix": "mixed", "mix_unit": "handoff", "student_share": 0.2}, "student_share is set but not read"),
+        ({"prefix": "student", "prefix_mix": "token"}, "prefix_mix is set but not read"),
+        ({"prefix": "mixed", "prefix_mix": "handoff", "student_share": 0.2}, "student_share is set but not read"),
         ({"prefix": "mixed", "handoff_tokens": [1, 2]}, "handoff_tokens is set but not read"),
-        ({"prefix": "mixed", "mix_unit": "handoff", "handoff_tokens": [9, 3]}, r"handoff_tokens is \[9, 3\]"),
-        ({"prefix": "mixed", "mix_unit": "handoff", "handoff_tokens": [1, 128]}, "below window.tokens = 128"),
+        ({"prefix": "mixed", "prefix_mix": "handoff", "handoff_tokens": [9, 3]}, r"handoff_tokens is \[9, 3\]"),
+        ({"prefix": "mixed", "prefix_mix": "handoff", "handoff_tokens": [1, 128]}, "below window.tokens = 128"),
         ({"prefix": "mixed", "signal": "labels"}, "zero expected gradient"),
         ({"prefix": "mixed", "student_share": 1.5}, "student_share is 1.5"),
     ],

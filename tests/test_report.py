@@ -173,7 +173,9 @@ def test_what_controllers_move_is_shown_where_it_moves(runs, tmp_path):
     mixing = {"schedule": "linear", "end_weight": 1.0}
     window = {"schedule": "linear", "start": 8}
     objective = {"prefix": "student", "kl": "mixed"}
-    potstill.train(tiny_recipe(tmp_path / "moved", objective=objective, mixing=mixing, window=window), quiet=True)
+    potstill.train(
+        tiny_recipe(tmp_path / "moved", objective=objective, weight_schedule=mixing, window=window), quiet=True
+    )
     moved = write_report([tmp_path / "moved"], tmp_path / "moved.html").read_text()
     assert "weight of the forward KL" in moved and "window (tokens)" in moved
     still = write_report([runs / "opd"], tmp_path / "still.html").read_text()

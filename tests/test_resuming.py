@@ -185,7 +185,7 @@ def test_a_finished_run_is_extended(finished, whole, tmp_path):
     assert load_recipe(finished / "recipe.toml").train.extended == ((4, 4), (8, 8))
 
 
-TO_EXTEND = {"mixing": {"schedule": "linear"}, "objective": {"prefix": "dataset", "kl": "mixed"}}
+TO_EXTEND = {"weight_schedule": {"schedule": "linear"}, "objective": {"prefix": "dataset", "kl": "mixed"}}
 
 
 def extend_and_be_killed(out):

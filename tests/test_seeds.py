@@ -58,8 +58,8 @@ def test_a_seed_means_what_it_meant():
     assert round_key(7, 2) == (7, 2)
 
 
-@pytest.mark.parametrize("mix_unit", ["sequence", "handoff", "token"])
-def test_writers_ask_for_each_stream_once(monkeypatch, student, teacher, mix_unit):
+@pytest.mark.parametrize("prefix_mix", ["sequence", "handoff", "token"])
+def test_writers_ask_for_each_stream_once(monkeypatch, student, teacher, prefix_mix):
     """The generators that are made while rollouts are written, not those that a test thinks of."""
     asked, real = Counter(), np.random.default_rng
 
@@ -70,14 +70,14 @@ def test_writers_ask_for_each_stream_once(monkeypatch, student, teacher, mix_uni
     monkeypatch.setattr(np.random, "default_rng", default_rng)
     prompts = [Prompt(Example(str(i), "prompt"), (1, 5 + i)) for i in range(8)]
     models = {"student": student.model, "teacher": teacher.model}
-    objective = Objective(prefix="mixed", mix_unit=mix_unit, handoff_tokens=(2, 5))
+    objective = Objective(prefix="mixed", prefix_mix=prefix_mix, handoff_tokens=(2, 5))
     writing = Writing(objective, models, 12, (2,), Sampling(), len(prompts))
     for round_ in range(3):
         write_rollouts(writing, prompts, [(7, round_, place) for place in range(8)])
     # The order of a round's places is asked for by every place, and its key is filled up to that of the first place.
     first_places = {state_of(round_key(7, round_)) for round_ in range(3)}
     shared = {state: num for state, num in asked.items() if num > 1}
-    assert shared.keys() == (first_places if mix_unit == "sequence" else set())
+    assert shared.keys() == (first_places if prefix_mix == "sequence" else set())
     assert len(asked) >= 3 * 8
 
 

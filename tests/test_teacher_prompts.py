@@ -58,7 +58,7 @@ def test_rows_align_with_prompts_of_different_lengths(student, teacher, tokens_p
 def test_each_writer_reads_its_own_prompt(student, teacher, unit, share):
     prompts = [rollout.prompt for rollout in ROLLOUTS]
     seeds = [(7, 0, place) for place in range(len(prompts))]
-    objective = Objective(prefix="mixed", mix_unit=unit, student_share=share)
+    objective = Objective(prefix="mixed", prefix_mix=unit, student_share=share)
     models = {"student": student.model, "teacher": teacher.model}
     rollouts = write_rollouts(Writing(objective, models, 10, (2,), Sampling(), 4), prompts, seeds)
     who, model = ("student", student) if share else ("teacher", teacher)

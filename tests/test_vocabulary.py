@@ -38,8 +38,8 @@ SOURCES = {
     "student": {"prefix": "student", "kl": "reverse"},
     "teacher": {"prefix": "teacher"},
     "sequence": {"prefix": "mixed"},
-    "handoff": {"prefix": "mixed", "mix_unit": "handoff", "handoff_tokens": (2, 4)},
-    "token": {"prefix": "mixed", "mix_unit": "token"},
+    "handoff": {"prefix": "mixed", "prefix_mix": "handoff", "handoff_tokens": (2, 4)},
+    "token": {"prefix": "mixed", "prefix_mix": "token"},
 }
 
 

@@ -319,7 +319,7 @@ def _weight(recipe: Recipe) -> float | None:
     objective = recipe.objective
     if objective.gamma:
         return None
-    if objective.kl == "mixed" and recipe.mixing.schedule == "constant" and objective.forward_above is None:
+    if objective.kl == "mixed" and recipe.weight_schedule.schedule == "constant" and objective.forward_above is None:
         return objective.forward_weight
     return {"forward": 1.0, "reverse": 0.0}.get(objective.kl)
 
@@ -420,7 +420,7 @@ RL_OPD = Comparison(
 )
 RL_GAIN = Comparison(
     _entropy,
-    ("objective", "mixing", "window", "teacher", Role.LENGTH, Role.WARM_UP, Role.BUDGET),
+    ("objective", "weight_schedule", "window", "teacher", Role.LENGTH, Role.WARM_UP, Role.BUDGET),
     "GRPO from three or more runs of a seed, all evaluated with the same settings",
     contrast="slope",
     of_grpo=True,

@@ -307,7 +307,7 @@ def has_flops(part: Part) -> bool:
     return isinstance(recipe, Recipe) and recipe.train.flops is not None
 
 
-def mixing_sweeps(groups: Sequence[Group]) -> list[Part]:
+def forward_weight_sweeps(groups: Sequence[Group]) -> list[Part]:
     """Groups that differ in a constant forward weight alone, in its order; pure KLs are its ends."""
     found = [group for group in groups if forward_weight(group) is not None]
 
@@ -325,7 +325,7 @@ def forward_weight(group: Group) -> float | None:
     recipe = group.entries[0].recipe
     if not isinstance(recipe, Recipe) or recipe.objective.signal != "full" or not group.entries[0].evals:
         return None
-    if recipe.objective.kl == "mixed" and recipe.mixing.schedule == "constant":
+    if recipe.objective.kl == "mixed" and recipe.weight_schedule.schedule == "constant":
         return recipe.objective.forward_weight
     return {"forward": 1.0, "reverse": 0.0}.get(recipe.objective.kl)
 

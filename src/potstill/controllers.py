@@ -11,42 +11,42 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from potstill.config import Mixing, Window
+from potstill.config import WeightSchedule, Window
 
 
 @dataclass(frozen=True, slots=True)
-class MixingState:
+class WeightState:
     """The forward weight in use, and the entropy of the first step once there is one."""
 
     weight: float
     first_entropy: float | None = None
 
 
-def scheduled_weight(mixing: Mixing, start: float, step: int, num_steps: int) -> float:
+def scheduled_weight(schedule: WeightSchedule, start: float, step: int, num_steps: int) -> float:
     """The forward weight of step 0, 1, ... by a schedule of steps alone."""
-    if mixing.schedule == "steps":
-        return [start, *(weight for at, weight in mixing.at_steps if at <= step)][-1]
-    if mixing.schedule in ("linear", "cosine"):
-        done = min(step / max((mixing.over_steps or num_steps) - 1, 1), 1.0)
-        if mixing.schedule == "cosine":
+    if schedule.schedule == "steps":
+        return [start, *(weight for at, weight in schedule.at_steps if at <= step)][-1]
+    if schedule.schedule in ("linear", "cosine"):
+        done = min(step / max((schedule.over_steps or num_steps) - 1, 1), 1.0)
+        if schedule.schedule == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
-        return start + (mixing.end_weight - start) * done
+        return start + (schedule.end_weight - start) * done
     return start
 
 
-def next_weight(mixing: Mixing, state: MixingState, entropy: float, teacher_entropy: float) -> MixingState:
+def next_weight(schedule: WeightSchedule, state: WeightState, entropy: float, teacher_entropy: float) -> WeightState:
     """What schedule = "entropy" does after a step with these entropies (nats): `rate` at most, with a dead band.
 
     Below the floor the weight rises, above floor + band it falls, each by how far the entropy is off relative to the
     floor, times `rate`; in between it stays.
     """
     first = entropy if state.first_entropy is None else state.first_entropy
-    unit = {"first": first, "absolute": 1.0, "teacher": teacher_entropy}[mixing.reference]
-    floor, ceiling = mixing.floor * unit, (mixing.floor + mixing.band) * unit
+    unit = {"first": first, "absolute": 1.0, "teacher": teacher_entropy}[schedule.reference]
+    floor, ceiling = schedule.floor * unit, (schedule.floor + schedule.band) * unit
     miss = max(floor - entropy, 0.0) - max(entropy - ceiling, 0.0)
-    change = mixing.rate * max(-1.0, min(miss / floor, 1.0)) if floor > 0 else 0.0
-    low, high = mixing.bounds
-    return MixingState(min(max(state.weight + change, low), high), first)
+    change = schedule.rate * max(-1.0, min(miss / floor, 1.0)) if floor > 0 else 0.0
+    low, high = schedule.bounds
+    return WeightState(min(max(state.weight + change, low), high), first)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Going on past the end of a run: what `--extend-to N` means.
 
 The run has N steps from here on. The steps that are done keep what they were; what follows a schedule over all steps (a
-cosine learning rate, linear mixing or windows) goes on as in a run of N steps, so that a rate which had decayed rises
-again. `train.extended` records it in the run's recipe, which by itself gives the same weights from the start.
+cosine learning rate, a linear forward weight or window) goes on as in a run of N steps, so that a rate which decayed
+rises again. `train.extended` records it in the run's recipe, which by itself gives the same weights from the start.
 """
 
 from potstill import checkpoint

@@ -35,6 +35,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "torch_dtype": ("student.dtype",),
     "save_steps": ("train.checkpoint_every", "grpo.checkpoint_every"),
     "save_every": ("train.checkpoint_every", "grpo.checkpoint_every"),
+    # Names that recipes had before.
+    "mixing": ("weight_schedule",),
+    "mix_unit": ("objective.prefix_mix",),
     "seed": ("train.seed", "grpo.seed"),
     "beta": ("objective.forward_weight", "grpo.kl_weight"),
     "alpha": ("objective.forward_weight",),
@@ -77,10 +80,10 @@ def nearest_field(name: str, fields: Sequence[str]) -> str:
     """The field that a dotted name most likely means: a slip of the pen, a synonym, or else the nearest spelling."""
     section, _, last = name.replace("-", "_").lower().rpartition(".")
     siblings = {field.rpartition(".")[2]: field for field in fields if field.rpartition(".")[0] == section}
-    meant = [field for field in SYNONYMS.get(last, ()) if field in fields]
+    sections = [] if section else sorted({field.partition(".")[0] for field in fields if "." in field})
+    meant = [field for field in SYNONYMS.get(last, ()) if field in fields or field in sections]
     meant.sort(key=lambda field: field not in siblings.values())
     same = [field for field in fields if field.rpartition(".")[2] == last]
-    sections = [] if section else sorted({field.partition(".")[0] for field in fields if "." in field})
     return (
         siblings.get(nearest(last, list(siblings), 0.8) or "")
         or next(iter([*meant, *same]), None)

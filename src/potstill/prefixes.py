@@ -169,5 +169,5 @@ SOURCES: dict[str, Callable[[Writing, Sequence[Prompt], Sequence[Key]], list[Rol
 def write_rollouts(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
     """One rollout for each prompt; `seeds` name the random stream of each."""
     objective = writing.objective
-    name = f"mixed/{objective.mix_unit}" if objective.prefix == "mixed" else objective.prefix
+    name = f"mixed/{objective.prefix_mix}" if objective.prefix == "mixed" else objective.prefix
     return SOURCES[name](writing, prompts, seeds)

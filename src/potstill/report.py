@@ -25,12 +25,12 @@ from potstill.comparison import (
     Part,
     Summary,
     budgets,
+    forward_weight_sweeps,
     grids,
     grpo_pairs,
     is_gated,
     make_groups,
     metrics_of,
-    mixing_sweeps,
     seed_names,
     stored,
     window_comparisons,
@@ -346,7 +346,7 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
     costs = [metric for metric in metrics if metric.key == "gflops"]
     avgs = [metric for metric in metrics if metric.column == "avg"]
     swept = [metric for metric in metrics if metric.temperature is not None]
-    sweeps = mixing_sweeps(groups)
+    sweeps = forward_weight_sweeps(groups)
     gated = [entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions]
     gated_drawn = drawn_first([group for group in groups if is_gated(group)])
     by_budget = budgets(comparison.grids)

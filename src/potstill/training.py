@@ -16,7 +16,7 @@ from potstill.batching import batch_places, make_batch
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.config import Recipe, Role, check_recipe, run_evaluation
 from potstill.controllers import (
-    MixingState,
+    WeightState,
     WindowState,
     decide,
     first_window,
@@ -139,19 +139,19 @@ def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
 class State:
     """What a run carries from step to step beside weights, optimiser and rollouts; in checkpoints, as plain data."""
 
-    mixing: MixingState
+    mixing: WeightState
     window: WindowState
     flops: float = 0.0
 
     @staticmethod
     def first(recipe: Recipe) -> "State":
         """Before the first step."""
-        return State(MixingState(recipe.objective.forward_weight), first_window(recipe.window))
+        return State(WeightState(recipe.objective.forward_weight), first_window(recipe.window))
 
     @staticmethod
     def from_data(data: dict[str, Any]) -> "State":
         """The inverse of `dataclasses.asdict`."""
-        mixing, window = MixingState(**data["mixing"]), WindowState(**data["window"])
+        mixing, window = WeightState(**data["mixing"]), WindowState(**data["window"])
         return State(mixing, window, data["flops"])
 
 
@@ -176,7 +176,7 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
     writers_flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
     if setup.teacher_flops is not None and setup.cache is None:
         writers_flops["teacher"] = setup.teacher_flops
-    by_token = recipe.objective.prefix == "mixed" and recipe.objective.mix_unit == "token"
+    by_token = recipe.objective.prefix == "mixed" and recipe.objective.prefix_mix == "token"
     rollouts: list[Rollout] = []
     if world.is_main:
         runlog.rewind(folder, start, {} if saved is None else saved.logs)
@@ -243,9 +243,9 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
             saves = (step + 1) % config.checkpoint_every == 0 or is_last or ended
 
             weight = state.mixing.weight
-            if recipe.mixing.schedule != "entropy":
+            if recipe.weight_schedule.schedule != "entropy":
                 weight = scheduled_weight(
-                    recipe.mixing, recipe.objective.forward_weight, step, planned_steps(config, step)
+                    recipe.weight_schedule, recipe.objective.forward_weight, step, planned_steps(config, step)
                 )
             loss = dataclasses.replace(setup.loss, forward_weight=weight)
             num_samples = NUM_LOGGED_SAMPLES if saves or step == 0 else 0
@@ -286,9 +286,9 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
                     has_warned = True
                     display.note(warning)
             mixing = state.mixing
-            if recipe.mixing.schedule == "entropy":
+            if recipe.weight_schedule.schedule == "entropy":
                 entropies = (metrics[f"{who}_entropy_before_answer"] for who in ("student", "teacher"))
-                mixing = next_weight(recipe.mixing, mixing, *entropies)
+                mixing = next_weight(recipe.weight_schedule, mixing, *entropies)
             state = State(mixing, state.window, total_flops)
             metrics |= {"flops": parts, "total_flops": total_flops}
             if world.is_main:

@@ -16,7 +16,7 @@ from potstill.config.fields import (
     run_evaluation,
 )
 from potstill.config.methods import METHODS, Method
-from potstill.config.objective_fields import Mixing, Objective
+from potstill.config.objective_fields import Objective, WeightSchedule
 from potstill.config.recipe import GrpoRecipe, Recipe, check_recipe, fields_with, role_of
 from potstill.config.roles import ALIKE, CHANGE_NOTHING, CHANGE_ROUNDING, NAMED, Role, Selection
 from potstill.config.run_recipe import RunRecipe
@@ -51,7 +51,6 @@ __all__ = [
     "GrpoFields",
     "GrpoRecipe",
     "Method",
-    "Mixing",
     "Objective",
     "Recipe",
     "RecipeError",
@@ -65,6 +64,7 @@ __all__ = [
     "StudentSpec",
     "TeacherSpec",
     "Train",
+    "WeightSchedule",
     "Window",
     "check_recipe",
     "field_names",

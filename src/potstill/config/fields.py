@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from potstill.config.objective_fields import Mixing, Objective
+from potstill.config.objective_fields import Objective, WeightSchedule
 from potstill.config.roles import Role
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import Section
@@ -267,7 +267,7 @@ class RecipeFields(RunRecipe):
     teacher: TeacherSpec = TeacherSpec()
     data: Data = Data()
     objective: Objective = Objective()
-    mixing: Mixing = Mixing()
+    weight_schedule: WeightSchedule = WeightSchedule()
     sampling: Sampling = Sampling()
     rollouts: Rollouts = Rollouts()
     window: Window = Window()

@@ -15,7 +15,7 @@ DivergenceName = Literal["forward", "reverse", "mixed", "jsd", "skew-forward", "
 class Objective(Section, role=Role.OBJECTIVE):
     prefix: Annotated[Literal["teacher", "student", "dataset", "mixed"], Role.PREFIX] = "teacher"
     """Who writes the tokens that both models are conditioned on. No gradient goes through them."""
-    mix_unit: Annotated[Literal["sequence", "handoff", "token"], Role.PREFIX] = "sequence"
+    prefix_mix: Annotated[Literal["sequence", "handoff", "token"], Role.PREFIX] = "sequence"
     """prefix = mixed: whole rollouts by one model each; one model begins and the other goes on; or token by token."""
     student_share: Annotated[float, Role.PREFIX] = Field(default=0.5, ge=0, le=1)
     """mixed by sequence: the exact share of rollouts by the student; mixed by token: the weight of its distribution."""
@@ -27,7 +27,7 @@ class Objective(Section, role=Role.OBJECTIVE):
     """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: their linear mixture; jsd: the
     generalised Jensen-Shannon divergence; skew-forward, skew-reverse: each KL to a mixture of both (DistiLLM)."""
     forward_weight: Annotated[float, Role.DIVERGENCE] = Field(default=0.5, ge=0, le=1)
-    """Weight of the forward KL in kl = mixed, or what its schedule (section mixing) begins with."""
+    """Weight of the forward KL in kl = mixed, or what its schedule (section weight_schedule) begins with."""
     forward_above: Annotated[float | None, Role.TOKEN_WEIGHT] = Field(default=None, ge=0)
     """kl = mixed: only where the teacher's entropy (nats) is above this; elsewhere all weight is the reverse KL's."""
     jsd_weight: Annotated[float, Role.DIVERGENCE] = Field(default=0.5, gt=0, lt=1)
@@ -84,14 +84,14 @@ class Objective(Section, role=Role.OBJECTIVE):
         elif self.kl.startswith("skew"):
             kl = f"{self.kl} {self.skew:g}"
         prefix: str = self.prefix
-        if self.prefix == "mixed" and self.mix_unit == "handoff":
+        if self.prefix == "mixed" and self.prefix_mix == "handoff":
             prefix = f"{self.first_writer} first for {self.handoff_tokens[0]}-{self.handoff_tokens[1]} tokens"
         elif self.prefix == "mixed":
-            prefix = f"{self.student_share:g} student by {self.mix_unit}"
+            prefix = f"{self.student_share:g} student by {self.prefix_mix}"
         return f"Hybrid({'; '.join([f'{prefix} / {kl}', *details])})"
 
 
-class Mixing(Section, role=Role.WEIGHT_SCHEDULE):
+class WeightSchedule(Section, role=Role.WEIGHT_SCHEDULE):
     """How the forward weight of kl = "mixed" changes over a run, from objective.forward_weight on."""
 
     schedule: Literal["constant", "linear", "cosine", "steps", "entropy"] = "constant"

@@ -25,7 +25,7 @@ class Recipe(RecipeFields):
                 f'objective.signal = "labels" on {self.objective.prefix} prefixes has zero expected gradient where the '
                 'student wrote; use teacher or dataset prefixes, or signal = "full"'
             )
-        if self.objective.prefix == "mixed" and self.objective.mix_unit == "handoff":
+        if self.objective.prefix == "mixed" and self.objective.prefix_mix == "handoff":
             low, high = self.objective.handoff_tokens
             if not 1 <= low <= high < self.window.tokens:
                 raise ValueError(
@@ -124,18 +124,18 @@ class Recipe(RecipeFields):
             )
 
     def _check_schedules(self) -> None:
-        mixing, window = self.mixing, self.window
-        if mixing.schedule == "steps":
-            steps = [step for step, _ in mixing.at_steps]
-            if not steps or steps != sorted(set(steps)) or not all(0 <= weight <= 1 for _, weight in mixing.at_steps):
+        schedule, window = self.weight_schedule, self.window
+        if schedule.schedule == "steps":
+            steps = [step for step, _ in schedule.at_steps]
+            if not steps or steps != sorted(set(steps)) or not all(0 <= weight <= 1 for _, weight in schedule.at_steps):
                 raise ValueError(
-                    f"mixing.at_steps is {[list(pair) for pair in mixing.at_steps]}; give pairs of a step and a "
-                    "forward weight between 0 and 1, with growing steps"
+                    f"weight_schedule.at_steps is {[list(pair) for pair in schedule.at_steps]}; give pairs of a step "
+                    "and a forward weight between 0 and 1, with growing steps"
                 )
-        low, high = mixing.bounds
-        if mixing.schedule == "entropy" and not 0 <= low <= self.objective.forward_weight <= high <= 1:
+        low, high = schedule.bounds
+        if schedule.schedule == "entropy" and not 0 <= low <= self.objective.forward_weight <= high <= 1:
             raise ValueError(
-                f"mixing.bounds is {[low, high]}; they must be in order, between 0 and 1, with "
+                f"weight_schedule.bounds is {[low, high]}; they must be in order, between 0 and 1, with "
                 f"objective.forward_weight = {self.objective.forward_weight:g} between them"
             )
         if window.schedule == "fixed":
@@ -149,7 +149,7 @@ class Recipe(RecipeFields):
         objective = self.objective
         if (
             objective.prefix == "mixed"
-            and objective.mix_unit == "handoff"
+            and objective.prefix_mix == "handoff"
             and objective.handoff_tokens[1] >= window.start
         ):
             raise ValueError(

@@ -14,16 +14,16 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
     if objective.prefix != "mixed":
         reason = f'objective.prefix is "{objective.prefix}" and only "mixed" has two writers'
         unread |= {
-            f"objective.{name}": reason for name in ("mix_unit", "student_share", "first_writer", "handoff_tokens")
+            f"objective.{name}": reason for name in ("prefix_mix", "student_share", "first_writer", "handoff_tokens")
         }
-    elif objective.mix_unit == "handoff":
-        unread["objective.student_share"] = 'objective.mix_unit is "handoff", whose share follows from the lengths'
+    elif objective.prefix_mix == "handoff":
+        unread["objective.student_share"] = 'objective.prefix_mix is "handoff", whose share follows from the lengths'
     else:
-        reason = f'objective.mix_unit is "{objective.mix_unit}" and only "handoff" has a first writer'
+        reason = f'objective.prefix_mix is "{objective.prefix_mix}" and only "handoff" has a first writer'
         unread |= {f"objective.{name}": reason for name in ("first_writer", "handoff_tokens")}
     if objective.kl != "mixed":
         reason = f'objective.kl is "{objective.kl}" and only "mixed" has a forward weight'
-        unread |= {"objective.forward_weight": reason, "objective.forward_above": reason, "mixing": reason}
+        unread |= {"objective.forward_weight": reason, "objective.forward_above": reason, "weight_schedule": reason}
     else:
         of_schedule = {
             "linear": ("end_weight", "over_steps"),
@@ -31,7 +31,7 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
             "steps": ("at_steps",),
             "entropy": ("reference", "floor", "band", "rate", "bounds"),
         }
-        unread |= _unread_of_schedule("mixing", recipe.mixing, of_schedule)
+        unread |= _unread_of_schedule("weight_schedule", recipe.weight_schedule, of_schedule)
     if objective.kl != "jsd":
         unread["objective.jsd_weight"] = f'objective.kl is "{objective.kl}" and only "jsd" reads it'
     if not objective.kl.startswith("skew"):
@@ -52,7 +52,7 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
         reason = 'objective.signal is "labels", which has no KL and needs no teacher\'s distribution'
         fields = ("kl", "forward_weight", "forward_above", "jsd_weight", "skew", "gamma", "temperature", "end_class")
         fields += ("separate_ends",)
-        unread |= {f"objective.{field}": reason for field in fields} | {"mixing": reason}
+        unread |= {f"objective.{field}": reason for field in fields} | {"weight_schedule": reason}
         if objective.prefix != "teacher":
             unread["teacher"] = reason
     if objective.prefix == "dataset":
