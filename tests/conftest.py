@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from potstill import training
+from potstill import step as step_parts
 from potstill.character_tokenizer import build_tokenizer
 from potstill.config import Recipe
 from potstill.models import LanguageModel
@@ -102,7 +102,7 @@ def tiny_recipe(out, **sections) -> Recipe:
 @contextlib.contextmanager
 def interrupted_at(step: int):
     """Ctrl-C in the middle of a step's update."""
-    real = training.learning_rate
+    real = step_parts.learning_rate
 
     def interrupt(config, current, spent):
         if current == step:
@@ -110,7 +110,7 @@ def interrupted_at(step: int):
         return real(config, current, spent)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "learning_rate", interrupt)
+        patch.setattr(step_parts, "learning_rate", interrupt)
         yield
 
 

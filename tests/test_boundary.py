@@ -17,7 +17,7 @@ from synthetic_runs import evaluate, write_run
 
 import potstill
 from potstill import boundary as limits
-from potstill import training
+from potstill import step as step_parts
 from potstill.boundary import Stopped, boundary, described, naming, stop_asked_for
 from potstill.config import RecipeError, make_recipe, to_toml
 from potstill.planning import plan
@@ -197,7 +197,7 @@ def test_a_stop_in_the_middle_of_a_round_changes_nothing(tmp_path, monkeypatch):
     """The second of three steps on the same rollouts is asked to end; the run that goes on equals the whole one."""
     sections = {"train": {"checkpoint_every": 1000}, "rollouts": {"reuse": 3}}
     train(tiny_recipe(tmp_path / "whole", **sections), quiet=True)
-    real = training.learning_rate
+    real = step_parts.learning_rate
 
     def asked_in_step_2(config, step, flops):
         if step == 1:
@@ -205,7 +205,7 @@ def test_a_stop_in_the_middle_of_a_round_changes_nothing(tmp_path, monkeypatch):
         return real(config, step, flops)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM"):
-        patch.setattr(training, "learning_rate", asked_in_step_2)
+        patch.setattr(step_parts, "learning_rate", asked_in_step_2)
         train(tiny_recipe(tmp_path / "stopped", **sections), quiet=True)
     assert [row["step"] for row in read_rows(tmp_path / "stopped" / "metrics.jsonl")] == [1, 2]
     train(tiny_recipe(tmp_path / "stopped", **sections), quiet=True)

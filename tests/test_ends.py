@@ -12,7 +12,7 @@ from conftest import make_model, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 import potstill
-from potstill import evaluation, grpo, setup, training
+from potstill import evaluation, grpo, setup, step
 from potstill.cache import CacheError
 from potstill.cache_build import build_cache
 from potstill.config import CacheOptions, Evaluation, GrpoRecipe, RecipeError, make_recipe
@@ -199,8 +199,8 @@ def swapped(model):
 def test_habits_are_the_models_own_probabilities(tmp_path, monkeypatch, prefix):
     """Against whole distributions of plain forward passes, one completion at a time."""
     written = []
-    real = training.write_rollouts
-    monkeypatch.setattr(training, "write_rollouts", lambda *given: written.append(real(*given)) or written[-1])
+    real = step.write_rollouts
+    monkeypatch.setattr(step, "write_rollouts", lambda *given: written.append(real(*given)) or written[-1])
     objective = {"prefix": prefix, "temperature": 1.3}
     recipe = tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 1, "prompts_per_step": 32})
     student, teacher = ending_on(2), ending_on(22, seed=1)

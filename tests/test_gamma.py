@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_recipe
 
 import potstill
-from potstill import runlog, training
+from potstill import runlog, step
 from potstill.config import RecipeError, Sampling, make_recipe
 from potstill.data import make_prompts
 from potstill.models import LanguageModel
@@ -62,13 +62,13 @@ def test_slices_of_the_batch_do_not_change_the_gradient(tmp_path):
 
 
 def test_rollouts_may_be_longer_than_any_at_the_step_before(tmp_path, monkeypatch):
-    real = training.write_rollouts
+    real = step.write_rollouts
 
     def growing(writing, prompts, seeds):
         (_, round_, _), *_ = seeds
         return real(dataclasses.replace(writing, window=4 + 8 * round_), prompts, seeds)
 
-    monkeypatch.setattr(training, "write_rollouts", growing)
+    monkeypatch.setattr(step, "write_rollouts", growing)
     objective = {"prefix": "student", "kl": "reverse", "gamma": 1.0}
     result = potstill.train(tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 3}), quiet=True)
     assert result.metrics["length"] > 12

@@ -14,7 +14,7 @@ from conftest import make_model, tiny_recipe
 from safetensors.torch import load_file
 
 import potstill
-from potstill import runlog, training
+from potstill import runlog, step
 from potstill.config import METHODS, RecipeError, to_toml
 from potstill.models import ModelError
 from potstill.probe import ready
@@ -129,13 +129,13 @@ def test_the_end_set_is_the_union_and_is_exported(tmp_path, capsys):
 @pytest.mark.parametrize("prefix", ["student", "teacher"])
 def test_the_end_set_of_the_student_alone_ends_nothing_else(tmp_path, capsys, monkeypatch, prefix):
     """Both writers, both settings: what stands inside the rollouts, and what is stored and exported."""
-    real, written = training.write_rollouts, {}
+    real, written = step.write_rollouts, {}
 
     def keep(*given):
         written[end_set] = real(*given)
         return written[end_set]
 
-    monkeypatch.setattr(training, "write_rollouts", keep)
+    monkeypatch.setattr(step, "write_rollouts", keep)
     train = {"steps": 1, "prompts_per_step": 48}
     for end_set, end_ids in (("union", [2, 22]), ("student", [2])):
         recipe = tiny_recipe(

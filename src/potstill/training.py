@@ -1,10 +1,8 @@
 """The training loop: from a recipe to a run folder with a distilled student."""
 
-import dataclasses
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +13,12 @@ from potstill import checkpoint, distributed, files, runlog
 from potstill.batching import batch_places, make_batch
 from potstill.boundary import stop_asked_for, stopped_after
 from potstill.config import Recipe, Role, check_recipe, run_evaluation
-from potstill.controllers import (
-    WeightState,
-    WindowState,
-    decide,
-    first_window,
-    is_probe_due,
-    next_weight,
-    scheduled_weight,
-    scheduled_window,
-)
 from potstill.distributed import World
 from potstill.evaluation import evaluate, evaluate_anew
 from potstill.extension import extended
-from potstill.flops import ModelFlops, rollout_flops, training_flops
 from potstill.fused import token_loss
-from potstill.habits import disagreement, habit_sums, step_habits
-from potstill.metrics import Stopwatch, before_answer, rollout_sums, step_means, token_sums
+from potstill.habits import disagreement, habit_sums
+from potstill.metrics import Stopwatch, before_answer, rollout_sums, token_sums
 from potstill.models import LanguageModel, ModelError, save_model
 from potstill.objective import (
     Loss,
@@ -43,21 +30,29 @@ from potstill.objective import (
     without_baseline,
 )
 from potstill.opening import opening
-from potstill.prefixes import Writing, write_rollouts
 from potstill.printable import say
 from potstill.probe import ready
-from potstill.probing import probe_window
 from potstill.progress import StepDisplay
-from potstill.rates import is_spent, learning_rate, planned_steps, with_lr
-from potstill.samples import Scored, logged_sample, scored_samples
-from potstill.seeds import step_indices, step_seed
+from potstill.rates import is_spent
+from potstill.samples import Scored, logged_sample
 from potstill.setup import Setup, prepare
+from potstill.state import Run, Trainer, begin, make_trainer
+from potstill.step import (
+    NUM_LOGGED_SAMPLES,
+    begin_step,
+    count_flops,
+    is_saved,
+    naming,
+    plan_step,
+    probe_if_due,
+    samples_without_dropout,
+    step_metrics,
+    update,
+    write_round,
+)
 from potstill.tasks.own import own_files
 from potstill.teachers import Teacher
-from potstill.types import Example, NonFiniteError, Prompt, Rollout, Writer
-
-# Decoded rollouts with per-token numbers are logged this many at a time, at step 1 and with every checkpoint.
-NUM_LOGGED_SAMPLES = 2
+from potstill.types import Example, Rollout, Writer
 
 
 @dataclass(frozen=True)
@@ -135,190 +130,101 @@ def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
     return RunResult(folder, model, runlog.last_row(folder))
 
 
-@dataclass(frozen=True)
-class State:
-    """What a run carries from step to step beside weights, optimiser and rollouts; in checkpoints, as plain data."""
-
-    mixing: WeightState
-    window: WindowState
-    flops: float = 0.0
-
-    @staticmethod
-    def first(recipe: Recipe) -> "State":
-        """Before the first step."""
-        return State(WeightState(recipe.objective.forward_weight), first_window(recipe.window))
-
-    @staticmethod
-    def from_data(data: dict[str, Any]) -> "State":
-        """The inverse of `dataclasses.asdict`."""
-        mixing, window = WeightState(**data["mixing"]), WindowState(**data["window"])
-        return State(mixing, window, data["flops"])
-
-
 def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequence[str] = ()) -> RunResult:
-    """The loop. All randomness follows from the number of finished steps and the seed."""
-    student, teacher = setup.student, setup.teacher
-    config, folder = with_lr(recipe.train, student.num_weights), recipe.out
-    decoders: dict[Writer, Any] = {"student": distributed.shard(student, world)}
-    if teacher is not None and teacher.decoder is not None:
-        decoders["teacher"] = teacher.decoder
-    split_by: tuple[Writer, ...] = ("teacher", "student") if recipe.objective.prefix == "mixed" else ()
-    # Its rate is set in every step.
-    optimizer = torch.optim.AdamW(student.parameters(), 0.0, config.betas, weight_decay=config.weight_decay)
-    follower = None
-    if teacher is not None and teacher.name == "self" and recipe.teacher.refresh_steps:
-        assert isinstance(teacher, LanguageModel), "load_teacher copies the student"
-        follower = teacher
-    start, state, saved = 0, State.first(recipe), None
-    if (path := checkpoint.latest(folder)) is not None:
-        saved = checkpoint.load(path, student, optimizer, follower)
-        start, state = saved.step, State.from_data(saved.state)
-    writers_flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
-    if setup.teacher_flops is not None and setup.cache is None:
-        writers_flops["teacher"] = setup.teacher_flops
-    by_token = recipe.objective.prefix == "mixed" and recipe.objective.prefix_mix == "token"
-    rollouts: list[Rollout] = []
-    if world.is_main:
-        runlog.rewind(folder, start, {} if saved is None else saved.logs)
-        checkpoint.tidy(folder, start)
-    metrics: dict[str, Any] = {}
-    has_warned = False
-    with StepDisplay(config.steps, start, quiet, config.flops) as display, stop_asked_for() as asked:
-        display.note(*opening(recipe, setup, start), *notes)
-        step, is_last = start, is_spent(config, start, state.flops)
-        while not is_last:
-            torch.manual_seed(step_seed("step", config.seed, step, world.rank))
-            if follower is not None and step > 0 and step % (recipe.teacher.refresh_steps or 1) == 0:
-                distributed.refresh(follower.model, student)
-            clock = Stopwatch(world.device)
-            places = range(world.rank, config.prompts_per_step, world.size)
-            written_flops = probe_flops = 0
-            # A round is one set of rollouts, for one step or several.
-            round_, age = divmod(step, recipe.rollouts.reuse)
-            indices = step_indices(len(setup.prompts), config.prompts_per_step, round_, config.seed)
-            prompts = [setup.prompts[indices[place]] for place in places]
-            seeds = [(config.seed, round_, place) for place in places]
-            student.eval()
-            if age == 0:
-                distributed.refresh(decoders["student"], student)
-                if is_probe_due(recipe.window, state.window, step, recipe.rollouts.reuse):
-                    with clock("probe"):
-                        probe, probe_flops = probe_window(recipe, setup, decoders, state.window, step, world)
-                    gate, decision = decide(recipe.window, state.window, probe)
-                    state = dataclasses.replace(state, window=gate)
-                    display.note(f"before step {step + 1}: {decision}")
-                    if world.is_main:
-                        files.append(folder / "window.jsonl", {"step": step + 1, **decision.as_row()})
-            window = state.window.tokens
-            if recipe.window.schedule == "linear":
-                window = scheduled_window(recipe.window, step - age, planned_steps(config, step - age))
-            writing = Writing(
-                recipe.objective,
-                decoders,
-                window,
-                setup.ends.stop_ids,
-                recipe.sampling,
-                config.prompts_per_step,
-                setup.loss.vocab_size,
-                setup.cache,
-            )
+    """Take the steps that are left, and write the student. All randomness follows from the seed and finished steps."""
+    trainer = make_trainer(recipe, setup, world)
+    run, settings = begin(trainer), trainer.settings
+    with StepDisplay(settings.steps, run.step, quiet, settings.flops) as display, stop_asked_for() as asked:
+        display.note(*opening(recipe, setup, run.step), *notes)
+        run = _take_steps(trainer, run, display, asked)
+    return _finish(trainer, run, quiet)
 
-            with clock("rollout"):
-                if age == 0:
-                    try:
-                        rollouts = write_rollouts(writing, prompts, seeds)
-                    except NonFiniteError as error:
-                        raise _not_finite(str(error), step, prompts) from None
-                    written_flops = rollout_flops(rollouts, writers_flops, by_token)
-                elif step == start and saved is not None:
-                    rollouts = checkpoint.load_rollouts(saved, prompts, world)
 
-            looks_ahead = recipe.objective.gamma > 0
-            parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops, looks_ahead)
-            parts |= {"rollout": written_flops, "probe": probe_flops}
-            parts = dict(zip(parts, distributed.sum_over_ranks(list(parts.values()), world), strict=True))
-            total_flops = state.flops + sum(parts.values())
-            is_last = is_spent(config, step + 1, total_flops)
-            ended = any(step + 1 == until for until, _ in config.extended)
-            saves = (step + 1) % config.checkpoint_every == 0 or is_last or ended
+def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callable[[], int]) -> Run:
+    """The loop. Each round, `run` is the state before a step, and `plan` what that step is to do."""
+    settings, world, student = trainer.settings, trainer.world, trainer.setup.student
+    while not is_spent(settings, run.step, run.flops):
+        clock = Stopwatch(world.device)
+        begin_step(trainer, run)
+        run, probed = probe_if_due(trainer, run, clock, display.note)
+        plan = plan_step(trainer, run)
+        rollouts, written = write_round(trainer, run, plan, clock)
+        cost = count_flops(trainer, run, rollouts, written=written, probed=probed)
+        saves = is_saved(trainer, run, cost)
+        num_samples, samples = NUM_LOGGED_SAMPLES if saves or run.step == 0 else 0, []
+        if num_samples and trainer.recipe.student.dropout:
+            num_samples, samples = 0, samples_without_dropout(trainer, plan, rollouts, clock)
+        student.train(trainer.recipe.student.dropout)
+        sums, seen = accumulate_gradients(
+            trainer.setup,
+            plan.loss,
+            rollouts,
+            settings.tokens_per_batch,
+            run.step,
+            world,
+            clock,
+            trainer.split_by,
+            num_samples,
+        )
+        updated = update(trainer, run, plan, clock)
+        metrics = step_metrics(trainer, plan, sums, updated, cost)
+        run = run.after(trainer.recipe, metrics, rollouts)
+        _record(trainer, run, samples + seen, display, clock)
+        # The ranks stop together.
+        signal = distributed.max_over_ranks(asked(), world)
+        if saves or signal:
+            _save(trainer, run)
+        display.update(run.metrics)
+        if signal:
+            raise stopped_after(run.step, signal)
+    return run
 
-            weight = state.mixing.weight
-            if recipe.weight_schedule.schedule != "entropy":
-                weight = scheduled_weight(
-                    recipe.weight_schedule, recipe.objective.forward_weight, step, planned_steps(config, step)
-                )
-            loss = dataclasses.replace(setup.loss, forward_weight=weight)
-            num_samples = NUM_LOGGED_SAMPLES if saves or step == 0 else 0
-            samples: list[dict[str, Any]] = []
-            if num_samples and recipe.student.dropout:
-                # The log is of the student that wrote. Without dropout that is the one that learns.
-                try:
-                    with clock("samples"):
-                        chosen = rollouts[:num_samples]
-                        samples = scored_samples(student, teacher, chosen, loss, world.device)
-                except NonFiniteError as error:
-                    raise _not_finite(str(error), step, prompts) from None
-                num_samples = 0
-            student.train(recipe.student.dropout)
-            batches = (rollouts, config.tokens_per_batch)
-            sums, seen = accumulate_gradients(setup, loss, *batches, step, world, clock, split_by, num_samples)
-            samples += seen
 
-            with clock("student"):
-                norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-                grad_norm = distributed.whole(norm).item()
-                if not math.isfinite(grad_norm):
-                    raise _not_finite("the gradient is not finite", step, prompts)
-                lr = learning_rate(config, step, state.flops)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+def _record(trainer: Trainer, run: Run, samples: list[dict[str, Any]], display: StepDisplay, clock: Stopwatch) -> None:
+    """Log a finished step, and warn once where the two models end their texts differently."""
+    habits = run.metrics.get("end_habits")
+    if habits is not None:
+        display.note_once(disagreement(habits, trainer.setup.ends, trainer.setup.student.tokenizer))
+    if not trainer.world.is_main:
+        return
+    files.append(trainer.folder / "metrics.jsonl", run.metrics | display.timing(clock.seconds))
+    for sample in samples:
+        files.append(trainer.folder / "samples.jsonl", {"step": run.step, **sample})
 
-            metrics = {"step": step + 1, "prefix": recipe.objective.prefix, **step_means(sums, split_by)}
-            metrics |= {"grad_norm": grad_norm, "lr": lr, "window": window, "rollout_age": age}
-            if recipe.objective.kl == "mixed":
-                metrics["forward_weight"] = weight
-            if setup.ends.compared_ids:
-                metrics["end_habits"] = step_habits(sums, recipe.objective, setup.ends, student.tokenizer)
-                warning = disagreement(metrics["end_habits"], setup.ends, student.tokenizer)
-                if warning is not None and not has_warned:
-                    has_warned = True
-                    display.note(warning)
-            mixing = state.mixing
-            if recipe.weight_schedule.schedule == "entropy":
-                entropies = (metrics[f"{who}_entropy_before_answer"] for who in ("student", "teacher"))
-                mixing = next_weight(recipe.weight_schedule, mixing, *entropies)
-            state = State(mixing, state.window, total_flops)
-            metrics |= {"flops": parts, "total_flops": total_flops}
-            if world.is_main:
-                files.append(folder / "metrics.jsonl", metrics | display.timing(clock.seconds))
-                for sample in samples:
-                    files.append(folder / "samples.jsonl", {"step": step + 1, **sample})
-            # The ranks stop together.
-            signal = distributed.max_over_ranks(asked(), world)
-            if saves or signal:
-                is_last_use = (step + 1) % recipe.rollouts.reuse == 0
-                reused, data = () if is_last_use else rollouts, dataclasses.asdict(state)
-                checkpoint.save(folder, step + 1, student, optimizer, world, data, reused, follower)
-            display.update(metrics)
-            step += 1
-            if signal:
-                raise stopped_after(step, signal)
 
+def _save(trainer: Trainer, run: Run) -> None:
+    """Write a checkpoint, with the rollouts if the next step uses them again."""
+    is_used_again = run.step % trainer.recipe.rollouts.reuse != 0
+    checkpoint.save(
+        trainer.folder,
+        run.step,
+        trainer.setup.student,
+        trainer.optimizer,
+        trainer.world,
+        run.as_data(),
+        run.rollouts if is_used_again else (),
+        trainer.follower,
+    )
+
+
+def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
+    """Write the student, evaluate it, and mark the run as done."""
+    recipe, setup, folder = trainer.recipe, trainer.setup, trainer.folder
+    student, end_ids = setup.student, setup.ends.stop_ids
     weights = checkpoint.weights(student)
-    distributed.refresh(decoders["student"], student)
+    distributed.refresh(trainer.decoders["student"], student)
     student.eval()
-    if world.is_main:
-        save_model(student, weights, setup.ends.stop_ids, folder / "model")
+    if trainer.world.is_main:
+        save_model(student, weights, end_ids, folder / "model")
         if recipe.evaluation.source is not None:
-            finished = student.around(decoders["student"], str(folder))
-            options = {"end_ids": setup.ends.stop_ids, "responses": folder / "responses", "quiet": quiet}
-            runlog.store_evals(folder, step, evaluate(finished, run_evaluation(recipe), date=setup.date, **options))
+            finished = student.around(trainer.decoders["student"], str(folder))
+            options = {"end_ids": end_ids, "responses": folder / "responses", "quiet": quiet}
+            evaluations = evaluate(finished, run_evaluation(recipe), date=setup.date, **options)
+            runlog.store_evals(folder, run.step, evaluations)
         runlog.finish(recipe)
-    distributed.wait_for_rank_0(world)
+    distributed.wait_for_rank_0(trainer.world)
     # A run that was stopped after its last step has no step left to do.
-    return RunResult(folder, student, metrics or runlog.last_row(folder))
+    return RunResult(folder, student, run.metrics or runlog.last_row(folder))
 
 
 def accumulate_gradients(
@@ -360,10 +266,8 @@ def accumulate_gradients(
         with clock("student"):
             hidden_ND = student_rows(student, batch, loss)
             given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)
-            try:
+            with naming(step, [rollout.prompt for rollout in batch.rollouts]):
                 loss_sum, loss_N, stats = batch_loss(*given)
-            except NonFiniteError as error:
-                raise _not_finite(str(error), step, [rollout.prompt for rollout in batch.rollouts]) from None
             teacher_head = None if setup.teacher is None else setup.teacher.head
             theirs = (signal, teacher_head) if isinstance(signal, torch.Tensor) and teacher_head is not None else None
             mine = (hidden_ND, student.head)
@@ -384,14 +288,6 @@ def accumulate_gradients(
         sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
     sums_over_ranks = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
     return sums_over_ranks, [samples[place] for place in sorted(samples)]
-
-
-def _not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteError:
-    ids = ", ".join(prompt.example.id for prompt in prompts[:8])
-    return NonFiniteError(
-        f"step {step + 1}: {what}; nothing was updated. The first prompts are {ids}. Look at them and at both models' "
-        "logits, or lower train.lr"
-    )
 
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:
