@@ -60,6 +60,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 # The theme's notice of its successor is no news of this build.
 docs: $(VENV)/installed-docs

@@ -24,14 +24,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from potstill import distributed
-from potstill.cache_build import build_cache
+from potstill.cache.build import build_cache
 from potstill.config import CacheOptions, Recipe, load_recipe
-from potstill.metrics import Stopwatch
-from potstill.models import find_folder
-from potstill.prefixes import Writing, write_rollouts
-from potstill.setup import Setup, prepare
-from potstill.training import accumulate_gradients
+from potstill.models import distributed
+from potstill.models.language_model import find_folder
+from potstill.rollouts.prefixes import Writing, write_rollouts
+from potstill.training.loop import accumulate_gradients
+from potstill.training.metrics import Stopwatch
+from potstill.training.setup import Setup, prepare
 from potstill.types import Writer
 
 ROOT = Path(__file__).parent.parent

@@ -30,10 +30,10 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
 
-from potstill import passes
-from potstill.fused import DEFAULT_BUDGET, fused_loss
-from potstill.heads import Head
-from potstill.types import LossTerms
+from potstill.kl import plan
+from potstill.kl.fused import DEFAULT_BUDGET, fused_loss
+from potstill.kl.head import Head
+from potstill.kl.terms import LossTerms
 
 FORWARD, MIXED = LossTerms(forward=1.0), LossTerms(forward=0.5, reverse=0.5)
 
@@ -195,7 +195,7 @@ def extra_megabytes(name: str, shape: Shape) -> float:
     step(METHODS[name], make_inputs(shape._replace(N=min(shape.N, 300), V=7_000)))
     x = make_inputs(shape)
     # What was freed and what a thread keeps for its next call would hide as much of what comes now.
-    passes.ARENA.flat = None
+    plan.ARENA.flat = None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

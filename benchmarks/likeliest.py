@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 import torch
 import tyro
 
-from potstill.fused import fused_statistics
-from potstill.heads import Head
-from potstill.sampling import truncate
-from potstill.topk import top_k_of
+from potstill.kl.fused import fused_statistics
+from potstill.kl.head import Head
+from potstill.kl.topk import top_k_of
+from potstill.models.sampling import truncate
 
 
 def shortest(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

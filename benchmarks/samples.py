@@ -11,11 +11,11 @@ import torch
 import tyro
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from potstill.character_tokenizer import build_tokenizer
 from potstill.config import Recipe
-from potstill.models import LanguageModel
-from potstill.runlog import read_rows
-from potstill.training import train
+from potstill.models.character_tokenizer import build_tokenizer
+from potstill.models.language_model import LanguageModel
+from potstill.runs.run_folder import read_rows
+from potstill.training.loop import train
 
 
 def random_model(dim: int, vocab_size: int, seed: int) -> LanguageModel:

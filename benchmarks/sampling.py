@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from potstill.config import Sampling, load_recipe
-from potstill.data import load_examples, make_prompts
-from potstill.ends import end_set
-from potstill.models import LanguageModel, load_model
-from potstill.sampling import sample
+from potstill.models.language_model import LanguageModel, load_model
+from potstill.models.sampling import sample
+from potstill.prompts.examples import load_examples, make_prompts
+from potstill.teachers.ends import end_set
 from potstill.types import Completion
 
 BATCH = 48

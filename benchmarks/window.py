@@ -16,8 +16,8 @@ import torch
 import tyro
 
 from potstill.config import load_recipe
-from potstill.runlog import read_rows
-from potstill.training import train
+from potstill.runs.run_folder import read_rows
+from potstill.training.loop import train
 
 SHORT, LONG, BEFORE, STEPS = 16, 128, 10, 30
 

@@ -18,9 +18,9 @@ import torch
 from transformers import Qwen3Config
 
 from potstill import load_recipe, train
-from potstill.character_tokenizer import build_tokenizer
-from potstill.data import load_examples
-from potstill.models import load_model, save_model
+from potstill.models.character_tokenizer import build_tokenizer
+from potstill.models.language_model import load_model, save_model
+from potstill.prompts.examples import load_examples
 
 BUILD = Path("build/assets")
 ASSETS = Path("src/potstill/assets")

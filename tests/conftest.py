@@ -25,10 +25,10 @@ if not torch.cuda.is_available():
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from potstill import step as step_parts
-from potstill.character_tokenizer import build_tokenizer
 from potstill.config import Recipe
-from potstill.models import LanguageModel
+from potstill.models.character_tokenizer import build_tokenizer
+from potstill.models.language_model import LanguageModel
+from potstill.training import step as step_parts
 from potstill.types import Example, Prompt, Rollout
 
 # A shell has what it runs in the background ignore these, and processes that are started would inherit that.

@@ -131,18 +131,18 @@ def serve() -> None:
     torch.set_num_threads(1)
     import conftest  # noqa: F401
 
-    import potstill.cache_build
-    import potstill.cli
+    import potstill.cache.build
+    import potstill.cli.app
     import potstill.evaluation
-    import potstill.report
-    import potstill.study
-    import potstill.training
-    from potstill.models import load_model
+    import potstill.report.page
+    import potstill.study.run
+    import potstill.training.loop
+    from potstill.models.language_model import load_model
 
     if "grpo" in sys.argv:
         import trl.trainer.grpo_trainer  # noqa: F401
 
-        import potstill.grpo  # noqa: F401
+        import potstill.grpo.run  # noqa: F401
     load_model("potstill:base")
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -218,7 +218,7 @@ def _execute(argv: list, folder: str, outputs: list[int], trouble: Trouble, coun
     if trouble.bound:
         _give_up_rights()
     _count_events(folder, trouble, counter)
-    from potstill.cli import main
+    from potstill.cli.app import main
 
     code = 0
     try:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from potstill.fused import fused_loss
-from potstill.heads import Head
-from potstill.types import LossTerms
+from potstill.kl.fused import fused_loss
+from potstill.kl.head import Head
+from potstill.kl.terms import LossTerms
 
 
 def high_water_mark() -> float:

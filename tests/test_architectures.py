@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import potstill
-from potstill import runlog
 from potstill.config import Sampling
-from potstill.models import LanguageModel, ModelError
-from potstill.probe import ready
-from potstill.sampling import sample
+from potstill.models.language_model import LanguageModel, ModelError
+from potstill.models.probe import ready
+from potstill.models.sampling import sample
+from potstill.runs import run_folder
 
 # What configurations call their sizes; each is given what it knows of these.
 GENERIC: dict[str, Any] = SIZES | {
@@ -167,7 +167,7 @@ def check(kind: str, tok, tmp_path) -> str:
     teacher = ready(build(kind, tok, seed=1), tok)
     before = copy.deepcopy(model.state_dict())
     result = potstill.train(recipe, student=student, teacher=teacher, prompts=["The", "loss is", "one"], quiet=True)
-    rows = runlog.read_rows(result.folder / "metrics.jsonl")
+    rows = run_folder.read_rows(result.folder / "metrics.jsonl")
     assert len(rows) == 2 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return "pass"

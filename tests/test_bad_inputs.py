@@ -16,9 +16,9 @@ from synthetic_runs import evaluate as evaluated
 from synthetic_runs import write_run
 
 from potstill import Recipe, build_cache, evaluate, hub, run_grpo, train
-from potstill.cli import main
+from potstill.cli.app import main
 from potstill.config import Evaluation, RecipeError
-from potstill.models import ASSETS, ModelError
+from potstill.models.language_model import ASSETS, ModelError
 from potstill.types import DataError
 
 

@@ -1,7 +1,7 @@
 import torch
 from conftest import make_rollout
 
-from potstill.batching import make_batch, make_batches
+from potstill.rollouts.batching import make_batch, make_batches
 
 
 def test_alignment_by_hand():

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import make_model
 
-from potstill.cli import main
+from potstill.cli.app import main
 from potstill.config import Evaluation
 from potstill.evaluation import evaluate, make_problems
 from potstill.tasks import make_task

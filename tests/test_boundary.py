@@ -16,18 +16,18 @@ from conftest import tiny_recipe
 from synthetic_runs import evaluate, write_run
 
 import potstill
-from potstill import boundary as limits
-from potstill import step as step_parts
-from potstill.boundary import Stopped, boundary, described, naming, stop_asked_for
 from potstill.config import RecipeError, make_recipe, to_toml
-from potstill.planning import plan
-from potstill.printable import one_line, printable, say
-from potstill.results import read_entry
-from potstill.runlog import read_rows
-from potstill.study import print_plan
-from potstill.study_file import Study
-from potstill.terminal import print_table
-from potstill.training import train
+from potstill.console import boundary as limits
+from potstill.console.boundary import Stopped, boundary, described, naming, stop_asked_for
+from potstill.console.printable import one_line, printable, say
+from potstill.report.terminal import print_table
+from potstill.runs.results import read_entry
+from potstill.runs.run_folder import read_rows
+from potstill.study.file import Study
+from potstill.study.planning import plan
+from potstill.study.run import print_plan
+from potstill.training import step as step_parts
+from potstill.training.loop import train
 
 
 def raised(error):
@@ -237,7 +237,8 @@ def test_everything_is_printed_through_one_place():
     """No other module calls print, or gives rich a text that it would read for markup."""
     source = Path(potstill.__file__).parent
     # The worker of the grader answers its parent; the boundary prints one line of its own.
-    for path in set(source.rglob("*.py")) - {source / f"{name}.py" for name in ("printable", "grading", "boundary")}:
+    printing = ("console/printable", "answers/grading", "console/boundary")
+    for path in set(source.rglob("*.py")) - {source / f"{name}.py" for name in printing}:
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], path
         rows = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_row"]

@@ -19,19 +19,23 @@ from odd_models import make_tokenizer
 from safetensors.torch import load_file, save_file
 
 import potstill
-from potstill import cache as cache_module
-from potstill import cache_build, runlog
-from potstill.batching import make_batches
-from potstill.cache import Cache, CacheError, Manifest, read_manifest
-from potstill.cache_build import build_cache, findings, summary, verify_cache
-from potstill.cli import main
+from potstill.cache import build as build_module
+from potstill.cache.build import build_cache
+from potstill.cache.describe import findings, summary
+from potstill.cache.verify import verify_cache
+from potstill.cli.app import main
 from potstill.config import CacheOptions, RecipeError, make_recipe, to_toml
-from potstill.data import load_examples
 from potstill.files import file_digest, seal
-from potstill.models import ASSETS, ModelError, load_model
-from potstill.objective import batch_loss, teacher_signal
-from potstill.setup import prepare
-from potstill.topk import top_k_of
+from potstill.kl.topk import top_k_of
+from potstill.models.language_model import ASSETS, ModelError, load_model
+from potstill.objectives.loss import batch_loss, teacher_signal
+from potstill.prompts.examples import load_examples
+from potstill.rollouts.batching import make_batches
+from potstill.runs import run_folder
+from potstill.teachers import store as cache_module
+from potstill.teachers.manifest import CacheError, Manifest, read_manifest
+from potstill.teachers.store import Cache
+from potstill.training.setup import prepare
 from potstill.types import NonFiniteError
 
 SMALL = CacheOptions(rollouts_per_shard=16)
@@ -65,7 +69,7 @@ def copied(built, tmp_path):
 
 def alone():
     """A process that is not part of a group."""
-    from potstill import distributed
+    from potstill.models import distributed
 
     return distributed.start()
 
@@ -115,7 +119,7 @@ def test_a_run_from_the_cache_is_the_run_with_a_live_teacher(tmp_path, options, 
     live = potstill.train(recipe("live", **text) if prefix == "teacher" else recipe("live"), quiet=True)
     shutil.rmtree(teacher)
     cached = potstill.train(recipe("cached", cache=str(tmp_path / "cache")), quiet=True)
-    rows = [runlog.read_rows(run.folder / "metrics.jsonl") for run in (cached, live)]
+    rows = [run_folder.read_rows(run.folder / "metrics.jsonl") for run in (cached, live)]
     assert len(rows[0]) == 4
     for mine, theirs in zip(*rows, strict=True):
         for name in ("loss", "forward_kl", "reverse_kl", "teacher_entropy", "grad_norm"):
@@ -449,7 +453,7 @@ def test_a_flipped_byte_is_found(copied, tmp_path, where):
     with pytest.raises(CacheError, match=f"shard '{path}' (is damaged|cannot be read)"):
         train_from(copied, tmp_path / "run")
     # Nothing was trained on a batch with it.
-    rows = runlog.read_rows(tmp_path / "run/metrics.jsonl")
+    rows = run_folder.read_rows(tmp_path / "run/metrics.jsonl")
     if where in ("prompt_ids", "completion_ids", "hidden", "log_sum_exp"):
         assert len(rows) < 8
     else:
@@ -596,7 +600,7 @@ def build_two_and_be_killed(out, kill_at):
         return call
 
     for name in ("save_whole", "write_atomically"):
-        setattr(cache_build, name, counted(getattr(cache_build, name)))
+        setattr(build_module, name, counted(getattr(build_module, name)))
     build_two(out)
 
 
@@ -625,7 +629,7 @@ def test_another_head_is_found_at_the_first_use_of_a_shard(copied, tmp_path):
     assert len(verified.broken) == len(manifest.shards) and "does not belong to the head" in verified.broken[0]
     with pytest.raises(CacheError, match=r"shard '.*' does not belong to the head of the teacher 'potstill:teacher'"):
         train_from(copied, tmp_path / "run")
-    assert runlog.read_rows(tmp_path / "run/metrics.jsonl") == []
+    assert run_folder.read_rows(tmp_path / "run/metrics.jsonl") == []
 
 
 def build_six_shards(out) -> Manifest:

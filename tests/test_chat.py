@@ -10,14 +10,16 @@ from odd_models import make_tiny, write_folder
 from odd_tokenizers import R1, chat_template, family_tokenizer, metaspace_tokenizer
 
 import potstill
-from potstill import build_cache, setup, templates
-from potstill.cli import main
+from potstill import build_cache
+from potstill.answers.grading import Grader
+from potstill.cli.app import main
 from potstill.config import Evaluation
-from potstill.data import load_examples, make_prompts, prompt_notes
 from potstill.evaluation import prepare_problems
-from potstill.grading import Grader
-from potstill.models import LanguageModel, ModelError, find_end_ids
-from potstill.templates import ChatTemplate, Conversation, as_parts, text_of
+from potstill.models import templates
+from potstill.models.language_model import LanguageModel, ModelError, find_end_ids
+from potstill.models.templates import ChatTemplate, Conversation, as_parts, text_of
+from potstill.prompts.examples import load_examples, make_prompts, prompt_notes
+from potstill.training import setup
 from potstill.types import DataError
 
 HI = {"role": "user", "content": "Hi"}

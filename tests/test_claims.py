@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.claims import claims, contrast, estimate
 from potstill.config import GrpoRecipe, Recipe, make_recipe, to_toml
 from potstill.files import append
-from potstill.results import read_entry, recipe_key
-from potstill.runlog import finish
+from potstill.report.claims import claims, contrast, estimate
+from potstill.runs.results import read_entry, recipe_key
+from potstill.runs.run_folder import finish
 
 NUM_PROBLEMS, NUM_RESPONSES = 40, 8
 EVALUATION = {"source": "multiplication", "num_problems": NUM_PROBLEMS, "num_responses": NUM_RESPONSES}
@@ -361,5 +361,5 @@ def test_a_recipe_key_forgets_only_what_it_is_told(tmp_path):
 
 
 def test_claims_do_not_wait_for_torch():
-    program = "import sys, potstill.claims; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    program = "import sys, potstill.report.claims; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import tiny_recipe
 
-from potstill.cli import main, split_overrides
+from potstill.cli.app import main
+from potstill.cli.overrides import split_overrides
 from potstill.config import to_toml
 
 

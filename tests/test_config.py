@@ -4,7 +4,6 @@ from typing import Annotated
 import pytest
 from conftest import tiny_recipe
 
-from potstill.claims import QUESTIONS
 from potstill.config import (
     ALIKE,
     METHODS,
@@ -31,12 +30,13 @@ from potstill.config import (
     to_toml,
     unread_fields,
 )
-from potstill.estimates import FREE
-from potstill.names import SYNONYMS, nearest_field
-from potstill.planning import plan
-from potstill.rates import usual_lr, with_lr
-from potstill.results import read_entry
-from potstill.study_file import SHIPPED_STUDIES, read_study_file
+from potstill.console.names import SYNONYMS, nearest_field
+from potstill.report.questions import QUESTIONS
+from potstill.runs.results import read_entry
+from potstill.study.estimates import FREE
+from potstill.study.file import SHIPPED_STUDIES, read_study_file
+from potstill.study.planning import plan
+from potstill.training.rates import usual_lr, with_lr
 
 
 def test_every_shipped_recipe_is_valid():

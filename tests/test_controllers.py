@@ -9,9 +9,11 @@ import torch
 from conftest import interrupted_at, make_model, tiny_recipe
 
 import potstill
-from potstill import probing, runlog
 from potstill.config import RecipeError, WeightSchedule, Window, make_recipe
-from potstill.controllers import (
+from potstill.rollouts.text import is_loop
+from potstill.runs import run_folder
+from potstill.training import probing
+from potstill.training.controllers import (
     Probe,
     WeightState,
     WindowState,
@@ -23,7 +25,6 @@ from potstill.controllers import (
     scheduled_weight,
     scheduled_window,
 )
-from potstill.text import is_loop
 from potstill.types import DataError
 
 GOOD = Probe(entropy=1.0, teacher_entropy=None, truncation=0.1, teacher_truncation=0.0, repetition=0.0)
@@ -180,7 +181,7 @@ def test_schedules_survive_a_resume(tmp_path, mixing):
     with interrupted_at(3):
         potstill.train(recipe("stopped"), quiet=True)
     resumed = potstill.train(recipe("stopped"), quiet=True)
-    rows = [runlog.read_rows(run.folder / "metrics.jsonl") for run in (whole, resumed)]
+    rows = [run_folder.read_rows(run.folder / "metrics.jsonl") for run in (whole, resumed)]
     weights = [[row["forward_weight"] for row in each] for each in rows]
     assert weights[0] == weights[1] and weights[0][0] == 0.2 and len(set(weights[0])) > 2
     for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
@@ -215,19 +216,19 @@ def gated(out, window, **sections):
 
 
 def decisions(folder):
-    return [(row["step"], row["action"], row["window"]) for row in runlog.read_rows(folder / "window.jsonl")]
+    return [(row["step"], row["action"], row["window"]) for row in run_folder.read_rows(folder / "window.jsonl")]
 
 
 def test_a_healthy_run_reaches_the_cap(tmp_path, capsys):
     result = potstill.train(gated(tmp_path / "run", {}))
     assert decisions(result.folder) == [(1, "hold", 8), (3, "climb", 16), (5, "climb", 32)]
-    windows = [row["window"] for row in runlog.read_rows(result.folder / "metrics.jsonl")]
+    windows = [row["window"] for row in run_folder.read_rows(result.folder / "metrics.jsonl")]
     assert windows == [8] * 2 + [16] * 2 + [32] * 8
-    row = runlog.read_rows(result.folder / "window.jsonl")[0]
+    row = run_folder.read_rows(result.folder / "window.jsonl")[0]
     # Everybody is cut at 8 tokens, the teacher too; that is no reason to stop.
     assert row["truncation"] > 0.9 and row["teacher_truncation"] > 0.9 and row["threshold"] == 0.5 * row["entropy"]
     assert "before step 3: window climb, now 16: entropy" in capsys.readouterr().err
-    flops = [r["flops"]["probe"] for r in runlog.read_rows(result.folder / "metrics.jsonl")]
+    flops = [r["flops"]["probe"] for r in run_folder.read_rows(result.folder / "metrics.jsonl")]
     assert [f > 0 for f in flops] == [True, False, True, False, True] + [False] * 7
 
 
@@ -239,7 +240,7 @@ def test_a_run_whose_entropy_collapses_freezes(tmp_path):
     window, train = {"check_every": 5, "patience": 2}, {"steps": 30, "lr": 1e-2, "warmup_steps": 1}
     recipe = gated(tmp_path / "run", window, train=train, data={"num_prompts": 64})
     result = potstill.train(recipe, student=student, teacher=teacher, quiet=True)
-    *_, last = runlog.read_rows(result.folder / "window.jsonl")
+    *_, last = run_folder.read_rows(result.folder / "window.jsonl")
     assert last["action"] == "freeze" and "entropy" in last["failed"] and last["window"] < 32
     assert last["entropy"] < last["threshold"]
     assert result.metrics["window"] == last["window"]
@@ -253,8 +254,8 @@ def test_the_gates_state_survives_a_resume(tmp_path, stop_at):
         potstill.train(gated(tmp_path / "stopped", window), quiet=True)
     resumed = potstill.train(gated(tmp_path / "stopped", window), quiet=True)
     for name in ("window.jsonl",):
-        assert runlog.read_rows(whole.folder / name) == runlog.read_rows(resumed.folder / name)
-    flops = [[row["total_flops"] for row in runlog.read_rows(r.folder / "metrics.jsonl")] for r in (whole, resumed)]
+        assert run_folder.read_rows(whole.folder / name) == run_folder.read_rows(resumed.folder / name)
+    flops = [[row["total_flops"] for row in run_folder.read_rows(r.folder / "metrics.jsonl")] for r in (whole, resumed)]
     assert flops[0] == flops[1]
     for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -263,8 +264,8 @@ def test_the_gates_state_survives_a_resume(tmp_path, stop_at):
 def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_gate(tmp_path, monkeypatch):
     """The same rollouts with and without a tail that repeats the end of the answer."""
     recipe = gated(tmp_path / "run", {"tokens": 64, "start": 64})
-    from potstill import distributed
-    from potstill.setup import prepare
+    from potstill.models import distributed
+    from potstill.training.setup import prepare
 
     world = distributed.start()
     setup = prepare(recipe, world)
@@ -309,7 +310,7 @@ def test_loops_are_told_from_prose():
 
 @pytest.mark.parametrize("prefix", ["teacher", "dataset"])
 def test_the_gate_works_with_other_prefixes_and_a_cache(tmp_path, prefix):
-    from potstill.cache_build import build_cache
+    from potstill.cache.build import build_cache
 
     sections = {"data": {"source": "multiplication:persona"}} if prefix == "dataset" else {}
     objective = {"prefix": prefix, "kl": "forward"}
@@ -325,8 +326,8 @@ def test_the_gate_works_with_other_prefixes_and_a_cache(tmp_path, prefix):
 
 
 def test_probes_are_held_out(tmp_path):
-    from potstill import distributed
-    from potstill.setup import prepare
+    from potstill.models import distributed
+    from potstill.training.setup import prepare
 
     setup = prepare(gated(tmp_path / "run", {}), distributed.start())
     assert len(setup.probes) == 16

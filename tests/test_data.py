@@ -3,8 +3,8 @@ import json
 import pytest
 from conftest import make_model
 
-from potstill.character_tokenizer import build_tokenizer
-from potstill.data import load_examples, make_prompts, prompt_notes
+from potstill.models.character_tokenizer import build_tokenizer
+from potstill.prompts.examples import load_examples, make_prompts, prompt_notes
 from potstill.types import DataError, Example
 
 CHAT = "{% for m in messages %}{{ m.content }}={% endfor %}{% if add_generation_prompt %}#{% endif %}"

@@ -12,8 +12,8 @@ import torch
 from conftest import tiny_recipe
 from safetensors.torch import load_file
 
-from potstill import runlog
 from potstill.config import to_toml
+from potstill.runs import run_folder
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -43,7 +43,7 @@ def test_two_ranks_equal_one(tmp_path, forks, normalize):
     pair = {"student": {"model": "potstill:stops-student"}, "teacher": {"model": "potstill:stops-teacher"}}
     write_recipe(tmp_path, objective=objective, train=train, window={"tokens": 48}, **pair)
     train_on_one_and_on_two(forks, tmp_path)
-    one, two = (runlog.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    one, two = (run_folder.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", "length", "num_loss_tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
@@ -52,7 +52,7 @@ def test_two_ranks_equal_one(tmp_path, forks, normalize):
         for who in ("student", "teacher"):
             assert mine[who] == pytest.approx(theirs[who], rel=1e-4), who
     # The first rank writes what it read: the step's first rollout comes first on both sides.
-    first, second = (runlog.read_rows(tmp_path / name / "samples.jsonl")[0] for name in ("one", "two"))
+    first, second = (run_folder.read_rows(tmp_path / name / "samples.jsonl")[0] for name in ("one", "two"))
     assert first["tokens"] == second["tokens"] and first["forward_kl"] == pytest.approx(second["forward_kl"], abs=2e-5)
     states = [load_file(tmp_path / name / "checkpoint/step-000002/optimizer.safetensors") for name in ("one", "two")]
     # AdamW's first moment is a mean of the clipped gradients, which shows the gradients themselves.
@@ -72,12 +72,12 @@ def test_two_ranks_gate_the_window_and_look_ahead_as_one(tmp_path, forks):
     objective = {"prefix": "student", "kl": "reverse", "gamma": 1.0}
     write_recipe(tmp_path, objective=objective, train=train, window=window | {"reference": "teacher"})
     train_on_one_and_on_two(forks, tmp_path)
-    one, two = (runlog.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    one, two = (run_folder.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [row["window"] for row in one] == [8, 16, 32]
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "reverse_kl", "grad_norm", "window", "total_flops"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
-    gates = [runlog.read_rows(tmp_path / name / "window.jsonl") for name in ("one", "two")]
+    gates = [run_folder.read_rows(tmp_path / name / "window.jsonl") for name in ("one", "two")]
     for a, b in zip(*gates, strict=True):
         assert {k: v for k, v in a.items() if not isinstance(v, float)}.items() <= b.items()
         for key in ("entropy", "teacher_entropy", "truncation", "teacher_truncation"):
@@ -92,7 +92,7 @@ def test_two_ranks_that_are_killed_resume(tmp_path):
     process = subprocess.Popen(
         command(tmp_path, "killed"), env=ONE_THREAD, start_new_session=True, stderr=subprocess.DEVNULL
     )
-    while len(runlog.read_rows(metrics)) < 4:
+    while len(run_folder.read_rows(metrics)) < 4:
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)

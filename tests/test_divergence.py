@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill.divergence import DIVERGENCES, merge_end_class, token_divergence
+from potstill.kl.definition import DIVERGENCES, merge_end_class, token_divergence
 
 N, V = 7, 13
 ENDS = [2, 5, 11]

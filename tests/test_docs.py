@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import potstill
-from potstill import cli
+from potstill.cli import app
 from potstill.config import GrpoFields, RecipeFields, field_names, load_recipe, make_recipe
-from potstill.models import ASSETS
-from potstill.planning import plan
-from potstill.study_file import read_study_file
+from potstill.models.language_model import ASSETS
+from potstill.study.file import read_study_file
+from potstill.study.planning import plan
 
 ROOT = Path(__file__).parent.parent
 # In the order of the navigation, so that later pages find the runs of earlier ones.
@@ -138,19 +138,19 @@ def read(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse a command, and resolve the recipe or study that it names."""
     if arguments[0] in ("train", "grpo"):
         extended = arguments.index("--extend-to") if "--extend-to" in arguments else len(arguments)
-        cli.main([*arguments[:extended], *([] if "--dry-run" in arguments else ["--dry-run"])])
+        app.main([*arguments[:extended], *([] if "--dry-run" in arguments else ["--dry-run"])])
         return
     if arguments[0] == "study":
         read_study_file(arguments[1])
     with monkeypatch.context() as patch:
-        parsed = cli.parse
+        parsed = app.parse
 
         def only_parse(*given, **options):
             parsed(*given, **options)
             return lambda: None
 
-        patch.setattr(cli, "parse", only_parse)
-        cli.main(arguments)
+        patch.setattr(app, "parse", only_parse)
+        app.main(arguments)
 
 
 def run_python(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,19 @@ from conftest import make_model, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 import potstill
-from potstill import evaluation, grpo, setup, step
-from potstill.cache import CacheError
-from potstill.cache_build import build_cache
+from potstill import evaluation
+from potstill.cache.build import build_cache
 from potstill.config import CacheOptions, Evaluation, GrpoRecipe, RecipeError, make_recipe
-from potstill.distributed import World
-from potstill.ends import Ends, find_ends
-from potstill.fused import fused_loss
-from potstill.habits import end_probs
-from potstill.heads import Head
-from potstill.models import ModelError, save_model
-from potstill.types import LossTerms
+from potstill.grpo import run
+from potstill.kl.fused import fused_loss
+from potstill.kl.head import Head
+from potstill.kl.terms import LossTerms
+from potstill.models.distributed import World
+from potstill.models.language_model import ModelError, save_model
+from potstill.objectives.habits import end_probs
+from potstill.teachers.ends import Ends, find_ends
+from potstill.teachers.manifest import CacheError
+from potstill.training import setup, step
 
 EOM, CALL = 23, 24
 
@@ -103,7 +105,7 @@ def test_equal_sets_are_one_class_everywhere(tmp_path, capsys):
     start = GrpoRecipe.model_validate(
         {"model": str(tmp_path / "model"), "data": {"num_prompts": 8}, "window": {"tokens": 16}}
     )
-    assert grpo.prepare(start, World(0, 1, torch.device("cpu"))).end_ids == (2, 22)
+    assert run.prepare(start, World(0, 1, torch.device("cpu"))).end_ids == (2, 22)
 
 
 def test_a_cache_is_of_its_class(tmp_path):

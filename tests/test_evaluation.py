@@ -7,18 +7,18 @@ import torch
 from conftest import make_model
 
 from potstill import evaluation
-from potstill.character_tokenizer import build_tokenizer
-from potstill.cli import main
-from potstill.commands import gave_up
+from potstill.cli.app import main
+from potstill.cli.show import gave_up
 from potstill.config import Evaluation, RecipeError
 from potstill.evaluation import evaluate, summarize
 from potstill.files import write_rows
-from potstill.metrics import step_means
-from potstill.models import load_model
-from potstill.results import Entry
-from potstill.runlog import RunError, locked, read_rows
+from potstill.models.character_tokenizer import build_tokenizer
+from potstill.models.language_model import load_model
+from potstill.rollouts.text import num_tokens_to_answer, zlib_ratio
+from potstill.runs.results import Entry
+from potstill.runs.run_folder import RunError, locked, read_rows
 from potstill.tasks.multiplication import Multiplication
-from potstill.text import num_tokens_to_answer, zlib_ratio
+from potstill.training.metrics import step_means
 from potstill.types import DataError
 
 SMALL = Evaluation(source="multiplication", num_problems=6, num_responses=4, temperatures=(1.0, 0.6))
@@ -262,7 +262,7 @@ def test_shipped_teacher_and_base_are_as_good_as_they_should_be():
 def test_entropy_at_temperature_one_is_that_of_the_model():
     """Against a forward pass over the sampled text without a cache."""
     from potstill.config import Sampling
-    from potstill.sampling import sample
+    from potstill.models.sampling import sample
 
     model = load_model("potstill:base")
     prompt = tuple(model.tokenizer.encode("__12*3="))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from potstill.cli import main
+from potstill.cli.app import main
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = "--train.steps 2 --train.prompts-per-step 4 --data.num-prompts 8 --window.tokens 16 --train.warmup-steps 0 "
@@ -79,8 +79,8 @@ def test_my_study(capsys, monkeypatch):
     """Its plan: seven settings by three seeds, and two models as they are."""
     settings = tomllib.loads(Path("examples/my_study.toml").read_text())
     assert len(settings["seeds"]) == 3
-    monkeypatch.setattr("potstill.estimates._try_steps", lambda *given: None)
-    monkeypatch.setattr("potstill.estimates._try_evaluation", lambda *given: None)
+    monkeypatch.setattr("potstill.study.estimates._try_steps", lambda *given: None)
+    monkeypatch.setattr("potstill.study.estimates._try_evaluation", lambda *given: None)
     main(["study", "examples/my_study.toml", "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     assert sum(": not begun (" in line for line in lines) == 7 * 3 + 2

@@ -20,7 +20,7 @@ from commands import OPD, SFT, cache, command, differences, train
 from forked import Forks, Trouble
 from safetensors.torch import load_file, save_file
 
-from potstill.models import ASSETS
+from potstill.models.language_model import ASSETS
 
 Harm = Callable[[Path], None]
 NO_TROUBLE = Trouble()

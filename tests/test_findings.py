@@ -6,10 +6,10 @@ import re
 import pytest
 from synthetic_runs import evaluate, write_run
 
-from potstill.commands import comparisons
-from potstill.report import write_report
-from potstill.results import Entry
-from potstill.terminal import print_summary
+from potstill.cli.show import comparisons
+from potstill.report.page import write_report
+from potstill.report.terminal import print_summary
+from potstill.runs.results import Entry
 
 JUDGING = ("Below it", "Undecided", "excludes 0", "supported", "contradicted", "undecided")
 

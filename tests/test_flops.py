@@ -7,12 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import potstill
-from potstill import runlog
-from potstill.character_tokenizer import build_tokenizer
 from potstill.config import make_recipe
-from potstill.flops import rollout_flops, training_flops
-from potstill.models import LanguageModel
-from potstill.rates import is_spent, learning_rate
+from potstill.models.character_tokenizer import build_tokenizer
+from potstill.models.flops import rollout_flops, training_flops
+from potstill.models.language_model import LanguageModel
+from potstill.runs import run_folder
+from potstill.training.rates import is_spent, learning_rate
 
 
 def gpt2() -> LanguageModel:
@@ -60,7 +60,7 @@ def test_parts_by_hand(student, teacher):
 
 def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path):
     whole = potstill.train(tiny_recipe(tmp_path / "steps"), quiet=True)
-    rows = runlog.read_rows(tmp_path / "steps/metrics.jsonl")
+    rows = run_folder.read_rows(tmp_path / "steps/metrics.jsonl")
     assert rows[-1]["total_flops"] == sum(sum(row["flops"].values()) for row in rows) == whole.metrics["total_flops"]
     assert all((value > 0) == (part != "probe") for part, value in rows[0]["flops"].items())
 
@@ -71,13 +71,13 @@ def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path):
         return tiny_recipe(tmp_path / name, train={"steps": 50, "flops": flops, "schedule": "constant"})
 
     potstill.train(recipe("flops"), quiet=True)
-    of_flops = runlog.read_rows(tmp_path / "flops/metrics.jsonl")
+    of_flops = run_folder.read_rows(tmp_path / "flops/metrics.jsonl")
     assert len(of_flops) == 4 and of_flops[-1]["total_flops"] >= flops > of_flops[-2]["total_flops"]
 
     with interrupted_at(3):
         potstill.train(recipe("stopped"), quiet=True)
     potstill.train(recipe("stopped"), quiet=True)
-    stopped = runlog.read_rows(tmp_path / "stopped/metrics.jsonl")
+    stopped = run_folder.read_rows(tmp_path / "stopped/metrics.jsonl")
     assert [row["total_flops"] for row in stopped] == [row["total_flops"] for row in of_flops]
     assert [row["loss"] for row in stopped] == [row["loss"] for row in of_flops]
 

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill import divergence, fused, passes
-from potstill.divergence import log_mixture
-from potstill.fused import close_kl, fused_loss, fused_statistics
-from potstill.heads import Head
-from potstill.passes import make_plan
-from potstill.types import LossTerms, NonFiniteError, TokenStats
+from potstill.kl import coefficients, definition, fused
+from potstill.kl.definition import log_mixture
+from potstill.kl.fused import close_kl, fused_loss, fused_statistics
+from potstill.kl.head import Head
+from potstill.kl.plan import make_plan
+from potstill.kl.terms import LossTerms, TokenStats
+from potstill.types import NonFiniteError
 
 MIB = 2**20
 ENDS = (2, 40, 100)
@@ -305,7 +306,7 @@ def test_the_order_of_the_statistics_changes_nothing(monkeypatch, num_rows, with
 
     expected = everything()
     for order in (names[::-1], names[5:] + names[:5], (names[2], names[3], *names[:2], *names[4:])):
-        for module in (fused, passes, divergence):
+        for module in (fused, coefficients, definition):
             monkeypatch.setattr(module, "TokenStats", in_another_order(order))
         for name, value in everything().items():
             assert (value is None) == (expected[name] is None), name

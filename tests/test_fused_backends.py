@@ -10,9 +10,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from test_fused import ENDS, TERMS, assert_near, brute_force, combined, make_inputs, run_loss
 
-from potstill.fused import fused_loss, fused_statistics
-from potstill.heads import Head
-from potstill.types import LossTerms, VocabShard
+from potstill.kl.fused import fused_loss, fused_statistics
+from potstill.kl.head import Head
+from potstill.kl.terms import LossTerms, VocabShard
 
 HEAD = {"bias": True, "softcap": 3.0, "scale": 1.5}
 
@@ -20,9 +20,9 @@ HEAD = {"bias": True, "softcap": 3.0, "scale": 1.5}
 @pytest.fixture(scope="module")
 def triton_kernels():
     pytest.importorskip("triton", reason="Triton is not installed; pip install 'potstill[peers]'", exc_type=ImportError)
-    from potstill import kernels
+    from potstill.kl import triton_tiles
 
-    return kernels
+    return triton_tiles
 
 
 def of_rows(terms: LossTerms, num_rows: int) -> LossTerms:

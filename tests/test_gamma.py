@@ -10,12 +10,13 @@ import pytest
 from conftest import tiny_recipe
 
 import potstill
-from potstill import runlog, step
 from potstill.config import RecipeError, Sampling, make_recipe
-from potstill.data import make_prompts
-from potstill.models import LanguageModel
-from potstill.sampling import sample
+from potstill.models.language_model import LanguageModel
+from potstill.models.sampling import sample
+from potstill.prompts.examples import make_prompts
+from potstill.runs import run_folder
 from potstill.tasks.columns import FULL, Columns, styles_of
+from potstill.training import step
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_run_with_gamma_resumes(tmp_path):
     with interrupted_at(3):
         potstill.train(recipe("stopped"), quiet=True)
     resumed = potstill.train(recipe("stopped"), quiet=True)
-    rows = [runlog.read_rows(run.folder / "metrics.jsonl") for run in (whole, resumed)]
+    rows = [run_folder.read_rows(run.folder / "metrics.jsonl") for run in (whole, resumed)]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
@@ -57,7 +58,7 @@ def test_slices_of_the_batch_do_not_change_the_gradient(tmp_path):
         train = {"steps": 2, "lr": 1e-6, "tokens_per_batch": tokens}
         objective = {"prefix": "student", "kl": "reverse", "gamma": 1.0}
         potstill.train(tiny_recipe(tmp_path / f"{tokens}", objective=objective, train=train), quiet=True)
-        norms.append([row["grad_norm"] for row in runlog.read_rows(tmp_path / f"{tokens}" / "metrics.jsonl")])
+        norms.append([row["grad_norm"] for row in run_folder.read_rows(tmp_path / f"{tokens}" / "metrics.jsonl")])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 

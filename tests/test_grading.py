@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from potstill.answers import integer
-from potstill.boxes import box_end, last_box
-from potstill.grading import Grade, Grader, gsm8k_gold, majority
+from potstill.answers.boxes import box_end, last_box
+from potstill.answers.grading import Grade, Grader, gsm8k_gold, majority
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden_answers.jsonl").read_text().splitlines()]
 # Powers of 3,700 digits: understood, and seconds of work.
@@ -129,7 +129,7 @@ def test_no_process_is_left():
 # Minutes of work: each power of one list against each of the other.
 POWERS = [rf"{k}^{{e^\pi}}+2^{{6000}}" for k in range(10, 60)]
 PARENT = f"""
-from potstill.grading import Grader
+from potstill.answers.grading import Grader
 grader = Grader(num_workers=1, seconds=60.0)
 grader.grade(["1/2"], [{boxed("0.5")!r}])
 print(grader.idle[0].pid, flush=True)

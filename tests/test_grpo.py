@@ -7,12 +7,14 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file
 
-from potstill import checkpoint, grpo, runlog
-from potstill.cli import main
+from potstill.cli.app import main
 from potstill.config import GrpoRecipe, RecipeError, load_grpo_recipe, to_toml
-from potstill.grpo import run_grpo
-from potstill.models import load_model, save_model
-from potstill.results import read_entry
+from potstill.grpo import responses, run, trainer
+from potstill.grpo.run import run_grpo
+from potstill.models.language_model import load_model, save_model
+from potstill.runs import run_folder
+from potstill.runs.results import read_entry
+from potstill.training import checkpoint
 from potstill.types import NonFiniteError
 
 SMALL = {"steps": 4, "prompts_per_step": 3, "group_size": 4, "rows_per_batch": 5, "checkpoint_every": 2, "lr": 5e-4}
@@ -38,21 +40,22 @@ def recipe_for(out, **sections) -> GrpoRecipe:
 
 def logged(folder):
     """The rows of a run without what depends on the machine's speed."""
-    rows = runlog.read_rows(folder / "metrics.jsonl")
+    rows = run_folder.read_rows(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
 
 
 @pytest.fixture
 def written(monkeypatch):
     """All responses with their scores, a list a call of `grpo.score`."""
-    calls, real = [], grpo.score
+    calls, real = [], responses.score
 
-    def score(task, responses):
-        scores = real(task, responses)
-        calls.append(list(zip(responses, scores, strict=True)))
+    def score(task, answers):
+        scores = real(task, answers)
+        calls.append(list(zip(answers, scores, strict=True)))
         return scores
 
-    monkeypatch.setattr(grpo, "score", score)
+    for module in (responses, run, trainer):
+        monkeypatch.setattr(module, "score", score)
     return calls
 
 
@@ -98,10 +101,10 @@ def test_run_folder(tmp_path, monkeypatch, capsys):
     assert (folder / "metrics.jsonl").read_text() == before
     # With another evaluation it is evaluated anew, and nothing else.
     other = recipe_for(folder, evaluation=evaluation | {"temperatures": [0.0]}, grpo={"checkpoint_every": 3})
-    assert not runlog.is_done(folder, other)
+    assert not run_folder.is_done(folder, other)
     run_grpo(other)
-    assert runlog.is_done(folder, other) and (folder / "metrics.jsonl").read_text() == before
-    assert [row["temperature"] for row in runlog.read_rows(folder / "evals.jsonl")] == [1.0, 0.6, 0.0]
+    assert run_folder.is_done(folder, other) and (folder / "metrics.jsonl").read_text() == before
+    assert [row["temperature"] for row in run_folder.read_rows(folder / "evals.jsonl")] == [1.0, 0.6, 0.0]
 
 
 @pytest.mark.parametrize("model", ["potstill:base", "two ends"])
@@ -157,7 +160,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     settings = SMALL | {"steps": 5, "warmup_steps": 2, "schedule": "cosine", "kl_weight": 0.1}
     runs = {name: recipe_for(tmp_path / name, window=GATE, grpo=settings) for name in ("whole", "stopped")}
     run_grpo(runs["whole"], quiet=True)
-    real = grpo.training_flops
+    real = trainer.training_flops
     calls = iter(range(10))
 
     def interrupt(*args):
@@ -166,13 +169,13 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(grpo, "training_flops", interrupt)
+        patch.setattr(trainer, "training_flops", interrupt)
         run_grpo(runs["stopped"], quiet=True)
     assert len(logged(tmp_path / "stopped")) == 2 and not (tmp_path / "stopped" / "DONE").exists()
-    monkeypatch.setattr(grpo, "measure_start", lambda *args: pytest.fail("the start is known"))
+    monkeypatch.setattr(run, "measure_start", lambda *args: pytest.fail("the start is known"))
     run_grpo(runs["stopped"], quiet=True)
     assert logged(tmp_path / "whole") == logged(tmp_path / "stopped")
-    decisions = [runlog.read_rows(tmp_path / name / "window.jsonl") for name in runs]
+    decisions = [run_folder.read_rows(tmp_path / name / "window.jsonl") for name in runs]
     assert decisions[0] == decisions[1]
     a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in runs)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -194,41 +197,39 @@ def test_the_linear_window_is_obeyed_and_probes_are_held_out(tmp_path, written):
     assert windows == [5, 10, 15, 20]
     lengths = [max(len(response.completion.token_ids) for response, _ in call) for call in written[1:]]
     assert lengths == windows
-    setup = grpo.prepare(recipe_for("unused", window=GATE), grpo.distributed.start())
+    setup = run.prepare(recipe_for("unused", window=GATE), run.distributed.start())
     assert len(setup.probes) == 4
     assert not {probe.token_ids for probe in setup.probes} & {prompt.token_ids for prompt in setup.prompts}
 
 
 def test_the_start_is_measured_and_judged(tmp_path, written):
     recipe = recipe_for("unused")
-    found = grpo.measure_start(recipe, grpo.prepare(recipe, grpo.distributed.start()))
+    found = run.measure_start(recipe, run.prepare(recipe, run.distributed.start()))
     (pairs,) = written
     groups = [[score for _, score in pairs[i : i + 4]] for i in range(0, len(pairs), 4)]
     assert len(groups) == 32 and len({response.prompt.token_ids for response, _ in pairs}) == 32
     assert found["groups_with_signal"] == sum(min(group) < max(group) for group in groups) / 32 > 0.2
     assert found["score"] == pytest.approx(sum(map(sum, groups)) / 128)
-    (line,) = grpo.verdict(found)
+    (line,) = run.verdict(found)
     assert "entropy to explore" in line
     # A model that knows nothing is always wrong.
     ignorant = make_model()
     weights = {name: value for name, value in ignorant.model.state_dict().items() if name != "lm_head.weight"}
     save_model(ignorant, weights, (2,), tmp_path / "ignorant")
     recipe = recipe_for("unused", model=str(tmp_path / "ignorant"), sampling={"temperature": 0.01})
-    line, too_hard, no_entropy = grpo.verdict(
-        grpo.measure_start(recipe, grpo.prepare(recipe, grpo.distributed.start()))
-    )
+    line, too_hard, no_entropy = run.verdict(run.measure_start(recipe, run.prepare(recipe, run.distributed.start())))
     assert "in 0% of 32 groups" in line and "too hard" in too_hard and "entropy is near 0" in no_entropy
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
-    real = grpo.ready
+    real = run.ready
 
     def load(name, **options):
         model = real(name, **options)
         next(model.model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
         return model
 
-    monkeypatch.setattr(grpo, "ready", load)
+    monkeypatch.setattr(run, "ready", load)
     with pytest.raises(NonFiniteError, match="step 1: the gradient is not finite"):
         run_grpo(recipe_for(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoint").exists()
@@ -266,7 +267,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 
 
 def test_without_trl_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'potstill\[rl\]'"):
         run_grpo(recipe_for(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

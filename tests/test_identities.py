@@ -6,12 +6,15 @@ import json
 import pytest
 from conftest import make_model
 
-from potstill import batching, divergence, objective, tiles
-from potstill.cli import main
-from potstill.commands import print_checks
-from potstill.identities import BOUND, check_model, identities
-from potstill.objective import Loss
-from potstill.types import LossTerms
+from potstill.cli.app import main
+from potstill.cli.show import print_checks
+from potstill.kl import definition, tiles
+from potstill.kl.terms import LossTerms
+from potstill.objectives import loss as loss_module
+from potstill.objectives.loss import Loss
+from potstill.rollouts import batching
+from potstill.theory.identities import BOUND, identities
+from potstill.theory.real_model import check_model
 
 
 def test_all_hold_with_every_error_below_the_bound(capsys, tmp_path):
@@ -27,12 +30,12 @@ def test_all_hold_with_every_error_below_the_bound(capsys, tmp_path):
 
 def wrong_closed_form(name, change):
     def mutate(monkeypatch):
-        real = divergence.DIVERGENCES[name]
+        real = definition.DIVERGENCES[name]
 
         def wrong(ls, lt, weight):
             return change(*real(ls, lt, weight), ls.exp(), lt.exp())
 
-        monkeypatch.setitem(divergence.DIVERGENCES, name, wrong)
+        monkeypatch.setitem(definition.DIVERGENCES, name, wrong)
 
     return mutate
 
@@ -52,19 +55,19 @@ def wrong_tile(monkeypatch):
 
 def wrong_returns(monkeypatch):
     """Discounted twice. (To count a token's own KL too would be right: it is a baseline.)"""
-    real = objective.returns_to_go
-    monkeypatch.setattr(objective, "returns_to_go", lambda kl, batch, gamma: real(kl, batch, gamma**2))
+    real = loss_module.returns_to_go
+    monkeypatch.setattr(loss_module, "returns_to_go", lambda kl, batch, gamma: real(kl, batch, gamma**2))
 
 
 def wrong_split(monkeypatch):
     """The token at the split counts to the part before it."""
-    real = objective.positions
-    monkeypatch.setattr(objective, "positions", lambda batch: (real(batch) - 1).clamp(min=0))
+    real = loss_module.positions
+    monkeypatch.setattr(loss_module, "positions", lambda batch: (real(batch) - 1).clamp(min=0))
 
 
 def wrong_estimator(old, new):
     def mutate(monkeypatch):
-        real = objective.sampled_loss
+        real = loss_module.sampled_loss
 
         def wrong(*args):
             *sides, labels, loss = args
@@ -72,14 +75,14 @@ def wrong_estimator(old, new):
                 loss = dataclasses.replace(loss, objective=loss.objective.model_copy(update={"estimator": new}))
             return real(*sides, labels, loss)
 
-        monkeypatch.setattr(objective, "sampled_loss", wrong)
+        monkeypatch.setattr(loss_module, "sampled_loss", wrong)
 
     return mutate
 
 
 def wrong_k1(monkeypatch):
     """k1 differentiated as a loss, which is zero in expectation."""
-    real = objective.sampled_loss
+    real = loss_module.sampled_loss
 
     def wrong(*args):
         loss_N, value_N, stats = real(*args)
@@ -88,7 +91,7 @@ def wrong_k1(monkeypatch):
             loss_N = head(student_hidden).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
         return loss_N, value_N, stats
 
-    monkeypatch.setattr(objective, "sampled_loss", wrong)
+    monkeypatch.setattr(loss_module, "sampled_loss", wrong)
 
 
 def wrong_terms(monkeypatch):

@@ -5,12 +5,14 @@ import sys
 
 import pytest
 
-READERS = ["claims", "comparison", "figures", "findings", "reader", "report", "results", "runlog", "statistics"]
-RECIPES = ["config", "estimates", "planning", "study", "study_file", "tables", "tasks", "types"]
-OTHERS = ["answers", "files", "progress"]
+READERS = ["claims", "comparison", "figures", "findings", "page", "terminal", "viewer"]
+REPORT = [f"report.{name}" for name in READERS]
+RUNS = ["runs.results", "runs.run_folder", "statistics"]
+STUDY = ["study.estimates", "study.file", "study.planning", "study.run"]
+OTHERS = ["answers", "config", "console.progress", "files", "tasks", "tasks.tables", "types"]
 
 
-@pytest.mark.parametrize("module", [*READERS, *RECIPES, *OTHERS])
+@pytest.mark.parametrize("module", [*REPORT, *RUNS, *STUDY, *OTHERS])
 def test_it_loads_without_torch(module):
     """In a fresh interpreter, so that what other tests have loaded does not count."""
     program = f"import sys, potstill.{module}; print({{'torch', 'transformers'}} & set(sys.modules))"

@@ -10,7 +10,7 @@ from conftest import tiny_recipe
 from potstill import evaluate, train
 from potstill.config import Evaluation
 from potstill.evaluation import make_problems
-from potstill.runlog import read_rows
+from potstill.runs.run_folder import read_rows
 
 pytestmark = pytest.mark.real
 

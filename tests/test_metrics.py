@@ -4,8 +4,8 @@ import dataclasses
 
 from conftest import make_model, make_rollout
 
-from potstill.batching import make_batch
-from potstill.metrics import before_answer
+from potstill.rollouts.batching import make_batch
+from potstill.training.metrics import before_answer
 
 
 def test_texts_go_with_rollouts_by_their_place():

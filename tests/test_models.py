@@ -6,7 +6,7 @@ import torch
 from conftest import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from potstill.models import (
+from potstill.models.language_model import (
     ASSETS,
     LanguageModel,
     ModelError,
@@ -15,7 +15,7 @@ from potstill.models import (
     load_model,
     save_model,
 )
-from potstill.probe import check_logits
+from potstill.models.probe import check_logits
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import make_model, make_rollout
 
-from potstill.batching import make_batches
 from potstill.config import Objective
-from potstill.divergence import token_divergence
-from potstill.objective import Loss, batch_loss, sampled_loss, teacher_signal
+from potstill.kl.definition import token_divergence
+from potstill.objectives.loss import Loss, batch_loss, sampled_loss, teacher_signal
+from potstill.rollouts.batching import make_batches
 from potstill.types import NonFiniteError
 
 ROLLOUTS = [

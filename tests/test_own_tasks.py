@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from commands import OPD, contents, train
 
-from potstill.cli import main
-from potstill.runlog import read_json, read_rows
+from potstill.cli.app import main
+from potstill.runs.run_folder import read_json, read_rows
 from potstill.tasks import TASKS, make_task
 from potstill.tasks.own import OwnTask
 from potstill.types import Example
@@ -17,7 +17,7 @@ from potstill.types import Example
 TASK = """
 import random
 from dataclasses import dataclass
-from potstill.grading import Grade
+from potstill.answers.grading import Grade
 from potstill.types import Example
 
 @dataclass

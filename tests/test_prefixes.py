@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import interrupted_at, tiny_recipe
 
-from potstill import runlog
 from potstill.config import Objective, RecipeError, Sampling, make_recipe
-from potstill.prefixes import Writing, student_places, write_rollouts
-from potstill.sampling import sample
-from potstill.training import train
+from potstill.models.sampling import sample
+from potstill.rollouts.prefixes import Writing, student_places, write_rollouts
+from potstill.runs import run_folder
+from potstill.training.loop import train
 from potstill.types import Example, Prompt
 
 WINDOW = 12
@@ -115,7 +115,7 @@ def test_a_mixture_of_one_is_that_one(student, teacher):
 def test_training_splits_every_metric_by_writer(tmp_path, objective):
     recipe = tiny_recipe(tmp_path / "run", objective={"prefix": "mixed", "kl": "reverse"} | objective)
     train(recipe, quiet=True)
-    for row in runlog.read_rows(tmp_path / "run/metrics.jsonl"):
+    for row in run_folder.read_rows(tmp_path / "run/metrics.jsonl"):
         parts = row["by_writer"]
         counts = {writer: part["num_loss_tokens"] for writer, part in parts.items()}
         assert sum(counts.values()) == row["num_loss_tokens"] and min(counts.values()) > 0
@@ -126,7 +126,7 @@ def test_training_splits_every_metric_by_writer(tmp_path, objective):
         # The shipped student answers within the window now and then; what comes after the answer does not count.
         before = [part["student_entropy_before_answer"] for part in parts.values()]
         assert min(before) <= row["student_entropy_before_answer"] <= max(before)
-    (first, *_) = runlog.read_rows(tmp_path / "run/samples.jsonl")
+    (first, *_) = run_folder.read_rows(tmp_path / "run/samples.jsonl")
     assert sum(num for _, num in first["writers"]) == len(first["tokens"])
 
 
@@ -136,7 +136,7 @@ def test_rollouts_are_used_again_and_survive_a_resume(tmp_path):
         return tiny_recipe(tmp_path / name, train={"steps": 7, "checkpoint_every": 2}, **sections)
 
     whole = train(recipe("whole"), quiet=True)
-    rows = runlog.read_rows(tmp_path / "whole/metrics.jsonl")
+    rows = run_folder.read_rows(tmp_path / "whole/metrics.jsonl")
     assert [row["rollout_age"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
     assert len({row["length"] for row in rows[:3]}) == 1 and rows[0]["loss"] != rows[1]["loss"]
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import potstill
 from potstill.config import Evaluation
-from potstill.models import LanguageModel, ModelError
-from potstill.probe import probe, ready
+from potstill.models.language_model import LanguageModel, ModelError
+from potstill.models.probe import probe, ready
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_cache_that_forgets_is_caught(tok):
 def test_a_model_is_probed_once(tok, monkeypatch):
     model = ready(make_tiny(tok), tok)
     copy = model.around(make_tiny(tok), "copy")
-    monkeypatch.setattr("potstill.probe.check_logits", None)
+    monkeypatch.setattr("potstill.models.probe.check_logits", None)
     assert ready(model) is model and ready(copy) is copy
     assert model.model.training is False
     with pytest.raises(TypeError):

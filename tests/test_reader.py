@@ -15,14 +15,14 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import potstill
-from potstill import runlog
-from potstill.cache_build import build_cache
+from potstill.cache.build import build_cache
 from potstill.config import CacheOptions, Objective
-from potstill.models import ASSETS, LanguageModel
-from potstill.objective import Loss
-from potstill.reader import reader_data
-from potstill.results import Entry
-from potstill.samples import NUM_CHOICES, scored_samples
+from potstill.models.language_model import ASSETS, LanguageModel
+from potstill.objectives.loss import Loss
+from potstill.report.viewer import reader_data
+from potstill.runs import run_folder
+from potstill.runs.results import Entry
+from potstill.training.rollout_log import NUM_CHOICES, scored_samples
 
 CPU = torch.device("cpu")
 # Of the last digit logged, and what float32 loses before it.
@@ -89,7 +89,7 @@ def check_shipped(row) -> tuple[Tensor, Tensor]:
 
 def test_numbers_are_those_of_the_initial_models_whole_logits(tmp_path):
     potstill.train(tiny_recipe(tmp_path / "run", objective={"prefix": "student", "kl": "reverse"}), quiet=True)
-    rows = runlog.read_rows(tmp_path / "run/samples.jsonl")
+    rows = run_folder.read_rows(tmp_path / "run/samples.jsonl")
     assert [row["step"] for row in rows] == [1, 1, 2, 2, 4, 4]
     for row in rows[:2]:
         check_shipped(row)
@@ -145,11 +145,11 @@ def test_samples_take_no_pass_of_either_model(tmp_path, monkeypatch, objective):
     monkeypatch.setattr(LanguageModel, "forward", counted)
     num_passes = []
     for num in (0, 2):
-        monkeypatch.setattr("potstill.training.NUM_LOGGED_SAMPLES", num)
+        monkeypatch.setattr("potstill.training.loop.NUM_LOGGED_SAMPLES", num)
         passes.clear()
         recipe = tiny_recipe(tmp_path / str(num), objective=objective, train={"steps": 1})
         potstill.train(recipe, quiet=True)
-        rows = runlog.read_rows(recipe.out / "samples.jsonl") if num else []
+        rows = run_folder.read_rows(recipe.out / "samples.jsonl") if num else []
         assert len(rows) == num
         num_passes.append(list(passes))
     assert num_passes[0] == num_passes[1] and len(num_passes[0]) >= 4
@@ -170,7 +170,7 @@ def test_every_signal_logs_what_it_knows(tmp_path, objective, has_teacher):
     """And of its own tokens: batches are so small that the first rollouts are in the middle of a step's batches."""
     recipe = tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 1, "tokens_per_batch": 64})
     potstill.train(recipe, quiet=True)
-    rows = runlog.read_rows(tmp_path / "run/samples.jsonl")
+    rows = run_folder.read_rows(tmp_path / "run/samples.jsonl")
     assert len(rows) == 2
     for row in rows:
         if not has_teacher:
@@ -207,7 +207,7 @@ def test_caches_log_what_they_hold(tmp_path):
         train = {"steps": 1}
         recipe = tiny_recipe(tmp_path / f"run-{name}", objective=objective, teacher=cache, train=train, data=data)
         potstill.train(recipe, quiet=True)
-        rows[name] = runlog.read_rows(recipe.out / "samples.jsonl")[0]
+        rows[name] = run_folder.read_rows(recipe.out / "samples.jsonl")[0]
     hidden_row, topk_row = rows["hidden"], rows["topk"]
     assert hidden_row["tokens"] == topk_row["tokens"] and topk_row["kept"] == 4
     for mine, theirs in zip(hidden_row["forward_kl"], topk_row["forward_kl"], strict=True):

@@ -10,16 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from potstill.batching import make_batch
 from potstill.config import METHODS, Objective, Sampling, load_recipe
-from potstill.data import load_examples, make_prompts
-from potstill.ends import end_set
-from potstill.models import LanguageModel, load_model
-from potstill.objective import Loss, batch_loss, teacher_signal
-from potstill.sampling import sample
-from potstill.training import train
-from potstill.types import Batch, Example, Prompt, Rollout, Writer
-from potstill.vocabulary import shared_vocab_size
+from potstill.models.batch import Batch
+from potstill.models.language_model import LanguageModel, load_model
+from potstill.models.sampling import sample
+from potstill.objectives.loss import Loss, batch_loss, teacher_signal
+from potstill.prompts.examples import load_examples, make_prompts
+from potstill.rollouts.batching import make_batch
+from potstill.teachers.ends import end_set
+from potstill.teachers.vocabulary import shared_vocab_size
+from potstill.training.loop import train
+from potstill.types import Example, Prompt, Rollout, Writer
 
 pytestmark = pytest.mark.real
 

@@ -17,12 +17,12 @@ from conftest import browsed, in_a_browser, tiny_recipe
 from synthetic_runs import evaluate, write_run
 
 import potstill
-from potstill.claims import Claim
-from potstill.comparison import grids, make_groups, metrics_of, problem_values, stored
 from potstill.files import append
-from potstill.report import table, table_note, with_policy, write_report
-from potstill.results import group_by_seed, read_entry, recipe_key
-from potstill.runlog import RunError
+from potstill.report.comparison import grids, make_groups, metrics_of, problem_values, stored
+from potstill.report.page import table, table_note, with_policy, write_report
+from potstill.report.questions import Claim
+from potstill.runs.results import group_by_seed, read_entry, recipe_key
+from potstill.runs.run_folder import RunError
 from potstill.statistics import Estimate, seeds_and_problems
 
 DECISION = {"teacher_entropy": None, "truncation": 0.1, "teacher_truncation": 0.0, "repetition": 0.0, "threshold": 0.1}
@@ -162,7 +162,7 @@ def test_unfinished_runs_are_refused(runs, tmp_path):
 
 def test_the_report_does_not_wait_for_torch(runs, tmp_path):
     program = (
-        "import sys; from pathlib import Path; from potstill.report import write_report;"
+        "import sys; from pathlib import Path; from potstill.report.page import write_report;"
         f"write_report([Path({str(runs / 'opd')!r})], Path({str(tmp_path / 'r.html')!r}));"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
@@ -318,7 +318,7 @@ def test_verdicts_are_words_with_their_runs(study, tmp_path, monkeypatch):
         Claim("c3", f"It is cheap {ATTACK}.", "GFLOP", Estimate(0.1, -1.0, 1.0), "%", (pair,), "undecided", "d3"),
         Claim("c4", "It is best.", "Avg", None, "points", (), "not measured", "d4"),
     ]
-    monkeypatch.setattr("potstill.report.claims", lambda entries: found)
+    monkeypatch.setattr("potstill.report.numbers.claims", lambda entries: found)
     page = write_report(pair, tmp_path / "report.html")
     rows = re.findall(r"<tr><td><b>c\d.*?</tr>|<li><b>c\d.*?</li>", page.read_text(), re.DOTALL)
     assert [each.verdict in row for each, row in zip(found, rows, strict=True)] == [True] * 4

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from test_runlog import EVALUATION, FAST, assert_same_run, kill, rows_of, weights_of
 
 import potstill
-from potstill import evaluation, files, runlog
-from potstill.cli import main
+from potstill import evaluation, files
+from potstill.cli.app import main
 from potstill.config import load_any_recipe, load_recipe, to_toml
-from potstill.models import ModelError, load_model
-from potstill.rates import learning_rate
-from potstill.results import EVAL_COLUMNS, read_entry
-from potstill.runlog import RunError
+from potstill.models.language_model import ModelError, load_model
+from potstill.runs import run_folder
+from potstill.runs.results import EVAL_COLUMNS, read_entry
+from potstill.runs.run_folder import RunError
+from potstill.training.rates import learning_rate
 
 
 def recipe_of(out, **sections):
@@ -120,12 +121,12 @@ def test_a_finished_run_is_evaluated_anew(finished, whole, forks):
     """In other settings, without its checkpoint, and by a process that is killed in the middle."""
     shutil.rmtree(finished / "checkpoint")
     first = recipe_of(finished, evaluation=EVALUATION)
-    assert not runlog.is_done(finished, first) and runlog.is_trained(finished, first)
+    assert not run_folder.is_done(finished, first) and run_folder.is_trained(finished, first)
     assert forks.call(finished, evaluate_and_be_killed, str(finished)).is_killed
     assert len(rows_of(finished, "evals.jsonl")) == 2
-    assert not runlog.is_done(finished, first)
+    assert not run_folder.is_done(finished, first)
     result = potstill.train(first, quiet=True)
-    assert runlog.is_done(finished, first) and result.metrics["step"] == 4
+    assert run_folder.is_done(finished, first) and result.metrics["step"] == 4
     assert [row["temperature"] for row in rows_of(finished, "evals.jsonl")] == [1.0, 0.6]
     second = recipe_of(finished, evaluation=EVALUATION | {"temperatures": [0.3]})
     potstill.train(second, quiet=True)
@@ -159,7 +160,7 @@ def test_a_finished_run_is_extended(finished, whole, tmp_path):
     now = load_recipe(finished / "recipe.toml")
     assert now.train.steps == 8 and now.train.extended == ((4, 4),)
     assert rows_of(finished)[:4] == rows_of(whole) and [row["step"] for row in rows_of(finished)] == list(range(1, 9))
-    assert runlog.is_done(finished, now)
+    assert run_folder.is_done(finished, now)
     afresh = recipe_of(tmp_path / "afresh", train={"steps": 8, "extended": [[4, 4]]})
     potstill.train(afresh, quiet=True)
     assert_same_run(finished, tmp_path / "afresh")
@@ -189,7 +190,7 @@ TO_EXTEND = {"weight_schedule": {"schedule": "linear"}, "objective": {"prefix": 
 
 
 def extend_and_be_killed(out):
-    runlog.finish = kill
+    run_folder.finish = kill
     potstill.train(recipe_of(out, **TO_EXTEND), extend_to=7, quiet=True)
 
 
@@ -221,7 +222,7 @@ def test_what_cannot_be_extended(tmp_path, finished):
         potstill.train(recipe_of(finished), extend_to=3, quiet=True)
     with pytest.raises(RunError, match=r"train.lr is "):
         potstill.train(recipe_of(finished, train={"lr": 0.1}), extend_to=9, quiet=True)
-    assert runlog.is_done(finished, recipe_of(finished))
+    assert run_folder.is_done(finished, recipe_of(finished))
     potstill.train(recipe_of(tmp_path / "spent", train={"flops": 1e6}), quiet=True)
     with pytest.raises(RunError, match=r"ends by train.flops"):
         potstill.train(recipe_of(tmp_path / "spent", train={"flops": 1e6}), extend_to=9, quiet=True)
@@ -243,9 +244,9 @@ def test_ctrl_c_says_what_is_saved(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     for where, said in (
-        ("potstill.setup.ready", "nothing was saved yet: the same command begins again"),
-        ("potstill.training.accumulate_gradients", "nothing was saved yet: the same command begins again"),
-        ("potstill.training.evaluate", "step 4 was saved last, and the same command goes on from there"),
+        ("potstill.training.setup.ready", "nothing was saved yet: the same command begins again"),
+        ("potstill.training.loop.accumulate_gradients", "nothing was saved yet: the same command begins again"),
+        ("potstill.training.loop.evaluate", "step 4 was saved last, and the same command goes on from there"),
     ):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(where, interrupted)

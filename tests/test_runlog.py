@@ -13,11 +13,13 @@ from synthetic_runs import evaluate as evaluated
 from synthetic_runs import write_run
 
 import potstill
-from potstill import checkpoint, files, runlog
-from potstill.cli import main
-from potstill.models import load_model
-from potstill.results import read_entry
-from potstill.runlog import RunError
+from potstill import files
+from potstill.cli.app import main
+from potstill.models.language_model import load_model
+from potstill.runs import run_folder
+from potstill.runs.results import read_entry, read_panels
+from potstill.runs.run_folder import RunError
+from potstill.training import checkpoint
 
 TIMES = [f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")]
 # No rollouts are sampled, so that a step takes some milliseconds.
@@ -25,7 +27,7 @@ FAST = {"data": {"source": "multiplication:persona"}, "objective": {"prefix": "d
 
 
 def rows_of(folder, name="metrics.jsonl"):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in runlog.read_rows(folder / name)]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in run_folder.read_rows(folder / name)]
 
 
 def weights_of(folder):
@@ -184,7 +186,7 @@ def test_append_cuts_a_torn_row_back(tmp_path):
     for before, kept in ((b"", []), (b'{"a": 1}\n', [{"a": 1}]), (b'{"a": 1}\n{"a":', [{"a": 1}]), (b'{"a"', [])):
         path.write_bytes(before)
         files.append(path, {"a": "é\u2028"})
-        assert runlog.read_rows(path) == [*kept, {"a": "é\u2028"}]
+        assert run_folder.read_rows(path) == [*kept, {"a": "é\u2028"}]
         assert path.read_bytes().endswith(b"\n")
 
 
@@ -201,7 +203,7 @@ def test_append_cuts_a_torn_row_back(tmp_path):
 def test_broken_rows_are_named_by_file_and_line(tmp_path, text, message):
     (tmp_path / "rows.jsonl").write_bytes(text)
     with pytest.raises(RunError, match=message):
-        runlog.read_rows(tmp_path / "rows.jsonl", ("step",))
+        run_folder.read_rows(tmp_path / "rows.jsonl", ("step",))
 
 
 GARBAGE = {"broken": b'{"a": \n', "no keys": b"{}\n", "a list": b"[]\n", "not UTF-8": b"\xff\xfe\x00\n"}
@@ -227,7 +229,7 @@ def test_a_damaged_evaluation_file_or_plan_is_refused(tmp_path, garbage):
     (tmp_path / "study/plan.json").write_bytes(data)
     for path, name in ((tmp_path / "evaluation.json", "evaluation"), (tmp_path / "study", "plan")):
         with pytest.raises(RunError, match=rf"{name}.json'.*; restore it, or remove it"):
-            potstill.results.read_panels([path])
+            read_panels([path])
 
 
 def test_a_damaged_environment_is_refused_before_any_step(stopped):
@@ -244,7 +246,7 @@ def kill(*given):
 
 
 def train_and_be_killed_before_done(out):
-    runlog.finish = kill
+    run_folder.finish = kill
     potstill.train(tiny_recipe(out, evaluation=EVALUATION, **FAST), quiet=True)
 
 
@@ -271,7 +273,7 @@ def test_a_kill_between_evaluation_and_done_doubles_no_rows(tmp_path, forks):
 def test_logs_reach_the_disk_before_what_makes_them_unrepeatable(tmp_path, monkeypatch):
     """The order of flushes and renames: logs, then the checkpoint's name; the model, then DONE."""
     events = []
-    fsync, rename, replace = os.fsync, runlog.Path.rename, runlog.Path.replace
+    fsync, rename, replace = os.fsync, run_folder.Path.rename, run_folder.Path.replace
 
     def note_fsync(descriptor):
         events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(tmp_path))))
@@ -285,8 +287,8 @@ def test_logs_reach_the_disk_before_what_makes_them_unrepeatable(tmp_path, monke
         return renamed
 
     monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(runlog.Path, "rename", note(rename))
-    monkeypatch.setattr(runlog.Path, "replace", note(replace))
+    monkeypatch.setattr(run_folder.Path, "rename", note(rename))
+    monkeypatch.setattr(run_folder.Path, "replace", note(replace))
     potstill.train(tiny_recipe(tmp_path / "run", **FAST), quiet=True)
     named = events.index(("name", "/run/checkpoint/step-000004"))
     last = events.index(("name", "/run/checkpoint/step-000002"))
@@ -311,9 +313,9 @@ def train_and_be_killed_in_a_checkpoint(out, kill_at):
 
         return call
 
-    for owner, name in ((runlog.Path, "rename"), (shutil, "rmtree")):
+    for owner, name in ((run_folder.Path, "rename"), (shutil, "rmtree")):
         setattr(owner, name, counted(getattr(owner, name)))
-    for owner in (checkpoint, runlog, files):
+    for owner in (checkpoint, run_folder, files):
         owner.flush = counted(owner.flush)
     potstill.train(tiny_recipe(out, **FAST), quiet=True)
 

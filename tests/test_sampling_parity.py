@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from potstill.config import Sampling
-from potstill.models import load_model
-from potstill.sampling import draw, sample, truncate
+from potstill.models.language_model import load_model
+from potstill.models.sampling import draw, sample, truncate
 from potstill.tasks.multiplication import WRITERS, Multiplication, write_trace
 
 SHIPPED = ("potstill:base", "potstill:teacher")

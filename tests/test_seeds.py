@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from potstill.config import Objective, Sampling
-from potstill.prefixes import Writing, student_places, write_rollouts
+from potstill.rollouts.prefixes import Writing, student_places, write_rollouts
 from potstill.seeds import Stream, round_key, stream_key
 from potstill.types import Example, Prompt
 

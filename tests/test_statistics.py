@@ -5,14 +5,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from potstill.statistics import (
-    holm,
-    mean_over_problems,
-    paired,
-    pass_at_k,
-    ratio_over_problems,
-    seeds_and_problems,
-)
+from potstill.statistics import holm, mean_over_problems, paired, pass_at_k, ratio_over_problems, seeds_and_problems
 
 
 @pytest.mark.parametrize("num_responses", [1, 4, 6])

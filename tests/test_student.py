@@ -8,14 +8,14 @@ from conftest import tiny_recipe
 from odd_models import make_tiny, make_tokenizer
 
 import potstill
-from potstill import runlog
 from potstill.config import Evaluation, Sampling
 from potstill.evaluation import prepare_problems
-from potstill.models import ModelError
-from potstill.probe import ready
-from potstill.rope import refuse_crossing
-from potstill.sampling import sample
-from potstill.weights import cautions, share_that_moves
+from potstill.models.language_model import ModelError
+from potstill.models.probe import ready
+from potstill.models.sampling import sample
+from potstill.models.weights import cautions, share_that_moves
+from potstill.runs import run_folder
+from potstill.teachers.rope import refuse_crossing
 
 GPT2: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512}
 DROPS: dict[str, Any] = {"attn_pdrop": 0.3, "embd_pdrop": 0.3, "resid_pdrop": 0.3}
@@ -47,11 +47,11 @@ def test_a_model_that_teaches_itself_learns_nothing_without_dropout(tok, tmp_pat
     )
     student = make_tiny(tok, "gpt2", **(GPT2 | DROPS))
     potstill.train(recipe, student=student, tokenizer=tok, prompts=["The", "loss", "is", "one"], quiet=True)
-    (row,) = runlog.read_rows(tmp_path / "run/metrics.jsonl")
+    (row,) = run_folder.read_rows(tmp_path / "run/metrics.jsonl")
     assert row["loss"] > 0.05 if dropout else abs(row["loss"]) < 1e-6
     assert abs(row["reverse_kl"] - row["loss"]) < 1e-6
     # Logged rollouts are of the student that wrote, which is its teacher still.
-    samples = runlog.read_rows(tmp_path / "run/samples.jsonl")
+    samples = run_folder.read_rows(tmp_path / "run/samples.jsonl")
     assert len(samples) == 2 and all(abs(kl) < 1e-4 for row in samples for kl in row["forward_kl"])
 
 

@@ -9,16 +9,17 @@ import time
 import pytest
 from conftest import tiny_recipe
 
-from potstill import planning
-from potstill.cli import main, split_overrides
+from potstill.cli.app import main
+from potstill.cli.overrides import split_overrides
 from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
-from potstill.estimates import estimate
 from potstill.files import append
-from potstill.planning import SWEEP_EVALUATION_SEED, choose, plan
-from potstill.results import EVAL_COLUMNS, read_panels
-from potstill.runlog import finish, is_done, read_rows
-from potstill.study import run_study
-from potstill.study_file import read_study_file
+from potstill.runs.results import EVAL_COLUMNS, read_panels
+from potstill.runs.run_folder import finish, is_done, read_rows
+from potstill.study import planning
+from potstill.study.estimates import estimate
+from potstill.study.file import read_study_file
+from potstill.study.planning import SWEEP_EVALUATION_SEED, choose, plan
+from potstill.study.run import run_study
 
 HEAD = """
 out = "{out}"

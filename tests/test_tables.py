@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from potstill.data import load_examples
-from potstill.tables import read_rows
+from potstill.prompts.examples import load_examples
 from potstill.tasks import make_task
+from potstill.tasks.tables import read_rows
 from potstill.types import DataError
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from potstill.character_tokenizer import build_tokenizer
+from potstill.models.character_tokenizer import build_tokenizer
 from potstill.tasks.columns import BEHAVIOURS, SETTINGS, Columns, styles_of
 from potstill.tasks.multiplication import MAX_TEST_PROBLEMS, WRITERS, Multiplication, is_test_problem
 from potstill.types import Example

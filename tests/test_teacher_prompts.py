@@ -9,12 +9,12 @@ from conftest import interrupted_at, make_rollout, tiny_recipe
 from safetensors.torch import load_file
 
 import potstill
-from potstill import runlog
-from potstill.batching import make_batches
 from potstill.config import Objective, RecipeError, Sampling, make_recipe
-from potstill.objective import Loss, teacher_signal
-from potstill.prefixes import Writing, write_rollouts
-from potstill.sampling import sample
+from potstill.models.sampling import sample
+from potstill.objectives.loss import Loss, teacher_signal
+from potstill.rollouts.batching import make_batches
+from potstill.rollouts.prefixes import Writing, write_rollouts
+from potstill.runs import run_folder
 from potstill.types import DataError
 
 
@@ -83,10 +83,10 @@ def test_a_student_learns_from_itself_with_a_hint_and_resumes(tmp_path, capsys, 
 
     whole = potstill.train(recipe("whole", prompt_column="hint"))
     assert "the teacher reads: " in capsys.readouterr().err
-    rows = runlog.read_rows(tmp_path / "whole/metrics.jsonl")
+    rows = run_folder.read_rows(tmp_path / "whole/metrics.jsonl")
     # The same model with the same prompt has nothing to say.
     potstill.train(recipe("nothing"), quiet=True)
-    nothing = runlog.read_rows(tmp_path / "nothing/metrics.jsonl")
+    nothing = run_folder.read_rows(tmp_path / "nothing/metrics.jsonl")
     assert rows[0]["loss"] > 1e-3 and abs(nothing[0]["loss"]) < 1e-6
     environment = json.loads((tmp_path / "whole/environment.json").read_text())
     assert environment["models"]["teacher"]["weights"] == environment["models"]["student"]["weights"]

@@ -4,8 +4,9 @@ import pytest
 from conftest import tiny_recipe
 
 import potstill
-from potstill import runlog, setup
-from potstill.teachers import Teacher
+from potstill.runs import run_folder
+from potstill.teachers.protocol import Teacher
+from potstill.training import setup
 
 MEMBERS = [name for name in vars(Teacher) if not name.startswith("_")]
 
@@ -20,7 +21,7 @@ class Elsewhere:
 
 def rows_of(folder):
     """A run's log without what depends on the machine's speed."""
-    rows = runlog.read_rows(folder / "metrics.jsonl")
+    rows = run_folder.read_rows(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
@@ -36,7 +37,7 @@ def test_a_teacher_of_another_kind_trains_the_same(tmp_path, monkeypatch, object
     monkeypatch.setattr(setup, "load_teacher", lambda *given: Elsewhere(load_teacher(*given), decoder=None))
     potstill.train(recipes[1], quiet=True)
     assert rows_of(tmp_path / "elsewhere") == rows_of(tmp_path / "live")
-    models = [runlog.read_json(tmp_path / name / "environment.json")["models"] for name in ("live", "elsewhere")]
+    models = [run_folder.read_json(tmp_path / name / "environment.json")["models"] for name in ("live", "elsewhere")]
     assert models[0] == models[1]
 
 
@@ -51,5 +52,5 @@ def test_the_gate_takes_a_teacher_at_its_word(tmp_path, monkeypatch):
         monkeypatch.setattr(setup, "load_teacher", lambda *given, made=made: Elsewhere(load_teacher(*given), **made))
         out = tmp_path / str(can_score)
         potstill.train(tiny_recipe(out, objective={"prefix": "student"}, window=gate, train={"steps": 2}), quiet=True)
-        probed[can_score] = runlog.read_rows(out / "window.jsonl")[0]
+        probed[can_score] = run_folder.read_rows(out / "window.jsonl")[0]
     assert probed[True]["teacher_entropy"] is not None and probed[False]["teacher_entropy"] is None

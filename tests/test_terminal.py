@@ -5,10 +5,10 @@ import json
 import pytest
 from synthetic_runs import evaluate, write_run
 
-from potstill.cli import main
-from potstill.report import write_report
-from potstill.results import read_entry
-from potstill.terminal import WIDTH, print_summary, print_table
+from potstill.cli.app import main
+from potstill.report.page import write_report
+from potstill.report.terminal import WIDTH, print_summary, print_table
+from potstill.runs.results import read_entry
 
 CORNERS = {
     "DAgger": {"prefix": "student", "kl": "forward"},

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fused import ENDS, HEADS, TERMS, assert_near, combined, make_inputs
 
-from potstill import topk
-from potstill.fused import fused_loss
-from potstill.topk import top_k_loss, top_k_of
-from potstill.types import LossTerms, NonFiniteError, TokenStats
+from potstill.kl import topk
+from potstill.kl.fused import fused_loss
+from potstill.kl.terms import LossTerms, TokenStats
+from potstill.kl.topk import top_k_loss, top_k_of
+from potstill.types import NonFiniteError
 
 
 def coarse_statistics(inputs, ids_NK, temperature, end_ids, teacher_entropy_N, vocab_size=131) -> TokenStats:

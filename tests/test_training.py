@@ -14,12 +14,13 @@ from conftest import make_model, tiny_recipe
 from safetensors.torch import load_file
 
 import potstill
-from potstill import runlog, step
 from potstill.config import METHODS, RecipeError, to_toml
-from potstill.models import ModelError
-from potstill.probe import ready
-from potstill.rates import learning_rate
+from potstill.models.language_model import ModelError
+from potstill.models.probe import ready
+from potstill.runs import run_folder
 from potstill.seeds import step_indices
+from potstill.training import step
+from potstill.training.rates import learning_rate
 from potstill.types import DataError, NonFiniteError
 
 TIMES = [f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")]
@@ -28,7 +29,7 @@ TIMES = [f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "
 def logged(folder):
     return [
         {key: value for key, value in row.items() if key not in TIMES}
-        for row in runlog.read_rows(folder / "metrics.jsonl")
+        for row in run_folder.read_rows(folder / "metrics.jsonl")
     ]
 
 
@@ -41,7 +42,7 @@ def test_each_cell_learns(tmp_path, method):
     losses = [row["loss"] for row in logged(result.folder)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert result.metrics["prefix"] == METHODS[method].prefix
-    assert runlog.is_done(result.folder, recipe)
+    assert run_folder.is_done(result.folder, recipe)
 
 
 def test_the_loss_is_the_kl_that_was_asked_for(tmp_path):
@@ -81,7 +82,7 @@ def test_run_folder_and_saved_model(tmp_path):
     assert AutoTokenizer.from_pretrained(result.folder / "model").decode([5, 6]) == "12"
     for mine, saved in zip(result.student.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, saved)
-    assert [row["temperature"] for row in runlog.read_rows(result.folder / "evals.jsonl")] == [1.0, 0.6]
+    assert [row["temperature"] for row in run_folder.read_rows(result.folder / "evals.jsonl")] == [1.0, 0.6]
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):
@@ -105,7 +106,7 @@ def test_python_objects_take_the_place_of_names(tmp_path):
         quiet=True,
     )
     assert result.student.model is student.model
-    assert {row["prompt"] for row in runlog.read_rows(result.folder / "samples.jsonl")} <= {
+    assert {row["prompt"] for row in run_folder.read_rows(result.folder / "samples.jsonl")} <= {
         "<bos>__12*3=",
         "<bos>_123*4=",
     }
@@ -149,7 +150,7 @@ def test_the_end_set_of_the_student_alone_ends_nothing_else(tmp_path, capsys, mo
         environment = json.loads((result.folder / "environment.json").read_text())
         # Which ids are one class in the loss is another question.
         assert environment["end_ids"] == end_ids and environment["end_class"] == [2, 22]
-        assert runlog.read_rows(result.folder / "evals.jsonl")[0]["settings"]["end_ids"] == end_ids
+        assert run_folder.read_rows(result.folder / "evals.jsonl")[0]["settings"]["end_ids"] == end_ids
         exported = json.loads((result.folder / "model" / "generation_config.json").read_text())["eos_token_id"]
         assert exported == (end_ids if len(end_ids) > 1 else end_ids[0])
         assert ('warning: rollouts.end_set is "student"' in capsys.readouterr().err) == (end_set == "student")
@@ -179,7 +180,7 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path):
     metrics = tmp_path / "killed" / "metrics.jsonl"
     for kill_after in (2, 11, 25):
         process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
-        while len(runlog.read_rows(metrics)) < kill_after:
+        while len(run_folder.read_rows(metrics)) < kill_after:
             assert process.poll() is None, "the run ended before it was killed"
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -193,7 +194,9 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path):
     )
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
-    assert runlog.read_rows(tmp_path / "killed/samples.jsonl") == runlog.read_rows(tmp_path / "whole/samples.jsonl")
+    assert run_folder.read_rows(tmp_path / "killed/samples.jsonl") == run_folder.read_rows(
+        tmp_path / "whole/samples.jsonl"
+    )
 
 
 def test_a_torn_line_and_an_unfinished_checkpoint_are_ignored(tmp_path):
@@ -226,7 +229,7 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path, broken, prefix, wh
     with pytest.raises(NonFiniteError, match=rf"step 1: {what}.*; nothing was updated. The first prompts are \d"):
         potstill.train(recipe, prompts=["__12*3="] * 9, quiet=True, **models)
     assert all(torch.equal(a, b) for a, b in zip(before, models["student"].parameters(), strict=True))
-    assert runlog.read_rows(recipe.out / "metrics.jsonl") == []
+    assert run_folder.read_rows(recipe.out / "metrics.jsonl") == []
 
 
 def test_bad_input_writes_nothing(tmp_path):
@@ -255,12 +258,12 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path):
     recipe = tiny_recipe(tmp_path / "run")
     potstill.train(recipe, quiet=True)
     before = sorted((path, path.stat().st_mtime_ns) for path in recipe.out.rglob("*"))
-    with pytest.raises(runlog.RunError, match=r"holds another recipe \(train.steps is 4 there and 5 here\)"):
+    with pytest.raises(run_folder.RunError, match=r"holds another recipe \(train.steps is 4 there and 5 here\)"):
         potstill.train(tiny_recipe(tmp_path / "run", train={"steps": 5}), quiet=True)
     assert sorted((path, path.stat().st_mtime_ns) for path in recipe.out.rglob("*")) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(runlog.RunError, match="holds no run"):
+    with pytest.raises(run_folder.RunError, match="holds no run"):
         potstill.train(tiny_recipe(tmp_path / "mine"), quiet=True)
 
 
@@ -268,17 +271,17 @@ def test_a_run_goes_on_only_with_what_it_began_with(tmp_path):
     recipe = tiny_recipe(tmp_path / "run")
     given = {"teacher": make_model(seed=1), "quiet": True}
     potstill.train(recipe, student=make_model(seed=0), prompts=["__12*3="], **given)
-    with pytest.raises(runlog.RunError, match="begun with other models"):
+    with pytest.raises(run_folder.RunError, match="begun with other models"):
         potstill.train(recipe, student=make_model(seed=7), prompts=["__12*3="], **given)
-    with pytest.raises(runlog.RunError, match="begun with other prompts"):
+    with pytest.raises(run_folder.RunError, match="begun with other prompts"):
         potstill.train(recipe, student=make_model(seed=0), prompts=["__12*4="], **given)
 
 
 def test_two_processes_cannot_share_a_run_folder(tmp_path):
     recipe = tiny_recipe(tmp_path / "run")
     with (
-        runlog.open_run(recipe, {"models": {}, "prompts": "", "date": None}),
-        pytest.raises(runlog.RunError, match="in use by another process"),
+        run_folder.open_run(recipe, {"models": {}, "prompts": "", "date": None}),
+        pytest.raises(run_folder.RunError, match="in use by another process"),
     ):
         potstill.train(recipe, quiet=True)
 
@@ -314,7 +317,7 @@ def test_learning_rate_by_hand(tmp_path):
 )
 def test_signals_of_less_than_the_whole_vocabulary_train(tmp_path, objective, capsys):
     result = potstill.train(tiny_recipe(tmp_path / "run", objective=objective))
-    rows = runlog.read_rows(tmp_path / "run/metrics.jsonl")
+    rows = run_folder.read_rows(tmp_path / "run/metrics.jsonl")
     assert len(rows) == 4 and all(row["grad_norm"] > 0 for row in rows)
     assert (result.folder / "DONE").exists() and result.metrics["loss"] == rows[-1]["loss"]
     assert "step 4/4" in capsys.readouterr().err

@@ -8,13 +8,14 @@ from conftest import make_model, tiny_recipe
 from odd_models import make_tiny, make_tokenizer, write_folder
 
 import potstill
-from potstill import runlog
 from potstill.config import CacheOptions, Evaluation, Sampling
-from potstill.models import ModelError
-from potstill.probe import ready
-from potstill.sampling import sample
+from potstill.models.language_model import ModelError
+from potstill.models.probe import ready
+from potstill.models.sampling import sample
+from potstill.runs import run_folder
+from potstill.teachers.manifest import CacheError
+from potstill.teachers.vocabulary import num_named_rows, shared_vocab_size, unshared_tokens
 from potstill.types import DataError
-from potstill.vocabulary import num_named_rows, shared_vocab_size, unshared_tokens
 
 NUM_IDS, PADDING = 314, 40
 
@@ -55,7 +56,7 @@ def test_only_shared_rows_are_drawn(tok, pair, tmp_path, source, student):
     )
     objects = {name: make_copy(pair[which]) for name, which in (("student", student), ("teacher", teacher))}
     potstill.train(recipe, **objects, tokenizer=tok, prompts=["The", "loss", "is", "one"], quiet=True)
-    assert runlog.read_rows(tmp_path / "run/metrics.jsonl")[0]["num_loss_tokens"] > 4
+    assert run_folder.read_rows(tmp_path / "run/metrics.jsonl")[0]["num_loss_tokens"] > 4
 
 
 def make_copy(model):
@@ -91,7 +92,7 @@ def test_a_cache_holds_only_shared_rows_and_says_of_how_many(tok, pair, tmp_path
     potstill.build_cache(recipe, tmp_path / "all rows", CacheOptions(), **both_wide, **given)
     teacher = recipe.teacher.model_copy(update={"cache": str(tmp_path / "all rows")})
     other = recipe.model_copy(update={"teacher": teacher, "out": tmp_path / "other"})
-    with pytest.raises(potstill.cache.CacheError, match="drawn from 354 vocabulary rows, and this student shares 314"):
+    with pytest.raises(CacheError, match="drawn from 354 vocabulary rows, and this student shares 314"):
         potstill.train(other, **objects, **given)
 
 
@@ -101,7 +102,7 @@ def test_an_evaluation_draws_tokens_that_have_a_name(tok, pair, tmp_path):
     assert num_named_rows(model) == NUM_IDS < model.vocab_size
     (row,) = potstill.evaluate(model, settings, responses=tmp_path, quiet=True)
     (file,) = tmp_path.glob("*.jsonl")
-    lengths = [(r["length"], len(r["text"])) for r in runlog.read_rows(file)]
+    lengths = [(r["length"], len(r["text"])) for r in run_folder.read_rows(file)]
     assert all(num_characters > 0 for _, num_characters in lengths) and row["length"].value > 1
 
 

@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from potstill.batching import make_batches
-    from potstill.cache_build import build_cache, verify_cache
+    from potstill.answers.grading import Grade
+    from potstill.cache.build import build_cache
+    from potstill.cache.verify import verify_cache
     from potstill.config import (
         CacheOptions,
         Evaluation,
@@ -16,19 +17,20 @@ if TYPE_CHECKING:
         load_grpo_recipe,
         load_recipe,
     )
-    from potstill.data import load_examples, make_prompts
-    from potstill.divergence import token_divergence
-    from potstill.ends import end_set
     from potstill.evaluation import evaluate
-    from potstill.fused import fused_loss, fused_statistics
-    from potstill.grading import Grade
-    from potstill.grpo import run_grpo
-    from potstill.heads import Head
-    from potstill.models import LanguageModel, load_model, save_model
-    from potstill.prefixes import Writing, write_rollouts
+    from potstill.grpo.run import run_grpo
+    from potstill.kl.definition import token_divergence
+    from potstill.kl.fused import fused_loss, fused_statistics
+    from potstill.kl.head import Head
+    from potstill.kl.terms import LossTerms, VocabShard
+    from potstill.models.language_model import LanguageModel, load_model, save_model
+    from potstill.prompts.examples import load_examples, make_prompts
+    from potstill.rollouts.batching import make_batches
+    from potstill.rollouts.prefixes import Writing, write_rollouts
     from potstill.tasks import Task
-    from potstill.training import train
-    from potstill.types import Example, LossTerms, VocabShard
+    from potstill.teachers.ends import end_set
+    from potstill.training.loop import train
+    from potstill.types import Example
 
 # Imported on first use, so that `potstill --help` does not wait for torch.
 _HOMES = {
@@ -40,29 +42,29 @@ _HOMES = {
     "Recipe": "potstill.config",
     "load_grpo_recipe": "potstill.config",
     "load_recipe": "potstill.config",
-    "make_batches": "potstill.batching",
-    "build_cache": "potstill.cache_build",
-    "verify_cache": "potstill.cache_build",
-    "load_examples": "potstill.data",
-    "make_prompts": "potstill.data",
-    "token_divergence": "potstill.divergence",
-    "end_set": "potstill.ends",
+    "make_batches": "potstill.rollouts.batching",
+    "build_cache": "potstill.cache.build",
+    "verify_cache": "potstill.cache.verify",
+    "load_examples": "potstill.prompts.examples",
+    "make_prompts": "potstill.prompts.examples",
+    "token_divergence": "potstill.kl.definition",
+    "end_set": "potstill.teachers.ends",
     "evaluate": "potstill.evaluation",
-    "fused_loss": "potstill.fused",
-    "fused_statistics": "potstill.fused",
-    "Grade": "potstill.grading",
-    "run_grpo": "potstill.grpo",
-    "Head": "potstill.heads",
-    "LanguageModel": "potstill.models",
-    "load_model": "potstill.models",
-    "save_model": "potstill.models",
-    "Writing": "potstill.prefixes",
-    "write_rollouts": "potstill.prefixes",
+    "fused_loss": "potstill.kl.fused",
+    "fused_statistics": "potstill.kl.fused",
+    "Grade": "potstill.answers.grading",
+    "run_grpo": "potstill.grpo.run",
+    "Head": "potstill.kl.head",
+    "LanguageModel": "potstill.models.language_model",
+    "load_model": "potstill.models.language_model",
+    "save_model": "potstill.models.language_model",
+    "Writing": "potstill.rollouts.prefixes",
+    "write_rollouts": "potstill.rollouts.prefixes",
     "Task": "potstill.tasks",
-    "train": "potstill.training",
+    "train": "potstill.training.loop",
     "Example": "potstill.types",
-    "LossTerms": "potstill.types",
-    "VocabShard": "potstill.types",
+    "LossTerms": "potstill.kl.terms",
+    "VocabShard": "potstill.kl.terms",
 }
 __all__ = [
     "CacheOptions",

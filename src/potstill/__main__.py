@@ -1,12 +1,12 @@
 """The program `potstill`: where Python starts the command line."""
 
-from potstill.boundary import boundary
+from potstill.console.boundary import boundary
 
 
 def main() -> None:
     """The command: guarded before anything else is imported, which can take seconds."""
     with boundary():
-        from potstill.cli import run
+        from potstill.cli.app import run
 
         run()
 

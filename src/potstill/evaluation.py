@@ -10,32 +10,24 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from potstill.config import (
-    Evaluation,
-    GrpoRecipe,
-    Recipe,
-    RecipeError,
-    Sampling,
-    run_evaluation,
-    to_toml,
-)
-from potstill.data import make_prompts, prompt_notes
-from potstill.ends import end_set, named_end_ids
+from potstill.answers.grading import Grade, majority
+from potstill.config import Evaluation, GrpoRecipe, Recipe, RecipeError, Sampling, run_evaluation, to_toml
+from potstill.console.printable import say
+from potstill.console.progress import token_bar
 from potstill.files import append, flush, write_atomically, write_rows
-from potstill.grading import Grade, majority
-from potstill.models import LanguageModel, fingerprint
-from potstill.printable import say
-from potstill.probe import ready
-from potstill.progress import token_bar
-from potstill.rope import refuse_crossing
-from potstill.runlog import begun_on, last_row, locked, read_json, read_rows, store_evals
-from potstill.sampling import sample
+from potstill.models.language_model import LanguageModel, fingerprint
+from potstill.models.probe import ready
+from potstill.models.sampling import sample
+from potstill.prompts.examples import make_prompts, prompt_notes
+from potstill.rollouts.text import is_loop, num_tokens_to_answer, zlib_ratio
+from potstill.runs.run_folder import begun_on, last_row, locked, read_json, read_rows, store_evals
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import TASKS, Task, is_table, make_task
 from potstill.tasks.own import describe_files, own_files
-from potstill.text import is_loop, num_tokens_to_answer, zlib_ratio
+from potstill.teachers.ends import end_set, named_end_ids
+from potstill.teachers.rope import refuse_crossing
+from potstill.teachers.vocabulary import num_named_rows
 from potstill.types import DataError, Example, Prompt
-from potstill.vocabulary import num_named_rows
 
 Row = dict[str, Any]
 # Of each response, beside which one it is; the second are numbers.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from potstill.config.roles import CHANGE_NOTHING, CHANGE_ROUNDING, Role, Selection
 from potstill.config.section import Section, roles_of, set_fields
-from potstill.names import nearest_field
+from potstill.console.names import nearest_field
 
 
 class RunRecipe(Section):

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from potstill.config.roles import Role
 from potstill.config.values import items_of, shown
-from potstill.names import nearest_field
+from potstill.console.names import nearest_field
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from potstill.config.recipe import GrpoRecipe, Recipe
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import RecipeError, validate
-from potstill.printable import printable
+from potstill.console.printable import printable
 from potstill.tasks import is_table
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)

@@ -3,8 +3,8 @@
 from typing import Any
 
 from potstill.config.fields import GrpoFields, RecipeFields, Window
-from potstill.tables import is_hub_id, sources
 from potstill.tasks import is_table
+from potstill.tasks.tables import is_hub_id, sources
 
 
 def unread_fields(recipe: RecipeFields) -> dict[str, str]:

@@ -7,7 +7,7 @@ line: `data.source = "my_task.py:MyTask"` names it.
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from potstill.grading import Grade
+from potstill.answers.grading import Grade
 from potstill.tasks.benchmarks import BENCHMARKS, make_benchmark
 from potstill.tasks.columns import Columns
 from potstill.tasks.multiplication import Multiplication

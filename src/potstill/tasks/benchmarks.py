@@ -1,7 +1,7 @@
 """Mathematics problems by name: gsm8k, math500, amc23, aime24, deepscaler; from the hub or a file: `gsm8k:FILE`.
 
 A local file has the columns of the hub's data set. Only the last closed box of a response counts, compared with the
-gold answer in processes with a time limit (`potstill.grading`).
+gold answer in processes with a time limit (`potstill.answers.grading`).
 """
 
 from collections.abc import Callable, Sequence
@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from potstill.boxes import box_end
-from potstill.grading import Grade, Grader, Kind, gsm8k_gold
-from potstill.tables import DATA_SUFFIXES, Row, read_rows, with_own_ids
+from potstill.answers.boxes import box_end
+from potstill.answers.grading import Grade, Grader, Kind, gsm8k_gold
+from potstill.tasks.tables import DATA_SUFFIXES, Row, read_rows, with_own_ids
 from potstill.types import Example
 
 # Columns that may name a problem; the first that a row has does.

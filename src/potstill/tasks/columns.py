@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from potstill.grading import Grade
+from potstill.answers.grading import Grade
 from potstill.tasks.multiplication import ANSWER, is_test_problem
 from potstill.types import Example
 

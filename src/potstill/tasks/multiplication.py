@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from potstill.grading import Grade
+from potstill.answers.grading import Grade
 from potstill.types import Example
 
 DIGITS = (2, 3, 4)

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from potstill.answers.grading import Grade
 from potstill.files import file_digest
-from potstill.grading import Grade
-from potstill.tables import with_own_ids
+from potstill.tasks.tables import with_own_ids
 from potstill.types import DataError, Example
 
 MEMBERS = ("examples", "grade", "answer_end")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from potstill.grading import Grade
+from potstill.answers.grading import Grade
 from potstill.types import Example
 
 # The data sets' scorers take the answer alone: of a whole response, some would score the first number in it.

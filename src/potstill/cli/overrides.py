@@ -1,0 +1,76 @@
+"""Overrides of a recipe on the command line: dotted names and values as TOML."""
+
+import tomllib
+from typing import Any
+
+from pydantic import BaseModel
+
+from potstill.cli.usage import UsageError
+from potstill.config import CacheOptions, Evaluation, GrpoFields, RecipeError, RecipeFields, field_names
+from potstill.console.names import SYNONYMS, nearest_field
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--section.field VALUE`, and of the command's recipe `--out` and the like, out of the arguments.
+
+    Values are read as TOML would.
+    """
+    rest: list[str] = []
+    overrides: dict[str, Any] = {}
+    schema = {"train": RecipeFields, "grpo": GrpoFields}.get(argv[0]) if argv else None
+    schema = RecipeFields if argv[:2] == ["cache", "build"] else schema
+    own = {"method", "dry_run", "help"}
+    top_level = {name for name in field_names(schema) if "." not in name} if schema else set()
+    if argv[:2] == ["cache", "build"]:
+        # --out is the folder of the cache.
+        own, top_level = own | {"out"} | set(CacheOptions.__dataclass_fields__), set()
+    i = 0
+    while i < len(argv):
+        name, equals, value = argv[i].removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not argv[i].startswith("--") or not ("." in name or name in top_level):
+            if argv[i].startswith("--") and schema is not None and name not in own:
+                lead_to_the_field(argv[i], name, schema)
+            rest.append(argv[i])
+            i += 1
+            continue
+        values = [value] if equals else []
+        i += 1
+        while not equals and i < len(argv) and not argv[i].startswith("--"):
+            values.append(argv[i])
+            i += 1
+        if not values:
+            raise RecipeError(f"--{name} has no value")
+        overrides[name] = _literal(values[0]) if len(values) == 1 else [_literal(value) for value in values]
+    return rest, overrides
+
+
+def lead_to_the_field(flag: str, name: str, schema: type[BaseModel]) -> None:
+    """Raise UsageError for a flag that is a field without its section, or what other programs call one."""
+    names = field_names(schema)
+    if name in SYNONYMS or name in {field.rpartition(".")[2] for field in names}:
+        raise UsageError(f"{flag.partition('=')[0]} is no option; the nearest is --{nearest_field(name, names)}")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    # Also of integers of thousands of digits, and of brackets in brackets.
+    except (ValueError, KeyError, RecursionError):
+        return text
+
+
+def template_arguments(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `--template-arguments.NAME VALUE` tells a chat template; other dotted names are refused."""
+    mine = {name for name in overrides if name.startswith("template_arguments.")}
+    refuse_overrides({name: value for name, value in overrides.items() if name not in mine})
+    told = {name.partition(".")[2]: overrides[name] for name in sorted(mine)}
+    return {"template_arguments": Evaluation(template_arguments=told).template_arguments}
+
+
+def refuse_overrides(overrides: dict[str, Any]) -> None:
+    if overrides:
+        raise RecipeError(
+            f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train`, `potstill grpo` and "
+            "`potstill cache build` take"
+        )

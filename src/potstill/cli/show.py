@@ -1,0 +1,175 @@
+"""The work of `potstill evaluate`, `sample` and `verify` on what the library computes, and what they print."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from potstill.config import Evaluation, Sampling
+from potstill.console.boundary import Stopped
+from potstill.console.printable import plain, say
+from potstill.evaluation import evaluate, make_problems
+from potstill.files import write_atomically
+from potstill.models.language_model import is_run, locate
+from potstill.models.probe import ready
+from potstill.models.sampling import sample
+from potstill.prompts.examples import make_prompts, prompt_notes
+from potstill.report.terminal import print_table
+from potstill.runs.results import Entry, read_entry
+from potstill.runs.run_folder import begun_on, last_row, store_evals
+from potstill.statistics import holm, paired
+from potstill.tasks.own import describe_files, own_files
+from potstill.teachers.ends import end_set
+from potstill.teachers.rope import refuse_crossing
+from potstill.teachers.vocabulary import num_named_rows
+from potstill.theory.identities import Check
+from potstill.types import Example
+
+
+def evaluate_and_store(
+    models: Sequence[str], evaluation: Evaluation, out: Path | None = None, responses: Path | None = None
+) -> None:
+    """Evaluate several models, print the comparison and its tests, and store each run's results in its folder.
+
+    Responses go to each run's folder `responses`, and those of other models to the folder `responses`, if given.
+    """
+    for model in models:
+        locate(model)
+    # Of runs; read before anything is sampled.
+    steps = [last_row(Path(model))["step"] if is_run(Path(model)) else None for model in models]
+    entries = []
+    for model, step in zip(models, steps, strict=True):
+        target = Path(model)
+        folder, date = (responses, None) if step is None else (target / "responses", begun_on(target))
+        try:
+            rows = evaluate(model, evaluation, responses=folder, date=date)
+        except KeyboardInterrupt as stop:
+            if folder is None:
+                stop = Stopped.of(stop, "stopped; nothing was saved: with --responses FOLDER an evaluation can go on")
+            raise stop from None
+        if step is not None:
+            store_evals(target, step, rows)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out, json.dumps(rows, indent=1) + "\n")
+        entries.append(Entry(str(target).removeprefix("potstill:"), target, rows))
+    print_table(entries)
+    say(*gave_up(entries), *comparisons(entries))
+
+
+def gave_up(entries: Sequence[Entry]) -> list[str]:
+    """Where grading ended before it had an answer; these responses scored 0."""
+    lines = []
+    for entry in entries:
+        for row in entry.evals:
+            counts = {note: row["notes"][note] for note in ("timeout", "crash", "too long") if note in row["notes"]}
+            if counts:
+                described = ", ".join(f"{note} {num}" for note, num in counts.items())
+                lines.append(f"{entry.name} at T={row['temperature']:g}: grading gave up on responses: {described}")
+    return lines
+
+
+def comparisons(entries: Sequence[Entry]) -> list[str]:
+    """Each model against the first on the same problems, at each temperature; p-values corrected over all of them.
+
+    The last line says what the intervals are about; there is none without another model.
+    """
+    first, *others = entries
+    if not others:
+        return []
+    pairs = []
+    for other in others:
+        for a, b in zip(first.evals, other.evals, strict=True):
+            # Of one evaluation, whose problems have the same places for all models.
+            mine, theirs = a["problems"]["score"], b["problems"]["score"]
+            pairs.append((other.name, a["temperature"], paired(theirs, mine)))
+    corrected = holm([result.p_value for _, _, result in pairs])
+    lines = [
+        f"{name} - {first.name} at T={temperature:g}: {100 * result.difference.value:+.1f} points "
+        f"[{100 * result.difference.low:+.1f}, {100 * result.difference.high:+.1f}] (paired bootstrap over problems), "
+        f"p = {p:.2g} (Wilcoxon, Holm over {len(pairs)})"
+        for (name, temperature, result), p in zip(pairs, corrected, strict=True)
+    ]
+    note = "Intervals and p-values are over problems alone: they are about these models, and not about how they were "
+    return [*lines, note + "trained, for which it takes at least three seeds of each."]
+
+
+def show_responses(
+    model_name: str,
+    given: Sequence[str],
+    source: str,
+    template: Literal["chat", "raw"] | None,
+    num: int,
+    max_tokens: int,
+    seed: int,
+    sampling: Sampling,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> None:
+    """Print `num` responses: to problems of a task with their scores, or to each of the given prompts."""
+    from rich.console import Console
+
+    task, examples = None, [Example(str(i), p) for i, p in enumerate(given) for _ in range(num)]
+    if not given:
+        task, examples = make_problems(Evaluation(source=source, num_problems=num, seed=seed))
+    model = ready(model_name)
+    prompts = make_prompts(
+        examples,
+        model.tokenizer,
+        template=template,
+        max_completion=max_tokens,
+        context_length=model.context_length,
+        template_arguments=template_arguments,
+    )
+    refuse_crossing(model, [p.token_ids for p in prompts], max_tokens, "--max-tokens")
+    say(*describe_files(own_files(None if given else source)), error=True)
+    say(*prompt_notes(len(prompts), prompts, model.tokenizer, template, template_arguments), error=True)
+    completions = sample(
+        model.model,
+        [prompt.token_ids for prompt in prompts],
+        [(seed, i) for i in range(len(prompts))],
+        max_tokens=max_tokens,
+        end_ids=end_set(model),
+        sampling=sampling,
+        vocab_size=num_named_rows(model),
+    )
+    console = Console()
+    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
+        text = model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        facts = [f"{len(completion.token_ids)} tokens", f"stopped by {completion.stop}"]
+        facts.append(f"entropy {sum(completion.entropies) / len(completion.entropies):.3f} nats")
+        if task is not None:
+            facts.append(f"score {task.grade([example], [text])[0].score:g}, answer {example.answer}")
+        console.print(plain(model.tokenizer.decode(prompt.token_ids), "dim"), plain(text, "bold"), sep="")
+        console.print(plain("  " + ", ".join(facts)))
+
+
+def print_checks(checks: list[Check], json_file: Path | None = None) -> bool:
+    """Print one row a check, write them to a JSON file if asked, and say whether all hold."""
+    from rich.console import Console
+    from rich.table import Table as Rows
+
+    table = Rows(title="identities, in float64")
+    table.add_column("identity")
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("allowed", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for check in checks:
+        sign = ">=" if check.differs else "<="
+        verdict = "ok" if check.holds else "[bold]BROKEN[/]"
+        table.add_row(plain(check.name), f"{check.error:.1e}", f"{sign} {check.bound:g}", verdict)
+    Console().print(table)
+    num_broken = sum(not check.holds for check in checks)
+    say(f"{num_broken} of {len(checks)} are broken" if num_broken else f"all {len(checks)} hold")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{**dataclasses.asdict(check), "holds": check.holds} for check in checks]
+        write_atomically(json_file, json.dumps(rows, indent=1) + "\n")
+    return not num_broken
+
+
+def print_results(folders: list[Path]) -> None:
+    """Print the comparison table of runs and evaluation files, when they hold an evaluation."""
+    entries = [entry for entry in map(read_entry, folders) if entry.evals]
+    if entries:
+        print_table(entries)

@@ -1,0 +1,70 @@
+"""From arguments to a command that is ready to run, or one line on what is wrong with them.
+
+tyro parses and says what is wrong in a box of many lines; of that the first sentence and its advice are kept.
+"""
+
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tyro.extras import SubcommandApp
+
+from potstill.console.printable import one_line
+
+
+class UsageError(ValueError):
+    """Arguments that no command takes; the message is one line and says what to do."""
+
+
+def command(app: SubcommandApp) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command that `parse` returns instead of running it."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def later(*arguments: Any, **options: Any) -> Any:
+            return functools.partial(function, *arguments, **options)
+
+        app.command(later)
+        return function
+
+    return register
+
+
+def parse(app: SubcommandApp, arguments: Sequence[str], description: str) -> Callable[[], None]:
+    """The command that the arguments ask for. Raises UsageError; SystemExit after a help text."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return app.cli(prog="potstill", description=description, args=list(arguments))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_sentence(box.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """What a box says, without its frame: the message, what there is to choose from, and where the help is."""
+    lines = [re.sub(r"^[│ ]+|[│ ]+$", "", line) for line in box.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if re.fullmatch(r"[╭╰─╮╯ ].*[─╮╯]", line) or set(line) <= {"─"}:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    texts = [one_line(" ".join(part)) for part in parts if any(part)]
+    message = re.sub(r"^Error parsing (__tyro\S*|\{.*?\}):\s*", "", texts[0]) if texts else "bad arguments"
+    message = message.replace("Error parsing ", "").rstrip(".")
+    message = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", message)
+    message = re.sub(r"no type matching (\S+) could be instantiated from \[(.*)\]", r"\2 is not \1", message)
+    told = [message[0].lower() + message[1:]]
+    for text in texts[1:]:
+        if text.startswith("Available subcommands"):
+            told.append(text.replace("Available subcommands", "choose one of").replace("of:", "of"))
+        elif flag := re.match(r"Perhaps you meant: (--\S+)", text):
+            told.append(f"the nearest is {flag[1]}")
+        elif help_text := re.search(r"potstill( \w+)* --help", text):
+            told.append(f"see {help_text[0]}")
+    return "; ".join(told)

@@ -1,0 +1,164 @@
+"""Progress of long work: a live line on a terminal, plain lines elsewhere."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from potstill.console.printable import plain, printable, say
+
+# Seconds between plain lines where there is no terminal.
+PLAIN_INTERVAL = 5.0
+
+
+class StepDisplay:
+    """Progress of a training run: step, tokens/s, KLs or rewards, entropies, length, window, time left."""
+
+    def __init__(self, num_steps: int, start: int, quiet: bool, flops: float | None = None):
+        self.num_steps = num_steps
+        self.flops = flops
+        self.start = start
+        self.quiet = quiet
+        self.live = sys.stderr.isatty() and not quiet
+        self.began = self.last_step = self.last_line = time.perf_counter()
+        self.num_tokens = 0
+        self.has_warned = False
+
+    def __enter__(self):
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.progress = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=16),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=Console(stderr=True),
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("first step", total=self.num_steps, completed=self.start)
+        return self
+
+    def __exit__(self, *error):
+        if self.live:
+            self.progress.stop()
+
+    def note(self, *lines: str) -> None:
+        """Print lines above the bar."""
+        for line in lines if not self.quiet else ():
+            if self.live:
+                self.progress.console.print(plain(line))
+            else:
+                say(line, error=True)
+
+    def note_once(self, warning: str | None) -> None:
+        """Print a warning unless there is none, or one was printed before."""
+        if warning is not None and not self.has_warned:
+            self.has_warned = True
+            self.note(warning)
+
+    def timing(self, seconds: dict[str, float]) -> dict[str, float]:
+        """Seconds of the step that ends now, whole and by part."""
+        now = time.perf_counter()
+        total, self.last_step = now - self.last_step, now
+        return {"seconds": round(total, 4)} | {f"{part}_seconds": round(value, 4) for part, value in seconds.items()}
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        """Show the metrics of a finished step."""
+        if self.quiet:
+            return
+        now, step = time.perf_counter(), metrics["step"]
+        num_steps = self.num_steps
+        if self.flops is not None:
+            # As many as the operations so far promise.
+            promised = math.ceil(step * self.flops / metrics["total_flops"])
+            num_steps = min(num_steps, max(promised, step))
+        self.num_tokens += metrics["num_loss_tokens"]
+        shown = _describe(metrics, self.num_tokens / (now - self.began))
+        if self.live:
+            self.progress.update(self.task, completed=step, total=num_steps, description=shown)
+        elif now - self.last_line >= PLAIN_INTERVAL or step in (self.start + 1, num_steps):
+            self.last_line = now
+            left = (now - self.began) / (step - self.start) * (num_steps - step)
+            say(f"step {step}/{num_steps}  {shown}  {left:.0f} s left", error=True)
+
+
+def _describe(metrics: dict[str, Any], tokens_per_second: float) -> str:
+    parts = [f"{tokens_per_second:,.0f} tok/s", f"loss {metrics['loss']:.4f}"]
+    if "forward_kl" in metrics:
+        parts.append(f"KL fwd {metrics['forward_kl']:.4f} rev {metrics['reverse_kl']:.4f}")
+        parts.append(f"entropy {metrics['student_entropy']:.3f} (teacher {metrics['teacher_entropy']:.3f})")
+    else:
+        if "reward" in metrics:
+            parts.append(f"reward {metrics['reward']:.3f} (groups with signal {metrics['groups_with_signal']:.0%})")
+        parts.append(f"entropy {metrics['student_entropy']:.3f}")
+    parts.append(f"length {metrics['length']:.0f}/{metrics['window']}")
+    return "  ".join(parts)
+
+
+class CacheDisplay:
+    """Progress over the rollouts of a cache: tokens/s, bytes a token, time left."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.live = sys.stderr.isatty() and not quiet
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.live and hasattr(self, "progress"):
+            self.progress.stop()
+
+    def begin(self, num_there: int, num_rollouts: int) -> None:
+        """Say what there is already and how many rollouts are to be done."""
+        self.total, self.done, self.num_tokens, self.num_bytes = num_rollouts, 0, 0, 0
+        self.began = self.last_line = time.perf_counter()
+        if num_there and not self.quiet:
+            say(f"{num_there:,} completions are there already", error=True)
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=16), TimeRemainingColumn())
+            self.progress = Progress(
+                *columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True)
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("first shard", total=num_rollouts)
+
+    def update(self, *, num_rollouts: int, num_tokens: int, num_bytes: int) -> None:
+        """Show what finished shards hold."""
+        if self.quiet:
+            return
+        self.done += num_rollouts
+        self.num_tokens += num_tokens
+        self.num_bytes += num_bytes
+        now = time.perf_counter()
+        shown = (
+            f"{self.num_tokens / (now - self.began):,.0f} tok/s  {self.num_bytes / self.num_tokens:,.1f} bytes/token"
+        )
+        if self.live:
+            self.progress.update(self.task, completed=self.done, description=shown)
+        elif now - self.last_line >= PLAIN_INTERVAL or self.done == self.total:
+            self.last_line = now
+            left = (now - self.began) / self.done * (self.total - self.done)
+            say(f"rollout {self.done}/{self.total}  {shown}  {left:.0f} s left", error=True)
+
+
+@contextmanager
+def token_bar(title: str, num_rows: int, num_done: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over decoded responses; yields what is told how many a batch had."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda num: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(escape(printable(title)), total=num_rows, completed=num_done)
+        yield lambda num: progress.advance(task, num)

@@ -1,0 +1,211 @@
+"""Reinforcement learning after distillation: TRL's GRPOTrainer between our rollouts and our run folder.
+
+TRL does the update: advantages within each group, the policy gradient, clipping by norm. The rest is ours, so that a
+GRPO run compares with a distillation: prompts in a seeded order, responses of our decoder until our end set or the
+window, each from a random stream of its own, scores of the task, metrics, checkpoints without pickle, and evaluation.
+Needs the extra `rl`. One process.
+"""
+
+import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.config import GrpoRecipe, RecipeError, check_recipe, run_evaluation
+from potstill.console.boundary import stop_asked_for
+from potstill.console.progress import StepDisplay
+from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
+from potstill.grpo.responses import Setup, State, response_means, score, write
+from potstill.grpo.trainer import Steps, hushed, make_trainer
+from potstill.models import distributed
+from potstill.models.distributed import World
+from potstill.models.language_model import fingerprint, load_model, save_model
+from potstill.models.probe import ready
+from potstill.models.templates import today
+from potstill.prompts.examples import load_examples, make_prompts, prompt_notes
+from potstill.runs import run_folder
+from potstill.seeds import Stream, stream_key
+from potstill.tasks import make_task
+from potstill.tasks.own import describe_files, own_files
+from potstill.teachers.ends import described, end_set
+from potstill.teachers.rope import refuse_crossing
+from potstill.training import checkpoint
+from potstill.training.controllers import WindowState, first_window
+from potstill.training.opening import SHOWN_CHARACTERS
+from potstill.training.setup import hold_out
+
+# Prompts of the start check.
+NUM_START_PROMPTS = 32
+# Below these the start checkpoint has little to explore with: entropy in nats a token, share of groups that disagree.
+LOW_ENTROPY, FEW_GROUPS = 0.05, 0.1
+
+
+def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
+    """Run a recipe, or resume it in its folder, and return the folder.
+
+    Raises RecipeError, ModelError, DataError or RunError for bad input before anything is written, and NonFiniteError
+    before a bad update.
+    """
+    check_recipe(recipe, GrpoRecipe)
+    if importlib.util.find_spec("trl") is None:
+        raise RecipeError("GRPO is done by TRL, which is not installed: pip install 'potstill[rl]'")
+    world = distributed.start()
+    if world.size > 1:
+        raise RecipeError(f"GRPO runs in one process and torchrun started {world.size}; start it without torchrun")
+    if torch.cuda.device_count() > 1:
+        raise RecipeError(f"GRPO uses one GPU and {torch.cuda.device_count()} are visible; set CUDA_VISIBLE_DEVICES=0")
+    run_folder.check_folder(recipe)
+    if run_folder.is_trained(recipe.out, recipe):
+        if not run_folder.is_done(recipe.out, recipe):
+            evaluate_anew(recipe, load_model(str(recipe.out / "model")).to(world.device), quiet)
+        return recipe.out
+    with checkpoint.told_when_stopped(recipe.out):
+        setup = prepare(recipe, world)
+        environment = recipe.out / "environment.json"
+        # The start is measured once: a run that is resumed knows it.
+        begun = run_folder.read_json(environment) if environment.exists() else {}
+        start = begun.get("start") or measure_start(recipe, setup)
+        with run_folder.open_run(recipe, _environment(setup) | {"start": start}) as notes:
+            _run(recipe, setup, start, quiet, notes)
+    return recipe.out
+
+
+def prepare(recipe: GrpoRecipe, world: World) -> Setup:
+    """Load the model and the prompts and check that they fit together. Writes nothing."""
+    date = run_folder.begun_on(recipe.out) or today()
+    model = ready(recipe.model, device=world.device)
+    end_ids = end_set(model)
+    data = recipe.data
+    examples = load_examples(data.source, split=data.split, num_examples=data.num_prompts, seed=data.seed)
+    prompts = make_prompts(
+        examples,
+        model.tokenizer,
+        template=data.template,
+        max_completion=recipe.window.tokens,
+        context_length=model.context_length,
+        template_arguments=data.template_arguments,
+        date=date,
+        max_prompt_tokens=data.max_prompt_tokens,
+        too_long=data.too_long,
+    )
+    notes = prompt_notes(len(examples), prompts, model.tokenizer, data.template, data.template_arguments)
+    refuse_crossing(model, [p.token_ids for p in prompts], recipe.window.tokens, "window.tokens")
+    prompts, probes = hold_out(recipe.window, prompts)
+    if recipe.evaluation.source is not None:
+        prepare_problems(model, run_evaluation(recipe), date)
+    task = make_task(str(data.source))
+    files = own_files(data.source, recipe.evaluation.source)
+    return Setup(model, task, prompts, probes, end_ids, model.flops, world, files, date, tuple(notes))
+
+
+def measure_start(recipe: GrpoRecipe, setup: Setup) -> dict[str, float]:
+    """Whether the start checkpoint has anything to explore with, from a group of responses to each of some prompts.
+
+    `entropy_before_answer` in nats a token, `score` the mean, `groups_with_signal` the share of groups whose responses
+    do not all have one score, `num_groups`, `group_size`, and `truncation` by the first window.
+    """
+    group_size = recipe.grpo.group_size
+    chosen = [prompt for prompt in setup.prompts[:NUM_START_PROMPTS] for _ in range(group_size)]
+    places = [divmod(i, group_size) for i in range(len(chosen))]
+    seeds = [stream_key((recipe.grpo.seed, 0, *place), Stream.START) for place in places]
+    responses = write(recipe, setup, chosen, seeds, first_window(recipe.window).tokens)
+    scores = score(setup.task, responses)
+    means = response_means(responses)
+    groups = [scores[i : i + group_size] for i in range(0, len(scores), group_size)]
+    return {
+        "entropy_before_answer": means["student_entropy_before_answer"],
+        "score": sum(scores) / len(scores),
+        "groups_with_signal": sum(len(set(group)) > 1 for group in groups) / len(groups),
+        "truncation": means["truncation"],
+        "num_groups": len(groups),
+        "group_size": group_size,
+    }
+
+
+def verdict(start: dict[str, float]) -> list[str]:
+    """The numbers of `measure_start` in plain words, and a warning where there is little to learn from."""
+    entropy, share = start["entropy_before_answer"], start["groups_with_signal"]
+    found = (
+        f"start: entropy before the answer {entropy:.3f} nats, mean score {start['score']:.1%}, cut by the window "
+        f"{start['truncation']:.0%}; responses differ in score in {share:.0%} of "
+        f"{start['num_groups']} groups of {start['group_size']}, and only these give a gradient"
+    )
+    warned = []
+    if share < FEW_GROUPS:
+        too = "hard" if start["score"] < 0.5 else "easy"
+        warned.append(
+            f"warning: almost no group disagrees, so there is almost no gradient: the prompts are too {too} for this "
+            "model; take other prompts, a larger grpo.group_size or another start"
+        )
+    if entropy < LOW_ENTROPY:
+        warned.append(
+            f"warning: the entropy is near 0 (below {LOW_ENTROPY:g} nats), so that responses hardly differ; start "
+            "from a checkpoint that kept its entropy (forward KL keeps it), or raise sampling.temperature"
+        )
+    return [found + ("" if warned else ": there is entropy to explore with"), *warned]
+
+
+def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool, notes: Sequence[str] = ()) -> None:
+    """All randomness follows from the number of finished steps and the seed."""
+    config, folder, model = recipe.grpo, recipe.out, setup.model
+    # What a scheduler that goes on wants to find.
+    group = {"params": list(model.parameters()), "initial_lr": config.lr}
+    optimizer = torch.optim.AdamW([group], config.lr, weight_decay=0.0)
+    step, state, logs = 0, State(first_window(recipe.window)), {}
+    if (path := checkpoint.latest(folder)) is not None:
+        saved = checkpoint.load(path, model, optimizer)
+        step, logs = saved.step, saved.logs
+        state = State(WindowState(**saved.state["window"]), saved.state["flops"])
+    run_folder.rewind(folder, step, logs)
+    checkpoint.tidy(folder, step)
+    with StepDisplay(config.steps, step, quiet) as display, stop_asked_for() as asked:
+        display.note(*_opening(recipe, setup, step), *verdict(start), *notes)
+        if step < config.steps:
+            steps = Steps(recipe, setup, optimizer, state, step, display, asked)
+            with tempfile.TemporaryDirectory() as scratch, hushed():
+                make_trainer(recipe, setup, optimizer, steps, scratch).train()
+    weights = checkpoint.weights(model)
+    # TRL changes the settings and the forward pass of the model that it trains; the one that is saved is as it was.
+    finished = load_model(recipe.model)
+    finished.model.load_state_dict(weights, strict=False)
+    save_model(finished, weights, setup.end_ids, folder / "model")
+    if recipe.evaluation.source is not None:
+        named = model.around(finished.model.to(setup.world.device), str(folder))
+        options = {"end_ids": setup.end_ids, "responses": folder / "responses", "quiet": quiet}
+        run_folder.store_evals(
+            folder, config.steps, evaluate(named, run_evaluation(recipe), date=setup.date, **options)
+        )
+    run_folder.finish(recipe)
+
+
+def _environment(setup: Setup) -> dict[str, Any]:
+    model = setup.model
+    prompts = [(prompt.token_ids, prompt.example.answer) for prompt in setup.prompts]
+    return {
+        "world_size": setup.world.size,
+        "device": str(setup.world.device),
+        "date": setup.date,
+        "task_files": setup.task_files,
+        "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+        "end_ids": list(setup.end_ids),
+        "models": {
+            "student": {"name": model.name, "weights": fingerprint(model), "end_ids": list(model.end_ids)},
+        },
+    }
+
+
+def _opening(recipe: GrpoRecipe, setup: Setup, step: int) -> list[str]:
+    """What a user should see before the first step."""
+    tokenizer = setup.model.tokenizer
+    lines = [f"GRPO from {recipe.model}: {recipe.out}" + (f", resumed after step {step}" if step else "")]
+    lines += describe_files(setup.task_files)
+    lines.append(f"end set: {described(tokenizer, setup.end_ids)}")
+    lines += recipe.notes
+    lines += setup.notes
+    text = tokenizer.decode(setup.prompts[0].token_ids)
+    lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
+    return lines

@@ -1,0 +1,1 @@
+"""Exact divergences from hidden states and heads. Imports torch and `types` alone."""

@@ -1,0 +1,116 @@
+"""Coefficients of the gradient pass: a loss's terms for each row of a group, by what the first pass found there."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from potstill.kl import tiles
+from potstill.kl.inputs import Problem
+from potstill.kl.terms import LossTerms, TokenStats, Weight
+from potstill.kl.tiles import Terms
+
+
+class Asked(NamedTuple):
+    """What the gradient pass is to do for each row of a group: `factor` times what the coefficients [6, n] say.
+
+    Without coefficients that is the forward KL. `label_weight` [n] is that of the cross-entropy, None where it is 0.
+    """
+
+    has: Terms
+    coefficients: Tensor | None
+    factor: float
+    mixture_weight: float
+    label_weight: Tensor | None
+
+    def rows(self, here: slice) -> Tensor | None:
+        return None if self.coefficients is None else self.coefficients[:, here]
+
+
+def ask(terms: LossTerms, lse: Weight, found: "Group") -> Asked:
+    """The terms of a loss, and `lse` times the student's log-sum-exp, as coefficients of the gradient."""
+    skews, is_gated, b = (terms.skew_forward, terms.skew_reverse), terms.forward_above is not None, terms.mixture_weight
+    is_skew = any(map(is_there, skews))
+    has = Terms(
+        forward=is_there(terms.forward),
+        reverse=is_there(terms.reverse) or is_gated,
+        entropy=is_there(terms.entropy),
+        mixture=is_there(terms.jsd) or is_skew,
+        skew=is_skew,
+    )
+    others = (terms.reverse, terms.jsd, *skews, terms.entropy, terms.cross_entropy, lse)
+    is_plain_forward = has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
+    if is_plain_forward and not is_gated:
+        return Asked(has, None, float(terms.forward), b, None)
+    label_weight = _row(terms.cross_entropy, found)
+    f, r, h, e = (_row(w, found) for w in (terms.forward, terms.reverse, terms.entropy, lse))
+    moments = found.moments
+    if terms.forward_above is not None:
+        f, r = gated(f, r, moments.teacher_entropy, terms.forward_above)
+    # A KL(p || m) + B KL(q || m); of the JSD's own parts nothing is left in d.
+    a, s, jsd = (_row(w, found) for w in (*skews, terms.jsd))
+    j, d = s + (1 - b) * jsd, (1 - b) * a - b * s
+    c = f + label_weight + e - h * moments.student_entropy - j * found.mixture[1] + d * found.mixture[2]
+    # Without a teacher the reverse KL is not a number.
+    c = c - r * moments.reverse_kl if has.reverse else c
+    coefficients = torch.stack([f, r, h, j, d, c])
+    return Asked(has, coefficients, 1.0, b, label_weight if is_there(terms.cross_entropy) else None)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the first pass found out about a group of rows. Second index of labels and classes: student, teacher."""
+
+    rows: range
+    moments: tiles.Moments
+    log_sums: Tensor
+    labels: Tensor
+    classes: Tensor
+    mixture: Tensor
+
+    def stats(self, problem: Problem) -> TokenStats:
+        """The statistics of the group's rows."""
+        moments = self.moments
+        stats = TokenStats(
+            student_entropy_N=moments.student_entropy,
+            student_log_sum_exp_N=moments.student_log_sum_exp,
+        )
+        if problem.teacher is not None:
+            stats = dataclasses.replace(
+                stats,
+                forward_kl_N=moments.forward_kl,
+                reverse_kl_N=moments.reverse_kl,
+                teacher_entropy_N=moments.teacher_entropy,
+                teacher_log_sum_exp_N=moments.teacher_log_sum_exp,
+            )
+        if problem.labels is not None:
+            student_N, teacher_N = self.labels - self.log_sums
+            teacher_N = None if problem.teacher is None else teacher_N
+            stats = dataclasses.replace(stats, student_log_prob_N=student_N, teacher_log_prob_N=teacher_N)
+        if (b := problem.mixture_weight) is not None:
+            skew_forward_N, skew_reverse_N = self.mixture[:2]
+            jsd_N = b * skew_forward_N + (1 - b) * skew_reverse_N
+            stats = dataclasses.replace(
+                stats, jsd_N=jsd_N, skew_forward_N=skew_forward_N, skew_reverse_N=skew_reverse_N
+            )
+        return stats
+
+
+def gated(forward, reverse, teacher_entropy_N: Tensor, above: float) -> tuple[Tensor, Tensor]:
+    """Weights [N] of both KLs where the forward one's goes to the reverse unless the teacher's entropy is above."""
+    is_above_N = (teacher_entropy_N > above).to(teacher_entropy_N.dtype)
+    return is_above_N * forward, reverse + (1 - is_above_N) * forward
+
+
+def is_there(weight: Weight) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _row(weight: Weight, found: Group) -> Tensor:
+    """A term's weight for each row of a group."""
+    like, group = found.log_sums[0], found.rows
+    if isinstance(weight, Tensor):
+        return weight[group.start : group.stop].detach().to(like.dtype)
+    return torch.full_like(like, weight)

@@ -1,0 +1,1 @@
+"""Loading, checking, decoding, operations, ranks."""

@@ -1,0 +1,132 @@
+"""One process or many: the few places where they differ.
+
+`torchrun` starts the ranks; each draws its share of a step's prompts. The student is sharded with FSDP2, the teacher is
+whole on every rank. With one process nothing here does anything.
+"""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from potstill.models.language_model import LanguageModel
+
+# How long a rank waits for another in a step before it says so and ends; a checkpoint is written in less.
+TIMEOUT = timedelta(minutes=10)
+# How long for rank 0 after the last step, which evaluates alone.
+PATIENCE = timedelta(days=30)
+_patient: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> World:
+    """Join the process group that torchrun describes, or be alone. NCCL with GPUs, gloo without."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        backend, device_id = ("nccl", device) if has_cuda else ("gloo", None)
+        dist.init_process_group(backend, device_id=device_id, timeout=TIMEOUT)
+        global _patient
+        # Its type allows for a rank outside of the group, which a group of all ranks has not.
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)  # pyright: ignore[reportAssignmentType]
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: LanguageModel, world: World) -> nn.Module:
+    """Shard the student over all ranks; returns the whole copy that decodes on this rank.
+
+    Decoding with sharded weights would gather every layer for every token, so each rank keeps a whole copy in the
+    student's own type and refreshes it once a step (`refresh`). Alone, the student decodes itself.
+    """
+    if world.size == 1:
+        return model.model
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    decoder = copy.deepcopy(model.model)
+    layer_types = set(model.model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in layer_types:
+            fully_shard(module)
+    fully_shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by a count over all ranks already, so gradients are summed and not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return decoder
+
+
+@torch.no_grad()
+def refresh(decoder: nn.Module, model: LanguageModel) -> None:
+    """Copy the student's weights into a whole copy of it, if it is one. Every rank must call this."""
+    if decoder is model.model:
+        return
+    for mine, sharded in zip(decoder.parameters(), model.model.parameters(), strict=True):
+        mine.copy_(whole(sharded))
+
+
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """Element-wise sums over all ranks, in float64."""
+    if world.size == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def max_over_ranks(value: int, world: World) -> int:
+    if world.size == 1:
+        return value
+    largest = torch.tensor(value, device=world.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather(value: Any, world: World) -> list[Any]:
+    """One plain value of each rank, in the order of ranks."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor's full value; a plain tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
+
+
+def wait_for_all(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def wait_for_rank_0(world: World) -> None:
+    """Wait for what only rank 0 does, which can take hours."""
+    if world.size > 1:
+        dist.barrier(_patient)

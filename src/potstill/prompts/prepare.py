@@ -1,0 +1,66 @@
+"""The prompts of a run: what its recipe names, or what Python gives, as both models read it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from potstill.config import Recipe
+from potstill.prompts.examples import (
+    load_examples,
+    make_examples,
+    make_prompts,
+    prompt_notes,
+    rows_of_objects,
+    with_teacher_prompts,
+)
+from potstill.types import Prompt
+
+
+def prepare_prompts(
+    recipe: Recipe, student, teacher, *, end_ids: Sequence[int], date: str, given: Sequence[Any] | None = None
+) -> tuple[list[Prompt], list[str]]:
+    """Prompts that fit both models, and lines for the user about them.
+
+    `given` takes the place of `data.source`. `end_ids` are what ends a completion, the first of them a document.
+    Raises DataError.
+    """
+    data = recipe.data
+    teacher_column = recipe.teacher.prompt_column if teacher is not None else None
+    if given is None:
+        examples = load_examples(
+            data.source,
+            split=data.split,
+            num_examples=data.num_prompts,
+            prompt_column=data.prompt_column,
+            seed=data.seed,
+            teacher_column=teacher_column,
+            config=data.config,
+        )
+    else:
+        rows = rows_of_objects(given, data.prompt_column)
+        examples = make_examples(rows, data.prompt_column, teacher_column)
+    options: dict[str, Any] = {
+        "max_completion": recipe.window.tokens,
+        "template_arguments": data.template_arguments,
+        "date": date,
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "too_long": data.too_long,
+    }
+    lengths = [m.context_length for m in (student, teacher) if m is not None and m.context_length is not None]
+    prompts = make_prompts(
+        examples,
+        student.tokenizer,
+        template=data.template,
+        context_length=min(lengths, default=None),
+        end_ids=end_ids if recipe.objective.prefix == "dataset" else None,
+        **options,
+    )
+    asks_otherwise = recipe.teacher.template is not None or any(e.teacher_prompt is not None for e in examples)
+    if teacher is not None and asks_otherwise:
+        prompts = with_teacher_prompts(
+            prompts,
+            teacher.tokenizer,
+            template=recipe.teacher.template or data.template,
+            context_length=teacher.context_length,
+            **options,
+        )
+    return prompts, prompt_notes(len(examples), prompts, student.tokenizer, data.template, data.template_arguments)

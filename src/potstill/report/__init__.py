@@ -1,0 +1,1 @@
+"""The report of finished runs. Reads files and knows no torch."""

@@ -1,0 +1,359 @@
+"""Comparisons of a report: seeds of one recipe as one group, its metrics with intervals, grids, sweeps and pairs.
+
+Works on what `results` read, and needs no torch.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.config import ALIKE, GrpoRecipe, Recipe, Role, fields_with, role_of
+from potstill.runs.results import Entry, find_starts, group_by_seed, recipe_key
+from potstill.statistics import Estimate, pass_at_k, seeds_and_problems
+
+# In which fields the runs of a grid differ, of a sweep of the forward weight, and of a comparison of windows.
+GRID_AXES = (Role.PREFIX, Role.DIVERGENCE)
+SWEEP_AXES = (Role.DIVERGENCE, Role.WEIGHT_SCHEDULE)
+WINDOW_AXES = (Role.WINDOW,)
+BUDGET = (Role.LENGTH, Role.WARM_UP, Role.BUDGET)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a run: of its evaluation at a temperature, or of its training where there is none.
+
+    `column` is what it is called in the files and `k` the k of Pass@k. It is shown times `scale`.
+    """
+
+    key: str
+    title: str
+    column: str
+    temperature: float | None = None
+    k: int | None = None
+    scale: float = 1.0
+    digits: int = 1
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mean of a metric over seeds, its 95 % interval where there is one, and each run's own value."""
+
+    value: float
+    low: float | None
+    high: float | None
+    per_run: tuple[tuple[Path, float], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in seeds alone, or one model; `summaries` by key of the metric."""
+
+    label: str
+    entries: tuple[Entry, ...]
+    summaries: dict[str, Summary]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Groups that differ in the fields under comparison alone, and what tells them from other parts."""
+
+    label: str
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class BeforeAndAfter:
+    """A group of GRPO runs beside what they started from; differences (after - before) by key of the metric."""
+
+    before: Group
+    after: Group
+    differences: dict[str, Estimate | None]
+
+
+def metrics_of(entries: Sequence[Entry]) -> list[Metric]:
+    """The metrics that these entries have, the most important first."""
+    rows = [row for entry in entries for row in entry.evals]
+    found = []
+    if rows:
+        temperatures = sorted({row["temperature"] for row in rows}, reverse=True)
+        num_responses = min(row["num_responses"] for row in rows)
+        high = temperatures[0]
+        for t in dict.fromkeys((high, temperatures[-1])):
+            found.append(Metric(f"avg-T{t:g}", f"Avg@{num_responses} T={t:g}", "avg", t, None, 100, 1, "%"))
+        for k in dict.fromkeys((min(8, num_responses), 32 if num_responses >= 64 else num_responses)):
+            found.append(Metric(f"pass{k}-T{high:g}", f"Pass@{k} T={high:g}", "pass", high, k, 100, 1, "%"))
+        found += [
+            Metric("entropy", "entropy before the answer", "entropy_before_answer", high, None, 1, 3, "nats"),
+            Metric("length", "length", "length", high, None, 1, 0, "tokens"),
+            Metric("truncation", "truncated", "truncation", high, None, 100, 1, "%"),
+        ]
+    if any(entry.flops is not None for entry in entries):
+        found.append(Metric("gflops", "training operations", "flops", None, None, 1e-9, 1, "GFLOP"))
+    if any(entry.seconds is not None for entry in entries):
+        found.append(Metric("seconds", "seconds of training", "seconds", None, None, 1, 0, "s"))
+    return found
+
+
+def eval_at(entry: Entry, temperature: float) -> dict[str, Any] | None:
+    """The entry's evaluation at this temperature."""
+    return next((row for row in entry.evals if row["temperature"] == temperature), None)
+
+
+def stored(entry: Entry, metric: Metric) -> Sequence[float] | None:
+    """A run's own number as it is in its files: value, low, high, or the value alone."""
+    if metric.temperature is None:
+        value = entry.flops if metric.column == "flops" else entry.seconds
+        return None if value is None else (value,)
+    row = eval_at(entry, metric.temperature)
+    if row is None:
+        return None
+    return row["pass"].get(str(metric.k)) if metric.column == "pass" else row[metric.column]
+
+
+def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:
+    """One number a problem, whose mean is the stored value; None where the evaluation has no such column.
+
+    Entropies are ratios of sums, nats over tokens. Of those it is the ratio plus each problem's influence on it (the
+    delta method), so that a mean of them varies as the ratio does.
+    """
+    row = eval_at(entry, metric.temperature) if metric.temperature is not None else None
+    columns = row.get("problems", {}) if row else {}
+    lengths = columns.get({"entropy_before_answer": "length_to_answer"}.get(metric.column, "length"))
+    name = {"avg": "score", "pass": "num_correct"}.get(metric.column, metric.column)
+    if row is None or lengths is None or name not in columns:
+        return None
+    values = columns[name]
+    if metric.k is not None:
+        values = [pass_at_k(row["num_responses"], num_correct, metric.k) for num_correct in values]
+    if metric.column == "entropy_before_answer":
+        ratio, mean_length = row[metric.column][0], sum(lengths) / len(lengths)
+        values = [ratio + (value - ratio) * n / mean_length for value, n in zip(values, lengths, strict=True)]
+    return dict(zip(columns["id"], values, strict=True))
+
+
+def summarize(entries: Sequence[Entry], metric: Metric) -> Summary | None:
+    """The mean over seeds. One seed: the stored interval over problems. More: that over seeds and problems.
+
+    There is no interval where the seeds were evaluated on different problems, nor of a cost.
+    """
+    found = [(entry, estimate) for entry in entries if (estimate := stored(entry, metric)) is not None]
+    if not found:
+        return None
+    per_run = tuple((entry.path, estimate[0]) for entry, estimate in found)
+    if len(found) == 1:
+        value, *bounds = found[0][1]
+        low, high = bounds or (None, None)
+        return Summary(value, low, high, per_run)
+    value = sum(value for _, value in per_run) / len(per_run)
+    estimate = over_seeds([problem_values(entry, metric) for entry, _ in found])
+    return Summary(value, estimate.low if estimate else None, estimate.high if estimate else None, per_run)
+
+
+def difference(pairs: Iterable[tuple[Entry, Entry]], metric: Metric) -> Estimate | None:
+    """The mean over pairs of seeds of second - first on the same problems; None where the problems differ."""
+    rows: list[dict[str, float] | None] = []
+    for first, second in pairs:
+        a, b = problem_values(first, metric), problem_values(second, metric)
+        rows.append({key: b[key] - a[key] for key in a} if a and b and a.keys() == b.keys() else None)
+    return over_seeds(rows)
+
+
+def over_seeds(rows: Sequence[dict[str, float] | None]) -> Estimate | None:
+    """The mean of seeds by problems with its interval; None where there is nothing or the problems are not the same."""
+    known = [row for row in rows if row]
+    if not known or len(known) < len(rows) or any(row.keys() != known[0].keys() for row in known):
+        return None
+    return seeds_and_problems([[row[key] for key in known[0]] for row in known])
+
+
+def pair_up(first: Group, second: Group) -> list[tuple[Entry, Entry]]:
+    """The runs of two groups with the same seeds."""
+    by_seeds = {json.dumps(seeds_in(entry)): entry for entry in first.entries}
+    return [(by_seeds[seeds], entry) for entry in second.entries if (seeds := json.dumps(seeds_in(entry))) in by_seeds]
+
+
+def seeds_in(entry: Entry) -> dict[str, int]:
+    """The run's seeds by field; none of a model."""
+    fields = flat(entry)
+    return {name: fields[name] for name in fields_with(Role.SEED) if name in fields}
+
+
+def seed_names(group: Group) -> dict[Path, str]:
+    """What to call a group's runs: the seeds that vary, that of training where none does; "" of a model."""
+    seeds = [seeds_in(entry) for entry in group.entries]
+    names = fields_with(Role.SEED)
+    varying = [name for name in names if len({each.get(name) for each in seeds}) > 1]
+    shown = varying or [name for name in names if name != "data.seed"]
+    # Seeds of one number, as a study sets them, are said once.
+    texts = ["/".join(dict.fromkeys(str(each[name]) for name in shown if name in each)) for each in seeds]
+    return {entry.path: text and f"seed {text}" for entry, text in zip(group.entries, texts, strict=True)}
+
+
+def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Group]:
+    """The entries grouped by seed, each group with a label that no other has."""
+    starts = find_starts(entries)
+    labels: dict[Path, str] = {}
+    found = group_by_seed(entries)
+    # Distillations first: a GRPO run is told apart by what it started from.
+    for is_grpo in (False, True):
+        groups = [group for group in found if isinstance(group[0].recipe, GrpoRecipe) == is_grpo]
+        by_name: dict[str, list[tuple[Entry, ...]]] = defaultdict(list)
+        for group in groups:
+            by_name[group[0].name].append(group)
+        for name, same in by_name.items():
+            settings = []
+            for entry, *_ in same:
+                fields = {key: value for key, value in flat(entry).items() if role_of(key) is not Role.SEED}
+                if is_grpo:
+                    start = starts.get(entry.path)
+                    fields |= {"model": labels.get(start.path, start.name) if start else str(entry.start)}
+                settings.append(fields or {"file": str(entry.path)})
+            for group, text in zip(same, tell_apart(settings), strict=True):
+                label = f"{name} · {text}" if text else name
+                labels |= {entry.path: label for entry in group}
+    summaries = [{metric.key: summarize(group, metric) for metric in metrics} for group in found]
+    return [
+        Group(labels[group[0].path], group, {key: summary for key, summary in each.items() if summary is not None})
+        for group, each in zip(found, summaries, strict=True)
+    ]
+
+
+def flat(entry: Entry) -> dict[str, Any]:
+    """The resolved recipe by dotted field, without `out`. Where operations end a run, so they do as its steps."""
+    data = json.loads(recipe_key(entry, ()))
+    if "flops" in data.get("train", {}):
+        data["train"]["steps"] = f"up to {data['train']['flops']:g} operations"
+    return {
+        (f"{section}.{name}" if name else section): value
+        for section, fields in data.items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
+    }
+
+
+def tell_apart(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """For each of these settings a text of the fewest fields that tell them apart, those that all have first."""
+    names = list(dict.fromkeys(name for fields in settings for name in fields))
+    shared = [name for name in names if all(name in fields for fields in settings)]
+    chosen: list[str] = []
+    num_kinds = 1
+    for name in dict.fromkeys((*shared, *names)):
+        num_with = len({json.dumps([fields.get(each) for each in (*chosen, name)]) for fields in settings})
+        if num_with > num_kinds:
+            chosen, num_kinds = [*chosen, name], num_with
+    texts = [", ".join(_text(name, fields[name]) for name in chosen if name in fields) for fields in settings]
+    return [text or ", ".join(f"no {name}" for name in chosen) for text in texts]
+
+
+def _text(name: str, value: Any) -> str:
+    name = {"model": "from"}.get(name, name)
+    if name in ("teacher.model", "student.model"):
+        value = value.rstrip("/").rpartition("/")[2]
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def partition(
+    groups: Iterable[Group], axes: Sequence[Role], keep: Callable[[Sequence[Group]], bool] = bool
+) -> list[Part]:
+    """Sets of distillations that agree on all but the fields along these axes and seeds, as far as they are kept.
+
+    They may also differ in what leaves the objective ALIKE: each can have its best learning rate, and some can read a
+    cached teacher. Where that would put two groups in one place, they may not.
+    """
+    found = [group for group in groups if isinstance(group.entries[0].recipe, Recipe)]
+    for ignored in ((*axes, *ALIKE), tuple(axes)):
+        parts: dict[str, list[Group]] = defaultdict(list)
+        for group in found:
+            parts[recipe_key(group.entries[0], (Role.SEED, *ignored))].append(group)
+        places = [[json.dumps(split_fields(group, axes)[0]) for group in part] for part in parts.values()]
+        if all(len(set(each)) == len(each) for each in places):
+            break
+    kept = [part for part in parts.values() if keep(part)]
+    settings = [split_fields(part[0], (Role.SEED, *ignored))[1] for part in kept]
+    return [Part(label, tuple(part)) for label, part in zip(tell_apart(settings), kept, strict=True)]
+
+
+def split_fields(group: Group, axes: Sequence[Role]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A group's fields along these axes, and the others."""
+    fields = flat(group.entries[0])
+    along = {name for name in fields if role_of(name) in axes}
+    return {name: fields[name] for name in fields if name in along}, {n: v for n, v in fields.items() if n not in along}
+
+
+def grids(groups: Sequence[Group]) -> list[Part]:
+    """The 2x2 grids that these groups fill, one for each teacher, window, budget or whatever else varies.
+
+    Where some grid has two corners or more, those with a single one are left out.
+    """
+    corners = [group for group in groups if group.entries[0].cell and group.entries[0].evals]
+    return partition(corners, GRID_AXES, lambda part: len(part) > 1) or partition(corners, GRID_AXES)
+
+
+def budgets(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+    """Grids at equal steps beside those at equal operations, where there are both."""
+    found: dict[str, list[Part]] = defaultdict(list)
+    for part in parts:
+        found[recipe_key(part.groups[0].entries[0], (Role.SEED, *GRID_AXES, *BUDGET, *ALIKE))].append(part)
+    both = [sorted(same, key=has_flops) for same in found.values() if len({has_flops(part) for part in same}) == 2]
+    return [tuple(same) for same in both]
+
+
+def has_flops(part: Part) -> bool:
+    """Whether these runs end at a number of operations."""
+    recipe = part.groups[0].entries[0].recipe
+    return isinstance(recipe, Recipe) and recipe.train.flops is not None
+
+
+def forward_weight_sweeps(groups: Sequence[Group]) -> list[Part]:
+    """Groups that differ in a constant forward weight alone, in its order; pure KLs are its ends."""
+    found = [group for group in groups if forward_weight(group) is not None]
+
+    def is_sweep(part: Sequence[Group]) -> bool:
+        return len(part) > 1 and any(group.entries[0].cell is None for group in part)
+
+    return [
+        Part(part.label, tuple(sorted(part.groups, key=lambda group: forward_weight(group) or 0.0)))
+        for part in partition(found, SWEEP_AXES, is_sweep)
+    ]
+
+
+def forward_weight(group: Group) -> float | None:
+    """The weight of the forward KL where it does not change and the rest is the reverse KL."""
+    recipe = group.entries[0].recipe
+    if not isinstance(recipe, Recipe) or recipe.objective.signal != "full" or not group.entries[0].evals:
+        return None
+    if recipe.objective.kl == "mixed" and recipe.weight_schedule.schedule == "constant":
+        return recipe.objective.forward_weight
+    return {"forward": 1.0, "reverse": 0.0}.get(recipe.objective.kl)
+
+
+def window_comparisons(groups: Sequence[Group]) -> list[Part]:
+    """Groups that differ in the window alone, where one of them has a gate."""
+    evaluated = [group for group in groups if group.entries[0].evals]
+    return partition(evaluated, WINDOW_AXES, lambda part: len(part) > 1 and any(map(is_gated, part)))
+
+
+def is_gated(group: Group) -> bool:
+    recipe = group.entries[0].recipe
+    return recipe is not None and recipe.window.schedule == "entropy-gated"
+
+
+def grpo_pairs(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[BeforeAndAfter]:
+    """GRPO runs beside what they started from, the best end first."""
+    starts = find_starts([entry for group in groups for entry in group.entries])
+    group_of = {entry.path: group for group in groups for entry in group.entries}
+    found = []
+    for group in groups:
+        pairs = [(starts[entry.path], entry) for entry in group.entries if entry.path in starts]
+        if pairs:
+            differences = {m.key: difference(pairs, m) for m in metrics if m.temperature is not None}
+            begun = tuple({start.path: start for start, _ in pairs}.values())
+            before = {m.key: summary for m in metrics if (summary := summarize(begun, m)) is not None}
+            found.append(BeforeAndAfter(Group(group_of[begun[0].path].label, begun, before), group, differences))
+    best = metrics[0].key if metrics else ""
+    return sorted(found, key=lambda pair: pair.after.summaries[best].value if best in pair.after.summaries else 0.0)[
+        ::-1
+    ]

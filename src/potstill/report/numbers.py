@@ -1,0 +1,156 @@
+"""Numbers of the report: comparisons of runs as plain data for results.json."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.config import Recipe
+from potstill.report import figures
+from potstill.report.claims import claims
+from potstill.report.comparison import (
+    BeforeAndAfter,
+    Group,
+    Metric,
+    Part,
+    Summary,
+    grids,
+    grpo_pairs,
+    make_groups,
+    metrics_of,
+    seed_names,
+)
+from potstill.report.figures import Link
+from potstill.report.findings import findings, first_and_last_habits
+from potstill.report.questions import Claim
+from potstill.runs.results import Panel
+from potstill.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A panel with what is computed from it: what the page shows and `results.json` holds."""
+
+    panel: Panel
+    metrics: list[Metric]
+    groups: list[Group]
+    grids: list[Part]
+    grpo: list[BeforeAndAfter]
+    claims: list[Claim]
+
+    @property
+    def labels(self) -> dict[Path, str]:
+        """A name for each run that no other run has."""
+        return {
+            path: f"{group.label} · {seed}" if len(group.entries) > 1 else group.label
+            for group in self.groups
+            for path, seed in seed_names(group).items()
+        }
+
+
+def compare(panel: Panel) -> Comparison:
+    """Everything that is computed from a panel's entries."""
+    metrics = metrics_of(panel.entries)
+    groups = make_groups(panel.entries, metrics)
+    judged = [] if panel.is_sweep else claims(panel.entries)
+    return Comparison(panel, metrics, groups, grids(groups), grpo_pairs(groups, metrics), judged)
+
+
+def finite(value: Any) -> Any:
+    """Plain data for strict JSON: a number that is not finite is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """A panel's numbers as plain data, with paths relative to the page."""
+    labels = comparison.labels
+
+    def summaries(of: dict[str, Summary]) -> dict[str, Any]:
+        return {
+            key: {"value": s.value, "low": s.low, "high": s.high, "runs": {link(path): v for path, v in s.per_run}}
+            for key, s in of.items()
+        }
+
+    return {
+        "title": comparison.panel.title,
+        "note": comparison.panel.note,
+        "findings": [text for text, _ in findings(comparison.metrics, comparison.groups, comparison.grpo)],
+        "metrics": {
+            metric.key: {"title": metric.title, "unit": metric.unit, "scale": metric.scale, "digits": metric.digits}
+            for metric in comparison.metrics
+        },
+        "runs": [
+            {
+                "path": link(entry.path),
+                "label": labels[entry.path],
+                "recipe": entry.recipe.resolved() if entry.recipe is not None else None,
+                "num_steps": entry.metrics[-1]["step"] if entry.metrics else None,
+                "num_loss_tokens": entry.num_loss_tokens,
+                "flops": entry.flops,
+                "seconds": entry.seconds,
+                "evals": [evaluation_of(row) for row in entry.evals],
+                "curves": {
+                    name: [row.get(name) for row in figures.thin(entry.metrics)]
+                    for name in ("step", *(name for name, _ in figures.CURVES + figures.CONTROLLED))
+                    if any(row.get(name) is not None for row in entry.metrics)
+                },
+                "decisions": list(entry.decisions),
+                "end_habits": first_and_last_habits(entry),
+            }
+            for entry in comparison.panel.entries
+        ],
+        "groups": [
+            {
+                "label": group.label,
+                "paths": [link(entry.path) for entry in group.entries],
+                "is_model": group.entries[0].recipe is None,
+                "corner": group.entries[0].cell,
+                "start": start_of(group, comparison),
+                "metrics": summaries(group.summaries),
+            }
+            for group in comparison.groups
+        ],
+        "grids": [
+            {"label": part.label, "cells": {group.entries[0].cell: group.label for group in part.groups}}
+            for part in comparison.grids
+        ],
+        "claims": [
+            asdict(claim)
+            | {"pairs": [[link(a), link(b)] for a, b in claim.pairs], "effect": interval(claim.effect)}
+            | {"answer": claim.answer}
+            for claim in comparison.claims
+        ],
+        "grpo": [
+            {
+                "before": {"label": pair.before.label, "metrics": summaries(pair.before.summaries)},
+                "after": {"label": pair.after.label, "metrics": summaries(pair.after.summaries)},
+                "differences": {key: interval(effect) for key, effect in pair.differences.items()},
+                "num_seeds": len(pair.after.entries),
+            }
+            for pair in comparison.grpo
+        ],
+        "unfinished": [{"path": link(path), "state": state} for path, state in comparison.panel.unfinished],
+    }
+
+
+def interval(effect: Estimate | None) -> dict[str, float] | None:
+    return None if effect is None else {"value": effect.value, "low": effect.low, "high": effect.high}
+
+
+def start_of(group: Group, comparison: Comparison) -> str | None:
+    """The label of what a group's runs began as, where it is among the groups."""
+    recipe = group.entries[0].recipe
+    if not isinstance(recipe, Recipe):
+        return next((pair.before.label for pair in comparison.grpo if pair.after is group), None)
+    models = [each for each in comparison.groups if each.entries[0].recipe is None and each.entries[0].evals]
+    return next((each.label for each in models if each.entries[0].evals[0]["model"] == recipe.student.model), None)
+
+
+def evaluation_of(row: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation without its columns of problems, and of its levels what is shown."""
+    levels = {level: {"avg": estimates["avg"]} for level, estimates in row["levels"].items()}
+    return {key: value for key, value in row.items() if key != "problems"} | {"levels": levels}

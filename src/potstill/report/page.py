@@ -1,0 +1,346 @@
+"""One self-contained HTML file from run folders, evaluation files and studies, and `results.json` with its numbers.
+
+Reads files only; needs no torch. Every number in it is read or computed from the files that it links to, and text that
+a model or a user wrote is escaped.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from potstill.config import METHODS
+from potstill.files import write_atomically
+from potstill.report import figures
+from potstill.report.comparison import (
+    Group,
+    Metric,
+    Part,
+    budgets,
+    forward_weight_sweeps,
+    is_gated,
+    seed_names,
+    stored,
+    window_comparisons,
+)
+from potstill.report.figures import Link
+from potstill.report.findings import findings, habit_table, number, seeds_of, values
+from potstill.report.numbers import Comparison, compare, finite, numbers_of
+from potstill.report.viewer import reader_data
+from potstill.runs.results import Entry, read_panels
+from potstill.runs.run_folder import RunError
+from potstill.statistics import Estimate
+
+RESULTS_FILE = "results.json"
+# How many runs' curves are drawn before the reader chooses.
+NUM_DRAWN = 12
+
+
+def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison, for the terminal and for the report."""
+    temperatures = sorted({row["temperature"] for entry in entries for row in entry.evals}, reverse=True)
+    num_responses = max((row["num_responses"] for entry in entries for row in entry.evals), default=1)
+    k = min([8, *(row["num_responses"] for entry in entries for row in entry.evals)])
+    header = ["model"]
+    for temperature in temperatures:
+        header += [f"Avg@{num_responses} T={temperature:g}", f"Pass@{k} T={temperature:g}"]
+    header += ["entropy", "length", "truncated", "loss tokens", "seconds"]
+    rows = []
+    for entry in entries:
+        by_temperature = {row["temperature"]: row for row in entry.evals}
+        cells = [entry.name]
+        for temperature in temperatures:
+            row = by_temperature.get(temperature)
+            cells += [_percent(row["avg"]), _percent(row["pass"][str(k)])] if row else ["", ""]
+        first = by_temperature.get(temperatures[0]) if temperatures else None
+        cells += (
+            [_number(first["entropy"], 3), _number(first["length"], 0), _percent(first["truncation"])]
+            if first
+            else [""] * 3
+        )
+        cells += [
+            f"{entry.num_loss_tokens:,}" if entry.num_loss_tokens else "",
+            f"{entry.seconds:.0f}" if entry.seconds else "",
+        ]
+        rows.append(cells)
+    return header, rows
+
+
+def level_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of Avg by difficulty level, for tasks that have levels."""
+    levels = sorted({level for entry in entries for row in entry.evals for level in row["levels"] if level})
+    rows = []
+    for entry in entries if levels else ():
+        for row in entry.evals:
+            estimates = [row["levels"].get(level) for level in levels]
+            cells = [_percent(estimate["avg"]) if estimate else "" for estimate in estimates]
+            rows.append([entry.name, f"{row['temperature']:g}", *cells])
+    return ["model", "T", *levels], rows
+
+
+def table_note(entries: Sequence[Entry]) -> str:
+    """What the table's numbers are of, in a line; a warning when they are not of the same thing."""
+    if not any(entry.evals for entry in entries):
+        return "No evaluation was found."
+    note = (
+        f"{settings_note(entries)}; accuracy and truncation in %; [95 % bootstrap interval over problems]; entropy "
+        "(nats a token), length and truncation at the highest temperature; seconds of training."
+    )
+    return " ".join([note, *settings_warning(entries)])
+
+
+def settings_note(entries: Sequence[Entry]) -> str:
+    """The size of the first evaluation among these."""
+    row = next(row for entry in entries for row in entry.evals)
+    num, length = row["num_responses"], row["settings"]["max_tokens"]
+    return f"{row['num_problems']} held-out problems, {num} responses each, at most {length} tokens"
+
+
+def settings_warning(entries: Sequence[Entry]) -> list[str]:
+    """A sentence where evaluations are not of the same thing; none where they are."""
+    asked = [row["settings"] for entry in entries for row in entry.evals]
+    compared = ("source", "split", "template", "num_problems", "num_responses", "max_tokens", "seed", "source_sha256")
+    differing = [name for name in compared if any(each.get(name) != asked[0].get(name) for each in asked)]
+    if not differing:
+        return []
+    return [f"WARNING: the evaluations differ in {', '.join(differing)}, so their numbers cannot be compared."]
+
+
+def _percent(estimate: Sequence[float]) -> str:
+    value, low, high = (100 * x for x in estimate)
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _number(estimate: Sequence[float], digits: int) -> str:
+    value, low, high = estimate
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Write the report over run folders, evaluation files and study folders, and `results.json` beside it.
+
+    Returns the path of the page. Raises RunError, also where there already is a `results.json` that is no report's.
+    """
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    if not paths:
+        raise RunError("a report needs at least one run folder, evaluation file or study folder")
+    results_file = out.parent / RESULTS_FILE
+    refuse_to_replace(results_file)
+    if out.is_dir() or out.resolve() in [path.resolve() for path in paths]:
+        raise RunError(f"--out is {str(out)!r}, a folder or one of the files to report on; give the name of a new file")
+    comparisons = [compare(panel) for panel in read_panels(list(paths))]
+
+    def link(path: Path) -> str:
+        """The URL of a folder or file from the page."""
+        relative = os.path.relpath(path.resolve(), out.parent.resolve())
+        return quote(Path(relative).as_posix()) + ("/" if path.is_dir() else "")
+
+    entries = [entry for comparison in comparisons for entry in comparison.panel.entries]
+    runs = [entry for entry in entries if entry.metrics]
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("potstill.report", "templates"), autoescape=True)
+    text = environment.get_template("report.html").render(
+        panels=[page_of(comparison, link) for comparison in comparisons],
+        num_runs=len(runs),
+        results_file=RESULTS_FILE,
+        colours=figures.COLOURS,
+        reader=reader_data(runs),
+        plotly=get_plotlyjs(),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = {"report": out.name, "panels": [numbers_of(comparison, link) for comparison in comparisons]}
+    write_atomically(results_file, json.dumps(finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(out, with_policy(text))
+    return out
+
+
+def with_policy(page: str) -> str:
+    """The page with its Content-Security-Policy: it runs its own scripts, by their hashes, and asks for nothing.
+
+    A second wall behind the escaping: a script or handler from a run's texts would not run.
+    """
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    # A browser reads any line end as a line feed before it hashes.
+    digests = [hashlib.sha256(re.sub("\r\n?", "\n", script).encode()).digest() for script in scripts]
+    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    rules = (
+        "default-src 'none'",
+        f"script-src {hashes}",
+        "style-src 'unsafe-inline'",
+        "img-src data: blob:",
+        "font-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    )
+    meta = '<meta http-equiv="Content-Security-Policy" content="'
+    start = page.index(meta) + len(meta)
+    return page[:start] + "; ".join(rules) + page[page.index('"', start) :]
+
+
+def _effect(effect: Estimate, unit: str) -> str:
+    sign = "" if unit == "times" else "+"
+    return f"{effect.value:{sign}.3g} [{effect.low:.3g}, {effect.high:.3g}]"
+
+
+def refuse_to_replace(path: Path) -> None:
+    """Raise RunError when there is a file of this name that an earlier report did not write."""
+    if path.exists():
+        try:
+            is_ours = "report" in json.loads(path.read_text())
+        except ValueError:
+            is_ours = False
+        if not is_ours:
+            raise RunError(f"{str(path)!r} is there and is no report's; choose an --out in another folder, or move it")
+
+
+def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """What the template shows of a panel; a section that its runs do not feed is empty."""
+    panel, metrics, groups, labels = comparison.panel, comparison.metrics, comparison.groups, comparison.labels
+    entries = panel.entries
+    runs = [entry for entry in entries if entry.metrics]
+    drawn = drawn_first(groups)
+    header, rows = table(entries)
+    costs = [metric for metric in metrics if metric.key == "gflops"]
+    avgs = [metric for metric in metrics if metric.column == "avg"]
+    swept = [metric for metric in metrics if metric.temperature is not None]
+    sweeps = forward_weight_sweeps(groups)
+    gated = [entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions]
+    gated_drawn = drawn_first([group for group in groups if is_gated(group)])
+    by_budget = budgets(comparison.grids)
+    habits_header, habits = habit_table(entries)
+    return {
+        "title": panel.title or "Runs",
+        "note": panel.note,
+        "unfinished": [
+            {"name": path.name, "href": link(path) if path.exists() else None, "state": state}
+            for path, state in panel.unfinished
+        ],
+        "findings": [
+            (text, [(path.name, link(path)) for path in paths[:NUM_DRAWN]], len(paths) - NUM_DRAWN)
+            for text, paths in findings(comparison.metrics, comparison.groups, comparison.grpo)
+        ],
+        "measured": [
+            {
+                "claim": claim,
+                "effect": _effect(claim.effect, claim.unit),
+                "pairs": [[(labels.get(path, path.name), link(path)) for path in pair] for pair in claim.pairs],
+            }
+            for claim in comparison.claims
+            if claim.effect is not None
+        ],
+        "unmeasured": [claim for claim in comparison.claims if claim.effect is None],
+        "metrics": metrics,
+        "grids": [
+            {"metric": metric, "parts": [grid(part, metric, comparison.grids, link) for part in comparison.grids]}
+            for metric in metrics
+            if any(metric.key in group.summaries for part in comparison.grids for group in part.groups)
+        ],
+        "header": [*header, *(metric.unit for metric in costs)],
+        "rows": [
+            (
+                labels[entry.path],
+                link(entry.path),
+                [*cells[1:], *(number(stored(entry, metric), metric) for metric in costs)],
+            )
+            for entry, cells in zip(entries, rows, strict=True)
+        ],
+        "table_note": table_note(entries),
+        "hrefs": {labels[entry.path]: link(entry.path) for entry in entries},
+        "levels": level_table([replace(entry, name=labels[entry.path]) for entry in entries]),
+        "trade_offs": [
+            (
+                avg.title,
+                [figures.trade_off(avg, other, entries, labels, link) for other in at_temperature(metrics, avg)],
+            )
+            for avg in avgs
+        ],
+        "runs": [(labels[run.path], link(run.path), figures.family(run), run.path in drawn) for run in runs],
+        "curves": [figures.curve(name, title, runs, labels, drawn, link) for name, title in figures.shown_curves(runs)],
+        "habits_header": habits_header,
+        "habits": [(labels[entry.path], link(entry.path), cells) for entry, cells in habits],
+        "sweeps": [figures.sweep(metric, sweeps, link) for metric in swept] if sweeps else [],
+        "gated": [(labels[run.path], link(run.path), figures.family(run), run.path in gated_drawn) for run in gated],
+        "windows": figures.windows(gated, labels, gated_drawn, link) if gated else None,
+        "window_tables": [
+            (part.label, [(group.label, runs_of(group, None, link), values(group, metrics)) for group in part.groups])
+            for part in window_comparisons(groups)
+        ],
+        "budgets": [
+            [(metric, [grid(part, metric, comparison.grids, link) for part in same]) for metric in [*avgs[:1], *costs]]
+            for same in by_budget
+        ],
+        "compute": figures.trade_off(avgs[0], costs[0], runs, labels, link)
+        if avgs and costs and not by_budget
+        else None,
+        "grpo": [
+            {
+                "seeds": seeds_of(pair.after),
+                "before": (pair.before.label, runs_of(pair.before, None, link)),
+                "after": (pair.after.label, runs_of(pair.after, None, link)),
+                "cells": [
+                    (
+                        values(pair.before, [metric])[0],
+                        values(pair.after, [metric])[0],
+                        number(pair.differences[metric.key], metric, sign="+"),
+                    )
+                    for metric in swept
+                ],
+            }
+            for pair in comparison.grpo
+        ],
+        "grpo_header": [metric.title for metric in swept],
+        "grpo_figures": [figures.before_and_after(metric, comparison.grpo, link) for metric in swept]
+        if comparison.grpo
+        else [],
+    }
+
+
+def at_temperature(metrics: Sequence[Metric], avg: Metric) -> list[Metric]:
+    """Entropy and length at the temperature of this Avg."""
+    return [replace(metric, temperature=avg.temperature) for metric in metrics if metric.key in ("entropy", "length")]
+
+
+def drawn_first(groups: Sequence[Group]) -> set[Path]:
+    """The runs whose curves are drawn at first: one of each group, then their other seeds, up to a number."""
+    depth = max((len(group.entries) for group in groups), default=0)
+    in_turn = [group.entries[i] for i in range(depth) for group in groups if i < len(group.entries)]
+    return {entry.path for entry in [entry for entry in in_turn if entry.metrics][:NUM_DRAWN]}
+
+
+def grid(part: Part, metric: Metric, parts: Sequence[Part], link: Link) -> dict[str, Any]:
+    """The corners of a grid in reading order, each with its value, how dark it is, and its runs."""
+    shown = [group.summaries[metric.key].value for p in parts for group in p.groups if metric.key in group.summaries]
+    lowest, highest = min(shown), max(shown)
+    cells = []
+    for key, method in METHODS.items():
+        group = next((g for g in part.groups if g.entries[0].cell == key and metric.key in g.summaries), None)
+        cell: dict[str, Any] = {"key": key, "method": method, "text": None}
+        if group is not None:
+            value = group.summaries[metric.key].value
+            cell |= {
+                "text": values(group, [metric])[0],
+                "heat": (value - lowest) / (highest - lowest) if highest > lowest else 0.5,
+                "runs": runs_of(group, metric, link),
+            }
+        cells.append(cell)
+    return {"label": part.label, "cells": cells}
+
+
+def runs_of(group: Group, metric: Metric | None, link: Link) -> list[tuple[str, str]]:
+    """A text and a link for each run of a group: its seed, and its own value of a metric."""
+    own = dict(group.summaries[metric.key].per_run) if metric is not None else {}
+    return [
+        (
+            (seed or path.name) + (f": {number((own[path],), metric)}" if metric is not None and len(own) > 1 else ""),
+            link(path),
+        )
+        for path, seed in seed_names(group).items()
+        if metric is None or path in own
+    ]

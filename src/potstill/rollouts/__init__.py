@@ -1,0 +1,1 @@
+"""Who writes the prefixes, and batches of them."""

@@ -1,0 +1,197 @@
+"""Contents of run folders, evaluation files and study folders, for whoever compares them. Needs no torch."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from potstill.config import METHODS, GrpoRecipe, Recipe, Role, Selection, load_any_recipe
+from potstill.runs.run_folder import (
+    REPAIRS,
+    STEP_LOGS,
+    RunError,
+    check_keys,
+    is_done,
+    last_row,
+    read_json,
+    read_json_list,
+    read_rows,
+    resume_command,
+)
+
+# Of a study's folder: what it consists of, written before the first run.
+PLAN_FILE = "plan.json"
+# What its plan says of each run.
+RUN_KEYS = ("folder", "name", "state")
+# What every row of an evaluation has.
+EVAL_COLUMNS = ("model", "temperature", "num_responses", "avg", "pass", "levels", "problems", "settings")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished run, or an evaluated model without one.
+
+    `evals` has one row a temperature (`evaluation.evaluate` says what is in it), `decisions` what the length gate did.
+    """
+
+    name: str
+    path: Path
+    evals: list[dict[str, Any]]
+    recipe: Recipe | GrpoRecipe | None = None
+    metrics: tuple[dict[str, Any], ...] = ()
+    samples: tuple[dict[str, Any], ...] = ()
+    decisions: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def cell(self) -> str | None:
+        """The key of the grid's corner that this run is in."""
+        if not isinstance(self.recipe, Recipe) or self.recipe.objective.signal != "full":
+            return None
+        here = (self.recipe.objective.prefix, self.recipe.objective.kl)
+        return next((key for key, method in METHODS.items() if here == (method.prefix, method.kl)), None)
+
+    @property
+    def start(self) -> Path | None:
+        """GRPO: the run folder or model that it started from; beside this one, where both have been moved."""
+        if not isinstance(self.recipe, GrpoRecipe):
+            return None
+        named = Path(self.recipe.model)
+        beside = self.path.parent / named.name
+        return beside if not named.exists() and beside.exists() else named
+
+    @property
+    def num_loss_tokens(self) -> int | None:
+        return sum(row.get("num_loss_tokens", 0) for row in self.metrics) or None
+
+    @property
+    def seconds(self) -> float | None:
+        return sum(row["seconds"] for row in self.metrics) or None
+
+    @property
+    def flops(self) -> float | None:
+        """Operations of training, where they were counted."""
+        return self.metrics[-1].get("total_flops") if self.metrics else None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Entries that can be compared with each other: one task, one pair of models.
+
+    The runs of a sweep decide what the others do and are compared with nothing else. `unfinished` are runs that belong
+    here and have no result, each with its folder and what is known of it.
+    """
+
+    title: str
+    entries: tuple[Entry, ...]
+    note: str = ""
+    unfinished: tuple[tuple[Path, str], ...] = ()
+    is_sweep: bool = False
+
+
+def read_entry(path: Path) -> Entry:
+    """A finished run folder, or a JSON file that `potstill evaluate --out` wrote. Raises RunError."""
+    if path.is_file():
+        evals = read_json_list(path, EVAL_COLUMNS)
+        return Entry(evals[0]["model"].removeprefix("potstill:"), path, evals)
+    if not (path / "recipe.toml").exists():
+        raise RunError(f"{str(path)!r} is no run folder, study folder or evaluation file")
+    recipe = load_any_recipe(path / "recipe.toml")
+    if not is_done(path, recipe):
+        raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
+    metrics, samples, decisions = (tuple(read_rows(path / name, keys)) for name, keys in STEP_LOGS.items())
+    # Of the student as it is now, not of one that the run has gone on from; at each temperature the newest counts.
+    rows = read_rows(path / "evals.jsonl", ("step", *EVAL_COLUMNS))
+    num_steps = last_row(path)["step"]
+    evals = list({row["temperature"]: row for row in rows if row["step"] == num_steps}.values())
+    return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions)
+
+
+def read_panels(paths: list[Path]) -> list[Panel]:
+    """The panels of each study folder, and one panel of all other runs and evaluation files. Raises RunError."""
+    panels = [panel for path in paths if (path / PLAN_FILE).exists() for panel in read_study(path)]
+    others = tuple(read_entry(path) for path in paths if not (path / PLAN_FILE).exists())
+    return [*panels, *([Panel("", others)] if others else [])]
+
+
+def read_plan(folder: Path) -> list[dict[str, Any]]:
+    """The panels of a study's plan. Raises RunError where the file is damaged."""
+    path = folder / PLAN_FILE
+    panels = read_json(path, ("panels",))["panels"]
+    for panel in _listed(panels, path):
+        check_keys(panel, path, ("title", "note", "is_sweep", "runs"), ", a panel")
+        for run in _listed(panel["runs"], path):
+            check_keys(run, path, RUN_KEYS, ", a run")
+            if not all(isinstance(run[key], str) for key in RUN_KEYS):
+                raise RunError(f"{str(path)!r} has a run of {run}, which is not three texts; {REPAIRS[PLAN_FILE]}")
+    return panels
+
+
+def _listed(found: Any, path: Path) -> list[Any]:
+    if not isinstance(found, list):
+        raise RunError(f"{str(path)!r} has {found!r:.60} in place of a list; {REPAIRS[PLAN_FILE]}")
+    return found
+
+
+def read_study(folder: Path) -> list[Panel]:
+    """The panels of a study as far as it has come.
+
+    `plan.json` has `panels`, each with `title`, `note`, `is_sweep` and `runs`: `folder` (or evaluation file) in the
+    study's folder, `name` and `state` as last seen.
+    """
+    panels = []
+    for planned in read_plan(folder):
+        entries, unfinished = [], []
+        for run in planned["runs"]:
+            path = folder / run["folder"]
+            try:
+                entry = read_entry(path)
+            except RunError as error:
+                is_begun = path.exists() and not run["state"].startswith("crashed")
+                is_damaged = (path / "DONE").exists() or path.is_file()
+                state = "unfinished" if is_begun else run["state"]
+                unfinished.append((path, str(error) if is_damaged else state))
+                continue
+            entries.append(replace(entry, name=run["name"]))
+        panels.append(Panel(planned["title"], tuple(entries), planned["note"], tuple(unfinished), planned["is_sweep"]))
+    return panels
+
+
+def recipe_key(entry: Entry, ignore: Selection) -> str:
+    """The resolved recipe as JSON, without `out` and without what is ignored: equal iff runs match.
+
+    Of a teacher's cache it says only that there is one: seeds have caches of their own.
+    """
+    data = entry.recipe.resolved_without(("out", *ignore)) if entry.recipe is not None else {}
+    if "cache" in data.get("teacher", {}):
+        data["teacher"]["cache"] = True
+    return json.dumps(data, sort_keys=True)
+
+
+def find_starts(entries: Sequence[Entry]) -> dict[Path, Entry]:
+    """For the folder of each GRPO run, the entry among these that it started from, where there is one."""
+    known = {path.resolve(): entry for entry in entries for path in (entry.path, entry.path / "model")}
+    models = {row["model"]: entry for entry in entries if entry.recipe is None for row in entry.evals}
+    starts = {}
+    for entry in entries:
+        if entry.start is not None:
+            start = known.get(entry.start.resolve()) or models.get(str(entry.start))
+            starts |= {entry.path: start} if start is not None else {}
+    return starts
+
+
+def group_by_seed(entries: Sequence[Entry]) -> list[tuple[Entry, ...]]:
+    """Runs whose recipes agree on everything but the seeds; GRPO runs too, whose starts then differ in seeds alone.
+
+    A model without a run is a group of its own.
+    """
+    starts = find_starts(entries)
+    groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        key = (recipe_key(entry, (Role.SEED,)), "" if entry.recipe is not None else str(entry.path))
+        start = starts.get(entry.path)
+        if start is not None and start.recipe is not None:
+            key = (recipe_key(entry, (Role.SEED, Role.START)), recipe_key(start, (Role.SEED,)))
+        groups[key].append(entry)
+    return [tuple(group) for group in groups.values()]

@@ -1,0 +1,196 @@
+"""How long a study's runs will take and how much disk they fill: from finished runs of a kind, or a trial of two steps.
+
+Trials are for models so small that they cost a second; what larger ones take is known when the first run is done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from potstill.config import Evaluation, GrpoRecipe, Recipe, Role, RunRecipe, Selection
+from potstill.runs.results import read_entry
+from potstill.tasks import is_table
+from potstill.tasks.own import own_task
+from potstill.types import NonFiniteError
+
+if TYPE_CHECKING:
+    from potstill.study.planning import Item
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
+NUM_TRIAL_STEPS = 2
+# Models whose weights are larger are not loaded for an estimate.
+MAX_TRIAL_BYTES = 50e6
+# What the cost of a step does not depend on.
+FREE: Selection = (
+    *(Role.OUTPUT, Role.EVALUATION, Role.SEED, Role.TUNED, Role.START, Role.CACHE, Role.DIVERGENCE),
+    *(Role.LENGTH, Role.WARM_UP, Role.BUDGET, "data.num_prompts"),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one process, and bytes."""
+
+    seconds: float
+    num_bytes: float
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of a step, those that a cache saves it, operations, tokens of a completion, and bytes of what is kept."""
+
+    seconds: float
+    cached_seconds: float
+    flops: float
+    length: float
+    num_bytes: int
+
+
+def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]:
+    """The cost of each item that is not done; None where nothing is known yet. With `one_thread` trials take one."""
+    if all(item.is_done for item in items):
+        return {}
+    import torch
+
+    from potstill.models.language_model import load_config
+    from potstill.prompts.examples import DEFAULT_TASK_PROMPTS
+
+    if one_thread:
+        torch.set_num_threads(1)
+    steps: dict[str, StepCost | None] = {}
+    evaluations: dict[str, Cost | None] = {}
+    for item in items:
+        if item.kind in ("train", "grpo") and item.is_done:
+            steps[_kind(item.recipe)] = _finished_step(item.job.path)
+    students = {item.job.path: item.recipe.student.model for item in items if isinstance(item.recipe, Recipe)}
+
+    def step_cost(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
+        kind = _kind(recipe)
+        if kind not in steps:
+            steps[kind] = _try_steps(recipe, start, cached)
+        return steps[kind]
+
+    def evaluation_cost(model: str, evaluation: Evaluation) -> Cost | None:
+        key = json.dumps([model, evaluation.model_dump(mode="json", exclude={"seed"})])
+        if key not in evaluations:
+            evaluations[key] = _try_evaluation(model, evaluation)
+        return evaluations[key]
+
+    costs: dict[Path, Cost | None] = {}
+    for item in items:
+        recipe = item.recipe
+        if item.is_done:
+            continue
+        start = recipe.model if isinstance(recipe, GrpoRecipe) else recipe.student.model
+        if item.kind == "evaluate":
+            start = item.job.arguments[1]
+        # What does not exist yet is as large as what it is made from.
+        start = students.get(Path(start), students.get(Path(start).parent, start))
+        cached = item.kind == "cache" or (isinstance(recipe, Recipe) and recipe.teacher.cache is not None)
+        step = step_cost(recipe, start, cached) if item.kind != "evaluate" else StepCost(0, 0, 0, 0, 0)
+        evaluated = evaluation_cost(start, item.evaluation) if item.kind != "cache" else Cost(0, 0)
+        if step is None or evaluated is None:
+            costs[item.job.path] = None
+        elif isinstance(recipe, Recipe) and item.kind == "cache":
+            num_prompts = recipe.data.num_prompts or DEFAULT_TASK_PROMPTS
+            seconds = step.cached_seconds * num_prompts / recipe.train.prompts_per_step
+            width = load_config(recipe.teacher.model).get_text_config().hidden_size
+            # In bfloat16; log-sum-exp, entropy, log-probability and token id beside it.
+            costs[item.job.path] = Cost(seconds, num_prompts * step.length * (2 * width + 16))
+        else:
+            num_steps = item.job.num_steps
+            if isinstance(recipe, Recipe) and recipe.train.flops is not None and step.flops:
+                num_steps = min(num_steps, math.ceil(recipe.train.flops / step.flops))
+            seconds = step.seconds * num_steps + evaluated.seconds
+            costs[item.job.path] = Cost(seconds, step.num_bytes + evaluated.num_bytes)
+    return costs
+
+
+def _kind(recipe: Recipe | GrpoRecipe) -> str:
+    """What runs with steps of one cost have in common."""
+    data = recipe.resolved_without(FREE)
+    cached = isinstance(recipe, Recipe) and recipe.teacher.cache is not None
+    return json.dumps([cached, data], sort_keys=True)
+
+
+def _finished_step(path: Path) -> StepCost:
+    metrics = read_entry(path).metrics
+    num_bytes = sum(_num_bytes(path / kept) for kept in ("model", "checkpoint"))
+    flops = metrics[-1].get("total_flops", 0.0) / len(metrics)
+    return StepCost(sum(row["seconds"] for row in metrics) / len(metrics), 0.0, flops, metrics[-1]["length"], num_bytes)
+
+
+def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
+    """A trial in a folder that is removed again; None where it would not be quick, or run code of the user's.
+
+    There is no cache yet, so what it saves is taken off.
+    """
+    models = [start]
+    if isinstance(recipe, Recipe) and recipe.teacher.model != "self":
+        models.append(recipe.teacher.model)
+    if is_table(recipe.data.source) or own_task(recipe.data.source) or not all(map(_is_small, models)):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "trial"
+        if isinstance(recipe, GrpoRecipe):
+            from potstill.grpo.run import run_grpo
+
+            run_grpo(
+                _trial(recipe, {"grpo": {"steps": NUM_TRIAL_STEPS, "warmup_steps": 0}}, out, model=start), quiet=True
+            )
+        else:
+            from potstill.training.loop import train
+
+            few = {"steps": NUM_TRIAL_STEPS, "warmup_steps": 0, "flops": None}
+            try:
+                train(_trial(recipe, {"train": few, "teacher": {"cache": None}}, out), quiet=True)
+            except NonFiniteError:
+                # The run will say so itself; others can go on.
+                return None
+        # The first step also warms up.
+        last = read_entry(out).metrics[-1]
+        saved = ("rollout", "teacher") if cached else ()
+        seconds = last["seconds"] - sum(last[f"{part}_seconds"] for part in saved)
+        flops = sum(number for part, number in last["flops"].items() if part not in saved)
+        num_bytes = sum(_num_bytes(out / kept) for kept in ("model", "checkpoint"))
+        return StepCost(seconds, last["seconds"] - seconds, flops, last["length"], num_bytes)
+
+
+def _trial(recipe: AnyRecipe, sections: dict[str, dict[str, Any]], out: Path, **start: str) -> AnyRecipe:
+    update = {name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()}
+    return recipe.model_copy(update=update | {"out": out, "evaluation": Evaluation()} | start)
+
+
+def _try_evaluation(model: str, evaluation: Evaluation) -> Cost | None:
+    """From one batch of responses; None where that would not be quick, or run code of the user's."""
+    if evaluation.source is None:
+        return Cost(0, 0)
+    if is_table(evaluation.source) or own_task(evaluation.source) or not _is_small(model):
+        return None
+    from potstill.evaluation import evaluate
+
+    num_problems = max(1, min(evaluation.batch_size // evaluation.num_responses, evaluation.num_problems))
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        few = evaluation.model_copy(update={"num_problems": num_problems})
+        evaluate(model, few, responses=Path(folder), quiet=True)
+        scale = evaluation.num_problems / num_problems
+        return Cost(scale * (time.perf_counter() - started), scale * _num_bytes(Path(folder)))
+
+
+def _is_small(name: str) -> bool:
+    from potstill.models.language_model import find_folder
+
+    folder = find_folder(name)
+    return folder is not None and sum(f.stat().st_size for f in folder.glob("*.safetensors")) < MAX_TRIAL_BYTES
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

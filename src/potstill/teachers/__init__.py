@@ -1,0 +1,1 @@
+"""Who gives the signal: a loaded model, or a cache."""

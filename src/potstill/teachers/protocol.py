@@ -1,0 +1,67 @@
+"""The protocol of a teacher: who it is, what it costs, its signal at the loss tokens, and whether it can write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from potstill.kl.head import Head
+    from potstill.kl.topk import TopK
+    from potstill.models.batch import Batch
+    from potstill.models.flops import ModelFlops
+
+
+class Teacher(Protocol):
+    """A teacher, wherever its model is: loaded (`models.LanguageModel`) or behind a cache (`cache.CachedTeacher`)."""
+
+    # Who it is.
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Its own end tokens."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """The rows of its head."""
+        ...
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens it can read; None where nothing limits it."""
+        ...
+
+    def weights_digest(self) -> str | None:
+        """A hash of its weights; None where they are not known."""
+        ...
+
+    @property
+    def flops(self) -> ModelFlops:
+        """The operations that its signal takes of us, and its writing where it writes."""
+        ...
+
+    @property
+    def head(self) -> Head | None:
+        """What makes logits of its hidden states; None where its signal is no hidden states."""
+        ...
+
+    @property
+    def can_score(self) -> bool:
+        """Whether it has a signal for any rollouts, and not only for those that are stored with one."""
+        ...
+
+    def signal_at(self, batch: Batch) -> Tensor | TopK:
+        """All that is known of it at a batch's N loss tokens: hidden states [N, E], or its likeliest tokens."""
+        ...
+
+    @property
+    def decoder(self) -> Any | None:
+        """The causal LM that writes for it (`sampling.sample`); None where it cannot write."""
+        ...

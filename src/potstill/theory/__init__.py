@@ -1,0 +1,1 @@
+"""The identities of docs/theory.md, checked by enumeration."""

@@ -1,0 +1,397 @@
+"""The theory as numbers: `potstill verify` checks each identity of docs/theory.md on models small enough to enumerate.
+
+The two models are tables: each prefix has its own row of logits, over a vocabulary of three tokens of which token 0
+ends the text, and a window of three tokens. So every text can be listed with its probability, and every expectation is
+a finite sum. One side of each identity is what training computes (`batch_loss` and what it calls, in float64); the
+other is written out here from the definition alone, or is a central difference of it.
+
+Notation as in docs/theory.md: p teacher, q student, s a prefix, y a text, d^T and d^q the distributions of prefixes.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill.config import Objective
+from potstill.kl.definition import DIVERGENCES, merge_end_class, token_divergence
+from potstill.kl.fused import fused_loss
+from potstill.kl.head import Head
+from potstill.kl.terms import LossTerms
+from potstill.objectives.loss import Loss, batch_loss, later_costs
+from potstill.rollouts.batching import make_batch
+from potstill.theory.enumeration import (
+    END,
+    WINDOW,
+    Table,
+    Text,
+    V,
+    all_texts,
+    by_prefix,
+    expectation,
+    score_sum,
+    sequence_kl,
+)
+from potstill.types import Example, Prompt, Rollout, Stop
+
+# Of central differences: the error is of the order of STEP squared.
+STEP = 1e-5
+BOUND = 1e-8
+# What is said to differ must do so by more than rounding could.
+DISTANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One identity: how far its two sides are apart, and whether that is as it should be.
+
+    `differs` marks the statements that two things are not the same: their distance must be at least `bound`.
+    """
+
+    name: str
+    error: float
+    bound: float = BOUND
+    differs: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return self.error >= self.bound if self.differs else self.error <= self.bound
+
+
+def trained(
+    student: Table,
+    teacher: Table,
+    writer: Table,
+    options: dict[str, Any],
+    window: int = WINDOW,
+    baseline_T: Tensor | None = None,
+) -> tuple[float, Tensor]:
+    """What training computes on every text of a writer, weighted by its probability: value and gradient [S, V]."""
+    loss = Loss(Objective(**options), "token", vocab_size=V)
+    student.zero_grad()
+    value = 0.0
+    for text in all_texts(window):
+        stop: Stop = "end" if text[-1] == END else "length"
+        prompt = Prompt(Example("x", "x"), (1,))
+        rollout = Rollout(prompt, text, (True,) * len(text), ("student",) * len(text), stop)
+        batch = make_batch([rollout])
+        hidden_NE = teacher.signal_at(batch).detach()
+        probability = writer.log_prob(text).exp().item()
+        returns_N = None
+        if loss.objective.gamma:
+            returns_N = later_costs(student, teacher, batch, loss)  # pyright: ignore[reportArgumentType]
+            returns_N = returns_N if baseline_T is None else returns_N - baseline_T[: len(returns_N)]
+        given = (student, teacher, hidden_NE, batch, loss, 1 / probability, returns_N)
+        loss_sum, loss_N, _ = batch_loss(*given)  # pyright: ignore[reportArgumentType]
+        loss_sum.backward()
+        value += probability * float(loss_N.sum())
+    assert student.logits_SV.grad is not None
+    return value, student.logits_SV.grad.clone()
+
+
+def differences(student: Table, function: Callable[[], Tensor]) -> Tensor:
+    """The gradient [S, V] of a function of the student's logits, by central differences."""
+    gradient = torch.zeros_like(student.logits_SV)
+    with torch.no_grad():
+        for index in itertools.product(*map(range, student.logits_SV.shape)):
+            kept = student.logits_SV[index].item()
+            student.logits_SV[index] = kept + STEP
+            above = function()
+            student.logits_SV[index] = kept - STEP
+            gradient[index] = (above - function()) / (2 * STEP)
+            student.logits_SV[index] = kept
+    return gradient
+
+
+def apart(a: Tensor | float, b: Tensor | float) -> float:
+    """The largest difference of two numbers or tensors."""
+    a, b = (torch.as_tensor(each, dtype=torch.float64).detach() for each in (a, b))
+    return float((a - b).abs().max())
+
+
+CELLS = [(prefix, kind) for prefix in ("teacher", "student") for kind in ("forward", "reverse")]
+
+
+def identities() -> Iterator[Check]:
+    """Check each identity, one after the other in the order of docs/theory.md."""
+    student, teacher = Table(seed=1), Table(seed=2, spread=1.5)
+    yield from _chain_rules(student, teacher)
+    yield from _cells(student, teacher)
+    yield from _rewritten_gradients(student, teacher)
+    yield from _dropped_terms(student, teacher)
+    yield from _offline_rl(student, teacher)
+    yield from _estimators(student, teacher)
+    yield from _splits(student, teacher)
+    yield from _divergences()
+    yield from _coarse()
+
+
+def _options(prefix: str, kind: str, **more: Any) -> dict[str, Any]:
+    return {"prefix": prefix, "kl": kind, **more}
+
+
+def _chain_rules(student: Table, teacher: Table) -> Iterator[Check]:
+    for kind, who, writer in (("forward", "d^T", teacher), ("reverse", "d^q", student)):
+        prefix = "teacher" if writer is teacher else "student"
+        for window in range(WINDOW, 0, -1):
+            value, _ = trained(student, teacher, writer, _options(prefix, kind), window)
+            what = "chain rule" if window == WINDOW else f"window of {window} = KL of the {window}-token marginals"
+            name = f"{what}: sequence {kind} KL = sum_t E_{who}[{kind} KL]"
+            yield Check(name, apart(value, sequence_kl(kind, student, teacher, window)))
+
+
+def _cells(student: Table, teacher: Table) -> Iterator[Check]:
+    for prefix, kind in CELLS:
+        writer = teacher if prefix == "teacher" else student
+        weights = {text: writer.log_prob(text).exp().item() for text in all_texts()}
+
+        def frozen(kind: str = kind, weights: dict[Text, float] = weights) -> Tensor:
+            sums = [
+                weight * sum(by_prefix(kind, student, teacher, text[:t]) for t in range(len(text)))
+                for text, weight in weights.items()
+            ]
+            return torch.stack([torch.as_tensor(part) for part in sums]).sum()
+
+        _, gradient = trained(student, teacher, writer, _options(prefix, kind))
+        name = f"{prefix} prefix, {kind} KL: gradient = differences of its expectation, prefixes frozen"
+        yield Check(name, apart(gradient, differences(student, frozen)))
+
+
+def _rewritten_gradients(student: Table, teacher: Table) -> Iterator[Check]:
+    for prefix, writer in (("teacher", teacher), ("student", student)):
+        cross_entropy = expectation(writer, lambda s: -(teacher.log_probs(s).exp() * student.log_probs(s)).sum())
+        (soft,) = torch.autograd.grad(cross_entropy, student.logits_SV)
+        _, gradient = trained(student, teacher, writer, _options(prefix, "forward"))
+        yield Check(f"{prefix} prefix: forward-KL gradient = soft cross-entropy gradient", apart(gradient, soft))
+
+        def surrogate(s: Text) -> Tensor:
+            log_q, log_p = student.log_probs(s), teacher.log_probs(s)
+            reward = (log_p - log_q).detach()
+            return -(log_q.detach().exp() * reward * log_q).sum()
+
+        (policy,) = torch.autograd.grad(expectation(writer, surrogate), student.logits_SV)
+        _, gradient = trained(student, teacher, writer, _options(prefix, "reverse"))
+        name = f"{prefix} prefix: reverse-KL gradient = policy gradient with reward log p - log q, a ~ q"
+        yield Check(name, apart(gradient, policy))
+
+
+def _later(student: Table, teacher: Table, kind: str, gamma: float = 1.0) -> Callable[[Text, int], float]:
+    """sum over u > t of gamma^(u - t) KL_u along a text."""
+    return lambda text, t: sum(
+        gamma ** (u - t) * by_prefix(kind, student, teacher, text[:u]).item() for u in range(t + 1, len(text))
+    )
+
+
+def _dropped_terms(student: Table, teacher: Table) -> Iterator[Check]:
+    for kind in ("forward", "reverse"):
+
+        def moving(kind: str = kind) -> Tensor:
+            return expectation(student, lambda s: by_prefix(kind, student, teacher, s), frozen=False)
+
+        whole = differences(student, moving)
+        _, local = trained(student, teacher, student, _options("student", kind))
+        dropped = score_sum(student, student, _later(student, teacher, kind))
+        name = f"student prefix, {kind} KL: moving prefixes add E sum_t (sum_u>t KL_u) grad log q(y_t)"
+        yield Check(name, apart(whole, local + dropped))
+        yield Check(f"student prefix, {kind} KL: the dropped term is not zero", apart(whole, local), DISTANCE, True)
+    whole = differences(student, lambda: sequence_kl("reverse", student, teacher))
+    _, full = trained(student, teacher, student, _options("student", "reverse", gamma=1.0))
+    yield Check("gamma = 1: gradient = differences of the sequence reverse KL", apart(full, whole))
+    _, local = trained(student, teacher, student, _options("student", "reverse"))
+    for gamma in (0.0, 0.5):
+        _, gradient = trained(student, teacher, student, _options("student", "reverse", gamma=gamma))
+        expected = local + score_sum(student, student, _later(student, teacher, "reverse", gamma))
+        yield Check(f"gamma = {gamma:g}: later KLs count gamma^(u - t)", apart(gradient, expected))
+    options, baseline_T = _options("student", "reverse", gamma=1.0), torch.tensor([0.7, -0.4, 1.3], dtype=torch.float64)
+    _, with_baseline = trained(student, teacher, student, options, WINDOW, baseline_T)
+    yield Check("gamma = 1: a baseline a position changes no expectation", apart(with_baseline, full))
+    # The same expectation from the log-ratios that were drawn, which gamma replaces by their means.
+    drawn = score_sum(
+        student,
+        student,
+        lambda text, t: sum(
+            (student.log_probs(text[:u]) - teacher.log_probs(text[:u]))[text[u]].item() for u in range(t + 1, len(text))
+        ),
+    )
+    yield Check("gamma = 1: exact later KLs = drawn later log-ratios, in expectation", apart(full, local + drawn))
+
+
+def _offline_rl(student: Table, teacher: Table) -> Iterator[Check]:
+    _, gradient = trained(student, teacher, teacher, _options("teacher", "reverse"))
+    inner_over_student = torch.zeros((), dtype=torch.float64)
+    inner_over_teacher = torch.zeros((), dtype=torch.float64)
+    weighted = torch.zeros((), dtype=torch.float64)
+    for text in all_texts():
+        probability = teacher.log_prob(text).exp().item()
+        for t, written in enumerate(text):
+            log_q, log_p = student.log_probs(text[:t]), teacher.log_probs(text[:t])
+            ratio = (log_p - log_q).detach()
+            inner_over_student = inner_over_student - probability * (log_q.detach().exp() * ratio * log_q).sum()
+            # What the teacher wrote there, as it is and with the weight q / p.
+            one = -probability * ratio[written] * log_q[written]
+            inner_over_teacher, weighted = inner_over_teacher + one, weighted + one * (-ratio[written]).exp()
+    own, other, reweighted = (
+        torch.autograd.grad(total, student.logits_SV, retain_graph=True)[0]
+        for total in (inner_over_student, inner_over_teacher, weighted)
+    )
+    yield Check("teacher prefix, reverse KL: its gradient is E_{s ~ d^T, a ~ q}[-r grad log q]", apart(gradient, own))
+    yield Check("the same from the teacher's own tokens, with the weight q / p", apart(gradient, reweighted))
+    name = "the teacher's own tokens without the weight give another gradient"
+    yield Check(name, apart(gradient, other), DISTANCE, True)
+    for kind in ("forward", "reverse"):
+        of_sequence = differences(student, lambda kind=kind: sequence_kl(kind, student, teacher))
+        name = f"teacher prefix, reverse KL is not the gradient of the sequence {kind} KL"
+        yield Check(name, apart(gradient, of_sequence), DISTANCE, True)
+
+
+def _estimators(student: Table, teacher: Table) -> Iterator[Check]:
+    _, reverse = trained(student, teacher, student, _options("student", "reverse"))
+    _, forward = trained(student, teacher, student, _options("student", "forward"))
+    sampled = {"signal": "sampled"}
+    for estimator, baseline, expected, meaning in (
+        ("k1", "none", reverse, "local reverse KL"),
+        ("k1", "exact", reverse, "local reverse KL"),
+        ("k2", "none", reverse, "local reverse KL"),
+        ("k3", "none", forward, "local FORWARD KL"),
+    ):
+        kind = "forward" if estimator == "k3" else "reverse"
+        options = _options("student", kind, **sampled, estimator=estimator)
+        if estimator == "k1":
+            options["baseline"] = baseline
+        _, gradient = trained(student, teacher, student, options)
+        used = "as a constant reward" if estimator == "k1" else "differentiated"
+        used += ", exact baseline" if baseline == "exact" else ""
+        yield Check(f"{estimator} {used}: expected gradient = {meaning}", apart(gradient, expected))
+    # d/dtheta of log q - log p at tokens that q drew: a sum of scores.
+    k1 = score_sum(student, student, lambda text, t: 1.0)
+    yield Check("k1 differentiated: expected gradient = 0", apart(k1, torch.zeros_like(k1)))
+
+
+def _splits(student: Table, teacher: Table) -> Iterator[Check]:
+    for kind, writer, prefix in (("forward", teacher, "teacher"), ("reverse", student, "student")):
+        options = _options(prefix, kind)
+        _, whole = trained(student, teacher, writer, options)
+        _, equal = trained(student, teacher, writer, options | {"split": 1, "split_weights": (1.0, 1.0)})
+        yield Check(f"split, {kind} KL: equal weights give the unsplit loss", apart(equal, whole))
+        for position in range(1, WINDOW):
+            parts = []
+            for weights in ((1.0, 0.0), (0.0, 1.0), (0.3, 1.7)):
+                split = options | {"split": position, "split_weights": weights}
+                parts.append(trained(student, teacher, writer, split)[1])
+            name = f"split at {position}, {kind} KL: w1 (tokens before) + w2 (tokens from it on)"
+            yield Check(name, apart(parts[2], 0.3 * parts[0] + 1.7 * parts[1]))
+            short = expectation(writer, lambda s, kind=kind: by_prefix(kind, student, teacher, s), True, position)
+            (before,) = torch.autograd.grad(short, student.logits_SV)
+            name = f"split at {position}, {kind} KL: the tokens before it are a window of {position}"
+            yield Check(name, apart(parts[0], before))
+
+
+def _logits(seed: int, scale: float = 1.5, num_rows: int = 5, num_columns: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, num_rows, num_columns, generator=generator, dtype=torch.float64) * scale
+    return student.requires_grad_(), teacher
+
+
+def definition(kind: str, student: Tensor, teacher: Tensor, weight: float) -> Tensor:
+    """A divergence [N] from probabilities, differentiable by autograd."""
+    q, p = student.softmax(-1), teacher.softmax(-1)
+
+    def of(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1)
+
+    m, other = weight * p + (1 - weight) * q, weight * q + (1 - weight) * p
+    return {
+        "forward": lambda: of(p, q),
+        "reverse": lambda: of(q, p),
+        "mixed": lambda: weight * of(p, q) + (1 - weight) * of(q, p),
+        "jsd": lambda: weight * of(p, m) + (1 - weight) * of(q, m),
+        "skew-forward": lambda: of(p, m),
+        "skew-reverse": lambda: of(q, other),
+    }[kind]()
+
+
+def plain_terms(kind: str, weight: float) -> LossTerms:
+    """What training weighs for a kind of KL."""
+    settings = {"mixed": "forward_weight", "jsd": "jsd_weight", "skew-forward": "skew", "skew-reverse": "skew"}
+    fields: dict[str, Any] = {"kl": kind} | ({settings[kind]: weight} if kind in settings else {})
+    return Loss(Objective(**fields), "token").terms()
+
+
+def _both_ways(student: Tensor, teacher: Tensor, kind: str, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Value [N] and gradient of a divergence as the plain and as the fused code compute it."""
+    value_N, _ = token_divergence(student, teacher, kind, weight=weight)
+    (gradient,) = torch.autograd.grad(value_N.sum(), student)
+    head = Head(torch.eye(student.shape[1], dtype=torch.float64))
+    loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, plain_terms(kind, weight))
+    (fused,) = torch.autograd.grad(loss_sum, student)
+    return {"closed form": (value_N.detach(), gradient), "fused": (loss_N, fused)}
+
+
+def _divergences() -> Iterator[Check]:
+    student, teacher = _logits(3)
+    found = {}
+    for kind in DIVERGENCES:
+        exact = definition(kind, student, teacher, 0.3)
+        (gradient,) = torch.autograd.grad(exact.sum(), student)
+        for way, (value, its) in _both_ways(student, teacher, kind, 0.3).items():
+            error = max(apart(value, exact.detach()), apart(its, gradient))
+            found[kind, way] = value, its
+            yield Check(f"{kind}: value and gradient by definition ({way})", error)
+    for way in ("closed form", "fused"):
+        parts = [
+            apart(found["mixed", way][i], 0.3 * found["forward", way][i] + 0.7 * found["reverse", way][i])
+            for i in (0, 1)
+        ]
+        yield Check(f"mixed = w forward + (1 - w) reverse, value and gradient ({way})", max(parts))
+        for weight, kind in ((0.0, "reverse"), (1.0, "forward")):
+            ends = _both_ways(student, teacher, "mixed", weight)[way]
+            error = max(apart(a, b) for a, b in zip(ends, found[kind, way], strict=True))
+            yield Check(f"mixed at w = {weight:g} = {kind} ({way})", error)
+    # Nearer to each other, as the series in b ends where a ratio of probabilities does.
+    student, teacher = _logits(3, scale=0.4)
+    nodes = [1e-4 * i for i in range(1, 7)]
+    for name, kind, of_b, end in (
+        ("JSD(b) / b -> forward KL as b -> 0", "forward", lambda b: (b, b), 0.0),
+        ("JSD(b) / (1 - b) -> reverse KL as b -> 1", "reverse", lambda b: (1 - b, b), 1.0),
+    ):
+        for way in ("closed form", "fused"):
+            values = []
+            for b in nodes:
+                weight, divisor = of_b(b)
+                values.append(_both_ways(student, teacher, "jsd", weight)[way][0] / divisor)
+            exact = definition(kind, student, teacher, 0.5)
+            yield Check(f"{name} ({way})", apart(_at_zero(nodes, values), exact))
+        almost = _both_ways(student, teacher, "jsd", abs(end - 1e-10))["closed form"][0]
+        yield Check(f"JSD(b) = 0 at b = {end:g}, where it is no KL", apart(almost, torch.zeros_like(almost)))
+
+
+def _at_zero(nodes: list[float], values: list[Tensor]) -> Tensor:
+    """The polynomial through some points, at 0."""
+    total = torch.zeros_like(values[0])
+    for i, value in enumerate(values):
+        factors = [-x / (nodes[i] - x) for j, x in enumerate(nodes) if j != i]
+        total = total + math.prod(factors) * value
+    return total
+
+
+def _coarse() -> Iterator[Check]:
+    student, teacher = _logits(4)
+    ends = [1, 4, 5]
+    for kind in ("forward", "reverse"):
+        exact = definition(kind, merge_end_class(student, ends), merge_end_class(teacher, ends), 0.5)
+        (gradient,) = torch.autograd.grad(exact.sum(), student)
+        head = Head(torch.eye(student.shape[1], dtype=torch.float64))
+        loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, plain_terms(kind, 0.5), end_ids=ends)
+        (fused,) = torch.autograd.grad(loss_sum, student)
+        error = max(apart(loss_N, exact.detach()), apart(fused, gradient))
+        yield Check(f"one end class, {kind} KL: that of the coarser distributions", error)
+        gap = (definition(kind, student, teacher, 0.5) - exact).detach()
+        yield Check(f"one end class, {kind} KL: at most the whole one", float((-gap).clamp(min=0).max()))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return apart(a, b) / float(b.abs().max().clamp(min=1e-30))

@@ -1,0 +1,1 @@
+"""One distillation, from a recipe to a student."""

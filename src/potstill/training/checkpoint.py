@@ -1,0 +1,217 @@
+"""Checkpoints: safetensors and JSON, visible only when whole, and read only when they are what was written.
+
+A checkpoint is a folder `checkpoint/step-000120` with the weights, the optimiser's state, and `state.json`: the number
+of finished steps, what the next step needs to know of the steps before it, the rollouts that it uses again, if it does,
+the size of the logs, and the SHA-256 of each file. Randomness needs no state: the data order, the sampling and
+PyTorch's own generator are all seeded from the recipe's seed and the step.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from potstill.console.boundary import Stopped
+from potstill.files import file_digest, flush, seal, unseal
+from potstill.models.distributed import World, gather, wait_for_all
+from potstill.models.language_model import LanguageModel
+from potstill.runs.run_folder import RunError, read_json, seal_logs
+from potstill.types import Prompt, Rollout
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read: finished steps, plain data of the loop, each rank's rollouts, and the logs' sizes."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    rollouts: list[list[Any]]
+    logs: dict[str, dict[str, Any]]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, or None."""
+    found = [path for path, match in _ours(folder / "checkpoint") if not match[1]]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The finished steps of a whole checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _ours(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+    """The folders of checkpoints, whole and unfinished; anything else there is somebody else's."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    matches = [(path, re.fullmatch(r"(unfinished-)?step-(\d{6,})", path.name)) for path in paths]
+    return [(path, match) for path, match in matches if match is not None and path.is_dir()]
+
+
+def tidy(folder: Path, step: int) -> None:
+    """Remove checkpoints before that of `step`, and those that a kill left unfinished."""
+    for path, match in _ours(folder / "checkpoint"):
+        if (match[1] or step_of(path) < step) and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def save(
+    folder: Path,
+    step: int,
+    student: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    state: dict[str, Any],
+    rollouts: Sequence[Rollout] = (),
+    teacher: LanguageModel | None = None,
+) -> None:
+    """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must call this.
+
+    `state` is plain data for the next step; `rollouts` are this rank's, if they are to be used again; a `teacher` is
+    saved where its weights change.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
+    written = gather([_without_prompt(rollout) for rollout in rollouts], world)
+    if world.is_main:
+        target = folder / "checkpoint" / f"step-{step:06d}"
+        unfinished = target.with_name(f"unfinished-{target.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        moments: Any = optimizer_state["state"]
+        tensors = {f"{name}.{key}": value for name, values in moments.items() for key, value in values.items()}
+        save_file(_untied(model_state, student), unfinished / "model.safetensors")
+        save_file(tensors, unfinished / "optimizer.safetensors")
+        if teacher is not None:
+            save_file(_untied(teacher.state_dict(), teacher), unfinished / "teacher.safetensors")
+        data = {"step": step, "state": state, "param_groups": optimizer_state["param_groups"], "rollouts": written}
+        files = {path.name: file_digest(path) for path in unfinished.glob("*.safetensors")}
+        data |= {"logs": seal_logs(folder), "files": files}
+        (unfinished / STATE).write_text(seal(data))
+        for path in (*unfinished.iterdir(), unfinished):
+            flush(path)
+        unfinished.rename(target)
+        flush(target.parent)
+        tidy(folder, step)
+    wait_for_all(world)
+
+
+def load(
+    checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer, teacher: LanguageModel | None = None
+) -> Saved:
+    """Restore weights and optimiser. Every rank must call this.
+
+    Raises RunError, before anything is changed, for a file that is not what was written.
+    """
+    models = {"model.safetensors": student} | ({} if teacher is None else {"teacher.safetensors": teacher})
+    data = _read_state(checkpoint, [*models, "optimizer.safetensors"])
+    tensors = {name: load_file(checkpoint / name) for name in data["files"]}
+    for name, model in models.items():
+        if tensors[name].keys() != _untied_names(model.state_dict(), model):
+            raise _damaged(checkpoint / name, "has the weights of another model")
+    if teacher is not None:
+        teacher.load_state_dict(tensors["teacher.safetensors"], strict=False)
+    moments: dict[str, Any] = {}
+    for name, value in tensors["optimizer.safetensors"].items():
+        parameter, _, key = name.rpartition(".")
+        moments.setdefault(parameter, {})[key] = value
+    set_state_dict(
+        student,
+        optimizer,
+        model_state_dict={**tensors["model.safetensors"]},
+        optim_state_dict={"state": moments, "param_groups": data["param_groups"]},
+        # Not strict: a tied head is stored once, under the name of the embedding; the others were compared above.
+        options=StateDictOptions(full_state_dict=True, strict=False),
+    )
+    return Saved(checkpoint, data["step"], data["state"], data["rollouts"], data["logs"])
+
+
+def _read_state(checkpoint: Path, files: Sequence[str]) -> dict[str, Any]:
+    """What `save` knew, once it and all files are found to be as they were written. Raises RunError."""
+    path = checkpoint / STATE
+    if not path.is_file():
+        raise _damaged(path, "is missing")
+    try:
+        data = unseal(read_json(path))
+    except RunError:
+        data = None
+    if data is None:
+        raise _damaged(path, "was changed after it was written")
+    if data["files"].keys() != set(files):
+        raise _damaged(path, f"lists {sorted(data['files'])} and not {sorted(files)}")
+    for name, sha256 in data["files"].items():
+        if not (checkpoint / name).is_file():
+            raise _damaged(checkpoint / name, "is missing")
+        if file_digest(checkpoint / name) != sha256:
+            raise _damaged(checkpoint / name, "was changed after it was written: its SHA-256 is not that of state.json")
+    return data
+
+
+@contextmanager
+def told_when_stopped(folder: Path) -> Iterator[None]:
+    """Say what of a run is saved when a signal such as Ctrl-C ends the work on it, unless that is said already."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Stopped) and stop.saved:
+            raise
+        last = latest(folder)
+        saved = "stopped; nothing was saved yet: the same command begins again"
+        if last is not None:
+            saved = f"stopped; step {step_of(last)} was saved last, and the same command goes on from there"
+        raise Stopped.of(stop, saved) from None
+
+
+def _damaged(path: Path, what: str) -> RunError:
+    return RunError(
+        f"checkpoint file {str(path)!r} {what}; restore it, or remove the folder {str(path.parent.parent)!r} to begin "
+        "again"
+    )
+
+
+def load_rollouts(saved: Saved, prompts: Sequence[Prompt], world: World) -> list[Rollout]:
+    """This rank's stored rollouts, which answer `prompts`. Raises RunError for those of another number of ranks."""
+    if len(saved.rollouts) != world.size:
+        raise RunError(
+            f"checkpoint {str(saved.path)!r} holds rollouts of {len(saved.rollouts)} ranks that are to be used again, "
+            f"and now there are {world.size}; resume with as many"
+        )
+    return [
+        Rollout(prompt, tuple(completion_ids), tuple(trained), tuple(writers), stop)
+        for prompt, (completion_ids, trained, writers, stop) in zip(prompts, saved.rollouts[world.rank], strict=True)
+    ]
+
+
+def _without_prompt(rollout: Rollout) -> list[Any]:
+    return [rollout.completion_ids, rollout.trained, rollout.writers, rollout.stop]
+
+
+def weights(student: LanguageModel) -> dict[str, torch.Tensor]:
+    """The student's whole weights on the CPU, by their names in the Hugging Face model. Every rank must call this."""
+    state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name.removeprefix("model."): value for name, value in _untied(state, student).items()}
+
+
+def _untied(state: dict[str, Any], student: LanguageModel) -> dict[str, torch.Tensor]:
+    """The state without second names of one tensor, as safetensors stores each tensor once."""
+    names = _untied_names(state, student)
+    return {name: value.contiguous() for name, value in state.items() if name in names}
+
+
+def _untied_names(state: dict[str, Any], student: LanguageModel) -> set[str]:
+    names = {name for name, _ in student.named_parameters()} | {name for name, _ in student.named_buffers()}
+    return state.keys() & names

@@ -1,0 +1,313 @@
+"""The training loop: from a recipe to a run folder with a distilled student."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill import files
+from potstill.config import Recipe, Role, check_recipe, run_evaluation
+from potstill.console.boundary import stop_asked_for, stopped_after
+from potstill.console.printable import say
+from potstill.console.progress import StepDisplay
+from potstill.evaluation import evaluate, evaluate_anew
+from potstill.kl.fused import token_loss
+from potstill.models import distributed
+from potstill.models.distributed import World
+from potstill.models.language_model import LanguageModel, ModelError, save_model
+from potstill.models.probe import ready
+from potstill.objectives.habits import disagreement, habit_sums
+from potstill.objectives.loss import (
+    Loss,
+    batch_loss,
+    known_of_teacher,
+    later_costs,
+    signal_of,
+    student_rows,
+    without_baseline,
+)
+from potstill.rollouts.batching import batch_places, make_batch
+from potstill.runs import run_folder
+from potstill.tasks.own import own_files
+from potstill.teachers.protocol import Teacher
+from potstill.training import checkpoint
+from potstill.training.extension import extended
+from potstill.training.metrics import Stopwatch, before_answer, rollout_sums, token_sums
+from potstill.training.opening import opening
+from potstill.training.rates import is_spent
+from potstill.training.rollout_log import Scored, logged_sample
+from potstill.training.setup import Setup, prepare
+from potstill.training.state import Run, Trainer, begin, make_trainer
+from potstill.training.step import (
+    NUM_LOGGED_SAMPLES,
+    begin_step,
+    count_flops,
+    is_saved,
+    naming,
+    plan_step,
+    probe_if_due,
+    samples_without_dropout,
+    step_metrics,
+    update,
+    write_round,
+)
+from potstill.types import Example, Rollout, Writer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, its student, and the metrics of its last step."""
+
+    folder: Path
+    student: LanguageModel
+    metrics: dict[str, Any]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    student=None,
+    teacher=None,
+    tokenizer=None,
+    prompts: Sequence[str | dict[str, Any] | Example] | None = None,
+    extend_to: int | None = None,
+    quiet: bool = False,
+) -> RunResult:
+    """Run a recipe, or resume it in its folder, and return the student.
+
+    `extend_to` gives the run in the folder so many steps, finished or not (`extension.py` says what that means). A
+    finished run whose recipe has another evaluation is evaluated anew.
+
+    `student` and `teacher` may be Hugging Face causal LMs that are already loaded (with their `tokenizer`), `prompts` a
+    list of strings, rows as of a data file, or Examples; they take the place of what the recipe names. Raises
+    RecipeError, ModelError, DataError or RunError for bad input before anything is written, and NonFiniteError before a
+    bad update.
+    """
+    check_recipe(recipe, Recipe)
+    world = distributed.start()
+    may_change: tuple[Role, ...] = ()
+    if extend_to is not None:
+        recipe, may_change = extended(recipe, extend_to), (Role.LENGTH,)
+    if world.is_main:
+        run_folder.check_folder(recipe, may_change)
+    folder, objects = recipe.out, (student, teacher, tokenizer, prompts)
+    if run_folder.is_trained(folder, recipe):
+        if all(thing is None for thing in objects):
+            return _finished(recipe, world, quiet)
+        if checkpoint.latest(folder) is None:
+            raise run_folder.RunError(
+                f"run {str(folder)!r} is finished and its checkpoint was removed; its student is in "
+                f"{str(folder / 'model')!r}"
+            )
+    with checkpoint.told_when_stopped(folder):
+        given: dict[str, Any] = {"student": student, "teacher": teacher, "tokenizer": tokenizer, "prompts": prompts}
+        setup = prepare(recipe, world, **given, date=run_folder.begun_on(folder))
+        if not any(weight.requires_grad for weight in setup.student.parameters()):
+            raise ModelError(f"student {setup.student.name!r} has no weight that may change; call its requires_grad_()")
+        if not world.is_main:
+            return _run(recipe, setup, world, quiet=True)
+        with run_folder.open_run(recipe, _environment(setup, world), may_change) as notes:
+            return _run(recipe, setup, world, quiet, notes)
+
+
+def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
+    """The student of a finished run, evaluated anew where the recipe's evaluation is another than the folder's."""
+    spec, folder = recipe.student, recipe.out
+    model = ready(str(folder / "model"), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+    if not run_folder.is_done(folder, recipe):
+        distributed.wait_for_all(world)
+        if world.is_main:
+            evaluate_anew(recipe, model.to(world.device), quiet)
+        distributed.wait_for_rank_0(world)
+    elif world.is_main and not quiet:
+        edited = run_folder.edited_files(folder, own_files(recipe.data.source, recipe.evaluation.source))
+        for file in edited:
+            say(
+                f"{file} has changed since; the finished run stays as it is, `potstill evaluate` scores it anew",
+                error=True,
+            )
+    return RunResult(folder, model, run_folder.last_row(folder))
+
+
+def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequence[str] = ()) -> RunResult:
+    """Take the steps that are left, and write the student. All randomness follows from the seed and finished steps."""
+    trainer = make_trainer(recipe, setup, world)
+    run, settings = begin(trainer), trainer.settings
+    with StepDisplay(settings.steps, run.step, quiet, settings.flops) as display, stop_asked_for() as asked:
+        display.note(*opening(recipe, setup, run.step), *notes)
+        run = _take_steps(trainer, run, display, asked)
+    return _finish(trainer, run, quiet)
+
+
+def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callable[[], int]) -> Run:
+    """The loop. Each round, `run` is the state before a step, and `plan` what that step is to do."""
+    settings, world, student = trainer.settings, trainer.world, trainer.setup.student
+    while not is_spent(settings, run.step, run.flops):
+        clock = Stopwatch(world.device)
+        begin_step(trainer, run)
+        run, probed = probe_if_due(trainer, run, clock, display.note)
+        plan = plan_step(trainer, run)
+        rollouts, written = write_round(trainer, run, plan, clock)
+        cost = count_flops(trainer, run, rollouts, written=written, probed=probed)
+        saves = is_saved(trainer, run, cost)
+        num_samples, samples = NUM_LOGGED_SAMPLES if saves or run.step == 0 else 0, []
+        if num_samples and trainer.recipe.student.dropout:
+            num_samples, samples = 0, samples_without_dropout(trainer, plan, rollouts, clock)
+        student.train(trainer.recipe.student.dropout)
+        sums, seen = accumulate_gradients(
+            trainer.setup,
+            plan.loss,
+            rollouts,
+            settings.tokens_per_batch,
+            run.step,
+            world,
+            clock,
+            trainer.split_by,
+            num_samples,
+        )
+        updated = update(trainer, run, plan, clock)
+        metrics = step_metrics(trainer, plan, sums, updated, cost)
+        run = run.after(trainer.recipe, metrics, rollouts)
+        _record(trainer, run, samples + seen, display, clock)
+        # The ranks stop together.
+        signal = distributed.max_over_ranks(asked(), world)
+        if saves or signal:
+            _save(trainer, run)
+        display.update(run.metrics)
+        if signal:
+            raise stopped_after(run.step, signal)
+    return run
+
+
+def _record(trainer: Trainer, run: Run, samples: list[dict[str, Any]], display: StepDisplay, clock: Stopwatch) -> None:
+    """Log a finished step, and warn once where the two models end their texts differently."""
+    habits = run.metrics.get("end_habits")
+    if habits is not None:
+        display.note_once(disagreement(habits, trainer.setup.ends, trainer.setup.student.tokenizer))
+    if not trainer.world.is_main:
+        return
+    files.append(trainer.folder / "metrics.jsonl", run.metrics | display.timing(clock.seconds))
+    for sample in samples:
+        files.append(trainer.folder / "samples.jsonl", {"step": run.step, **sample})
+
+
+def _save(trainer: Trainer, run: Run) -> None:
+    """Write a checkpoint, with the rollouts if the next step uses them again."""
+    is_used_again = run.step % trainer.recipe.rollouts.reuse != 0
+    checkpoint.save(
+        trainer.folder,
+        run.step,
+        trainer.setup.student,
+        trainer.optimizer,
+        trainer.world,
+        run.as_data(),
+        run.rollouts if is_used_again else (),
+        trainer.follower,
+    )
+
+
+def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
+    """Write the student, evaluate it, and mark the run as done."""
+    recipe, setup, folder = trainer.recipe, trainer.setup, trainer.folder
+    student, end_ids = setup.student, setup.ends.stop_ids
+    weights = checkpoint.weights(student)
+    distributed.refresh(trainer.decoders["student"], student)
+    student.eval()
+    if trainer.world.is_main:
+        save_model(student, weights, end_ids, folder / "model")
+        if recipe.evaluation.source is not None:
+            finished = student.around(trainer.decoders["student"], str(folder))
+            options = {"end_ids": end_ids, "responses": folder / "responses", "quiet": quiet}
+            evaluations = evaluate(finished, run_evaluation(recipe), date=setup.date, **options)
+            run_folder.store_evals(folder, run.step, evaluations)
+        run_folder.finish(recipe)
+    distributed.wait_for_rank_0(trainer.world)
+    # A run that was stopped after its last step has no step left to do.
+    return RunResult(folder, student, run.metrics or run_folder.last_row(folder))
+
+
+def accumulate_gradients(
+    setup: Setup,
+    loss: Loss,
+    rollouts: list[Rollout],
+    tokens_per_batch: int,
+    step: int,
+    world: World,
+    clock: Stopwatch,
+    split_by: Sequence[Writer] = (),
+    num_samples: int = 0,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Add this rank's part of the step's gradient, batch by batch; the only division is by one count over all ranks.
+
+    Returns the step's summed statistics over all ranks, and this rank's first `num_samples` rollouts for the run log.
+    """
+    student = setup.student
+    groups = batch_places(rollouts, tokens_per_batch)
+    # Sharded ranks must take the same number of forward passes.
+    num_batches = distributed.max_over_ranks(len(groups), world)
+    if len(groups) < num_batches:
+        groups = batch_places(rollouts, tokens_per_batch, num_batches)
+    batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
+    (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
+    texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+    sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
+    returns: list[Any] = [None] * len(batches)
+    if loss.objective.gamma:
+        # Of all batches first: what a token answers for is measured by the whole step's rollouts.
+        with clock("student"):
+            costs = [later_costs(student, setup.teacher, batch, loss) for batch in batches]
+            returns = without_baseline(costs, batches, world)
+    samples: dict[int, dict[str, Any]] = {}
+    for places, batch, returns_N in zip(groups, batches, returns, strict=True):
+        with clock("teacher"):
+            known = known_of_teacher(setup.teacher, batch, loss)
+            signal = signal_of(known, setup.teacher, loss)
+        with clock("student"):
+            hidden_ND = student_rows(student, batch, loss)
+            given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)
+            with naming(step, [rollout.prompt for rollout in batch.rollouts]):
+                loss_sum, loss_N, stats = batch_loss(*given)
+            teacher_head = None if setup.teacher is None else setup.teacher.head
+            theirs = (signal, teacher_head) if isinstance(signal, torch.Tensor) and teacher_head is not None else None
+            mine = (hidden_ND, student.head)
+            sums.update(habit_sums(batch.rollouts, loss.objective, setup.ends, stats, mine, theirs))
+        if min(places) < num_samples:
+            # Before the backward pass, after which a sharded head is whole no longer.
+            with clock("samples"):
+                if returns_N is not None:
+                    loss_N = token_loss(loss.terms(), stats)
+                each = Scored(hidden_ND, known, loss_N, stats).each(batch.rollouts)
+                for place, rollout, scored in zip(places, batch.rollouts, each, strict=True):
+                    if place < num_samples:
+                        samples[place] = logged_sample(student, setup.teacher, rollout, scored, loss)
+        with clock("student"):
+            loss_sum.backward()
+        responses = [texts[place] for place in places]
+        before_answer_N = before_answer(batch, responses, student.tokenizer, setup.answer_end)
+        sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
+    sums_over_ranks = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
+    return sums_over_ranks, [samples[place] for place in sorted(samples)]
+
+
+def _environment(setup: Setup, world: World) -> dict[str, Any]:
+    models: dict[str, Teacher] = {"student": setup.student}
+    if setup.teacher is not None:
+        models["teacher"] = setup.teacher
+    prompts = [(p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached) for p in setup.prompts]
+    return {
+        "world_size": world.size,
+        "device": str(world.device),
+        "date": setup.date,
+        "task_files": setup.task_files,
+        "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+        "end_ids": list(setup.ends.stop_ids),
+        "end_class": list(setup.ends.class_ids),
+        "models": {
+            role: {"name": model.name, "weights": model.weights_digest(), "end_ids": list(model.end_ids)}
+            for role, model in models.items()
+        },
+    }

@@ -1,0 +1,64 @@
+"""The lines a user should see before the first step."""
+
+from potstill.config import Recipe
+from potstill.models.weights import cautions
+from potstill.objectives.habits import what_is_unknown
+from potstill.tasks.own import describe_files
+from potstill.teachers import vocabulary
+from potstill.teachers.ends import described
+from potstill.training.rates import describe_lr, with_lr
+from potstill.training.setup import Setup
+
+# Of the first prompt, to show that the template is right.
+SHOWN_CHARACTERS = 400
+
+
+def opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
+    """Everything a user should see before the first step, warnings included."""
+    student, teacher = setup.student, setup.teacher
+    lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
+    lines += describe_files(setup.task_files)
+    lines += _about_ends(recipe, setup)
+    lines += recipe.notes
+    if recipe.train.lr is None:
+        lines.append(describe_lr(recipe.train, student.num_weights))
+    lines += cautions(student.model, with_lr(recipe.train, student.num_weights).lr or 0)
+    if teacher is not None and setup.loss.vocab_size is not None:
+        lines += vocabulary.describe(student, teacher, setup.loss.vocab_size)
+    for name, flops in (("student", setup.student_flops), ("teacher", setup.teacher_flops)):
+        if flops is not None and flops.per_pair is None:
+            lines.append(
+                f"warning: the {name}'s operations (flops) are counted without attention, whose sizes are unknown"
+            )
+    if setup.cache is not None:
+        lines += setup.cache.describe()
+    example = setup.prompts[0]
+    text = student.tokenizer.decode(example.token_ids)
+    lines += setup.notes
+    lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
+    if teacher is not None and example.teacher_ids is not None:
+        lines.append(f"the teacher reads: {teacher.tokenizer.decode(example.teacher_ids)[:SHOWN_CHARACTERS]!r}")
+    return lines
+
+
+def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
+    """What ends a completion and how the loss counts it, with a warning where the two models end differently."""
+    student, teacher, ends = setup.student, setup.teacher, setup.ends
+    tokenizer = student.tokenizer
+    lines = [f"end set: {described(tokenizer, ends.stop_ids)}"]
+    if len(ends.all_ids) > 1 and recipe.objective.signal != "labels":
+        lines.append(
+            f"one class in the loss: {described(tokenizer, ends.class_ids) or 'none, each end token is apart'}"
+        )
+    if teacher is None:
+        return lines
+    if unknown := what_is_unknown(recipe.objective, ends):
+        lines.append(unknown)
+    if set(student.end_ids) != set(teacher.end_ids):
+        lines.append(f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}")
+    if set(ends.stop_ids) != set(ends.all_ids):
+        lines.append(
+            'warning: rollouts.end_set is "student", so the end tokens that only the teacher has end nothing: '
+            "expect responses that go on to the length cap"
+        )
+    return lines

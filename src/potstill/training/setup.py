@@ -1,0 +1,176 @@
+"""A run made ready: models, prompts and loss, loaded and checked before anything is written."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from potstill.config import Recipe, RecipeError, Window, run_evaluation
+from potstill.evaluation import prepare_problems
+from potstill.kl.fused import MIB
+from potstill.kl.plan import find_backend
+from potstill.models import distributed
+from potstill.models.distributed import World
+from potstill.models.flops import ModelFlops
+from potstill.models.language_model import LanguageModel, ModelError
+from potstill.models.probe import ready
+from potstill.models.templates import today
+from potstill.objectives.loss import Loss
+from potstill.prompts.prepare import prepare_prompts
+from potstill.tasks import is_table, make_task
+from potstill.tasks.own import own_files
+from potstill.teachers import vocabulary
+from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.ends import Ends, find_ends
+from potstill.teachers.protocol import Teacher
+from potstill.teachers.rope import refuse_crossing
+from potstill.teachers.store import Cache
+from potstill.types import DataError, Prompt
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, loaded and checked before anything is written."""
+
+    student: LanguageModel
+    teacher: Teacher | None
+    cache: Cache | None
+    prompts: list[Prompt]
+    probes: list[Prompt]
+    ends: Ends
+    loss: Loss
+    answer_end: Callable[[str], int | None]
+    student_flops: ModelFlops
+    teacher_flops: ModelFlops | None
+    task_files: dict[str, str]
+    date: str
+    notes: tuple[str, ...]
+
+    @property
+    def scoring_flops(self) -> ModelFlops | None:
+        """The teacher's, if it gives the signal and does not only write."""
+        return None if self.loss.objective.signal == "labels" else self.teacher_flops
+
+
+def prepare(
+    recipe: Recipe, world: World, *, student=None, teacher=None, tokenizer=None, prompts=None, date: str | None = None
+) -> Setup:
+    """Load models and prompts and check that they fit together. Writes nothing.
+
+    `date` is what chat templates are told; by default that of the cache, or today.
+    """
+    spec = recipe.student
+    student = ready(
+        spec.model if student is None else student,
+        tokenizer,
+        world.device,
+        dtype=spec.dtype,
+        init=spec.init,
+        seed=recipe.train.seed,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
+    teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
+    vocab_size = vocabulary.shared_vocab_size(student, teacher) if teacher is not None else None
+    ends = find_ends(recipe, student, teacher, vocab_size)
+    loss = Loss(
+        recipe.objective,
+        recipe.train.normalize,
+        recipe.train.compute_dtype,
+        vocab_size=vocab_size,
+        end_class=ends.class_ids,
+        budget=recipe.train.loss_memory * MIB,
+        backend=recipe.train.loss_backend,
+    )
+    # Before any work: a backend that cannot run here.
+    if loss.backend != "plain":
+        try:
+            find_backend(loss.backend, world.device)
+        except ValueError as error:
+            raise RecipeError(f"train.loss_backend is {loss.backend!r}: {error}") from None
+    # Of one rank: midnight may come between them.
+    date = str(distributed.gather(date or (today() if cache is None else cache.manifest.date), world)[0])
+    tokenised, notes = prepare_prompts(recipe, student, teacher, end_ids=ends.stop_ids, date=date, given=prompts)
+    if loss.vocab_size is not None:
+        vocabulary.refuse_unshared_ids(tokenised, loss.vocab_size, student.tokenizer)
+    refuse_crossing(student, [p.token_ids for p in tokenised], recipe.window.tokens, "window.tokens")
+    if teacher is not None:
+        refuse_crossing(teacher, [p.ids_of("teacher") for p in tokenised], recipe.window.tokens, "window.tokens")
+    tokenised, probes = hold_out(recipe.window, tokenised)
+    if cache is not None:
+        cache.check_fit(ends.stop_ids, loss.vocab_size, loss.end_class)
+        tokenised, probes = cache.attach(tokenised), cache.attach(probes)
+    if recipe.train.prompts_per_step % world.size:
+        raise DataError(
+            f"train.prompts_per_step is {recipe.train.prompts_per_step}, which {world.size} ranks cannot share evenly; "
+            f"use a multiple of {world.size}"
+        )
+    if recipe.evaluation.source is not None:
+        # Its prompts are made again when the run ends; here a bad one is refused before any work is done.
+        prepare_problems(student, run_evaluation(recipe), date)
+    has_task = prompts is None and not is_table(recipe.data.source)
+    answer_end = make_task(str(recipe.data.source)).answer_end if has_task else lambda text: None
+    return Setup(
+        student,
+        teacher,
+        cache,
+        tokenised,
+        probes,
+        ends,
+        loss,
+        answer_end,
+        student.flops,
+        None if teacher is None else teacher.flops,
+        own_files(recipe.data.source if prompts is None else None, recipe.evaluation.source),
+        date,
+        tuple(notes),
+    )
+
+
+def load_teacher(
+    recipe: Recipe, student: LanguageModel, cache: Cache | None, world: World, given=None, tokenizer=None
+) -> Teacher | None:
+    """The teacher of a run: `given`, loaded, the student as it is, or what a cache holds of one; None without need.
+
+    Raises CacheError for a cache of another teacher, or one that was written in another way.
+    """
+    objective, spec = recipe.objective, recipe.teacher
+    if objective.signal == "labels" and objective.prefix not in ("teacher", "mixed"):
+        return None
+    teacher = None if given is None else ready(given, tokenizer, world.device)
+    if cache is not None and (cache.manifest.settings.payload != "completions" or objective.signal == "labels"):
+        cache.check_recipe(recipe, teacher)
+        return CachedTeacher(cache, world.device, spec.trust_remote_code)
+    if teacher is None and spec.model == "self":
+        # A copy: on a resume the student's weights come from the checkpoint, and these stay what they were.
+        teacher = student.around(copy.deepcopy(student.model), "self")
+    elif teacher is None:
+        teacher = ready(spec.model, device=world.device, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+    if teacher.model is student.model:
+        raise ModelError(
+            "student and teacher are one object, which cannot change and stay as it is; give a copy of it, or "
+            'teacher.model = "self"'
+        )
+    if cache is not None:
+        cache.check_recipe(recipe, teacher)
+    teacher.eval().requires_grad_(False)
+    return teacher
+
+
+def hold_out(window: Window, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and the last ones, which the length gate probes with and which are nowhere else.
+
+    Raises DataError when too few are left.
+    """
+    if window.schedule != "entropy-gated":
+        return prompts, []
+    num = window.num_probes
+    probes = prompts[-num:]
+    held_out = {prompt.token_ids for prompt in probes}
+    kept = [prompt for prompt in prompts[:-num] if prompt.token_ids not in held_out]
+    if not kept:
+        raise DataError(
+            f"window.num_probes is {num} and there are {len(prompts)} prompts: none is left to train on; lower it or "
+            "give more prompts"
+        )
+    return kept, probes

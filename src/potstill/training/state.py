@@ -1,0 +1,154 @@
+"""A run in progress: what its steps share, and what each hands on to the next."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.config import Recipe, Train
+from potstill.models import distributed
+from potstill.models.distributed import World
+from potstill.models.language_model import LanguageModel
+from potstill.runs import run_folder
+from potstill.seeds import step_indices
+from potstill.training import checkpoint
+from potstill.training.controllers import WeightState, WindowState, first_window, next_weight
+from potstill.training.rates import is_spent, with_lr
+from potstill.training.setup import Setup
+from potstill.types import Prompt, Rollout, Writer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Everything that the steps of a run share. Its models and its optimiser change in place.
+
+    `settings` are `recipe.train` with a learning rate. `decoders` are the models that write; the student's is a whole
+    copy where the trained one is sharded. `follower` is a teacher that becomes the student every so many steps.
+    """
+
+    recipe: Recipe
+    settings: Train
+    setup: Setup
+    world: World
+    optimizer: torch.optim.Optimizer
+    decoders: Mapping[Writer, Any]
+    follower: LanguageModel | None
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.out
+
+    @property
+    def split_by(self) -> tuple[Writer, ...]:
+        """The writers by which metrics are split: two that write the same rollouts, or none."""
+        return ("teacher", "student") if self.recipe.objective.prefix == "mixed" else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run between two steps: `step` finished ones, and what the next one needs to know of them.
+
+    `rollouts` are this rank's of the round in use, `flops` the operations of all ranks so far, `metrics` those of the
+    last step. The rest is plain data, which checkpoints keep.
+    """
+
+    step: int
+    weight: WeightState
+    window: WindowState
+    flops: float
+    rollouts: list[Rollout]
+    metrics: dict[str, Any]
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for a checkpoint; the inverse is `_read_run`."""
+        return {
+            "weight": dataclasses.asdict(self.weight),
+            "window": dataclasses.asdict(self.window),
+            "flops": self.flops,
+        }
+
+    def after(self, recipe: Recipe, metrics: dict[str, Any], rollouts: list[Rollout]) -> "Run":
+        """The run one step on, with the forward weight that the step's entropies lead to."""
+        weight = self.weight
+        if recipe.weight_schedule.schedule == "entropy":
+            entropies = (metrics[f"{who}_entropy_before_answer"] for who in ("student", "teacher"))
+            weight = next_weight(recipe.weight_schedule, weight, *entropies)
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            weight=weight,
+            flops=metrics["total_flops"],
+            rollouts=rollouts,
+            metrics=metrics,
+        )
+
+
+def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
+    """Shard the student over the ranks and give it an optimiser."""
+    student, teacher = setup.student, setup.teacher
+    settings = with_lr(recipe.train, student.num_weights)
+    decoders: dict[Writer, Any] = {"student": distributed.shard(student, world)}
+    follower = None
+    if teacher is not None and teacher.decoder is not None:
+        decoders["teacher"] = teacher.decoder
+    if teacher is not None and teacher.name == "self" and recipe.teacher.refresh_steps:
+        assert isinstance(teacher, LanguageModel), "load_teacher copies the student"
+        follower = teacher
+    # Each step sets the rate.
+    optimizer = torch.optim.AdamW(student.parameters(), 0.0, settings.betas, weight_decay=settings.weight_decay)
+    return Trainer(
+        recipe=recipe,
+        settings=settings,
+        setup=setup,
+        world=world,
+        optimizer=optimizer,
+        decoders=decoders,
+        follower=follower,
+    )
+
+
+def begin(trainer: Trainer) -> Run:
+    """The run before its first step, or where its newest checkpoint left it, without any trace of later steps."""
+    recipe, folder = trainer.recipe, trainer.folder
+    path = checkpoint.latest(folder)
+    if path is None:
+        weight, window = WeightState(recipe.objective.forward_weight), first_window(recipe.window)
+        run, logs = Run(step=0, weight=weight, window=window, flops=0.0, rollouts=[], metrics={}), {}
+    else:
+        saved = checkpoint.load(path, trainer.setup.student, trainer.optimizer, trainer.follower)
+        run, logs = _read_run(saved, trainer), saved.logs
+    if trainer.world.is_main:
+        run_folder.rewind(folder, run.step, logs)
+        checkpoint.tidy(folder, run.step)
+    return run
+
+
+def _read_run(saved: checkpoint.Saved, trainer: Trainer) -> Run:
+    data = saved.state
+    run = Run(
+        step=saved.step,
+        weight=WeightState(**data["weight"]),
+        window=WindowState(**data["window"]),
+        flops=data["flops"],
+        rollouts=[],
+        metrics={},
+    )
+    if run.step % trainer.recipe.rollouts.reuse == 0 or is_spent(trainer.settings, run.step, run.flops):
+        return run
+    prompts, _ = prompts_and_seeds(trainer, run.step)
+    return dataclasses.replace(run, rollouts=checkpoint.load_rollouts(saved, prompts, trainer.world))
+
+
+def prompts_and_seeds(trainer: Trainer, step: int) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+    """This rank's prompts of the round that a step belongs to, and the seed of each rollout.
+
+    A round is one set of rollouts, for one step or several.
+    """
+    settings, prompts, world = trainer.settings, trainer.setup.prompts, trainer.world
+    round_ = step // trainer.recipe.rollouts.reuse
+    indices = step_indices(len(prompts), settings.prompts_per_step, round_, settings.seed)
+    places = range(world.rank, settings.prompts_per_step, world.size)
+    return [prompts[indices[place]] for place in places], [(settings.seed, round_, place) for place in places]
