@@ -95,9 +95,9 @@ class Forks:
 
     def call(self, folder: Path, function: Callable, *arguments: str | int, trouble: Trouble | None = None) -> Ended:
         """Call a function of a test file, by its name, as `run` does a command."""
-        return self._ask(folder, [f"{function.__module__}:{function.__name__}", *arguments], trouble, [{}])
+        return self._ask(folder, [name_of(function), *arguments], trouble, [{}])
 
-    def run_ranks(self, folder: Path, argv: list[str], num_ranks: int) -> Ended:
+    def run_ranks(self, folder: Path, argv: Sequence, num_ranks: int) -> Ended:
         """The same on several ranks, which find each other as `torchrun` has them do it."""
         from torch.distributed import TCPStore
 
@@ -122,6 +122,11 @@ class Forks:
         self.process.stdin.close()
         self.process.wait(timeout=30)
         self.process.stdout.close()
+
+
+def name_of(function: Callable) -> str:
+    """What stands for a function of a test file where a command could."""
+    return f"{function.__module__}:{function.__name__}"
 
 
 def serve() -> None:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import name_of
 from safetensors.torch import load_file, save_file
 from test_fused import ENDS, TERMS, assert_near, brute_force, combined, make_inputs, run_loss
 
@@ -87,10 +87,10 @@ def test_compiled_equals_float64_autograd(name):
         assert_near(found.grad, reference.grad, 3e-6)
 
 
-def on_a_rank(rank: int, folder: str, cut: int) -> None:
+def on_a_rank(cut: int) -> None:
     """One rank's rows of both vocabularies; its results are left in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     inputs = make_inputs(**HEAD).to(torch.float32)
     rows = slice(0, cut) if rank == 0 else slice(cut, None)
 
@@ -113,14 +113,15 @@ def on_a_rank(rank: int, folder: str, cut: int) -> None:
     upstream = torch.linspace(-1, 2, 37)
     ((stats.reverse_kl_N + stats.student_log_prob_N + stats.jsd_N) * upstream).sum().backward()
     values = [stats.forward_kl_N.detach(), stats.teacher_log_prob_N, inputs.hidden.grad, head.weight_VD.grad]
-    save_file({str(i): t.contiguous() for i, t in enumerate([*loss, *values])}, f"{folder}/{rank}.safetensors")
+    save_file({str(i): t.contiguous() for i, t in enumerate([*loss, *values])}, f"{rank}.safetensors")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("cut", [60, 41])
-def test_two_ranks_with_uneven_shards_equal_float64(tmp_path, cut):
+def test_two_ranks_with_uneven_shards_equal_float64(tmp_path, forks, cut):
     """End ids 2, 40 and 100: on both ranks."""
-    mp.spawn(on_a_rank, (str(tmp_path), cut), nprocs=2)
+    ended = forks.run_ranks(tmp_path, [name_of(on_a_rank), cut], num_ranks=2)
+    assert ended.code == 0, ended.err
     exact = make_inputs(**HEAD)
     stats = brute_force(exact, 1.3, ENDS)
     loss = combined(TERMS["all"], stats).sum()
