@@ -1,6 +1,6 @@
 """Make the shipped models from nothing: `make assets`, or `scripts/make_assets.py NAME...` for some of them.
 
-Each is trained by the recipe `assets-NAME` from its blueprint, which is an untrained model or what another asset has
+Each is trained by `asset_recipes/NAME.toml` from its blueprint, which is an untrained model or what another asset has
 become. Those that begin from nothing are trained side by side, then those that go on; the results are put into the
 package.
 """
@@ -22,6 +22,7 @@ from potstill.models.character_tokenizer import build_tokenizer
 from potstill.models.language_model import load_model, save_model
 from potstill.prompts.examples import load_examples
 
+RECIPES = Path(__file__).parent / "asset_recipes"
 BUILD = Path("build/assets")
 ASSETS = Path("src/potstill/assets")
 # The token that stops-student does not know as an end, and the context for responses that do not end.
@@ -114,7 +115,7 @@ def make(name: str) -> None:
     blueprint, folder = BLUEPRINTS[name], BUILD / f"{name}-blueprint"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(BUILD / name, ignore_errors=True)
-    recipe, prompts = load_recipe(f"assets-{name}"), None
+    recipe, prompts = load_recipe(RECIPES / f"{name}.toml"), None
     if isinstance(blueprint, Shape):
         write_untrained(blueprint, folder)
     else:

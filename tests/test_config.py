@@ -1,4 +1,6 @@
+import runpy
 import tomllib
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -38,11 +40,15 @@ from potstill.study.file import SHIPPED_STUDIES, read_study_file
 from potstill.study.planning import plan
 from potstill.training.rates import usual_lr, with_lr
 
+ASSET_RECIPES = Path(__file__).parent.parent / "scripts" / "asset_recipes"
 
-def test_every_shipped_recipe_is_valid():
-    assets = (path.stem for path in SHIPPED_RECIPES.glob("assets-*.toml"))
-    for name in ("demo", "smollm2", *assets):
-        assert load_recipe(name).train.steps > 0
+
+def test_every_shipped_model_has_a_recipe_that_makes_it():
+    names = {path.stem for path in ASSET_RECIPES.glob("*.toml")}
+    assert names == runpy.run_path(str(ASSET_RECIPES.parent / "make_assets.py"))["BLUEPRINTS"].keys()
+    for name in names:
+        recipe = load_recipe(ASSET_RECIPES / f"{name}.toml")
+        assert (recipe.out, recipe.student.model) == (Path("build/assets") / name, f"build/assets/{name}-blueprint")
 
 
 @pytest.mark.parametrize(
@@ -241,18 +247,18 @@ def test_the_usual_rate_falls_with_size():
     assert with_lr(train.model_copy(update={"lr": 0.1}), 4 * 10**9).lr == 0.1
 
 
-# Learning rate, warm-up and steps of every shipped recipe, which no default may change.
-SHIPPED_RATES = {
-    "assets-base": (4e-3, 20, 800),
-    "assets-columns-plain": (5e-3, 20, 2000),
-    "assets-columns-student": (3e-3, 10, 500),
-    "assets-columns-teacher": (4e-3, 20, 1000),
-    "assets-columns-tiny": (6e-3, 20, 2000),
-    "assets-stops-student": (2e-3, 10, 60),
-    "assets-stops-teacher": (2e-3, 10, 90),
-    "assets-stops-teacher-loop": (2e-3, 10, 90),
-    "assets-teacher": (4e-3, 20, 1200),
-    "assets-teacher-small": (4e-3, 20, 800),
+# Learning rate, warm-up and steps, which no default may change: of every shipped recipe, and of every shipped model.
+RATES = {
+    "base": (4e-3, 20, 800),
+    "columns-plain": (5e-3, 20, 2000),
+    "columns-student": (3e-3, 10, 500),
+    "columns-teacher": (4e-3, 20, 1000),
+    "columns-tiny": (6e-3, 20, 2000),
+    "stops-student": (2e-3, 10, 60),
+    "stops-teacher": (2e-3, 10, 90),
+    "stops-teacher-loop": (2e-3, 10, 90),
+    "teacher": (4e-3, 20, 1200),
+    "teacher-small": (4e-3, 20, 800),
     "demo": (3e-3, 10, 120),
     "grpo": (5e-4, 0, 40),
     "qwen3": (5e-7, 0, 1000),
@@ -262,11 +268,11 @@ SHIPPED_RATES = {
 
 def test_shipped_recipes_say_their_rates():
     found = {}
-    for path in SHIPPED_RECIPES.glob("*.toml"):
-        recipe = load_any_recipe(path.stem)
+    for path in (*SHIPPED_RECIPES.glob("*.toml"), *ASSET_RECIPES.glob("*.toml")):
+        recipe = load_any_recipe(path)
         loop = recipe.grpo if isinstance(recipe, GrpoRecipe) else recipe.train
         found[path.stem] = (loop.lr, loop.warmup_steps, loop.steps)
-    assert found == SHIPPED_RATES
+    assert found == RATES
 
 
 # Learning rates that the runs of each shipped study have; of a GRPO stage by itself.

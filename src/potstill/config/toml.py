@@ -99,10 +99,8 @@ def find_toml(what: str, name: str | Path, shipped: Path) -> Path:
         return Path(name)
     known = sorted(path.stem for path in shipped.glob("*.toml"))
     if str(name) not in known:
-        # Those that made the shipped models are for who makes them again.
-        shown = ", ".join(stem for stem in known if not stem.startswith("assets-"))
         what = f"{what} {str(name)!r}" + (" is a folder" if Path(name).is_dir() else " does not exist")
-        raise RecipeError(f"{what}; give a TOML file or one of {shown}")
+        raise RecipeError(f"{what}; give a TOML file or one of {', '.join(known)}")
     return shipped / f"{name}.toml"
 
 
