@@ -37,8 +37,8 @@ test: $(VENV)/installed
 	$(BIN)/pytest $(WORKERS)
 
 # The part of the tests that is about numbers, as other processors and more threads would round them.
-NUMERICS := $(addprefix tests/test_,fused.py fused_backends.py topk.py divergence.py objective.py gamma.py identities.py)
-NUMERICS += $(addprefix tests/test_,sampling_parity.py controllers.py cache.py training.py reader.py)
+NUMERICS := tests/kl tests/objectives tests/cache tests/models/test_sampling_parity.py tests/theory/test_identities.py
+NUMERICS += $(addprefix tests/training/test_,controllers.py training.py) tests/report/test_reader.py
 # Not what starts processes of its own, nor torch.compile, which goes wrong where ATen is held below the processor.
 NUMERICS += -k 'not killed and not full_disk and not ranks and not each_cell and not extra_memory and not compiled'
 HAS_AVX2 := $(shell grep -m1 -ow avx2 /proc/cpuinfo 2>/dev/null)

@@ -24,7 +24,7 @@ from potstill.types import Example, Prompt, Rollout, Writer
 
 pytestmark = pytest.mark.real
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Kept between test runs, as making the models takes longer than loading them.
 FOLDER = ROOT / "build" / "smollm2"
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "make_smollm2.py"))

@@ -79,13 +79,16 @@ class Forks:
     """The process that has loaded everything. To be closed."""
 
     def __init__(self, scratch: Path, with_grpo: bool = False):
-        source = str(Path(__file__).parents[1] / "src")
+        tests = Path(__file__).parents[1]
+        # Functions of test files are called by the names of their modules.
+        paths = [tests.parent / "src", tests, *(path for path in tests.iterdir() if path.is_dir())]
         one_thread = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        settings = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "COLUMNS": "200", "TMPDIR": str(scratch)}
         self.process = subprocess.Popen(
             [sys.executable, __file__, *(["grpo"] if with_grpo else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | one_thread | {"PYTHONPATH": source, "COLUMNS": "200", "TMPDIR": str(scratch)},
+            env=os.environ | one_thread | settings,
             text=True,
         )
 

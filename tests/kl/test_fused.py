@@ -649,7 +649,7 @@ def test_plans_follow_the_budget_and_the_shapes():
 
 def test_extra_memory_does_not_grow_with_the_rows():
     """High-water mark of a process, without what goes in and the gradients that come out."""
-    script = Path(__file__).with_name("memory_probe.py")
+    script = Path(__file__).parents[1] / "support" / "memory_probe.py"
     extra = {}
     for num_rows in (512, 4096):
         done = subprocess.run([sys.executable, str(script), str(num_rows)], capture_output=True, text=True, check=True)
