@@ -19,18 +19,23 @@ class UsageError(ValueError):
     """Arguments that no command takes; the message is one line and says what to do."""
 
 
-def command(app: SubcommandApp) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command that `parse` returns instead of running it."""
+def add_commands(app: SubcommandApp, overrides: dict[str, Any], *functions: Callable[..., None]) -> None:
+    """Register functions as commands, which `parse` returns with the overrides as first argument."""
+    for function in functions:
+        app.command(_postponed(function, overrides))
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def later(*arguments: Any, **options: Any) -> Any:
-            return functools.partial(function, *arguments, **options)
 
-        app.command(later)
-        return function
+def _postponed(function: Callable[..., None], overrides: dict[str, Any]) -> Callable[..., Callable[[], None]]:
+    """A function with the signature of a command that returns the call instead of making it."""
+    told = functools.partial(function, overrides)
 
-    return register
+    def later(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(told, *arguments, **options)
+
+    postponed = functools.update_wrapper(later, function)
+    # tyro takes the signature from here, and `overrides` is no option.
+    postponed.__wrapped__ = told
+    return postponed
 
 
 def parse(app: SubcommandApp, arguments: Sequence[str], description: str) -> Callable[[], None]:
