@@ -115,14 +115,14 @@ def one_step(recipe: Recipe, setup: Setup, optimizer: torch.optim.Optimizer, ste
     if setup.teacher is not None and setup.teacher.decoder is not None:
         models["teacher"] = setup.teacher.decoder
     writing = Writing(
-        recipe.objective,
-        models,
-        recipe.window.tokens,
-        setup.ends.stop_ids,
-        recipe.sampling,
-        num,
-        setup.loss.vocab_size,
-        setup.cache,
+        objective=recipe.objective,
+        models=models,
+        window=recipe.window.tokens,
+        end_ids=setup.ends.stop_ids,
+        sampling=recipe.sampling,
+        rollouts_per_step=num,
+        vocab_size=setup.loss.vocab_size,
+        cache=setup.cache,
     )
     world = distributed.start()
     started = time.perf_counter()

@@ -37,7 +37,14 @@ end_ids = end_set(student, teacher)
 examples = load_examples("multiplication", num_examples=16)
 prompts = make_prompts(examples, student.tokenizer, template="raw", max_completion=64, context_length=512)
 models = {"student": student.model, "teacher": teacher.model}
-writing = Writing(Objective(prefix="student"), models, 64, end_ids, Sampling(), len(prompts))
+writing = Writing(
+    objective=Objective(prefix="student"),
+    models=models,
+    window=64,
+    end_ids=end_ids,
+    sampling=Sampling(),
+    rollouts_per_step=len(prompts),
+)
 rollouts = write_rollouts(writing, prompts, seeds=[(0, 0, i) for i in range(len(prompts))])
 (batch,) = make_batches(rollouts, tokens_per_batch=10**6)
 

@@ -47,7 +47,7 @@ prompts = make_prompts(examples, student.tokenizer, template="raw", max_completi
 
 # Who writes: the student as it is now. "teacher" gives SFT or offline RL, "mixed" what lies between.
 writing = Writing(
-    Objective(prefix="student"),
+    objective=Objective(prefix="student"),
     models={"student": student.model, "teacher": teacher.model},
     window=window,
     end_ids=end_ids,

@@ -80,9 +80,15 @@ def make_model(hidden_size: int = 16, seed: int = 0, vocab_size: int = 23, eos_t
 
 
 def make_rollout(prompt_ids, completion_ids, trained=None, stop="end", name="p", writer="student") -> Rollout:
-    prompt = Prompt(Example(name, "prompt"), tuple(prompt_ids))
+    prompt = Prompt(example=Example(id=name, prompt="prompt"), token_ids=tuple(prompt_ids))
     trained = tuple(trained) if trained is not None else (True,) * len(completion_ids)
-    return Rollout(prompt, tuple(completion_ids), trained, (writer,) * len(completion_ids), stop)
+    return Rollout(
+        prompt=prompt,
+        completion_ids=tuple(completion_ids),
+        trained=trained,
+        writers=(writer,) * len(completion_ids),
+        stop=stop,
+    )
 
 
 def tiny_recipe(out, **sections) -> Recipe:

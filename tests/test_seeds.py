@@ -68,10 +68,12 @@ def test_writers_ask_for_each_stream_once(monkeypatch, student, teacher, prefix_
         return real(key)
 
     monkeypatch.setattr(np.random, "default_rng", default_rng)
-    prompts = [Prompt(Example(str(i), "prompt"), (1, 5 + i)) for i in range(8)]
+    prompts = [Prompt(example=Example(id=str(i), prompt="prompt"), token_ids=(1, 5 + i)) for i in range(8)]
     models = {"student": student.model, "teacher": teacher.model}
     objective = Objective(prefix="mixed", prefix_mix=prefix_mix, handoff_tokens=(2, 5))
-    writing = Writing(objective, models, 12, (2,), Sampling(), len(prompts))
+    writing = Writing(
+        objective=objective, models=models, window=12, end_ids=(2,), sampling=Sampling(), rollouts_per_step=len(prompts)
+    )
     for round_ in range(3):
         write_rollouts(writing, prompts, [(7, round_, place) for place in range(8)])
     # The order of a round's places is asked for by every place, and its key is filled up to that of the first place.

@@ -27,7 +27,7 @@ class DataError(ValueError):
     """Prompts that cannot be used; the message is one line and says what to do."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """One problem as text: what a task or a data file provides.
 
@@ -74,7 +74,7 @@ class Prompt:
         return self.teacher_ids if who == "teacher" and self.teacher_ids is not None else self.token_ids
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What a model wrote after a prompt, its stop token included.
 
@@ -89,7 +89,7 @@ class Completion:
     models: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One prompt, one completion, and who wrote each token. `trained[i]` is false where token i is no loss token."""
 

@@ -34,7 +34,7 @@ def gradients(student, teacher, loss: Loss, tokens_per_batch: int, rollouts=ROLL
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 @pytest.mark.parametrize("signal", ["full", "topk", "sampled", "labels"])
 def test_one_batch_equals_four(student, teacher, normalize, signal):
-    loss = Loss(Objective(kl="reverse", signal=signal, top_k=5), normalize, vocab_size=23)
+    loss = Loss(objective=Objective(kl="reverse", signal=signal, top_k=5), normalize=normalize, vocab_size=23)
     whole = gradients(student, teacher, loss, tokens_per_batch=10_000)
     parts = gradients(student, teacher, loss, tokens_per_batch=1)
     assert whole[0] == pytest.approx(parts[0], rel=1e-5)
@@ -51,7 +51,7 @@ def test_a_teacher_that_is_nan_is_refused(student, teacher, signal, kl, backend)
         pytest.skip("the sampled signal is of the reverse KL")
     with torch.no_grad():
         teacher.model.model.norm.weight.fill_(torch.nan)
-    loss = Loss(Objective(kl=kl, signal=signal, top_k=5), "token", vocab_size=23, backend=backend)
+    loss = Loss(objective=Objective(kl=kl, signal=signal, top_k=5), normalize="token", vocab_size=23, backend=backend)
     (batch,) = make_batches(ROLLOUTS, 10_000)
     with pytest.raises(NonFiniteError, match=r"the (model|teacher)'s logits are NaN"):
         batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)
@@ -63,25 +63,33 @@ def test_normalisation_weighs_tokens_or_sequences(student, teacher):
     token_losses = []
     for rollout in ROLLOUTS:
         (batch,) = make_batches([rollout], 10_000)
-        loss = Loss(objective, "token", vocab_size=23)
+        loss = Loss(objective=objective, normalize="token", vocab_size=23)
         token_losses.append(batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)[1])
     by_token = torch.cat(token_losses).mean().item()
     by_sequence = torch.stack([loss_N.mean() for loss_N in token_losses]).mean().item()
-    assert gradients(student, teacher, Loss(objective, "token", 23), 40)[0] == pytest.approx(by_token, rel=1e-5)
-    assert gradients(student, teacher, Loss(objective, "sequence", 23), 40)[0] == pytest.approx(by_sequence, rel=1e-5)
+    assert gradients(student, teacher, Loss(objective=objective, normalize="token", compute_dtype=23), 40)[
+        0
+    ] == pytest.approx(by_token, rel=1e-5)
+    assert gradients(student, teacher, Loss(objective=objective, normalize="sequence", compute_dtype=23), 40)[
+        0
+    ] == pytest.approx(by_sequence, rel=1e-5)
     assert by_token != pytest.approx(by_sequence, rel=1e-2)
 
 
 @pytest.mark.parametrize("kl", ["forward", "reverse", "mixed"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(student, kl):
-    loss_value, grads = gradients(student, student, Loss(Objective(kl=kl), "token", 23), 100)
+    loss_value, grads = gradients(
+        student, student, Loss(objective=Objective(kl=kl), normalize="token", compute_dtype=23), 100
+    )
     assert abs(loss_value) < 1e-6
     assert all(grad.abs().max() < 1e-6 for grad in grads)
 
 
 def test_labels_are_the_models_own_language_model_loss(student):
     rollout = ROLLOUTS[0]
-    value, grads = gradients(student, None, Loss(Objective(signal="labels"), "token"), 100, [rollout])
+    value, grads = gradients(
+        student, None, Loss(objective=Objective(signal="labels"), normalize="token"), 100, [rollout]
+    )
     ids = torch.tensor([rollout.prompt.token_ids + rollout.completion_ids])
     labels = ids.clone()
     labels[:, : len(rollout.prompt.token_ids)] = -100
@@ -98,7 +106,7 @@ def test_rows_are_the_models_own_logits_at_the_loss_tokens(student, teacher):
     ids = torch.tensor([ROLLOUTS[1].prompt.token_ids + ROLLOUTS[1].completion_ids])
     own = teacher.model(input_ids=ids).logits[0]
     # The trained completion tokens sit at 2, 5, 6, 7 of the sequence, so the rows are those just before.
-    rows = teacher.head(teacher_signal(teacher, batch, Loss(Objective(), "token", vocab_size=23)))
+    rows = teacher.head(teacher_signal(teacher, batch, Loss(objective=Objective(), normalize="token", vocab_size=23)))
     torch.testing.assert_close(rows, own[[1, 4, 5, 6]], rtol=1e-4, atol=1e-4)
 
 
@@ -107,7 +115,7 @@ def test_padded_vocabularies_are_cut_to_the_shared_rows(teacher):
     narrow.model.load_state_dict(
         {name: value[:23] if value.shape[0] == 31 else value for name, value in wide.model.state_dict().items()}
     )
-    loss = Loss(Objective(kl="reverse"), "token", vocab_size=23)
+    loss = Loss(objective=Objective(kl="reverse"), normalize="token", vocab_size=23)
     assert gradients(wide, teacher, loss, 100)[0] == pytest.approx(gradients(narrow, teacher, loss, 100)[0], rel=1e-6)
 
 
@@ -120,7 +128,7 @@ def test_the_end_class_forgives_another_end_token_and_raw_does_not(student):
     with torch.no_grad():
         head.weight.copy_(student.head.weight_VD[order])
     swapped.model.lm_head = head
-    loss = Loss(Objective(kl="reverse"), "token", vocab_size=23, end_class=(2, 22))
+    loss = Loss(objective=Objective(kl="reverse"), normalize="token", vocab_size=23, end_class=(2, 22))
     assert abs(gradients(student, swapped, loss, 100)[0]) < 1e-6
     assert gradients(student, swapped, dataclasses.replace(loss, end_class=()), 100)[0] > 1e-3
 
@@ -128,7 +136,7 @@ def test_the_end_class_forgives_another_end_token_and_raw_does_not(student):
 def test_bfloat16_compute_leaves_logits_and_loss_in_float32(student, teacher):
     """The loss equals that of float32 heads on bfloat16 hidden states, and not that of rounded logits."""
     (batch,) = make_batches(ROLLOUTS, 10_000)
-    loss = Loss(Objective(kl="reverse"), "token", compute_dtype="bfloat16", vocab_size=23)
+    loss = Loss(objective=Objective(kl="reverse"), normalize="token", compute_dtype="bfloat16", vocab_size=23)
     teacher_NE = teacher_signal(teacher, batch, loss)
     teacher_NV = teacher.head(teacher_NE)
     value, _, _ = batch_loss(student, teacher, teacher_NE, batch, loss)
@@ -161,7 +169,7 @@ def test_sampled_estimators_have_the_gradient_they_are_named_for(student, teache
     batch, q_N = every_token(student, teacher)
     hidden = student(batch.input_ids_BT)[batch.loss_mask_BT]
     objective = Objective(prefix="student", kl=kl, signal="sampled", estimator=estimator, baseline=baseline)
-    loss = Loss(objective, "token", vocab_size=23, end_class=end_class)
+    loss = Loss(objective=objective, normalize="token", vocab_size=23, end_class=end_class)
     rows = teacher_signal(teacher, batch, loss)
     labels = batch.target_ids_BT[batch.loss_mask_BT]
     loss_N, value_N, _ = sampled_loss(hidden, student.head, rows, teacher.head, labels, loss)
@@ -180,7 +188,7 @@ def test_the_exact_baseline_lowers_the_variance(student, teacher):
     spread = {}
     for baseline in ("none", "exact"):
         objective = Objective(prefix="student", kl="reverse", signal="sampled", baseline=baseline)
-        loss = Loss(objective, "token", vocab_size=23)
+        loss = Loss(objective=objective, normalize="token", vocab_size=23)
         spread[baseline] = 0.0
         for i in range(23):
             hidden = student(batch.input_ids_BT[i : i + 1])[:, -1].detach().requires_grad_()
@@ -192,9 +200,13 @@ def test_the_exact_baseline_lowers_the_variance(student, teacher):
 
 
 def test_every_token_kept_is_the_whole_signal(student, teacher):
-    whole = gradients(student, teacher, Loss(Objective(kl="mixed"), "token", vocab_size=23, end_class=(2, 7)), 100)
+    whole = gradients(
+        student, teacher, Loss(objective=Objective(kl="mixed"), normalize="token", vocab_size=23, end_class=(2, 7)), 100
+    )
     objective = Objective(kl="mixed", signal="topk", top_k=23)
-    kept = gradients(student, teacher, Loss(objective, "token", vocab_size=23, end_class=(2, 7)), 100)
+    kept = gradients(
+        student, teacher, Loss(objective=objective, normalize="token", vocab_size=23, end_class=(2, 7)), 100
+    )
     assert whole[0] == pytest.approx(kept[0], rel=1e-5)
     for a, b in zip(whole[1], kept[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -208,7 +220,7 @@ def test_the_stop_token_is_learnt_when_pad_is_eos(student, teacher):
     (batch,) = make_batches(ROLLOUTS, 10_000)
     assert batch.target_ids_BT[batch.loss_mask_BT].tolist().count(2) == 3
     assert batch.loss_mask_BT.sum() == sum(sum(rollout.trained) for rollout in ROLLOUTS)
-    loss = Loss(Objective(kl="forward"), "token", vocab_size=23)
+    loss = Loss(objective=Objective(kl="forward"), normalize="token", vocab_size=23)
     together = gradients(student, teacher, loss, 10_000)
     alone = gradients(student, teacher, loss, 1)
     assert together[0] == pytest.approx(alone[0], rel=1e-5)

@@ -93,8 +93,8 @@ def test_sources_that_are_not_there(tmp_path):
 
 def test_templates():
     tokenizer = build_tokenizer()
-    chat = Example("c", ({"role": "user", "content": "12"},))
-    raw = Example("r", "12")
+    chat = Example(id="c", prompt=({"role": "user", "content": "12"},))
+    raw = Example(id="r", prompt="12")
     with pytest.raises(DataError, match=r"the tokenizer has none.* that has one, or give prompts that are strings"):
         prompts([chat])
     with pytest.raises(DataError, match=r'the tokenizer has none.* that has one, or set template = "raw"'):
@@ -112,17 +112,17 @@ def test_templates():
 
 
 def test_completions_keep_what_is_trained_and_end():
-    example = Example("e", "1*2=", completion=(("34", False), ("~", True), ("2", True)))
+    example = Example(id="e", prompt="1*2=", completion=(("34", False), ("~", True), ("2", True)))
     (prompt,) = prompts([example], end_ids=(2,))
     assert build_tokenizer().decode(prompt.completion_ids) == "34~2<eos>"
     assert prompt.trained == (False, False, True, True, True)
     with pytest.raises(DataError, match="has no completion"):
-        prompts([Example("e", "1*2=")], end_ids=(2,))
+        prompts([Example(id="e", prompt="1*2=")], end_ids=(2,))
 
 
 def test_prompts_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match=r"prompt 'long' has 58 tokens, which with 8 .* more than the context of 64"):
-        prompts([Example("fine", "1"), Example("long", "1" * 57)])
+        prompts([Example(id="fine", prompt="1"), Example(id="long", prompt="1" * 57)])
     with pytest.raises(DataError, match="prompt list is empty"):
         prompts([])
 

@@ -33,7 +33,7 @@ ROLLOUTS = [
 @pytest.mark.parametrize("tokens_per_batch", [1, 20, 1000])
 def test_rows_align_with_prompts_of_different_lengths(student, teacher, tokens_per_batch):
     """Each row against the model's own logits on its own prompt and the shared completion, one sequence at a time."""
-    loss = Loss(Objective(), "token", vocab_size=23)
+    loss = Loss(objective=Objective(), normalize="token", vocab_size=23)
     for batch in make_batches(ROLLOUTS, tokens_per_batch):
         of_student = student(batch.input_ids_BT)[batch.loss_mask_BT]
         labels = batch.target_ids_BT[batch.loss_mask_BT].tolist()
@@ -60,7 +60,11 @@ def test_each_writer_reads_its_own_prompt(student, teacher, unit, share):
     seeds = [(7, 0, place) for place in range(len(prompts))]
     objective = Objective(prefix="mixed", prefix_mix=unit, student_share=share)
     models = {"student": student.model, "teacher": teacher.model}
-    rollouts = write_rollouts(Writing(objective, models, 10, (2,), Sampling(), 4), prompts, seeds)
+    rollouts = write_rollouts(
+        Writing(objective=objective, models=models, window=10, end_ids=(2,), sampling=Sampling(), rollouts_per_step=4),
+        prompts,
+        seeds,
+    )
     who, model = ("student", student) if share else ("teacher", teacher)
     options = {"max_tokens": 10, "end_ids": (2,), "sampling": Sampling()}
     alone = sample(model.model, [prompt.ids_of(who) for prompt in prompts], seeds, **options)

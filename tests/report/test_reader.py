@@ -104,7 +104,7 @@ def test_scale_cap_temperature_cut_heads_and_end_ids_are_those_of_the_loss():
     trained = (True, False, True, True, True)
     rollouts = [make_rollout([1, 5, 6], [7, 8, 9, 10, 2], trained), make_rollout([1, 4], [11, 12, 22])]
     objective = Objective(prefix="student", kl="forward", temperature=2.0)
-    loss = Loss(objective, "token", vocab_size=23, end_class=(2, 22))
+    loss = Loss(objective=objective, normalize="token", vocab_size=23, end_class=(2, 22))
     samples = scored_samples(student, teacher, rollouts, loss, CPU)
     for rollout, sample in zip(rollouts, samples, strict=True):
         ids = torch.tensor([rollout.prompt.token_ids + rollout.completion_ids])
@@ -127,7 +127,7 @@ STUDENT = {"prefix": "student", "kl": "reverse"}
 def test_a_rollout_without_loss_tokens_has_no_numbers():
     student, teacher = make_model(seed=0), make_model(seed=1)
     rollouts = [make_rollout([1, 5], [7, 2], (False, False)), make_rollout([1, 4], [11, 12, 2])]
-    loss = Loss(Objective(prefix="student", kl="reverse"), "token", vocab_size=23)
+    loss = Loss(objective=Objective(prefix="student", kl="reverse"), normalize="token", vocab_size=23)
     none, all_ = scored_samples(student, teacher, rollouts, loss, CPU)
     for name in ("loss", "forward_kl", "teacher_entropy", "student_choices", "teacher_choices"):
         assert none[name] == [] and len(all_[name]) == 3

@@ -14,12 +14,22 @@ from potstill.training.loop import train
 from potstill.types import Example, Prompt
 
 WINDOW = 12
-PROMPTS = [Prompt(Example(str(i), "prompt"), ids) for i, ids in enumerate([(1, 5, 6), (1, 7), (1, 9, 4, 8), (1,)] * 4)]
+PROMPTS = [
+    Prompt(example=Example(id=str(i), prompt="prompt"), token_ids=ids)
+    for i, ids in enumerate([(1, 5, 6), (1, 7), (1, 9, 4, 8), (1,)] * 4)
+]
 
 
 def write(student, teacher, num_rounds=1, prompts=PROMPTS, **objective):
     models = {"student": student.model, "teacher": teacher.model}
-    writing = Writing(Objective(prefix="mixed", **objective), models, WINDOW, (2,), Sampling(), len(prompts))
+    writing = Writing(
+        objective=Objective(prefix="mixed", **objective),
+        models=models,
+        window=WINDOW,
+        end_ids=(2,),
+        sampling=Sampling(),
+        rollouts_per_step=len(prompts),
+    )
     rounds = range(num_rounds)
     return [write_rollouts(writing, prompts, [(7, r, place) for place in range(len(prompts))]) for r in rounds]
 

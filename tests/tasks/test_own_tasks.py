@@ -27,7 +27,7 @@ class Sums:
     def examples(self, split, num_examples, seed):
         rng = random.Random(f"{split}/{seed}")
         pairs = [(rng.randrange(10, 100), rng.randint(2, self.largest)) for _ in range(num_examples)]
-        return [Example(f"{split}-{i}", f"__{a}*{b}=", answer=str(a * b)) for i, (a, b) in enumerate(pairs)]
+        return [Example(id=f"{split}-{i}", prompt=f"__{a}*{b}=", answer=str(a * b)) for i, (a, b) in enumerate(pairs)]
 
     def grade(self, examples, responses):
         return [Grade(float("#" + e.answer in r), r or None) for e, r in zip(examples, responses, strict=True)]
@@ -253,9 +253,9 @@ FAULTS = [
     ("return [Example", "yield [Example", "returned <generator object Sums.examples"),
     ("return [Example", "return None; [Example", "Sums.examples returned None; return a list of potstill.Example"),
     ("range(num_examples)", "range(7)", "Sums.examples returned 7 examples where 24 were asked for"),
-    ("Example(f", "str(f", "Sums.examples: line 14 raised TypeError"),
-    ("Example(f", "(lambda *a, **k: a)(f", "returned examples[0], ('train-0', '__"),
-    ('Example(f"{split}-{i}"', "Example(i", "whose id is 0 and level ''; both are texts"),
+    ("Example(id=f", "str(id=f", "Sums.examples: line 14 raised TypeError"),
+    ("Example(id=f", "(lambda id, **k: (id, k['prompt']))(id=f", "returned examples[0], ('train-0', '__"),
+    ('Example(id=f"{split}-{i}"', "Example(id=i", "whose id is 0 and level ''; both are texts"),
     ("str(a * b)", "a * b", "it is a text or None"),
     ('f"__{a}*{b}="', '""', "whose prompt is ''; it is a text or a list of messages, and not empty"),
     ('f"__{a}*{b}="', '[{"content": "a"}]', "whose prompt is [{'content': 'a'}]"),
@@ -302,7 +302,10 @@ def test_lists_hold_no_tasks(folder, capsys):
 
 def test_doubled_ids_and_lists_are_put_right(folder):
     """Ids are told apart by their places, and lists of messages are kept as tuples, as examples are never changed."""
-    edit('Example(f"{split}-{i}", f"__{a}*{b}="', 'Example("p", [{"role": "user", "content": str(a)}]')
+    edit(
+        'Example(id=f"{split}-{i}", prompt=f"__{a}*{b}="',
+        'Example(id="p", prompt=[{"role": "user", "content": str(a)}]',
+    )
     examples = OwnTask("sums.py:Sums").examples("train", 2, 0)
     assert [example.id for example in examples] == ["0:p", "1:p"]
     assert all(isinstance(example.prompt, tuple) for example in examples)

@@ -65,7 +65,7 @@ def test_traces_by_an_independent_reader(writer):
 
 
 def test_scoring():
-    task, example = Multiplication(), Example("x", "_347*6=", answer="2082")
+    task, example = Multiplication(), Example(id="x", prompt="_347*6=", answer="2082")
     right = ["7*6=42+0=42|4*6+4=28|:20|#2082.", "#2082", "#1?:42|#2082.", "#2082.#2082."]
     wrong = ["", "2082", "#2083.", "#2082?#1.", "#20820", "#", "# 2082"]
     for texts, score in ((right, 1.0), (wrong, 0.0)):

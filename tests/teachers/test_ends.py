@@ -62,7 +62,9 @@ def test_which_ids_stop_and_which_are_one_class(student, teacher, sections, stop
     found = find_ends(recipe, ending_on(*student), ending_on(*teacher), 25)
     union = tuple(dict.fromkeys(student + teacher))
     compared = tuple(i for i in union if i < 25)
-    assert found == Ends(union, stops, merged, compared if len(compared) > 1 else ())
+    assert found == Ends(
+        all_ids=union, stop_ids=stops, class_ids=merged, compared_ids=compared if len(compared) > 1 else ()
+    )
 
 
 def test_a_separate_end_that_is_none_is_refused_with_the_list(tmp_path):

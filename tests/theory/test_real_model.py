@@ -75,7 +75,13 @@ def held_out(teacher, student) -> dict[str, Batch]:
         )
         batches[source] = make_batch(
             [
-                Rollout(prompt, c.token_ids, (True,) * len(c.token_ids), (source,) * len(c.token_ids), c.stop)
+                Rollout(
+                    prompt=prompt,
+                    completion_ids=c.token_ids,
+                    trained=(True,) * len(c.token_ids),
+                    writers=(source,) * len(c.token_ids),
+                    stop=c.stop,
+                )
                 for prompt, c in zip(prompts, completions, strict=True)
             ]
         )
@@ -84,7 +90,7 @@ def held_out(teacher, student) -> dict[str, Batch]:
 
 @torch.no_grad()
 def mean_loss(student: LanguageModel, teacher: LanguageModel, batch: Batch, objective: Objective) -> float:
-    loss = Loss(objective, "token", vocab_size=shared_vocab_size(student, teacher))
+    loss = Loss(objective=objective, normalize="token", vocab_size=shared_vocab_size(student, teacher))
     loss_N = batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)[1]
     return loss_N.mean().item()
 
@@ -132,7 +138,7 @@ def test_a_prompt_is_one_templated_turn(teacher):
 
 
 def test_the_teacher_answers_and_stops_as_in_plain_transformers(teacher, folder):
-    (prompt,) = tokenise(teacher, [Example("capital", CAPITAL)], 32)
+    (prompt,) = tokenise(teacher, [Example(id="capital", prompt=CAPITAL)], 32)
     (completion,) = sample(
         teacher.model,
         [prompt.token_ids],

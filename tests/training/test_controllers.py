@@ -61,7 +61,7 @@ def test_each_gate_alone_freezes_for_good(probe, gate):
     seen, state = play(GATED, GOOD, GOOD, GOOD, probe, GOOD, GOOD, GOOD)
     assert seen[2:4] == [("climb", 256), ("freeze", 256)]
     assert all(window == 256 for _, window in seen[3:]) and state.frozen
-    _, decision = decide(GATED, WindowState(256, 1, False, 1.0), probe)
+    _, decision = decide(GATED, WindowState(tokens=256, num_passed=1, frozen=False, first_entropy=1.0), probe)
     assert decision.failed == (gate,) and gate in str(decision) and decision.as_row()["failed"] == [gate]
     assert not is_probe_due(GATED, state, 400, 1), "sticky"
 
@@ -81,7 +81,7 @@ def test_it_steps_back_where_it_may():
     sticky, state = play(window.model_copy(update={"sticky": True}), GOOD, GOOD, FLAT, GOOD)
     assert [w for _, w in sticky] == [128, 256, 128, 128] and state.frozen
     # At the cap it may still have to go back.
-    assert is_probe_due(window, WindowState(1024), 50, 1)
+    assert is_probe_due(window, WindowState(tokens=1024), 50, 1)
 
 
 def test_a_failed_probe_starts_the_count_again():
@@ -91,7 +91,7 @@ def test_a_failed_probe_starts_the_count_again():
 
 
 def test_thresholds_relative_to_the_first_probe_absolute_and_relative_to_the_teacher():
-    state = WindowState(128, 0, False, 2.0)
+    state = WindowState(tokens=128, num_passed=0, frozen=False, first_entropy=2.0)
     probe = dataclasses.replace(GOOD, entropy=0.9, teacher_entropy=1.5)
     for reference, threshold in (("first", 1.0), ("absolute", 0.5), ("teacher", 0.75)):
         _, decision = decide(GATED.model_copy(update={"reference": reference}), state, probe)
@@ -101,10 +101,10 @@ def test_thresholds_relative_to_the_first_probe_absolute_and_relative_to_the_tea
 
 def test_the_teachers_own_truncation_does_not_count():
     long_teacher = dataclasses.replace(GOOD, truncation=0.9, teacher_truncation=0.7)
-    assert decide(GATED, WindowState(128), long_teacher)[1].failed == ()
-    new, _ = decide(GATED, WindowState(128), long_teacher)
+    assert decide(GATED, WindowState(tokens=128), long_teacher)[1].failed == ()
+    new, _ = decide(GATED, WindowState(tokens=128), long_teacher)
     assert new.teacher_truncation == 0.7
-    climbed, _ = decide(GATED, WindowState(128, 1, False, 1.0), long_teacher)
+    climbed, _ = decide(GATED, WindowState(tokens=128, num_passed=1, frozen=False, first_entropy=1.0), long_teacher)
     assert climbed.tokens == 256 and climbed.teacher_truncation is None, "another window cuts another share"
 
 
@@ -117,7 +117,7 @@ def test_the_ladder():
 
 @pytest.mark.parametrize(("reuse", "expected"), [(1, [0, 50, 100]), (3, [0, 51, 102]), (80, [0, 80])])
 def test_probes_come_where_a_set_of_rollouts_begins(reuse, expected):
-    state = WindowState(128)
+    state = WindowState(tokens=128)
     assert [step for step in range(0, 130, reuse) if is_probe_due(GATED, state, step, reuse)] == expected
     assert not is_probe_due(Window(), state, 0, 1)
 
@@ -296,7 +296,9 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
     for tail in ((), (ids[-1],)):
         monkeypatch.setattr(probing, "from_one", answered(tail))
         entropies.clear()
-        probe, _ = probing.probe_window(recipe, setup, decoders, WindowState(64, teacher_truncation=0.0), 0, world)
+        probe, _ = probing.probe_window(
+            recipe, setup, decoders, WindowState(tokens=64, teacher_truncation=0.0), 0, world
+        )
         seen.append((probe.entropy, sum(entropies) / len(entropies)))
     (plain, all_plain), (looped, all_looped) = seen
     assert looped == pytest.approx(plain, rel=1e-6)
@@ -367,6 +369,6 @@ def test_bad_settings(data, message):
 
 
 def test_decisions_are_plain_data():
-    _, decision = decide(GATED, WindowState(128), GOOD)
+    _, decision = decide(GATED, WindowState(tokens=128), GOOD)
     row = json.loads(json.dumps(decision.as_row()))
     assert row["entropy"] == 1.0 and row["action"] == "hold" and row["window"] == 128

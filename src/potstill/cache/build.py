@@ -163,15 +163,15 @@ def _manifest(recipe: Recipe, setup: Setup, teacher: LanguageModel, options: Cac
     )
     head = teacher.head
     return Manifest(
-        identify(teacher),
-        teacher.end_ids,
-        teacher.vocab_size,
-        head.weight_VD.shape[1],
-        head.scale,
-        head.softcap,
-        None,
-        settings,
-        setup.date,
+        teacher=identify(teacher),
+        teacher_end_ids=teacher.end_ids,
+        teacher_vocab_size=teacher.vocab_size,
+        hidden_size=head.weight_VD.shape[1],
+        head_scale=head.scale,
+        head_softcap=head.softcap,
+        head_sha256=None,
+        settings=settings,
+        date=setup.date,
     )
 
 
@@ -250,13 +250,13 @@ def _make_shard(
 ) -> ShardRecord:
     """Write the completions of some entries, score them, and store both."""
     writing = Writing(
-        recipe.objective,
-        {"teacher": teacher.model},
-        settings.window,
-        setup.ends.stop_ids,
-        recipe.sampling,
-        len(entries),
-        settings.vocab_size,
+        objective=recipe.objective,
+        models={"teacher": teacher.model},
+        window=settings.window,
+        end_ids=setup.ends.stop_ids,
+        sampling=recipe.sampling,
+        rollouts_per_step=len(entries),
+        vocab_size=settings.vocab_size,
     )
     prompts = [prompt for prompt, _, _ in entries]
     seeds = [(recipe.train.seed, int.from_bytes(key), number) for _, key, number in entries]

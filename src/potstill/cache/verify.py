@@ -27,7 +27,7 @@ VERIFIED_ROWS = 256
 VERIFIED_ROLLOUTS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verified:
     """What `verify_cache` found. `head_error` is the largest relative error of a log-sum-exp computed again,
     `live_kl` the mean KL(teacher || what is stored) against the live teacher in nats (None without one).
@@ -71,7 +71,13 @@ def verify_cache(
         write_atomically(folder / "manifest.json", kept.to_json())
     live, note = _live_teacher(whole, teacher)
     kl = None if live is None else _live_kl(Cache(folder, kept), live.to(device), head)
-    return Verified(manifest, tuple(broken.values()), max(errors) if head is not None else None, kl, note)
+    return Verified(
+        manifest=manifest,
+        broken=tuple(broken.values()),
+        head_error=max(errors) if head is not None else None,
+        live_kl=kl,
+        note=note,
+    )
 
 
 def _live_teacher(cache: Cache, teacher: LanguageModel | str | None) -> tuple[LanguageModel | None, str | None]:

@@ -109,7 +109,7 @@ def show_responses(
     """Print `num` responses: to problems of a task with their scores, or to each of the given prompts."""
     from rich.console import Console
 
-    task, examples = None, [Example(str(i), p) for i, p in enumerate(given) for _ in range(num)]
+    task, examples = None, [Example(id=str(i), prompt=p) for i, p in enumerate(given) for _ in range(num)]
     if not given:
         task, examples = make_problems(Evaluation(source=source, num_problems=num, seed=seed))
     model = ready(model_name)

@@ -212,7 +212,7 @@ class Evaluation(Section, role=Role.EVALUATION):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheOptions:
     """Contents of a cache: what it stores for each token, how many completions, and in what portions."""
 

@@ -31,7 +31,7 @@ class Setup:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Response:
     """What the model wrote after a prompt, as text, and how many of its tokens come up to the first answer."""
 
@@ -44,7 +44,13 @@ class Response:
     def rollout(self) -> Rollout:
         num = len(self.completion.token_ids)
         stop = self.completion.stop
-        return Rollout(self.prompt, self.completion.token_ids, (True,) * num, ("student",) * num, stop)
+        return Rollout(
+            prompt=self.prompt,
+            completion_ids=self.completion.token_ids,
+            trained=(True,) * num,
+            writers=("student",) * num,
+            stop=stop,
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,12 @@ def write(
     )
     texts = model.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
     return [
-        Response(prompt, c, text, num_tokens_to_answer(c.token_ids, text, model.tokenizer, setup.task.answer_end))
+        Response(
+            prompt=prompt,
+            completion=c,
+            text=text,
+            num_before_answer=num_tokens_to_answer(c.token_ids, text, model.tokenizer, setup.task.answer_end),
+        )
         for prompt, c, text in zip(prompts, completions, texts, strict=True)
     ]
 

@@ -28,7 +28,7 @@ GATHERED_ELEMENTS = 2**22
 CHUNK = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TopK:
     """What is known of a teacher: its likeliest tokens, how likely, and what is left.
 
@@ -94,11 +94,11 @@ def top_k_of(
     (top_N, sum_N, *_), (tail_top_N, tail_sum_N, *_) = whole[0], tail[0]
     log_sum_N, has_tail = sum_N.log(), num_kept + len(problem.members) < problem.vocab_size
     return TopK(
-        ids,
-        kept - top_N[:, None] - log_sum_N[:, None],
-        ends - top_N - log_sum_N if problem.merges_ends else None,
-        tail_top_N - top_N + tail_sum_N.log() - log_sum_N if has_tail else None,
-        tiles.finish(whole).student_entropy,
+        token_ids_NK=ids,
+        log_probs_NK=kept - top_N[:, None] - log_sum_N[:, None],
+        end_log_prob_N=ends - top_N - log_sum_N if problem.merges_ends else None,
+        tail_log_prob_N=tail_top_N - top_N + tail_sum_N.log() - log_sum_N if has_tail else None,
+        entropy_N=tiles.finish(whole).student_entropy,
     )
 
 

@@ -100,18 +100,7 @@ class Walk:
             here = _shifted(tile.block, group)
             part = self.backend.statistics(tile.z, tile.y, self.scratch)
             state[..., here] = tiles.merge(state[..., here], part)
-        # Of each side: the logit of the label, and the log-sum-exp of the end class.
-        singles = state.new_full((2, 2, num), MASKED)
-        for block in self.blocks(group):
-            here = _shifted(block, group)
-            for i, side in enumerate(problem.sides):
-                if problem.labels is not None:
-                    ids = problem.labels[block]
-                    is_here = (ids >= 0) & (ids < problem.vocab_size)
-                    picked = side.picked(block, ids.clamp(0, problem.vocab_size - 1))
-                    singles[0, i, here] = torch.where(is_here, picked, MASKED)
-                if len(problem.members):
-                    singles[1, i, here] = self.member_logits(side, block).logsumexp(-1)
+        singles = self.singles(group)
         if problem.shard is not None:
             state, singles = _over_ranks(state, singles, problem.shard)
         labels, classes = singles
@@ -138,6 +127,22 @@ class Walk:
                 z, y = self.class_column(classes[:, here])
                 mixture[:, here] += tiles.tile_mixture(z, y, log_sums[:, here], problem.mixture_weight)  # pyright: ignore
         return Group(group, moments, log_sums, labels, classes, mixture)
+
+    def singles(self, group: range) -> Tensor:
+        """The logit of the label and the log-sum-exp of the end class, of each side: [2, 2, n]."""
+        problem = self.problem
+        singles = problem.student.hidden.new_full((2, 2, len(group)), MASKED, dtype=problem.dtype)
+        for block in self.blocks(group):
+            here = _shifted(block, group)
+            for i, side in enumerate(problem.sides):
+                if problem.labels is not None:
+                    ids = problem.labels[block]
+                    is_here = (ids >= 0) & (ids < problem.vocab_size)
+                    picked = side.picked(block, ids.clamp(0, problem.vocab_size - 1))
+                    singles[0, i, here] = torch.where(is_here, picked, MASKED)
+                if len(problem.members):
+                    singles[1, i, here] = self.member_logits(side, block).logsumexp(-1)
+        return singles
 
     def class_column(self, classes_2N: Tensor) -> tuple[Tensor, Tensor | None]:
         """The end class as a tile of one column: of the student, and of the teacher where there is one."""

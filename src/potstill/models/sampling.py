@@ -219,7 +219,13 @@ class _Written(NamedTuple):
                 "the logits of the model that writes are not finite, so nothing can be drawn from them"
             )
         stop = "end" if self.token_ids[-1] in end_ids else "length"
-        return Completion(tuple(self.token_ids), stop, tuple(self.log_probs), tuple(self.entropies), tuple(self.models))
+        return Completion(
+            token_ids=tuple(self.token_ids),
+            stop=stop,
+            log_probs=tuple(self.log_probs),
+            entropies=tuple(self.entropies),
+            models=tuple(self.models),
+        )
 
 
 def _left_pad(prompts, max_tokens: int, device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -24,7 +24,7 @@ from potstill.teachers.protocol import Teacher
 from potstill.types import Rollout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loss:
     """What the loss of a run is, fixed before the first step but for `forward_weight`, which a schedule may change.
 

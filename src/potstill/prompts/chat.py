@@ -18,7 +18,7 @@ class Texts(NamedTuple):
     turns: tuple[tuple[str, bool], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chat:
     """An example as a conversation: what is given as the prompt, and all messages, those from `first` on answers.
 
@@ -50,10 +50,10 @@ def make_chat(example: Example) -> Chat:
     given = ({"role": "user", "content": example.prompt},) if isinstance(example.prompt, str) else example.prompt
     answers = answers_of(example)
     if given[-1]["role"] != "assistant" or not answers:
-        return Chat(example, given, (*given, *answers), len(given))
+        return Chat(example=example, given=given, messages=(*given, *answers), first=len(given))
     words = text_of(given[-1]) + text_of(answers[0])
     joined = given[-1] | answers[0] | {"content": words}
-    return Chat(example, given, (*given[:-1], joined, *answers[1:]), len(given) - 1)
+    return Chat(example=example, given=given, messages=(*given[:-1], joined, *answers[1:]), first=len(given) - 1)
 
 
 def answers_of(example: Example) -> tuple[Message, ...]:

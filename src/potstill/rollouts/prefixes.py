@@ -19,7 +19,7 @@ from potstill.teachers.store import Cache
 from potstill.types import Prompt, Rollout, Stop, Writer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Writing:
     """How completions are written: by which source, with which models, how far, until what, and how.
 
@@ -68,7 +68,9 @@ def from_dataset(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Ke
         assert prompt.completion_ids is not None and prompt.trained is not None, "make_prompts checks this"
         stop = "end" if len(prompt.completion_ids) <= writing.window else "length"
         ids, trained = prompt.completion_ids[: writing.window], prompt.trained[: writing.window]
-        rollouts.append(Rollout(prompt, ids, trained, ("dataset",) * len(ids), stop))
+        rollouts.append(
+            Rollout(prompt=prompt, completion_ids=ids, trained=trained, writers=("dataset",) * len(ids), stop=stop)
+        )
     return rollouts
 
 
@@ -153,7 +155,9 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) 
 
 
 def _rollout(prompt: Prompt, token_ids: tuple[int, ...], writers: tuple[Writer, ...], stop: Stop) -> Rollout:
-    return Rollout(prompt, token_ids, (True,) * len(token_ids), writers, stop)
+    return Rollout(
+        prompt=prompt, completion_ids=token_ids, trained=(True,) * len(token_ids), writers=writers, stop=stop
+    )
 
 
 SOURCES: dict[str, Callable[[Writing, Sequence[Prompt], Sequence[Key]], list[Rollout]]] = {

@@ -24,7 +24,7 @@ TOOL_ENDS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ends:
     """The end tokens of a run, the student's first.
 
@@ -51,7 +51,12 @@ def find_ends(recipe: Recipe, student: LanguageModel, teacher: Teacher | None, v
     with_row = tuple(i for i in all_ids if i < (vocab_size or student.vocab_size))
     members = tuple(i for i in with_row if i not in apart)
     has_class = objective.end_class == "merged" and objective.signal != "labels" and len(members) > 1
-    return Ends(all_ids, stop_ids, members if has_class else (), with_row if len(with_row) > 1 else ())
+    return Ends(
+        all_ids=all_ids,
+        stop_ids=stop_ids,
+        class_ids=members if has_class else (),
+        compared_ids=with_row if len(with_row) > 1 else (),
+    )
 
 
 def end_set(student: LanguageModel, teacher: Teacher | None = None) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ class TeacherIdentity:
     chat_template: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a cache is written. `top_k`, `temperature` and `end_class` are those of payload topk.
 
@@ -78,7 +78,7 @@ class Settings:
         }[self.payload]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardRecord:
     """What the manifest says of a shard. `kl` is the mean KL(teacher || what is stored) a token, in nats."""
 
@@ -91,7 +91,7 @@ class ShardRecord:
     kl: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All that is known of a cache but its numbers. `date` is what chat templates were told."""
 

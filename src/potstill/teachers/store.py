@@ -79,7 +79,7 @@ def key_of(prompt: Prompt, writer: str) -> bytes:
     return hashlib.blake2b(repr(ids).encode(), digest_size=KEY_BYTES).digest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Index:
     """Where the rollouts of a shard are."""
 
@@ -240,13 +240,25 @@ class Cache:
         _, ids = self._checked_rows(prompt.cached, TEXT, 0)
         stop: Stop = "end" if self.indices[shard].ended[row] and len(ids) <= window else "length"
         written = tuple(ids[:window].tolist())
-        return Rollout(prompt, written, (True,) * len(written), ("teacher",) * len(written), stop)
+        return Rollout(
+            prompt=prompt,
+            completion_ids=written,
+            trained=(True,) * len(written),
+            writers=("teacher",) * len(written),
+            stop=stop,
+        )
 
     def stored_rollout(self, place: Place) -> Rollout:
         """A whole rollout with what the teacher read, from the shard alone."""
         prompt_ids, ids = (tensor.tolist() for tensor in self._checked_rows(place, TEXT, 0))
-        prompt = Prompt(Example(f"{place}", ""), tuple(prompt_ids), cached=place)
-        return Rollout(prompt, tuple(ids), (True,) * len(ids), ("teacher",) * len(ids), "end")
+        prompt = Prompt(example=Example(id=f"{place}", prompt=""), token_ids=tuple(prompt_ids), cached=place)
+        return Rollout(
+            prompt=prompt,
+            completion_ids=tuple(ids),
+            trained=(True,) * len(ids),
+            writers=("teacher",) * len(ids),
+            stop="end",
+        )
 
     def rows_of(self, rollouts: Sequence[Rollout], head: Head) -> Tensor:
         """Hidden states [N, E] at the loss tokens of some rollouts, in the teacher's type."""
@@ -271,7 +283,13 @@ class Cache:
                 column.append(tensor[: len(rollout.trained)][torch.tensor(rollout.trained)])
         ids, log_probs, ends, tail, entropies = (torch.cat(column).to(device) for column in columns)
         # Stored with no columns where there is no such class.
-        return TopK(ids.long(), log_probs, _squeezed(ends), _squeezed(tail), entropies)
+        return TopK(
+            token_ids_NK=ids.long(),
+            log_probs_NK=log_probs,
+            end_log_prob_N=_squeezed(ends),
+            tail_log_prob_N=_squeezed(tail),
+            entropy_N=entropies,
+        )
 
     def check_shard(self, shard: int, head: Head | None, num_rows: int) -> float:
         """Compare a shard's file with its checksum, and `num_rows` log-sum-exps; returns their largest error."""

@@ -71,13 +71,15 @@ def trained(
     baseline_T: Tensor | None = None,
 ) -> tuple[float, Tensor]:
     """What training computes on every text of a writer, weighted by its probability: value and gradient [S, V]."""
-    loss = Loss(Objective(**options), "token", vocab_size=V)
+    loss = Loss(objective=Objective(**options), normalize="token", vocab_size=V)
     student.zero_grad()
     value = 0.0
     for text in all_texts(window):
         stop: Stop = "end" if text[-1] == END else "length"
-        prompt = Prompt(Example("x", "x"), (1,))
-        rollout = Rollout(prompt, text, (True,) * len(text), ("student",) * len(text), stop)
+        prompt = Prompt(example=Example(id="x", prompt="x"), token_ids=(1,))
+        rollout = Rollout(
+            prompt=prompt, completion_ids=text, trained=(True,) * len(text), writers=("student",) * len(text), stop=stop
+        )
         batch = make_batch([rollout])
         hidden_NE = teacher.signal_at(batch).detach()
         probability = writer.log_prob(text).exp().item()
@@ -141,7 +143,7 @@ def _chain_rules(student: Table, teacher: Table) -> Iterator[Check]:
             value, _ = trained(student, teacher, writer, _options(prefix, kind), window)
             what = "chain rule" if window == WINDOW else f"window of {window} = KL of the {window}-token marginals"
             name = f"{what}: sequence {kind} KL = sum_t E_{who}[{kind} KL]"
-            yield Check(name, apart(value, sequence_kl(kind, student, teacher, window)))
+            yield Check(name=name, error=apart(value, sequence_kl(kind, student, teacher, window)))
 
 
 def _cells(student: Table, teacher: Table) -> Iterator[Check]:
@@ -158,7 +160,7 @@ def _cells(student: Table, teacher: Table) -> Iterator[Check]:
 
         _, gradient = trained(student, teacher, writer, _options(prefix, kind))
         name = f"{prefix} prefix, {kind} KL: gradient = differences of its expectation, prefixes frozen"
-        yield Check(name, apart(gradient, differences(student, frozen)))
+        yield Check(name=name, error=apart(gradient, differences(student, frozen)))
 
 
 def _rewritten_gradients(student: Table, teacher: Table) -> Iterator[Check]:
@@ -166,7 +168,9 @@ def _rewritten_gradients(student: Table, teacher: Table) -> Iterator[Check]:
         cross_entropy = expectation(writer, lambda s: -(teacher.log_probs(s).exp() * student.log_probs(s)).sum())
         (soft,) = torch.autograd.grad(cross_entropy, student.logits_SV)
         _, gradient = trained(student, teacher, writer, _options(prefix, "forward"))
-        yield Check(f"{prefix} prefix: forward-KL gradient = soft cross-entropy gradient", apart(gradient, soft))
+        yield Check(
+            name=f"{prefix} prefix: forward-KL gradient = soft cross-entropy gradient", error=apart(gradient, soft)
+        )
 
         def surrogate(s: Text) -> Tensor:
             log_q, log_p = student.log_probs(s), teacher.log_probs(s)
@@ -176,7 +180,7 @@ def _rewritten_gradients(student: Table, teacher: Table) -> Iterator[Check]:
         (policy,) = torch.autograd.grad(expectation(writer, surrogate), student.logits_SV)
         _, gradient = trained(student, teacher, writer, _options(prefix, "reverse"))
         name = f"{prefix} prefix: reverse-KL gradient = policy gradient with reward log p - log q, a ~ q"
-        yield Check(name, apart(gradient, policy))
+        yield Check(name=name, error=apart(gradient, policy))
 
 
 def _later(student: Table, teacher: Table, kind: str, gamma: float = 1.0) -> Callable[[Text, int], float]:
@@ -196,19 +200,24 @@ def _dropped_terms(student: Table, teacher: Table) -> Iterator[Check]:
         _, local = trained(student, teacher, student, _options("student", kind))
         dropped = score_sum(student, student, _later(student, teacher, kind))
         name = f"student prefix, {kind} KL: moving prefixes add E sum_t (sum_u>t KL_u) grad log q(y_t)"
-        yield Check(name, apart(whole, local + dropped))
-        yield Check(f"student prefix, {kind} KL: the dropped term is not zero", apart(whole, local), DISTANCE, True)
+        yield Check(name=name, error=apart(whole, local + dropped))
+        yield Check(
+            name=f"student prefix, {kind} KL: the dropped term is not zero",
+            error=apart(whole, local),
+            bound=DISTANCE,
+            differs=True,
+        )
     whole = differences(student, lambda: sequence_kl("reverse", student, teacher))
     _, full = trained(student, teacher, student, _options("student", "reverse", gamma=1.0))
-    yield Check("gamma = 1: gradient = differences of the sequence reverse KL", apart(full, whole))
+    yield Check(name="gamma = 1: gradient = differences of the sequence reverse KL", error=apart(full, whole))
     _, local = trained(student, teacher, student, _options("student", "reverse"))
     for gamma in (0.0, 0.5):
         _, gradient = trained(student, teacher, student, _options("student", "reverse", gamma=gamma))
         expected = local + score_sum(student, student, _later(student, teacher, "reverse", gamma))
-        yield Check(f"gamma = {gamma:g}: later KLs count gamma^(u - t)", apart(gradient, expected))
+        yield Check(name=f"gamma = {gamma:g}: later KLs count gamma^(u - t)", error=apart(gradient, expected))
     options, baseline_T = _options("student", "reverse", gamma=1.0), torch.tensor([0.7, -0.4, 1.3], dtype=torch.float64)
     _, with_baseline = trained(student, teacher, student, options, WINDOW, baseline_T)
-    yield Check("gamma = 1: a baseline a position changes no expectation", apart(with_baseline, full))
+    yield Check(name="gamma = 1: a baseline a position changes no expectation", error=apart(with_baseline, full))
     # The same expectation from the log-ratios that were drawn, which gamma replaces by their means.
     drawn = score_sum(
         student,
@@ -217,7 +226,9 @@ def _dropped_terms(student: Table, teacher: Table) -> Iterator[Check]:
             (student.log_probs(text[:u]) - teacher.log_probs(text[:u]))[text[u]].item() for u in range(t + 1, len(text))
         ),
     )
-    yield Check("gamma = 1: exact later KLs = drawn later log-ratios, in expectation", apart(full, local + drawn))
+    yield Check(
+        name="gamma = 1: exact later KLs = drawn later log-ratios, in expectation", error=apart(full, local + drawn)
+    )
 
 
 def _offline_rl(student: Table, teacher: Table) -> Iterator[Check]:
@@ -238,14 +249,16 @@ def _offline_rl(student: Table, teacher: Table) -> Iterator[Check]:
         torch.autograd.grad(total, student.logits_SV, retain_graph=True)[0]
         for total in (inner_over_student, inner_over_teacher, weighted)
     )
-    yield Check("teacher prefix, reverse KL: its gradient is E_{s ~ d^T, a ~ q}[-r grad log q]", apart(gradient, own))
-    yield Check("the same from the teacher's own tokens, with the weight q / p", apart(gradient, reweighted))
+    yield Check(
+        name="teacher prefix, reverse KL: its gradient is E_{s ~ d^T, a ~ q}[-r grad log q]", error=apart(gradient, own)
+    )
+    yield Check(name="the same from the teacher's own tokens, with the weight q / p", error=apart(gradient, reweighted))
     name = "the teacher's own tokens without the weight give another gradient"
-    yield Check(name, apart(gradient, other), DISTANCE, True)
+    yield Check(name=name, error=apart(gradient, other), bound=DISTANCE, differs=True)
     for kind in ("forward", "reverse"):
         of_sequence = differences(student, lambda kind=kind: sequence_kl(kind, student, teacher))
         name = f"teacher prefix, reverse KL is not the gradient of the sequence {kind} KL"
-        yield Check(name, apart(gradient, of_sequence), DISTANCE, True)
+        yield Check(name=name, error=apart(gradient, of_sequence), bound=DISTANCE, differs=True)
 
 
 def _estimators(student: Table, teacher: Table) -> Iterator[Check]:
@@ -265,10 +278,10 @@ def _estimators(student: Table, teacher: Table) -> Iterator[Check]:
         _, gradient = trained(student, teacher, student, options)
         used = "as a constant reward" if estimator == "k1" else "differentiated"
         used += ", exact baseline" if baseline == "exact" else ""
-        yield Check(f"{estimator} {used}: expected gradient = {meaning}", apart(gradient, expected))
+        yield Check(name=f"{estimator} {used}: expected gradient = {meaning}", error=apart(gradient, expected))
     # d/dtheta of log q - log p at tokens that q drew: a sum of scores.
     k1 = score_sum(student, student, lambda text, t: 1.0)
-    yield Check("k1 differentiated: expected gradient = 0", apart(k1, torch.zeros_like(k1)))
+    yield Check(name="k1 differentiated: expected gradient = 0", error=apart(k1, torch.zeros_like(k1)))
 
 
 def _splits(student: Table, teacher: Table) -> Iterator[Check]:
@@ -276,18 +289,18 @@ def _splits(student: Table, teacher: Table) -> Iterator[Check]:
         options = _options(prefix, kind)
         _, whole = trained(student, teacher, writer, options)
         _, equal = trained(student, teacher, writer, options | {"split": 1, "split_weights": (1.0, 1.0)})
-        yield Check(f"split, {kind} KL: equal weights give the unsplit loss", apart(equal, whole))
+        yield Check(name=f"split, {kind} KL: equal weights give the unsplit loss", error=apart(equal, whole))
         for position in range(1, WINDOW):
             parts = []
             for weights in ((1.0, 0.0), (0.0, 1.0), (0.3, 1.7)):
                 split = options | {"split": position, "split_weights": weights}
                 parts.append(trained(student, teacher, writer, split)[1])
             name = f"split at {position}, {kind} KL: w1 (tokens before) + w2 (tokens from it on)"
-            yield Check(name, apart(parts[2], 0.3 * parts[0] + 1.7 * parts[1]))
+            yield Check(name=name, error=apart(parts[2], 0.3 * parts[0] + 1.7 * parts[1]))
             short = expectation(writer, lambda s, kind=kind: by_prefix(kind, student, teacher, s), True, position)
             (before,) = torch.autograd.grad(short, student.logits_SV)
             name = f"split at {position}, {kind} KL: the tokens before it are a window of {position}"
-            yield Check(name, apart(parts[0], before))
+            yield Check(name=name, error=apart(parts[0], before))
 
 
 def _logits(seed: int, scale: float = 1.5, num_rows: int = 5, num_columns: int = 7) -> tuple[Tensor, Tensor]:
@@ -318,7 +331,7 @@ def plain_terms(kind: str, weight: float) -> LossTerms:
     """What training weighs for a kind of KL."""
     settings = {"mixed": "forward_weight", "jsd": "jsd_weight", "skew-forward": "skew", "skew-reverse": "skew"}
     fields: dict[str, Any] = {"kl": kind} | ({settings[kind]: weight} if kind in settings else {})
-    return Loss(Objective(**fields), "token").terms()
+    return Loss(objective=Objective(**fields), normalize="token").terms()
 
 
 def _both_ways(student: Tensor, teacher: Tensor, kind: str, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
@@ -340,17 +353,17 @@ def _divergences() -> Iterator[Check]:
         for way, (value, its) in _both_ways(student, teacher, kind, 0.3).items():
             error = max(apart(value, exact.detach()), apart(its, gradient))
             found[kind, way] = value, its
-            yield Check(f"{kind}: value and gradient by definition ({way})", error)
+            yield Check(name=f"{kind}: value and gradient by definition ({way})", error=error)
     for way in ("closed form", "fused"):
         parts = [
             apart(found["mixed", way][i], 0.3 * found["forward", way][i] + 0.7 * found["reverse", way][i])
             for i in (0, 1)
         ]
-        yield Check(f"mixed = w forward + (1 - w) reverse, value and gradient ({way})", max(parts))
+        yield Check(name=f"mixed = w forward + (1 - w) reverse, value and gradient ({way})", error=max(parts))
         for weight, kind in ((0.0, "reverse"), (1.0, "forward")):
             ends = _both_ways(student, teacher, "mixed", weight)[way]
             error = max(apart(a, b) for a, b in zip(ends, found[kind, way], strict=True))
-            yield Check(f"mixed at w = {weight:g} = {kind} ({way})", error)
+            yield Check(name=f"mixed at w = {weight:g} = {kind} ({way})", error=error)
     # Nearer to each other, as the series in b ends where a ratio of probabilities does.
     student, teacher = _logits(3, scale=0.4)
     nodes = [1e-4 * i for i in range(1, 7)]
@@ -364,9 +377,9 @@ def _divergences() -> Iterator[Check]:
                 weight, divisor = of_b(b)
                 values.append(_both_ways(student, teacher, "jsd", weight)[way][0] / divisor)
             exact = definition(kind, student, teacher, 0.5)
-            yield Check(f"{name} ({way})", apart(_at_zero(nodes, values), exact))
+            yield Check(name=f"{name} ({way})", error=apart(_at_zero(nodes, values), exact))
         almost = _both_ways(student, teacher, "jsd", abs(end - 1e-10))["closed form"][0]
-        yield Check(f"JSD(b) = 0 at b = {end:g}, where it is no KL", apart(almost, torch.zeros_like(almost)))
+        yield Check(name=f"JSD(b) = 0 at b = {end:g}, where it is no KL", error=apart(almost, torch.zeros_like(almost)))
 
 
 def _at_zero(nodes: list[float], values: list[Tensor]) -> Tensor:
@@ -388,9 +401,9 @@ def _coarse() -> Iterator[Check]:
         loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, plain_terms(kind, 0.5), end_ids=ends)
         (fused,) = torch.autograd.grad(loss_sum, student)
         error = max(apart(loss_N, exact.detach()), apart(fused, gradient))
-        yield Check(f"one end class, {kind} KL: that of the coarser distributions", error)
+        yield Check(name=f"one end class, {kind} KL: that of the coarser distributions", error=error)
         gap = (definition(kind, student, teacher, 0.5) - exact).detach()
-        yield Check(f"one end class, {kind} KL: at most the whole one", float((-gap).clamp(min=0).max()))
+        yield Check(name=f"one end class, {kind} KL: at most the whole one", error=float((-gap).clamp(min=0).max()))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

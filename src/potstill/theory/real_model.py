@@ -40,14 +40,16 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
         error = max(apart(loss_N, exact.detach()), apart(fused, gradient) / scale)
         name = f"{kind}: value and gradient by definition (fused), {num_tokens} tokens, "
         name += f"{size:,} of {model.vocab_size:,} rows"
-        checks.append(Check(name, error))
+        checks.append(Check(name=name, error=error))
 
     log_q, log_p = head(student).log_softmax(-1), head(teacher).log_softmax(-1).detach()
     (soft,) = torch.autograd.grad(-(log_p.exp() * log_q).sum(), student, retain_graph=True)
-    checks.append(Check("forward-KL gradient = soft cross-entropy gradient", relative(found["forward"], soft)))
+    checks.append(
+        Check(name="forward-KL gradient = soft cross-entropy gradient", error=relative(found["forward"], soft))
+    )
     surrogate = -(log_q.detach().exp() * (log_p - log_q.detach()) * log_q).sum()
     (policy,) = torch.autograd.grad(surrogate, student)
     name = "reverse-KL gradient = policy gradient with reward log p - log q"
-    checks.append(Check(name, relative(found["reverse"], policy)))
+    checks.append(Check(name=name, error=relative(found["reverse"], policy)))
     mixed = 0.3 * found["forward"] + 0.7 * found["reverse"]
-    return [*checks, Check("mixed gradient = w forward + (1 - w) reverse", relative(found["mixed"], mixed))]
+    return [*checks, Check(name="mixed gradient = w forward + (1 - w) reverse", error=relative(found["mixed"], mixed))]

@@ -33,7 +33,7 @@ from potstill.types import Prompt, Rollout
 STATE = "state.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Saved:
     """A checkpoint that was read: finished steps, plain data of the loop, each rank's rollouts, and the logs' sizes."""
 
@@ -137,7 +137,7 @@ def load(
         # Not strict: a tied head is stored once, under the name of the embedding; the others were compared above.
         options=StateDictOptions(full_state_dict=True, strict=False),
     )
-    return Saved(checkpoint, data["step"], data["state"], data["rollouts"], data["logs"])
+    return Saved(path=checkpoint, step=data["step"], state=data["state"], rollouts=data["rollouts"], logs=data["logs"])
 
 
 def _read_state(checkpoint: Path, files: Sequence[str]) -> dict[str, Any]:
@@ -191,7 +191,13 @@ def load_rollouts(saved: Saved, prompts: Sequence[Prompt], world: World) -> list
             f"and now there are {world.size}; resume with as many"
         )
     return [
-        Rollout(prompt, tuple(completion_ids), tuple(trained), tuple(writers), stop)
+        Rollout(
+            prompt=prompt,
+            completion_ids=tuple(completion_ids),
+            trained=tuple(trained),
+            writers=tuple(writers),
+            stop=stop,
+        )
         for prompt, (completion_ids, trained, writers, stop) in zip(prompts, saved.rollouts[world.rank], strict=True)
     ]
 

@@ -49,7 +49,7 @@ def next_weight(schedule: WeightSchedule, state: WeightState, entropy: float, te
     return WeightState(min(max(state.weight + change, low), high), first)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """What the student's own rollouts on held-out prompts show at a window.
 
@@ -64,7 +64,7 @@ class Probe:
     repetition: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WindowState:
     """The window in use, probes passed in a row there, whether it may still grow, and the first probe's entropy.
 
@@ -78,7 +78,7 @@ class WindowState:
     teacher_truncation: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """What a probe led to: the window from now on, why, and the numbers."""
 
@@ -114,7 +114,7 @@ def rungs(window: Window) -> tuple[int, ...]:
 
 def first_window(window: Window) -> WindowState:
     """The state before the first step."""
-    return WindowState(window.tokens if window.schedule == "fixed" else window.start)
+    return WindowState(tokens=window.tokens if window.schedule == "fixed" else window.start)
 
 
 def scheduled_window(window: Window, step: int, num_steps: int) -> int:
@@ -164,5 +164,7 @@ def decide(window: Window, state: WindowState, probe: Probe) -> tuple[WindowStat
         if num_passed >= window.patience and tokens < window.tokens:
             tokens, num_passed, action = ladder[place + 1], 0, "climb"
     truncation = probe.teacher_truncation if tokens == state.tokens else None
-    new = WindowState(tokens, num_passed, frozen, first, truncation)
-    return new, Decision(action, tokens, failed, threshold, probe)
+    new = WindowState(
+        tokens=tokens, num_passed=num_passed, frozen=frozen, first_entropy=first, teacher_truncation=truncation
+    )
+    return new, Decision(action=action, window=tokens, failed=failed, threshold=threshold, probe=probe)

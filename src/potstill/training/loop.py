@@ -280,7 +280,7 @@ def accumulate_gradients(
             with clock("samples"):
                 if returns_N is not None:
                     loss_N = token_loss(loss.terms(), stats)
-                each = Scored(hidden_ND, known, loss_N, stats).each(batch.rollouts)
+                each = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats).each(batch.rollouts)
                 for place, rollout, scored in zip(places, batch.rollouts, each, strict=True):
                     if place < num_samples:
                         samples[place] = logged_sample(student, setup.teacher, rollout, scored, loss)

@@ -10,10 +10,12 @@ from potstill.kl.fused import fused_statistics
 from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.models.flops import rollout_flops, training_flops
+from potstill.models.language_model import LanguageModel
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.prefixes import Writing, from_one
 from potstill.rollouts.text import is_loop
 from potstill.seeds import Stream, stream_key
+from potstill.teachers.protocol import Teacher
 from potstill.training.controllers import Probe, WindowState
 from potstill.training.metrics import before_answer
 from potstill.training.setup import Setup
@@ -33,14 +35,14 @@ def probe_window(
     numbers = range(world.rank, len(setup.probes), world.size)
     seeds = [stream_key((recipe.train.seed, step, number), Stream.PROBE) for number in numbers]
     writing = Writing(
-        recipe.objective,
-        decoders,
-        state.tokens,
-        setup.ends.stop_ids,
-        recipe.sampling,
-        len(setup.probes),
-        setup.loss.vocab_size,
-        setup.cache,
+        objective=recipe.objective,
+        models=decoders,
+        window=state.tokens,
+        end_ids=setup.ends.stop_ids,
+        sampling=recipe.sampling,
+        rollouts_per_step=len(setup.probes),
+        vocab_size=setup.loss.vocab_size,
+        cache=setup.cache,
     )
     # The whole copy that decodes: ranks do not take the same number of passes here.
     student = setup.student.around(decoders["student"], "student")
@@ -48,19 +50,9 @@ def probe_window(
     flops = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
     scores_teacher = recipe.window.reference == "teacher" and setup.teacher is not None and setup.teacher.can_score
     texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
-    num_tokens = entropy = teacher_entropy = 0.0
-    options = setup.loss.shared_options() | {"temperature": 1.0}
-    for places in batch_places(rollouts, recipe.train.tokens_per_batch):
-        batch = make_batch([rollouts[place] for place in places], world.device)
-        sides: list[Any] = [student(batch.input_ids_BT)[batch.loss_mask_BT], student.head]
-        if scores_teacher and setup.teacher is not None:
-            sides += [setup.teacher.signal_at(batch), setup.teacher.head]
-        stats = fused_statistics(*sides, **options)
-        is_before_N = before_answer(batch, [texts[place] for place in places], student.tokenizer, setup.answer_end)
-        num_tokens += float(is_before_N.sum())
-        entropy += float(stats.student_entropy_N[is_before_N].double().sum())
-        if stats.teacher_entropy_N is not None:
-            teacher_entropy += float(stats.teacher_entropy_N[is_before_N].double().sum())
+    places = batch_places(rollouts, recipe.train.tokens_per_batch)
+    teacher = setup.teacher if scores_teacher else None
+    entropies = _entropies(setup, student, teacher, rollouts, texts, places)
     scored = training_flops(rollouts, setup.student_flops, setup.teacher_flops if scores_teacher else None)
     # Forward alone: of the head's three products of the student, one.
     num_scored = sum(len(rollout.completion_ids) for rollout in rollouts)
@@ -74,7 +66,7 @@ def probe_window(
             num_teachers_cut = _num_cut(written)
             flops += rollout_flops(written, {"teacher": setup.teacher_flops}, by_token=False)
     num_loops = float(sum(map(is_loop, texts)))
-    sums = [num_tokens, entropy, teacher_entropy, num_cut, num_teachers_cut, num_loops, float(len(rollouts))]
+    sums = [*entropies, num_cut, num_teachers_cut, num_loops, float(len(rollouts))]
     sums = distributed.sum_over_ranks(sums, world)
     num_tokens, entropy, teacher_entropy, num_cut, num_teachers_cut, num_loops, num = sums
     known = state.teacher_truncation
@@ -86,6 +78,32 @@ def probe_window(
         repetition=num_loops / num,
     )
     return probe, flops
+
+
+def _entropies(
+    setup: Setup,
+    student: LanguageModel,
+    teacher: Teacher | None,
+    rollouts: list[Rollout],
+    texts: list[str],
+    places: list[list[int]],
+) -> list[float]:
+    """The number of tokens up to the answer, and the sums over them of both models' entropies (nats)."""
+    num_tokens = entropy = teacher_entropy = 0.0
+    options = setup.loss.shared_options() | {"temperature": 1.0}
+    for batch_of in places:
+        batch = make_batch([rollouts[place] for place in batch_of], student.head.weight_VD.device)
+        sides: list[Any] = [student(batch.input_ids_BT)[batch.loss_mask_BT], student.head]
+        if teacher is not None:
+            sides += [teacher.signal_at(batch), teacher.head]
+        stats = fused_statistics(*sides, **options)
+        responses = [texts[place] for place in batch_of]
+        is_before_N = before_answer(batch, responses, student.tokenizer, setup.answer_end)
+        num_tokens += float(is_before_N.sum())
+        entropy += float(stats.student_entropy_N[is_before_N].double().sum())
+        if stats.teacher_entropy_N is not None:
+            teacher_entropy += float(stats.teacher_entropy_N[is_before_N].double().sum())
+    return [num_tokens, entropy, teacher_entropy]
 
 
 def _num_cut(rollouts: list[Rollout]) -> float:

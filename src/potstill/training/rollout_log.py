@@ -26,7 +26,7 @@ NUM_CHOICES = 5
 DIGITS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scored:
     """What a pass of the loss knows of its N loss tokens: the student's hidden states [N, D], `known_of_teacher`, the
     loss of each, and the statistics of both at the temperature of the loss.
@@ -64,7 +64,7 @@ def scored_samples(
     hidden_ND = student_rows(student, batch, loss)
     signal = signal_of(known, teacher, loss)
     _, loss_N, stats = batch_loss(student, teacher, signal, batch, loss, hidden_ND=hidden_ND)
-    each = Scored(hidden_ND, known, loss_N, stats).each(rollouts)
+    each = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats).each(rollouts)
     return [logged_sample(student, teacher, *pair, loss) for pair in zip(rollouts, each, strict=True)]
 
 

@@ -28,7 +28,7 @@ from potstill.teachers.store import Cache
 from potstill.types import DataError, Prompt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setup:
     """Everything a run needs, loaded and checked before anything is written."""
 
@@ -74,57 +74,69 @@ def prepare(
     vocab_size = vocabulary.shared_vocab_size(student, teacher) if teacher is not None else None
     ends = find_ends(recipe, student, teacher, vocab_size)
     loss = Loss(
-        recipe.objective,
-        recipe.train.normalize,
-        recipe.train.compute_dtype,
+        objective=recipe.objective,
+        normalize=recipe.train.normalize,
+        compute_dtype=recipe.train.compute_dtype,
         vocab_size=vocab_size,
         end_class=ends.class_ids,
         budget=recipe.train.loss_memory * MIB,
         backend=recipe.train.loss_backend,
     )
-    # Before any work: a backend that cannot run here.
-    if loss.backend != "plain":
-        try:
-            find_backend(loss.backend, world.device)
-        except ValueError as error:
-            raise RecipeError(f"train.loss_backend is {loss.backend!r}: {error}") from None
-    # Of one rank: midnight may come between them.
+    _refuse_settings(recipe, loss, world)
+    # The main rank's, as midnight may come between them.
     date = str(distributed.gather(date or (today() if cache is None else cache.manifest.date), world)[0])
     tokenised, notes = prepare_prompts(recipe, student, teacher, end_ids=ends.stop_ids, date=date, given=prompts)
-    if loss.vocab_size is not None:
-        vocabulary.refuse_unshared_ids(tokenised, loss.vocab_size, student.tokenizer)
-    refuse_crossing(student, [p.token_ids for p in tokenised], recipe.window.tokens, "window.tokens")
-    if teacher is not None:
-        refuse_crossing(teacher, [p.ids_of("teacher") for p in tokenised], recipe.window.tokens, "window.tokens")
+    _refuse_prompts(recipe, student, teacher, tokenised, loss.vocab_size)
     tokenised, probes = hold_out(recipe.window, tokenised)
     if cache is not None:
         cache.check_fit(ends.stop_ids, loss.vocab_size, loss.end_class)
         tokenised, probes = cache.attach(tokenised), cache.attach(probes)
-    if recipe.train.prompts_per_step % world.size:
-        raise DataError(
-            f"train.prompts_per_step is {recipe.train.prompts_per_step}, which {world.size} ranks cannot share evenly; "
-            f"use a multiple of {world.size}"
-        )
     if recipe.evaluation.source is not None:
         # Its prompts are made again when the run ends; here a bad one is refused before any work is done.
         prepare_problems(student, run_evaluation(recipe), date)
     has_task = prompts is None and not is_table(recipe.data.source)
     answer_end = make_task(str(recipe.data.source)).answer_end if has_task else lambda text: None
     return Setup(
-        student,
-        teacher,
-        cache,
-        tokenised,
-        probes,
-        ends,
-        loss,
-        answer_end,
-        student.flops,
-        None if teacher is None else teacher.flops,
-        own_files(recipe.data.source if prompts is None else None, recipe.evaluation.source),
-        date,
-        tuple(notes),
+        student=student,
+        teacher=teacher,
+        cache=cache,
+        prompts=tokenised,
+        probes=probes,
+        ends=ends,
+        loss=loss,
+        answer_end=answer_end,
+        student_flops=student.flops,
+        teacher_flops=None if teacher is None else teacher.flops,
+        task_files=own_files(recipe.data.source if prompts is None else None, recipe.evaluation.source),
+        date=date,
+        notes=tuple(notes),
     )
+
+
+def _refuse_settings(recipe: Recipe, loss: Loss, world: World) -> None:
+    """Raise for a loss backend that cannot run here, and for prompts that the ranks cannot share."""
+    if loss.backend != "plain":
+        try:
+            find_backend(loss.backend, world.device)
+        except ValueError as error:
+            raise RecipeError(f"train.loss_backend is {loss.backend!r}: {error}") from None
+    per_step = recipe.train.prompts_per_step
+    if per_step % world.size:
+        raise DataError(
+            f"train.prompts_per_step is {per_step}, which {world.size} ranks cannot share evenly; use a multiple of "
+            f"{world.size}"
+        )
+
+
+def _refuse_prompts(
+    recipe: Recipe, student: LanguageModel, teacher: Teacher | None, prompts: list[Prompt], vocab_size: int | None
+) -> None:
+    """Raise for ids that the two models do not share, and for texts that cross the border of a longrope model."""
+    if vocab_size is not None:
+        vocabulary.refuse_unshared_ids(prompts, vocab_size, student.tokenizer)
+    refuse_crossing(student, [p.token_ids for p in prompts], recipe.window.tokens, "window.tokens")
+    if teacher is not None:
+        refuse_crossing(teacher, [p.ids_of("teacher") for p in prompts], recipe.window.tokens, "window.tokens")
 
 
 def load_teacher(
