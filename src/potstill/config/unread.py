@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from potstill.config.fields import GrpoFields, RecipeFields, Window
+from potstill.config.fields import GrpoFields, Objective, RecipeFields, Window
 from potstill.tasks import is_table
 from potstill.tasks.tables import is_hub_id, sources
 
@@ -10,6 +10,21 @@ from potstill.tasks.tables import is_hub_id, sources
 def unread_fields(recipe: RecipeFields) -> dict[str, str]:
     """Fields (or whole sections) that the recipe's mode does not read, with the reason."""
     objective = recipe.objective
+    unread = _unread_of_prefix(objective) | _unread_of_kl(recipe) | _unread_of_window(recipe.window)
+    unread |= _unread_of_signal(recipe)
+    if objective.split is None:
+        unread["objective.split_weights"] = "objective.split is not set"
+    if objective.prefix == "dataset":
+        unread["sampling"] = unread["rollouts"] = 'objective.prefix is "dataset", so nothing is sampled in training'
+    unread |= _unread_of_teacher(recipe.teacher.model) | _unread_of_data(recipe.data.source)
+    if recipe.train.loss_backend == "plain":
+        unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
+    if recipe.evaluation.source is None:
+        unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
+    return unread
+
+
+def _unread_of_prefix(objective: Objective) -> dict[str, str]:
     unread: dict[str, str] = {}
     if objective.prefix != "mixed":
         reason = f'objective.prefix is "{objective.prefix}" and only "mixed" has two writers'
@@ -21,6 +36,12 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
     else:
         reason = f'objective.prefix_mix is "{objective.prefix_mix}" and only "handoff" has a first writer'
         unread |= {f"objective.{name}": reason for name in ("first_writer", "handoff_tokens")}
+    return unread
+
+
+def _unread_of_kl(recipe: RecipeFields) -> dict[str, str]:
+    objective = recipe.objective
+    unread: dict[str, str] = {}
     if objective.kl != "mixed":
         reason = f'objective.kl is "{objective.kl}" and only "mixed" has a forward weight'
         unread |= {"objective.forward_weight": reason, "objective.forward_above": reason, "weight_schedule": reason}
@@ -36,9 +57,12 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
         unread["objective.jsd_weight"] = f'objective.kl is "{objective.kl}" and only "jsd" reads it'
     if not objective.kl.startswith("skew"):
         unread["objective.skew"] = f'objective.kl is "{objective.kl}" and only the skew KLs are skewed'
-    if objective.split is None:
-        unread["objective.split_weights"] = "objective.split is not set"
-    unread |= _unread_of_window(recipe.window)
+    return unread
+
+
+def _unread_of_signal(recipe: RecipeFields) -> dict[str, str]:
+    objective = recipe.objective
+    unread: dict[str, str] = {}
     if objective.signal != "topk":
         unread["objective.top_k"] = f'objective.signal is "{objective.signal}" and only "topk" keeps some tokens apart'
     if objective.signal != "sampled":
@@ -55,29 +79,31 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
         unread |= {f"objective.{field}": reason for field in fields} | {"weight_schedule": reason}
         if objective.prefix != "teacher":
             unread["teacher"] = reason
-    if objective.prefix == "dataset":
-        unread["sampling"] = unread["rollouts"] = 'objective.prefix is "dataset", so nothing is sampled in training'
-    if recipe.teacher.model == "self":
+    return unread
+
+
+def _unread_of_teacher(model: str) -> dict[str, str]:
+    unread: dict[str, str] = {}
+    if model == "self":
         reason = 'teacher.model is "self", which is loaded as the student is'
         unread |= {"teacher.dtype": reason, "teacher.trust_remote_code": reason}
         unread["rollouts.end_set"] = 'teacher.model is "self", which ends as the student does'
     else:
-        unread["teacher.refresh_steps"] = (
-            f'teacher.model is {recipe.teacher.model!r} and only "self" can follow the student'
-        )
-    if not is_table(recipe.data.source):
-        unread["teacher.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
-        unread["data.prompt_column"] = f"data.source is the task {recipe.data.source!r}, which has no columns"
-        unread["data.config"] = f"data.source is the task {recipe.data.source!r}, which has one configuration"
+        unread["teacher.refresh_steps"] = f'teacher.model is {model!r} and only "self" can follow the student'
+    return unread
+
+
+def _unread_of_data(source: str | tuple[str, ...]) -> dict[str, str]:
+    unread: dict[str, str] = {}
+    if not is_table(source):
+        unread["teacher.prompt_column"] = f"data.source is the task {source!r}, which has no columns"
+        unread["data.prompt_column"] = f"data.source is the task {source!r}, which has no columns"
+        unread["data.config"] = f"data.source is the task {source!r}, which has one configuration"
     else:
         unread["data.seed"] = "only a task makes problems from a seed"
-        if not any(is_table(name) and is_hub_id(name) for name in sources(recipe.data.source)):
-            reason = f"data.source is the file {recipe.data.source!r}, which has no splits and no configurations"
+        if not any(is_table(name) and is_hub_id(name) for name in sources(source)):
+            reason = f"data.source is the file {source!r}, which has no splits and no configurations"
             unread |= {"data.split": reason, "data.config": reason}
-    if recipe.train.loss_backend == "plain":
-        unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
-    if recipe.evaluation.source is None:
-        unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
     return unread
 
 

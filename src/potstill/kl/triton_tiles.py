@@ -92,8 +92,9 @@ def _mixture_kernel(z_ptr, y_ptr, sums_ptr, parts_ptr, num_rows, num_columns, lo
     tl.store(parts_ptr + 2 * num_rows + row, overlap)
 
 
+# Kernels take pointers and sizes one by one.
 @triton.jit
-def _gradient_kernel(
+def _gradient_kernel(  # noqa: PLR0913
     z_ptr,
     y_ptr,
     sums_ptr,
