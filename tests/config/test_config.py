@@ -40,7 +40,7 @@ from potstill.study.file import SHIPPED_STUDIES, read_study_file
 from potstill.study.planning import plan
 from potstill.training.rates import usual_lr, with_lr
 
-ASSET_RECIPES = Path(__file__).parent.parent / "scripts" / "asset_recipes"
+ASSET_RECIPES = Path(__file__).parents[2] / "scripts" / "asset_recipes"
 
 
 def test_every_shipped_model_has_a_recipe_that_makes_it():
