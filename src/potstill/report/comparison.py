@@ -6,7 +6,7 @@ Works on what `results` read, and needs no torch.
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +357,8 @@ def grpo_pairs(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Befor
     return sorted(found, key=lambda pair: pair.after.summaries[best].value if best in pair.after.summaries else 0.0)[
         ::-1
     ]
+
+
+def at_temperature(metrics: Sequence[Metric], avg: Metric) -> list[Metric]:
+    """Entropy and length at the temperature of this Avg."""
+    return [replace(metric, temperature=avg.temperature) for metric in metrics if metric.key in ("entropy", "length")]

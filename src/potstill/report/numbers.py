@@ -23,7 +23,7 @@ from potstill.report.comparison import (
 from potstill.report.figures import Link
 from potstill.report.findings import findings, first_and_last_habits
 from potstill.report.questions import Claim
-from potstill.runs.results import Panel
+from potstill.runs.results import Entry, Panel
 from potstill.statistics import Estimate
 
 
@@ -67,14 +67,6 @@ def finite(value: Any) -> Any:
 
 def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
     """A panel's numbers as plain data, with paths relative to the page."""
-    labels = comparison.labels
-
-    def summaries(of: dict[str, Summary]) -> dict[str, Any]:
-        return {
-            key: {"value": s.value, "low": s.low, "high": s.high, "runs": {link(path): v for path, v in s.per_run}}
-            for key, s in of.items()
-        }
-
     return {
         "title": comparison.panel.title,
         "note": comparison.panel.note,
@@ -83,26 +75,7 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             metric.key: {"title": metric.title, "unit": metric.unit, "scale": metric.scale, "digits": metric.digits}
             for metric in comparison.metrics
         },
-        "runs": [
-            {
-                "path": link(entry.path),
-                "label": labels[entry.path],
-                "recipe": entry.recipe.resolved() if entry.recipe is not None else None,
-                "num_steps": entry.metrics[-1]["step"] if entry.metrics else None,
-                "num_loss_tokens": entry.num_loss_tokens,
-                "flops": entry.flops,
-                "seconds": entry.seconds,
-                "evals": [evaluation_of(row) for row in entry.evals],
-                "curves": {
-                    name: [row.get(name) for row in figures.thin(entry.metrics)]
-                    for name in ("step", *(name for name, _ in figures.CURVES + figures.CONTROLLED))
-                    if any(row.get(name) is not None for row in entry.metrics)
-                },
-                "decisions": list(entry.decisions),
-                "end_habits": first_and_last_habits(entry),
-            }
-            for entry in comparison.panel.entries
-        ],
+        "runs": [run_numbers(entry, comparison.labels[entry.path], link) for entry in comparison.panel.entries],
         "groups": [
             {
                 "label": group.label,
@@ -110,7 +83,7 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
                 "is_model": group.entries[0].recipe is None,
                 "corner": group.entries[0].cell,
                 "start": start_of(group, comparison),
-                "metrics": summaries(group.summaries),
+                "metrics": summary_numbers(group.summaries, link),
             }
             for group in comparison.groups
         ],
@@ -126,14 +99,43 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         ],
         "grpo": [
             {
-                "before": {"label": pair.before.label, "metrics": summaries(pair.before.summaries)},
-                "after": {"label": pair.after.label, "metrics": summaries(pair.after.summaries)},
+                "before": {"label": pair.before.label, "metrics": summary_numbers(pair.before.summaries, link)},
+                "after": {"label": pair.after.label, "metrics": summary_numbers(pair.after.summaries, link)},
                 "differences": {key: interval(effect) for key, effect in pair.differences.items()},
                 "num_seeds": len(pair.after.entries),
             }
             for pair in comparison.grpo
         ],
         "unfinished": [{"path": link(path), "state": state} for path, state in comparison.panel.unfinished],
+    }
+
+
+def run_numbers(entry: Entry, label: str, link: Link) -> dict[str, Any]:
+    """The numbers of one run or model."""
+    return {
+        "path": link(entry.path),
+        "label": label,
+        "recipe": entry.recipe.resolved() if entry.recipe is not None else None,
+        "num_steps": entry.metrics[-1]["step"] if entry.metrics else None,
+        "num_loss_tokens": entry.num_loss_tokens,
+        "flops": entry.flops,
+        "seconds": entry.seconds,
+        "evals": [evaluation_of(row) for row in entry.evals],
+        "curves": {
+            name: [row.get(name) for row in figures.thin(entry.metrics)]
+            for name in ("step", *(name for name, _ in figures.CURVES + figures.CONTROLLED))
+            if any(row.get(name) is not None for row in entry.metrics)
+        },
+        "decisions": list(entry.decisions),
+        "end_habits": first_and_last_habits(entry),
+    }
+
+
+def summary_numbers(summaries: dict[str, Summary], link: Link) -> dict[str, Any]:
+    """Each metric's value, its interval, and the value of each run."""
+    return {
+        key: {"value": s.value, "low": s.low, "high": s.high, "runs": {link(path): v for path, v in s.per_run}}
+        for key, s in summaries.items()
     }
 
 

@@ -22,6 +22,7 @@ from potstill.report.comparison import (
     Group,
     Metric,
     Part,
+    at_temperature,
     budgets,
     forward_weight_sweeps,
     is_gated,
@@ -201,23 +202,12 @@ def refuse_to_replace(path: Path) -> None:
 
 
 def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
-    """What the template shows of a panel; a section that its runs do not feed is empty."""
-    panel, metrics, groups, labels = comparison.panel, comparison.metrics, comparison.groups, comparison.labels
-    entries = panel.entries
-    runs = [entry for entry in entries if entry.metrics]
-    drawn = drawn_first(groups)
-    header, rows = table(entries)
-    costs = [metric for metric in metrics if metric.key == "gflops"]
-    avgs = [metric for metric in metrics if metric.column == "avg"]
-    swept = [metric for metric in metrics if metric.temperature is not None]
-    sweeps = forward_weight_sweeps(groups)
-    gated = [entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions]
-    gated_drawn = drawn_first([group for group in groups if is_gated(group)])
-    by_budget = budgets(comparison.grids)
-    habits_header, habits = habit_table(entries)
-    return {
+    """Everything that the template shows of a panel; a section that its runs do not feed is empty."""
+    panel = comparison.panel
+    page = {
         "title": panel.title or "Runs",
         "note": panel.note,
+        "metrics": comparison.metrics,
         "unfinished": [
             {"name": path.name, "href": link(path) if path.exists() else None, "state": state}
             for path, state in panel.unfinished
@@ -226,6 +216,17 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             (text, [(path.name, link(path)) for path in paths[:NUM_DRAWN]], len(paths) - NUM_DRAWN)
             for text, paths in findings(comparison.metrics, comparison.groups, comparison.grpo)
         ],
+    }
+    sections = (claims_section, grids_section, table_section, curves_section, window_section, budget_section)
+    for section in (*sections, grpo_section):
+        page |= section(comparison, link)
+    return page
+
+
+def claims_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """Claims with what was measured of each, and those that these runs do not measure."""
+    labels = comparison.labels
+    return {
         "measured": [
             {
                 "claim": claim,
@@ -236,12 +237,28 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             if claim.effect is not None
         ],
         "unmeasured": [claim for claim in comparison.claims if claim.effect is None],
-        "metrics": metrics,
+    }
+
+
+def grids_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """The grid of prefixes and KLs, once for each metric that some group has."""
+    metrics = comparison.metrics
+    return {
         "grids": [
             {"metric": metric, "parts": [grid(part, metric, comparison.grids, link) for part in comparison.grids]}
             for metric in metrics
             if any(metric.key in group.summaries for part in comparison.grids for group in part.groups)
         ],
+    }
+
+
+def table_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """The table of all entries, their levels, and one figure of accuracy against each other metric."""
+    entries, metrics, labels = comparison.panel.entries, comparison.metrics, comparison.labels
+    header, rows = table(entries)
+    costs = [metric for metric in metrics if metric.key == "gflops"]
+    avgs = [metric for metric in metrics if metric.column == "avg"]
+    return {
         "header": [*header, *(metric.unit for metric in costs)],
         "rows": [
             (
@@ -261,17 +278,49 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             )
             for avg in avgs
         ],
+    }
+
+
+def curves_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """Curves over the steps, the habits of ending, and sweeps of the forward weight."""
+    groups, labels = comparison.groups, comparison.labels
+    runs = [entry for entry in comparison.panel.entries if entry.metrics]
+    drawn = drawn_first(groups)
+    sweeps = forward_weight_sweeps(groups)
+    swept = [metric for metric in comparison.metrics if metric.temperature is not None]
+    habits_header, habits = habit_table(comparison.panel.entries)
+    return {
         "runs": [(labels[run.path], link(run.path), figures.family(run), run.path in drawn) for run in runs],
         "curves": [figures.curve(name, title, runs, labels, drawn, link) for name, title in figures.shown_curves(runs)],
         "habits_header": habits_header,
         "habits": [(labels[entry.path], link(entry.path), cells) for entry, cells in habits],
         "sweeps": [figures.sweep(metric, sweeps, link) for metric in swept] if sweeps else [],
+    }
+
+
+def window_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """Gated windows over the steps, and tables of runs that differ in their windows."""
+    groups, labels, metrics = comparison.groups, comparison.labels, comparison.metrics
+    gated = [entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions]
+    gated_drawn = drawn_first([group for group in groups if is_gated(group)])
+    return {
         "gated": [(labels[run.path], link(run.path), figures.family(run), run.path in gated_drawn) for run in gated],
         "windows": figures.windows(gated, labels, gated_drawn, link) if gated else None,
         "window_tables": [
             (part.label, [(group.label, runs_of(group, None, link), values(group, metrics)) for group in part.groups])
             for part in window_comparisons(groups)
         ],
+    }
+
+
+def budget_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """Grids of equal operations, or where there are none a figure of accuracy against operations."""
+    metrics, labels = comparison.metrics, comparison.labels
+    runs = [entry for entry in comparison.panel.entries if entry.metrics]
+    costs = [metric for metric in metrics if metric.key == "gflops"]
+    avgs = [metric for metric in metrics if metric.column == "avg"]
+    by_budget = budgets(comparison.grids)
+    return {
         "budgets": [
             [(metric, [grid(part, metric, comparison.grids, link) for part in same]) for metric in [*avgs[:1], *costs]]
             for same in by_budget
@@ -279,6 +328,13 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         "compute": figures.trade_off(avgs[0], costs[0], runs, labels, link)
         if avgs and costs and not by_budget
         else None,
+    }
+
+
+def grpo_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+    """Each student before and after reinforcement learning."""
+    swept = [metric for metric in comparison.metrics if metric.temperature is not None]
+    return {
         "grpo": [
             {
                 "seeds": seeds_of(pair.after),
@@ -300,11 +356,6 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         if comparison.grpo
         else [],
     }
-
-
-def at_temperature(metrics: Sequence[Metric], avg: Metric) -> list[Metric]:
-    """Entropy and length at the temperature of this Avg."""
-    return [replace(metric, temperature=avg.temperature) for metric in metrics if metric.key in ("entropy", "length")]
 
 
 def drawn_first(groups: Sequence[Group]) -> set[Path]:
