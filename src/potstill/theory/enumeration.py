@@ -11,6 +11,8 @@ from potstill.models.batch import Batch
 
 V, WINDOW, END = 3, 3, 0
 Text = tuple[int, ...]
+# The error of central differences is of the order of STEP squared.
+STEP = 1e-5
 
 
 class Table(nn.Module):
@@ -93,3 +95,27 @@ def score_sum(student: Table, writer: Table, factor: Callable[[Text, int], float
             total = total + probability * factor(text, t) * student.log_probs(text[:t])[token]
     (gradient,) = torch.autograd.grad(total, student.logits_SV)
     return gradient
+
+
+def differences(student: Table, function: Callable[[], Tensor]) -> Tensor:
+    """The gradient [S, V] of a function of the student's logits, by central differences."""
+    gradient = torch.zeros_like(student.logits_SV)
+    with torch.no_grad():
+        for index in itertools.product(*map(range, student.logits_SV.shape)):
+            kept = student.logits_SV[index].item()
+            student.logits_SV[index] = kept + STEP
+            above = function()
+            student.logits_SV[index] = kept - STEP
+            gradient[index] = (above - function()) / (2 * STEP)
+            student.logits_SV[index] = kept
+    return gradient
+
+
+def apart(a: Tensor | float, b: Tensor | float) -> float:
+    """The largest difference of two numbers or tensors."""
+    a, b = (torch.as_tensor(each, dtype=torch.float64).detach() for each in (a, b))
+    return float((a - b).abs().max())
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return apart(a, b) / float(b.abs().max().clamp(min=1e-30))

@@ -8,7 +8,6 @@ other is written out here from the definition alone, or is a central difference 
 Notation as in docs/theory.md: p teacher, q student, s a prefix, y a text, d^T and d^q the distributions of prefixes.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,15 +30,15 @@ from potstill.theory.enumeration import (
     Text,
     V,
     all_texts,
+    apart,
     by_prefix,
+    differences,
     expectation,
     score_sum,
     sequence_kl,
 )
 from potstill.types import Example, Prompt, Rollout, Stop
 
-# Of central differences: the error is of the order of STEP squared.
-STEP = 1e-5
 BOUND = 1e-8
 # What is said to differ must do so by more than rounding could.
 DISTANCE = 1e-3
@@ -93,26 +92,6 @@ def trained(
         value += probability * float(loss_N.sum())
     assert student.logits_SV.grad is not None
     return value, student.logits_SV.grad.clone()
-
-
-def differences(student: Table, function: Callable[[], Tensor]) -> Tensor:
-    """The gradient [S, V] of a function of the student's logits, by central differences."""
-    gradient = torch.zeros_like(student.logits_SV)
-    with torch.no_grad():
-        for index in itertools.product(*map(range, student.logits_SV.shape)):
-            kept = student.logits_SV[index].item()
-            student.logits_SV[index] = kept + STEP
-            above = function()
-            student.logits_SV[index] = kept - STEP
-            gradient[index] = (above - function()) / (2 * STEP)
-            student.logits_SV[index] = kept
-    return gradient
-
-
-def apart(a: Tensor | float, b: Tensor | float) -> float:
-    """The largest difference of two numbers or tensors."""
-    a, b = (torch.as_tensor(each, dtype=torch.float64).detach() for each in (a, b))
-    return float((a - b).abs().max())
 
 
 CELLS = [(prefix, kind) for prefix in ("teacher", "student") for kind in ("forward", "reverse")]
@@ -404,7 +383,3 @@ def _coarse() -> Iterator[Check]:
         yield Check(name=f"one end class, {kind} KL: that of the coarser distributions", error=error)
         gap = (definition(kind, student, teacher, 0.5) - exact).detach()
         yield Check(name=f"one end class, {kind} KL: at most the whole one", error=float((-gap).clamp(min=0).max()))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return apart(a, b) / float(b.abs().max().clamp(min=1e-30))

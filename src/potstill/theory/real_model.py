@@ -8,7 +8,8 @@ from potstill.kl.definition import DIVERGENCES
 from potstill.kl.fused import fused_loss
 from potstill.models.language_model import LanguageModel
 from potstill.models.probe import logits_error
-from potstill.theory.identities import Check, apart, definition, plain_terms, relative
+from potstill.theory.enumeration import apart, relative
+from potstill.theory.identities import Check, definition, plain_terms
 
 
 def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_384) -> list[Check]:
