@@ -37,6 +37,7 @@ from potstill.teachers.manifest import (
     ShardRecord,
     identify,
     read_manifest,
+    sampling_settings,
     tensors_digest,
 )
 from potstill.teachers.store import (
@@ -49,10 +50,9 @@ from potstill.teachers.store import (
     decode_rows,
     encode_rows,
     key_of,
-    sampling_settings,
 )
 from potstill.training.setup import Setup, prepare
-from potstill.types import Example, Prompt
+from potstill.types import Example, Prompt, Rollout
 
 # What a shard holds many of: a prompt, its key, and the number of its completion.
 Entry = tuple[Prompt, bytes, int]
@@ -265,18 +265,11 @@ def _make_shard(
         dataclasses.replace(rollout, trained=(True,) * len(rollout.completion_ids))
         for rollout in write_rollouts(writing, prompts, seeds)
     ]
-    # Each rollout's, by its place.
     signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
     kls: list[float] = []
     if settings.payload != "completions":
-        for places in batch_places(rollouts, recipe.train.tokens_per_batch):
-            batch = make_batch([rollouts[place] for place in places], setup.student.device)
-            columns, kl_N = _score(batch, teacher, setup, settings)
-            kls += [] if kl_N is None else kl_N.tolist()
-            lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
-            split = {name: column.cpu().split(lengths) for name, column in columns.items()}
-            for i, place in enumerate(places):
-                signals[place] = {name: parts[i] for name, parts in split.items()}
+        groups = batch_places(rollouts, recipe.train.tokens_per_batch)
+        signals, kls = _signals_of(rollouts, groups, teacher, setup, settings)
     # Ids are most of what is stored beside the signal, where prompts are long.
     ids_type = torch.uint16 if teacher.vocab_size <= 2**16 else torch.int32
     texts = [
@@ -310,6 +303,27 @@ def _make_shard(
         index=tensors_digest(tensors, INDEX),
         kl=sum(kls) / len(kls) if kls else None,
     )
+
+
+def _signals_of(
+    rollouts: Sequence[Rollout],
+    groups: Sequence[Sequence[int]],
+    teacher: LanguageModel,
+    setup: Setup,
+    settings: Settings,
+) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """The stored columns of each rollout, by its place, and the KL of each token to what is stored."""
+    signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
+    kls: list[float] = []
+    for places in groups:
+        batch = make_batch([rollouts[place] for place in places], setup.student.device)
+        columns, kl_N = _score(batch, teacher, setup, settings)
+        kls += [] if kl_N is None else kl_N.tolist()
+        lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
+        split = {name: column.cpu().split(lengths) for name, column in columns.items()}
+        for i, place in enumerate(places):
+            signals[place] = {name: parts[i] for name, parts in split.items()}
+    return signals, kls
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 
-from potstill.config import TeacherSpec
+from potstill.config import Recipe, TeacherSpec
 from potstill.files import file_digest, json_digest, seal, unseal
 from potstill.models.language_model import LanguageModel, find_folder, fingerprint, load_config, load_tokenizer
 
@@ -204,3 +204,9 @@ def tensors_digest(tensors: dict[str, Tensor], names: Sequence[str]) -> str:
     for name in names:
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def sampling_settings(recipe: Recipe) -> dict[str, float]:
+    """What of the sampling decides which completions are likely."""
+    sampling = recipe.sampling
+    return {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}

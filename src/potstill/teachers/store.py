@@ -41,6 +41,7 @@ from potstill.teachers.manifest import (
     identify,
     identify_folder,
     read_manifest,
+    sampling_settings,
     tensors_digest,
 )
 from potstill.types import Example, Prompt, Rollout, Stop
@@ -379,12 +380,6 @@ def _map(path: Path):
 
 def _squeezed(column: Tensor) -> Tensor | None:
     return column[:, 0] if column.shape[1] else None
-
-
-def sampling_settings(recipe: Recipe) -> dict[str, float]:
-    """What of the sampling decides which completions are likely."""
-    sampling = recipe.sampling
-    return {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
 
 
 def encode_rows(hidden_NE: Tensor, dtype: str) -> tuple[Tensor, Tensor]:

@@ -246,11 +246,7 @@ def accumulate_gradients(
     Returns the step's summed statistics over all ranks, and this rank's first `num_samples` rollouts for the run log.
     """
     student = setup.student
-    groups = batch_places(rollouts, tokens_per_batch)
-    # Sharded ranks must take the same number of forward passes.
-    num_batches = distributed.max_over_ranks(len(groups), world)
-    if len(groups) < num_batches:
-        groups = batch_places(rollouts, tokens_per_batch, num_batches)
+    groups = _even_groups(rollouts, tokens_per_batch, world)
     batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
     (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
     texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
@@ -291,6 +287,13 @@ def accumulate_gradients(
         sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
     sums_over_ranks = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
     return sums_over_ranks, [samples[place] for place in sorted(samples)]
+
+
+def _even_groups(rollouts: list[Rollout], tokens_per_batch: int, world: World) -> list[list[int]]:
+    """Places of the rollouts of each batch: as many batches on every rank, since sharded ones pass forward together."""
+    groups = batch_places(rollouts, tokens_per_batch)
+    num_batches = distributed.max_over_ranks(len(groups), world)
+    return groups if len(groups) == num_batches else batch_places(rollouts, tokens_per_batch, num_batches)
 
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:
