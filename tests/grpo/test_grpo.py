@@ -282,3 +282,32 @@ def test_forty_steps_make_the_base_model_good(tmp_path):
     assert start["score"] < 0.3
     _, low, _ = row["avg"]
     assert low > start["score"] + 0.2
+
+
+REMEMBERS = '''
+from potstill import Grade, Example
+
+class Remembers:
+    """Grades by what it knows of the examples that it made."""
+    def __init__(self):
+        self.answers = {}
+
+    def examples(self, split, num_examples, seed):
+        self.answers = {f"{split}-{i}": str(7 * i) for i in range(num_examples)}
+        return [Example(id=name, prompt=f"__{i}*7=") for i, name in enumerate(self.answers)]
+
+    def grade(self, examples, responses):
+        return [Grade(float(self.answers[e.id] in r)) for e, r in zip(examples, responses)]
+
+    def answer_end(self, response):
+        return None
+'''
+
+
+def test_the_task_that_made_the_prompts_grades_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "remembers.py").write_text(REMEMBERS)
+    recipe = recipe_for(tmp_path / "run", data={"source": "remembers.py:Remembers", "num_prompts": 4})
+    setup = run.prepare(recipe, run.distributed.start())
+    examples = [prompt.example for prompt in setup.prompts]
+    assert [grade.score for grade in setup.task.grade(examples, ["0", "7", "14", "no"])] == [1, 1, 1, 0]

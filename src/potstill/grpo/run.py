@@ -26,10 +26,9 @@ from potstill.models.distributed import World
 from potstill.models.language_model import fingerprint, load_model, save_model
 from potstill.models.probe import ready
 from potstill.models.templates import today
-from potstill.prompts.examples import load_examples, make_prompts, prompt_notes
+from potstill.prompts.examples import load_task, make_prompts, prompt_notes
 from potstill.runs import run_folder
 from potstill.seeds import Stream, stream_key
-from potstill.tasks import make_task
 from potstill.tasks.own import describe_files, own_files
 from potstill.teachers.ends import described, end_set
 from potstill.teachers.rope import refuse_crossing
@@ -80,7 +79,8 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     model = ready(recipe.model, device=world.device)
     end_ids = end_set(model)
     data = recipe.data
-    examples = load_examples(data.source, split=data.split, num_examples=data.num_prompts, seed=data.seed)
+    source = str(data.source)
+    task, examples = load_task(source, split=data.split, num_examples=data.num_prompts, seed=data.seed)
     prompts = make_prompts(
         examples,
         model.tokenizer,
@@ -97,7 +97,6 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     prompts, probes = hold_out(recipe.window, prompts)
     if recipe.evaluation.source is not None:
         prepare_problems(model, run_evaluation(recipe), date)
-    task = make_task(str(data.source))
     files = own_files(data.source, recipe.evaluation.source)
     return Setup(model, task, prompts, probes, end_ids, model.flops, world, files, date, tuple(notes))
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from potstill.models.templates import ChatTemplate
 from potstill.prompts.chat import render_examples
 from potstill.prompts.encoding import Encoding, Room, TooLong, close_completion, fit_prompts
-from potstill.tasks import is_table, make_task
+from potstill.tasks import Task, is_table, make_task
 from potstill.tasks.tables import Row, make_row, read_rows, sources, with_own_ids
 from potstill.types import DataError, Example, Message, Prompt
 
@@ -21,6 +21,18 @@ DEFAULT_TASK_PROMPTS = 4096
 COLUMNS = ("messages", "completion", "tools", "answer", "level", "id")
 # What an assistant's message may have with no content.
 INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+def load_task(source: str, *, split: str, num_examples: int | None, seed: int) -> tuple[Task, list[Example]]:
+    """A task and some of its examples, from one object: a task may grade by what it knows of those that it made.
+
+    Raises DataError.
+    """
+    try:
+        task = make_task(source)
+        return task, task.examples(split, num_examples or DEFAULT_TASK_PROMPTS, seed)
+    except ValueError as error:
+        raise DataError(f"data source {source!r}: {error}") from None
 
 
 def load_examples(
@@ -40,10 +52,7 @@ def load_examples(
     prompts. Raises DataError.
     """
     if isinstance(source, str) and not is_table(source):
-        try:
-            return make_task(source).examples(split, num_examples or DEFAULT_TASK_PROMPTS, seed)
-        except ValueError as error:
-            raise DataError(f"data source {source!r}: {error}") from None
+        return load_task(source, split=split, num_examples=num_examples, seed=seed)[1]
     for name in sources(source):
         if not is_table(name):
             raise DataError(
