@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import signal
 
 import pytest
 import torch
 from conftest import interrupted_at, tiny_recipe
 from safetensors.torch import load_file, save_file
+from small_runs import EVALUATION, FAST, assert_same_run, kill, rows_of
 from synthetic_runs import evaluate as evaluated
 from synthetic_runs import write_run
 
@@ -20,24 +20,6 @@ from potstill.runs import run_folder
 from potstill.runs.results import read_entry, read_panels
 from potstill.runs.run_folder import RunError
 from potstill.training import checkpoint
-
-TIMES = [f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")]
-# No rollouts are sampled, so that a step takes some milliseconds.
-FAST = {"data": {"source": "multiplication:persona"}, "objective": {"prefix": "dataset"}, "window": {"tokens": 16}}
-
-
-def rows_of(folder, name="metrics.jsonl"):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in run_folder.read_rows(folder / name)]
-
-
-def weights_of(folder):
-    return load_file(folder / "model/model.safetensors")
-
-
-def assert_same_run(a, b):
-    assert all(torch.equal(tensor, weights_of(b)[name]) for name, tensor in weights_of(a).items())
-    for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
-        assert [row | {"model": ""} for row in rows_of(a, name)] == [row | {"model": ""} for row in rows_of(b, name)]
 
 
 @pytest.fixture(scope="module")
@@ -241,16 +223,9 @@ def test_a_damaged_environment_is_refused_before_any_step(stopped):
     assert potstill.train(stopped, quiet=True).metrics["step"] == 4
 
 
-def kill(*given):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train_and_be_killed_before_done(out):
     run_folder.finish = kill
     potstill.train(tiny_recipe(out, evaluation=EVALUATION, **FAST), quiet=True)
-
-
-EVALUATION = {"source": "multiplication", "num_problems": 4, "num_responses": 2, "max_tokens": 16}
 
 
 def test_a_kill_between_evaluation_and_done_doubles_no_rows(tmp_path, forks):

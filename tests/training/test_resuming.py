@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import interrupted_at, tiny_recipe
 from safetensors.torch import load_file
-from test_runlog import EVALUATION, FAST, assert_same_run, kill, rows_of, weights_of
+from small_runs import EVALUATION, FAST, assert_same_run, kill, rows_of, weights_of
 
 import potstill
 from potstill import evaluation, files
