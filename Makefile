@@ -62,7 +62,7 @@ lint: $(VENV)/installed
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# The theme's notice of its successor is no news of this build.
+# The theme prints a notice of a later version, which says nothing of this build.
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 

@@ -127,8 +127,15 @@ def one_step(recipe: Recipe, setup: Setup, optimizer: torch.optim.Optimizer, ste
     world = distributed.start()
     started = time.perf_counter()
     rollouts = write_rollouts(writing, prompts, [(0, step, i) for i in range(num)])
-    batches = (rollouts, recipe.train.tokens_per_batch)
-    accumulate_gradients(setup, setup.loss, *batches, step, world, Stopwatch(world.device))
+    accumulate_gradients(
+        setup,
+        setup.loss,
+        rollouts,
+        tokens_per_batch=recipe.train.tokens_per_batch,
+        step=step,
+        world=world,
+        clock=Stopwatch(world.device),
+    )
     torch.nn.utils.clip_grad_norm_(setup.student.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

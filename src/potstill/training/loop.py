@@ -144,8 +144,9 @@ def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequenc
 
 
 def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callable[[], int]) -> Run:
-    """The loop. Each round, `run` is the state before a step, and `plan` what that step is to do."""
+    """The loop. `run` is the state before a step, `plan` what that step is to do."""
     settings, world, student = trainer.settings, trainer.world, trainer.setup.student
+    has_dropout = trainer.recipe.student.dropout
     while not is_spent(settings, run.step, run.flops):
         clock = Stopwatch(world.device)
         begin_step(trainer, run)
@@ -154,20 +155,21 @@ def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callabl
         rollouts, written = write_round(trainer, run, plan, clock)
         cost = count_flops(trainer, run, rollouts, written=written, probed=probed)
         saves = is_saved(trainer, run, cost)
-        num_samples, samples = NUM_LOGGED_SAMPLES if saves or run.step == 0 else 0, []
-        if num_samples and trainer.recipe.student.dropout:
-            num_samples, samples = 0, samples_without_dropout(trainer, plan, rollouts, clock)
-        student.train(trainer.recipe.student.dropout)
+        num_samples = NUM_LOGGED_SAMPLES if saves or run.step == 0 else 0
+        samples = []
+        if num_samples and has_dropout:
+            samples = samples_without_dropout(trainer, plan, rollouts[:num_samples], clock)
+        student.train(has_dropout)
         sums, seen = accumulate_gradients(
             trainer.setup,
             plan.loss,
             rollouts,
-            settings.tokens_per_batch,
-            run.step,
-            world,
-            clock,
-            trainer.split_by,
-            num_samples,
+            tokens_per_batch=settings.tokens_per_batch,
+            step=run.step,
+            world=world,
+            clock=clock,
+            split_by=trainer.split_by,
+            num_samples=0 if has_dropout else num_samples,
         )
         updated = update(trainer, run, plan, clock)
         metrics = step_metrics(trainer, plan, sums, updated, cost)
@@ -204,9 +206,9 @@ def _save(trainer: Trainer, run: Run) -> None:
         trainer.setup.student,
         trainer.optimizer,
         trainer.world,
-        run.as_data(),
-        run.rollouts if is_used_again else (),
-        trainer.follower,
+        state=run.as_data(),
+        rollouts=run.rollouts if is_used_again else (),
+        teacher=trainer.follower,
     )
 
 
@@ -234,6 +236,7 @@ def accumulate_gradients(
     setup: Setup,
     loss: Loss,
     rollouts: list[Rollout],
+    *,
     tokens_per_batch: int,
     step: int,
     world: World,
@@ -253,7 +256,7 @@ def accumulate_gradients(
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
     returns: list[Any] = [None] * len(batches)
     if loss.objective.gamma:
-        # Of all batches first: what a token answers for is measured by the whole step's rollouts.
+        # All batches first, because what a token answers for is measured by the whole step's rollouts.
         with clock("student"):
             costs = [later_costs(student, setup.teacher, batch, loss) for batch in batches]
             returns = without_baseline(costs, batches, world)

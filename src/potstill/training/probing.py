@@ -92,7 +92,7 @@ def _entropies(
     num_tokens = entropy = teacher_entropy = 0.0
     options = setup.loss.shared_options() | {"temperature": 1.0}
     for batch_of in places:
-        batch = make_batch([rollouts[place] for place in batch_of], student.head.weight_VD.device)
+        batch = make_batch([rollouts[place] for place in batch_of], student.device)
         sides: list[Any] = [student(batch.input_ids_BT)[batch.loss_mask_BT], student.head]
         if teacher is not None:
             sides += [teacher.signal_at(batch), teacher.head]

@@ -139,8 +139,7 @@ def samples_without_dropout(
     """Rollouts for the log where the student learns with dropout: the log is of the student that wrote."""
     setup = trainer.setup
     with clock("samples"), naming(plan.step, plan.prompts):
-        chosen = rollouts[:NUM_LOGGED_SAMPLES]
-        return scored_samples(setup.student, setup.teacher, chosen, plan.loss, trainer.world.device)
+        return scored_samples(setup.student, setup.teacher, rollouts, plan.loss, trainer.world.device)
 
 
 def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> dict[str, float]:
