@@ -53,64 +53,87 @@ class StepCost:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class Known:
+    """Costs that were measured so far, by what they depend on; None where a trial says nothing."""
+
+    steps: dict[str, StepCost | None]
+    evaluations: dict[str, Cost | None]
+
+
 def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]:
     """The cost of each item that is not done; None where nothing is known yet. With `one_thread` trials take one."""
-    if all(item.is_done for item in items):
+    left = [item for item in items if not item.is_done]
+    if not left:
         return {}
     import torch
 
+    if one_thread:
+        torch.set_num_threads(1)
+    known = Known(_finished_steps(items), {})
+    students = {item.job.path: item.recipe.student.model for item in items if isinstance(item.recipe, Recipe)}
+    return {item.job.path: _cost(item, _start(item, students), known) for item in left}
+
+
+def _finished_steps(items: Sequence[Item]) -> dict[str, StepCost | None]:
+    done = [item for item in items if item.kind in ("train", "grpo") and item.is_done]
+    return {_kind(item.recipe): _finished_step(item.job.path) for item in done}
+
+
+def _start(item: Item, students: dict[Path, str]) -> str:
+    """The model that an item begins with, or where a run makes it first, the student of that run."""
+    recipe = item.recipe
+    start = recipe.model if isinstance(recipe, GrpoRecipe) else recipe.student.model
+    if item.kind == "evaluate":
+        start = item.job.arguments[1]
+    # What does not exist yet is as large as what it is made from.
+    return students.get(Path(start), students.get(Path(start).parent, start))
+
+
+def _cost(item: Item, start: str, known: Known) -> Cost | None:
+    if item.kind == "evaluate":
+        return _evaluation_cost(start, item.evaluation, known)
+    step = _step_cost(item, start, known)
+    if item.kind == "cache":
+        assert isinstance(item.recipe, Recipe)
+        return None if step is None else _cache_cost(item.recipe, step)
+    evaluated = _evaluation_cost(start, item.evaluation, known)
+    return None if step is None or evaluated is None else _run_cost(item, step, evaluated)
+
+
+def _step_cost(item: Item, start: str, known: Known) -> StepCost | None:
+    recipe = item.recipe
+    kind = _kind(recipe)
+    if kind not in known.steps:
+        cached = item.kind == "cache" or (isinstance(recipe, Recipe) and recipe.teacher.cache is not None)
+        known.steps[kind] = _try_steps(recipe, start, cached)
+    return known.steps[kind]
+
+
+def _evaluation_cost(model: str, evaluation: Evaluation, known: Known) -> Cost | None:
+    key = json.dumps([model, evaluation.model_dump(mode="json", exclude={"seed"})])
+    if key not in known.evaluations:
+        known.evaluations[key] = _try_evaluation(model, evaluation)
+    return known.evaluations[key]
+
+
+def _cache_cost(recipe: Recipe, step: StepCost) -> Cost:
     from potstill.models.language_model import load_config
     from potstill.prompts.examples import DEFAULT_TASK_PROMPTS
 
-    if one_thread:
-        torch.set_num_threads(1)
-    steps: dict[str, StepCost | None] = {}
-    evaluations: dict[str, Cost | None] = {}
-    for item in items:
-        if item.kind in ("train", "grpo") and item.is_done:
-            steps[_kind(item.recipe)] = _finished_step(item.job.path)
-    students = {item.job.path: item.recipe.student.model for item in items if isinstance(item.recipe, Recipe)}
+    num_prompts = recipe.data.num_prompts or DEFAULT_TASK_PROMPTS
+    seconds = step.cached_seconds * num_prompts / recipe.train.prompts_per_step
+    width = load_config(recipe.teacher.model).get_text_config().hidden_size
+    # In bfloat16; log-sum-exp, entropy, log-probability and token id beside it.
+    return Cost(seconds, num_prompts * step.length * (2 * width + 16))
 
-    def step_cost(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
-        kind = _kind(recipe)
-        if kind not in steps:
-            steps[kind] = _try_steps(recipe, start, cached)
-        return steps[kind]
 
-    def evaluation_cost(model: str, evaluation: Evaluation) -> Cost | None:
-        key = json.dumps([model, evaluation.model_dump(mode="json", exclude={"seed"})])
-        if key not in evaluations:
-            evaluations[key] = _try_evaluation(model, evaluation)
-        return evaluations[key]
-
-    costs: dict[Path, Cost | None] = {}
-    for item in items:
-        recipe = item.recipe
-        if item.is_done:
-            continue
-        start = recipe.model if isinstance(recipe, GrpoRecipe) else recipe.student.model
-        if item.kind == "evaluate":
-            start = item.job.arguments[1]
-        # What does not exist yet is as large as what it is made from.
-        start = students.get(Path(start), students.get(Path(start).parent, start))
-        cached = item.kind == "cache" or (isinstance(recipe, Recipe) and recipe.teacher.cache is not None)
-        step = step_cost(recipe, start, cached) if item.kind != "evaluate" else StepCost(0, 0, 0, 0, 0)
-        evaluated = evaluation_cost(start, item.evaluation) if item.kind != "cache" else Cost(0, 0)
-        if step is None or evaluated is None:
-            costs[item.job.path] = None
-        elif isinstance(recipe, Recipe) and item.kind == "cache":
-            num_prompts = recipe.data.num_prompts or DEFAULT_TASK_PROMPTS
-            seconds = step.cached_seconds * num_prompts / recipe.train.prompts_per_step
-            width = load_config(recipe.teacher.model).get_text_config().hidden_size
-            # In bfloat16; log-sum-exp, entropy, log-probability and token id beside it.
-            costs[item.job.path] = Cost(seconds, num_prompts * step.length * (2 * width + 16))
-        else:
-            num_steps = item.job.num_steps
-            if isinstance(recipe, Recipe) and recipe.train.flops is not None and step.flops:
-                num_steps = min(num_steps, math.ceil(recipe.train.flops / step.flops))
-            seconds = step.seconds * num_steps + evaluated.seconds
-            costs[item.job.path] = Cost(seconds, step.num_bytes + evaluated.num_bytes)
-    return costs
+def _run_cost(item: Item, step: StepCost, evaluated: Cost) -> Cost:
+    """The cost of as many steps as the run takes, which its budget of operations can cut short, and its evaluation."""
+    recipe, num_steps = item.recipe, item.job.num_steps
+    if isinstance(recipe, Recipe) and recipe.train.flops is not None and step.flops:
+        num_steps = min(num_steps, math.ceil(recipe.train.flops / step.flops))
+    return Cost(step.seconds * num_steps + evaluated.seconds, step.num_bytes + evaluated.num_bytes)
 
 
 def _kind(recipe: Recipe | GrpoRecipe) -> str:
