@@ -313,10 +313,46 @@ def test_links_lead_to_what_is_there(study, tmp_path):
 def test_verdicts_are_words_with_their_runs(study, tmp_path, monkeypatch):
     pair = (study / "student-reverse", study / "teacher-forward")
     found = [
-        Claim("c1", "Reverse KL wins.", "Avg", Estimate(4.0, 1.0, 7.0), "points", (pair,), "supported", "d1"),
-        Claim("c2", "It is longer.", "length", Estimate(-4.0, -7.0, -1.0), "tokens", (pair,), "contradicted", "d2"),
-        Claim("c3", f"It is cheap {ATTACK}.", "GFLOP", Estimate(0.1, -1.0, 1.0), "%", (pair,), "undecided", "d3"),
-        Claim("c4", "It is best.", "Avg", None, "points", (), "not measured", "d4"),
+        Claim(
+            name="c1",
+            statement="Reverse KL wins.",
+            metric="Avg",
+            effect=Estimate(4.0, 1.0, 7.0),
+            unit="points",
+            pairs=(pair,),
+            verdict="supported",
+            detail="d1",
+        ),
+        Claim(
+            name="c2",
+            statement="It is longer.",
+            metric="length",
+            effect=Estimate(-4.0, -7.0, -1.0),
+            unit="tokens",
+            pairs=(pair,),
+            verdict="contradicted",
+            detail="d2",
+        ),
+        Claim(
+            name="c3",
+            statement=f"It is cheap {ATTACK}.",
+            metric="GFLOP",
+            effect=Estimate(0.1, -1.0, 1.0),
+            unit="%",
+            pairs=(pair,),
+            verdict="undecided",
+            detail="d3",
+        ),
+        Claim(
+            name="c4",
+            statement="It is best.",
+            metric="Avg",
+            effect=None,
+            unit="points",
+            pairs=(),
+            verdict="not measured",
+            detail="d4",
+        ),
     ]
     monkeypatch.setattr("potstill.report.numbers.claims", lambda entries: found)
     page = write_report(pair, tmp_path / "report.html")

@@ -64,7 +64,16 @@ def _judge(question: Question, entries: dict[Path, Entry], temperatures: tuple[f
         ranks.append(_rank_correlation([run.place for run in runs], [_mean(run.values) for run in runs]))
 
     unit = UNITS[question.metric] + question.compared.per
-    claim = Claim(question.name, question.statement, question.metric, None, unit, (), "not measured", "")
+    claim = Claim(
+        name=question.name,
+        statement=question.statement,
+        metric=question.metric,
+        effect=None,
+        unit=unit,
+        pairs=(),
+        verdict="not measured",
+        detail="",
+    )
     if not effects:
         return replace(claim, detail=f"needs {question.compared.needs}, alike in all else")
     effect, over = estimate(list(effects.values()))

@@ -21,7 +21,7 @@ WINDOW_AXES = (Role.WINDOW,)
 BUDGET = (Role.LENGTH, Role.WARM_UP, Role.BUDGET)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Metric:
     """A number of a run: of its evaluation at a temperature, or of its training where there is none.
 
@@ -38,7 +38,7 @@ class Metric:
     unit: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """The mean of a metric over seeds, its 95 % interval where there is one, and each run's own value."""
 
@@ -83,18 +83,28 @@ def metrics_of(entries: Sequence[Entry]) -> list[Metric]:
         num_responses = min(row["num_responses"] for row in rows)
         high = temperatures[0]
         for t in dict.fromkeys((high, temperatures[-1])):
-            found.append(Metric(f"avg-T{t:g}", f"Avg@{num_responses} T={t:g}", "avg", t, None, 100, 1, "%"))
+            title = f"Avg@{num_responses} T={t:g}"
+            found.append(Metric(key=f"avg-T{t:g}", title=title, column="avg", temperature=t, scale=100, unit="%"))
         for k in dict.fromkeys((min(8, num_responses), 32 if num_responses >= 64 else num_responses)):
-            found.append(Metric(f"pass{k}-T{high:g}", f"Pass@{k} T={high:g}", "pass", high, k, 100, 1, "%"))
+            key, title = f"pass{k}-T{high:g}", f"Pass@{k} T={high:g}"
+            found.append(Metric(key=key, title=title, column="pass", temperature=high, k=k, scale=100, unit="%"))
         found += [
-            Metric("entropy", "entropy before the answer", "entropy_before_answer", high, None, 1, 3, "nats"),
-            Metric("length", "length", "length", high, None, 1, 0, "tokens"),
-            Metric("truncation", "truncated", "truncation", high, None, 100, 1, "%"),
+            Metric(
+                key="entropy",
+                title="entropy before the answer",
+                column="entropy_before_answer",
+                temperature=high,
+                scale=1,
+                digits=3,
+                unit="nats",
+            ),
+            Metric(key="length", title="length", column="length", temperature=high, scale=1, digits=0, unit="tokens"),
+            Metric(key="truncation", title="truncated", column="truncation", temperature=high, scale=100, unit="%"),
         ]
     if any(entry.flops is not None for entry in entries):
-        found.append(Metric("gflops", "training operations", "flops", None, None, 1e-9, 1, "GFLOP"))
+        found.append(Metric(key="gflops", title="training operations", column="flops", scale=1e-9, unit="GFLOP"))
     if any(entry.seconds is not None for entry in entries):
-        found.append(Metric("seconds", "seconds of training", "seconds", None, None, 1, 0, "s"))
+        found.append(Metric(key="seconds", title="seconds of training", column="seconds", scale=1, digits=0, unit="s"))
     return found
 
 
@@ -147,10 +157,11 @@ def summarize(entries: Sequence[Entry], metric: Metric) -> Summary | None:
     if len(found) == 1:
         value, *bounds = found[0][1]
         low, high = bounds or (None, None)
-        return Summary(value, low, high, per_run)
+        return Summary(value=value, low=low, high=high, per_run=per_run)
     value = sum(value for _, value in per_run) / len(per_run)
     estimate = over_seeds([problem_values(entry, metric) for entry, _ in found])
-    return Summary(value, estimate.low if estimate else None, estimate.high if estimate else None, per_run)
+    low, high = (estimate.low, estimate.high) if estimate else (None, None)
+    return Summary(value=value, low=low, high=high, per_run=per_run)
 
 
 def difference(pairs: Iterable[tuple[Entry, Entry]], metric: Metric) -> Estimate | None:

@@ -27,7 +27,7 @@ from potstill.runs.results import Entry, Panel
 from potstill.statistics import Estimate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A panel with what is computed from it: what the page shows and `results.json` holds."""
 
@@ -53,7 +53,14 @@ def compare(panel: Panel) -> Comparison:
     metrics = metrics_of(panel.entries)
     groups = make_groups(panel.entries, metrics)
     judged = [] if panel.is_sweep else claims(panel.entries)
-    return Comparison(panel, metrics, groups, grids(groups), grpo_pairs(groups, metrics), judged)
+    return Comparison(
+        panel=panel,
+        metrics=metrics,
+        groups=groups,
+        grids=grids(groups),
+        grpo=grpo_pairs(groups, metrics),
+        claims=judged,
+    )
 
 
 def finite(value: Any) -> Any:

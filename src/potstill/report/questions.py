@@ -30,7 +30,7 @@ Kind = Callable[[Recipe], bool]
 Place = Callable[[Entry], float | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """What the paper says and what the runs say.
 

@@ -42,7 +42,7 @@ class Cost:
     num_bytes: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepCost:
     """Seconds of a step, those that a cache saves it, operations, tokens of a completion, and bytes of what is kept."""
 
@@ -147,7 +147,13 @@ def _finished_step(path: Path) -> StepCost:
     metrics = read_entry(path).metrics
     num_bytes = sum(_num_bytes(path / kept) for kept in ("model", "checkpoint"))
     flops = metrics[-1].get("total_flops", 0.0) / len(metrics)
-    return StepCost(sum(row["seconds"] for row in metrics) / len(metrics), 0.0, flops, metrics[-1]["length"], num_bytes)
+    return StepCost(
+        seconds=sum(row["seconds"] for row in metrics) / len(metrics),
+        cached_seconds=0.0,
+        flops=flops,
+        length=metrics[-1]["length"],
+        num_bytes=num_bytes,
+    )
 
 
 def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
@@ -183,7 +189,13 @@ def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCos
         seconds = last["seconds"] - sum(last[f"{part}_seconds"] for part in saved)
         flops = sum(number for part, number in last["flops"].items() if part not in saved)
         num_bytes = sum(_num_bytes(out / kept) for kept in ("model", "checkpoint"))
-        return StepCost(seconds, last["seconds"] - seconds, flops, last["length"], num_bytes)
+        return StepCost(
+            seconds=seconds,
+            cached_seconds=last["seconds"] - seconds,
+            flops=flops,
+            length=last["length"],
+            num_bytes=num_bytes,
+        )
 
 
 def _trial(recipe: AnyRecipe, sections: dict[str, dict[str, Any]], out: Path, **start: str) -> AnyRecipe:

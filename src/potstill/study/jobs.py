@@ -24,7 +24,7 @@ LOADED += ["transformers.generation.utils", "transformers.models.auto.modeling_a
 Execute = Callable[[list[str]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One potstill command.
 

@@ -42,7 +42,7 @@ MAX_RUNS = 10_000
 SWEEP_EVALUATION_SEED = 1_000_003
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One distillation of a panel before its seed is set: fields over the base recipe, and what follows it."""
 
@@ -64,7 +64,15 @@ def cells(study: Study, panel: PanelPlan) -> list[Cell]:
             fields = study.fields | panel.fields | group.fields | _corner(method) | chosen
             details = [group.label] if group.label else []
             details += [_axis_text(field, value) for field, value in chosen.items() if field not in named]
-            found.append(Cell(fields, group.sweep_as or method, tuple(details), group.seeds or study.seeds, group))
+            found.append(
+                Cell(
+                    fields=fields,
+                    method=group.sweep_as or method,
+                    details=tuple(details),
+                    seeds=group.seeds or study.seeds,
+                    group=group,
+                )
+            )
     return found
 
 
@@ -84,7 +92,7 @@ def _corner(method: str | None) -> dict[str, str]:
     return {"objective.prefix": METHODS[method].prefix, "objective.kl": METHODS[method].kl}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Item:
     """One thing that a study makes: a run, a cache or an evaluation.
 
@@ -105,7 +113,7 @@ class Item:
         return is_done(self.job.path, self.recipe) if self.kind in ("train", "grpo") else self.job.done.exists()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedPanel:
     """What one panel of the report will be made of."""
 
@@ -125,7 +133,8 @@ def plan(study: Study, chosen: dict[tuple[str, str], float]) -> list[PlannedPane
 
     def add(title: str, note: str, items: Iterator[Item], is_sweep: bool = False) -> None:
         # Several runs can need one cache.
-        panels.append(PlannedPanel(title, note, tuple({item.job.path: item for item in items}.values()), is_sweep))
+        once = tuple({item.job.path: item for item in items}.values())
+        panels.append(PlannedPanel(title=title, note=note, items=once, is_sweep=is_sweep))
 
     for panel in study.panels:
         add(panel.title, panel.note, _panel_items(study, panel, chosen))
@@ -242,12 +251,19 @@ def _run_items(
     recipe = recipe.model_copy(update={"out": folder})
     label = ", ".join([recipe.method, *details])
     job = _job(study, "train", label + which, folder, recipe.train.steps, needs)
-    yield Item("train", label, job, recipe, recipe.evaluation, pending)
+    yield Item(kind="train", label=label, job=job, recipe=recipe, evaluation=recipe.evaluation, pending=pending)
 
 
 def _job(study: Study, command: str, name: str, folder: Path, num_steps: int, needs: tuple[Path, ...]) -> Job:
-    arguments, log = (command, str(recipe_file(study, folder))), study.out / "logs" / f"{folder.name}.log"
-    return Job(name, arguments, folder, log, folder / "DONE", needs=needs, num_steps=num_steps)
+    return Job(
+        name=name,
+        arguments=(command, str(recipe_file(study, folder))),
+        path=folder,
+        log=study.out / "logs" / f"{folder.name}.log",
+        done=folder / "DONE",
+        needs=needs,
+        num_steps=num_steps,
+    )
 
 
 def recipe_file(study: Study, folder: Path) -> Path:
@@ -272,7 +288,7 @@ def _cache(study: Study, panel: PanelPlan, recipe: Recipe) -> Item:
         done=folder.with_name(f"{folder.name}.DONE"),
         marks=True,
     )
-    return Item("cache", job.name, job, written, Evaluation(), shown=False)
+    return Item(kind="cache", label=job.name, job=job, recipe=written, evaluation=Evaluation(), shown=False)
 
 
 def _grpo(
@@ -295,7 +311,7 @@ def _grpo(
     folder = study.out / "runs" / f"grpo-{recipe.hash()}"
     recipe = recipe.model_copy(update={"out": folder})
     job = _job(study, "grpo", label + which, folder, recipe.grpo.steps, needs)
-    return Item("grpo", label, job, recipe, recipe.evaluation, pending)
+    return Item(kind="grpo", label=label, job=job, recipe=recipe, evaluation=recipe.evaluation, pending=pending)
 
 
 def _seed_text(seed: int, seeds: Sequence[int]) -> str:
@@ -319,7 +335,8 @@ def _evaluation(
     responses = study.out / "responses" / file.stem
     arguments = ("evaluate", model, "--out", str(file), "--responses", str(responses), *_flags(plain))
     log = study.out / "logs" / f"{file.stem}.log"
-    return Item("evaluate", name, Job(name, arguments, file, log, file, needs=needs), recipe, settings, pending)
+    job = Job(name=name, arguments=arguments, path=file, log=log, done=file, needs=needs)
+    return Item(kind="evaluate", label=name, job=job, recipe=recipe, evaluation=settings, pending=pending)
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
