@@ -266,7 +266,7 @@ def test_numbers_that_are_not_finite_break_no_page():
 
 def dumped(folder: Path, entries, script: str = "", head: str = "") -> str:
     """The DOM that a browser makes of the reader, after the scripts in it and after `script`."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("potstill", "templates"), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("potstill.report", "templates"), autoescape=True)
     page = environment.from_string(
         "<!doctype html><meta charset=utf-8><title>page</title><body>{{ head | safe }}{% include 'reader.html' %}"
         "<script>{{ script | safe }}\nsetTimeout(() => { document.body.dataset.hacked = String(window.hacked); }, 300);"
