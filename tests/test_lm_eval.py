@@ -9,7 +9,7 @@ from conftest import tiny_recipe
 
 from potstill import evaluate, train
 from potstill.config import Evaluation
-from potstill.evaluation import make_problems
+from potstill.evaluation.scores import make_problems
 from potstill.runs.run_folder import read_rows
 
 pytestmark = pytest.mark.real

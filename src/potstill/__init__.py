@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         load_grpo_recipe,
         load_recipe,
     )
-    from potstill.evaluation import evaluate
+    from potstill.evaluation.scores import evaluate
     from potstill.grpo.run import run_grpo
     from potstill.kl.definition import token_divergence
     from potstill.kl.fused import fused_loss, fused_statistics
@@ -49,7 +49,7 @@ _HOMES = {
     "make_prompts": "potstill.prompts.examples",
     "token_divergence": "potstill.kl.definition",
     "end_set": "potstill.teachers.ends",
-    "evaluate": "potstill.evaluation",
+    "evaluate": "potstill.evaluation.scores",
     "fused_loss": "potstill.kl.fused",
     "fused_statistics": "potstill.kl.fused",
     "Grade": "potstill.answers.grading",

@@ -14,7 +14,7 @@ from potstill import build_cache
 from potstill.answers.grading import Grader
 from potstill.cli.app import main
 from potstill.config import Evaluation
-from potstill.evaluation import prepare_problems
+from potstill.evaluation.scores import prepare_problems
 from potstill.models import templates
 from potstill.models.language_model import LanguageModel, ModelError, find_end_ids
 from potstill.models.templates import ChatTemplate, Conversation, as_parts, text_of

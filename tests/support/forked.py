@@ -141,7 +141,7 @@ def serve() -> None:
 
     import potstill.cache.build
     import potstill.cli.app
-    import potstill.evaluation
+    import potstill.evaluation.scores
     import potstill.report.page
     import potstill.study.run
     import potstill.training.loop

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from potstill.config import GrpoRecipe, Recipe, RunRecipe, to_toml
-from potstill.evaluation import per_problem, summarize
+from potstill.evaluation.scores import per_problem, summarize
 
 
 def evaluation_rows(rng, accuracy: float, num_problems: int, num_responses: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from conftest import make_model
 
 from potstill.cli.app import main
 from potstill.config import Evaluation
-from potstill.evaluation import evaluate, make_problems
+from potstill.evaluation.scores import evaluate, make_problems
 from potstill.tasks import make_task
 from potstill.tasks.benchmarks import INSTRUCTION
 from potstill.types import DataError

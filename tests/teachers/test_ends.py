@@ -12,9 +12,9 @@ from conftest import make_model, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 import potstill
-from potstill import evaluation
 from potstill.cache.build import build_cache
 from potstill.config import CacheOptions, Evaluation, GrpoRecipe, RecipeError, make_recipe
+from potstill.evaluation import scores
 from potstill.grpo import run
 from potstill.kl.fused import fused_loss
 from potstill.kl.head import Head
@@ -101,7 +101,7 @@ def test_equal_sets_are_one_class_everywhere(tmp_path, capsys):
     environment = json.loads((result.folder / "environment.json").read_text())
     assert environment["end_ids"] == environment["end_class"] == [2, 22]
     assert "one class in the loss: <eos> (2), " in capsys.readouterr().err
-    (row,) = evaluation.evaluate(result.folder, Evaluation.model_validate(settings), quiet=True)
+    (row,) = scores.evaluate(result.folder, Evaluation.model_validate(settings), quiet=True)
     assert row["settings"]["end_ids"] == [2, 22]
     save_model(student, dict(student.model.named_parameters()), (2, 22), tmp_path / "model")
     start = GrpoRecipe.model_validate(

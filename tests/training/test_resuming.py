@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from small_runs import EVALUATION, FAST, assert_same_run, kill, rows_of, weights_of
 
 import potstill
-from potstill import evaluation, files
+from potstill import files
 from potstill.cli.app import main
 from potstill.config import load_any_recipe, load_recipe, to_toml
+from potstill.evaluation import scores
 from potstill.models.language_model import ModelError, load_model
 from potstill.runs import run_folder
 from potstill.runs.results import EVAL_COLUMNS, read_entry
@@ -113,7 +114,7 @@ def test_what_makes_another_run_is_refused(finished, sections, message):
 
 
 def evaluate_and_be_killed(out):
-    evaluation.write_atomically = kill
+    scores.write_atomically = kill
     potstill.train(recipe_of(out, evaluation=EVALUATION), quiet=True)
 
 
@@ -258,7 +259,7 @@ def test_ctrl_c_in_an_evaluation_that_saves_nothing_says_so(monkeypatch, capsys)
     def interrupted(*given, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "sample", interrupted)
+    monkeypatch.setattr(scores, "sample", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "potstill:base"])
     said = "potstill: stopped; nothing was saved: with --responses FOLDER an evaluation can go on\n"

@@ -9,7 +9,7 @@ from odd_models import make_tiny, make_tokenizer
 
 import potstill
 from potstill.config import Evaluation, Sampling
-from potstill.evaluation import prepare_problems
+from potstill.evaluation.scores import prepare_problems
 from potstill.models.language_model import ModelError
 from potstill.models.probe import ready
 from potstill.models.sampling import sample

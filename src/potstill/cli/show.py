@@ -9,7 +9,7 @@ from typing import Any, Literal
 from potstill.config import Evaluation, Sampling
 from potstill.console.boundary import Stopped
 from potstill.console.printable import plain, say
-from potstill.evaluation import evaluate, make_problems
+from potstill.evaluation.scores import evaluate, make_problems
 from potstill.files import write_atomically
 from potstill.models.language_model import is_run, locate
 from potstill.models.probe import ready

@@ -18,7 +18,7 @@ import torch
 from potstill.config import GrpoRecipe, RecipeError, check_recipe, run_evaluation
 from potstill.console.boundary import stop_asked_for
 from potstill.console.progress import StepDisplay
-from potstill.evaluation import evaluate, evaluate_anew, prepare_problems
+from potstill.evaluation.scores import evaluate, evaluate_anew, prepare_problems
 from potstill.grpo.responses import Setup, State, response_means, score, write
 from potstill.grpo.trainer import Steps, hushed, make_trainer
 from potstill.models import distributed

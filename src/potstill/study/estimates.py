@@ -209,7 +209,7 @@ def _try_evaluation(model: str, evaluation: Evaluation) -> Cost | None:
         return Cost(0, 0)
     if is_table(evaluation.source) or own_task(evaluation.source) or not _is_small(model):
         return None
-    from potstill.evaluation import evaluate
+    from potstill.evaluation.scores import evaluate
 
     num_problems = max(1, min(evaluation.batch_size // evaluation.num_responses, evaluation.num_problems))
     with tempfile.TemporaryDirectory() as folder:

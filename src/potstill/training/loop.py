@@ -14,7 +14,7 @@ from potstill.config import Recipe, Role, check_recipe, run_evaluation
 from potstill.console.boundary import stop_asked_for, stopped_after
 from potstill.console.printable import say
 from potstill.console.progress import StepDisplay
-from potstill.evaluation import evaluate, evaluate_anew
+from potstill.evaluation.scores import evaluate, evaluate_anew
 from potstill.kl.fused import token_loss
 from potstill.models import distributed
 from potstill.models.distributed import World

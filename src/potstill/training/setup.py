@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potstill.config import Recipe, RecipeError, Window, run_evaluation
-from potstill.evaluation import prepare_problems
+from potstill.evaluation.scores import prepare_problems
 from potstill.kl.fused import MIB
 from potstill.kl.plan import find_backend
 from potstill.models import distributed

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import make_model
 
-from potstill import evaluation
 from potstill.cli.app import main
 from potstill.cli.show import gave_up
 from potstill.config import Evaluation, RecipeError
-from potstill.evaluation import evaluate, summarize
+from potstill.evaluation import scores
+from potstill.evaluation.scores import evaluate, summarize
 from potstill.files import write_rows
 from potstill.models.character_tokenizer import build_tokenizer
 from potstill.models.language_model import load_model
@@ -66,7 +66,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
 
     whole = without_times(evaluate("potstill:base", settings, responses=tmp_path / "whole", quiet=True))
     assert whole == without_times(evaluate("potstill:base", settings, quiet=True))
-    real, calls = evaluation.sample, []
+    real, calls = scores.sample, []
 
     def killed(*args, **options):
         calls.append(len(args[1]))
@@ -74,7 +74,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(evaluation, "sample", killed)
+    monkeypatch.setattr(scores, "sample", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)
     (file,) = (tmp_path / "killed").glob("*.jsonl")
@@ -82,15 +82,15 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
     # As if it had died in the middle of writing a batch.
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:12]) + lines[12][:30])
-    monkeypatch.setattr(evaluation, "sample", real)
+    monkeypatch.setattr(scores, "sample", real)
     again = without_times(evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True))
     assert again == whole
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).glob("*.jsonl")} for name in ("whole", "killed")]
     assert files[0] == files[1] and len(files[0]) == 2
     # What is there is not sampled again, and other settings are another file.
-    monkeypatch.setattr(evaluation, "sample", None)
+    monkeypatch.setattr(scores, "sample", None)
     assert without_times(evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)) == whole
-    monkeypatch.setattr(evaluation, "sample", real)
+    monkeypatch.setattr(scores, "sample", real)
     evaluate("potstill:base", settings.model_copy(update={"seed": 3}), responses=tmp_path / "killed", quiet=True)
     assert len(list((tmp_path / "killed").glob("*.jsonl"))) == 4
 
@@ -126,7 +126,7 @@ def evaluate_one(responses):
 def test_two_evaluations_cannot_write_one_file(tmp_path, forks):
     """One process is in the middle of it; the other is told so, and both results are right in the end."""
     whole = without_times(evaluate("potstill:base", ONE, quiet=True))
-    real, refused = evaluation.sample, []
+    real, refused = scores.sample, []
 
     def meanwhile(*args, **options):
         if not refused:
@@ -134,7 +134,7 @@ def test_two_evaluations_cannot_write_one_file(tmp_path, forks):
         return real(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "sample", meanwhile)
+        patch.setattr(scores, "sample", meanwhile)
         assert without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)) == whole
     (ended,) = refused
     assert ended.code == 1 and re.search("RunError: responses file .* is in use by another", ended.err)
@@ -149,13 +149,13 @@ def test_two_evaluations_cannot_write_one_file(tmp_path, forks):
 def test_problems_of_one_name_are_not_one_problem(tmp_path, name, monkeypatch, capsys):
     """Each problem has its own place, whatever the data calls it; the names tell them apart again."""
     apart = without_times(evaluate("potstill:base", ONE, quiet=True))[0]
-    real = evaluation.make_problems
+    real = scores.make_problems
 
     def of_one_name(settings):
         task, examples = real(settings)
         return task, [dataclasses.replace(example, id=name) for example in examples]
 
-    monkeypatch.setattr(evaluation, "make_problems", of_one_name)
+    monkeypatch.setattr(scores, "make_problems", of_one_name)
     together = without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True))[0]
     assert together["problems"].pop("id") == [f"{name} (problem {i})" for i in range(1, 7)]
     apart["problems"].pop("id")
@@ -236,7 +236,7 @@ def test_end_tokens_say_what_ends_a_response(tmp_path):
 
 
 def test_unknown_end_tokens_are_refused_with_the_known_ones(capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "sample", None)
+    monkeypatch.setattr(scores, "sample", None)
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "potstill:base", "--end-tokens", "<eos>", "<im_end>"])
     assert stopped.value.code == 2

@@ -1,0 +1,1 @@
+"""Measuring models: scores of a task, and both models on prompts."""
