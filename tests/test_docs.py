@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import potstill
-from potstill.cli import app
+from potstill.cli import app, usage
 from potstill.config import GrpoFields, RecipeFields, field_names, load_recipe, make_recipe
 from potstill.models.language_model import ASSETS
 from potstill.study.file import read_study_file
@@ -143,13 +143,13 @@ def read(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if arguments[0] == "study":
         read_study_file(arguments[1])
     with monkeypatch.context() as patch:
-        parsed = app.parse
+        parsed = usage.parse
 
         def only_parse(*given, **options):
             parsed(*given, **options)
             return lambda: None
 
-        patch.setattr(app, "parse", only_parse)
+        patch.setattr(usage, "parse", only_parse)
         app.main(arguments)
 
 

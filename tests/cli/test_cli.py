@@ -1,15 +1,18 @@
 """The command line as a user meets it: exit codes, one line for bad input, nothing written."""
 
-import resource
+import re
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from conftest import tiny_recipe
 
-from potstill.cli.app import main
+from potstill.cli.app import COMMANDS, main
 from potstill.cli.overrides import split_overrides
 from potstill.config import to_toml
+
+CONSOLE = ("console", "console.boundary", "console.printable")
 
 
 def run(capsys, *argv):
@@ -23,19 +26,41 @@ def run(capsys, *argv):
     return code, captured.out, captured.err
 
 
-def test_help_answers_at_once():
-    for arguments in ([], ["train"], ["evaluate"]):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "potstill", *arguments, "--help"],
-            capture_output=True,
-            text=True,
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0 and "usage: potstill" in done.stdout
-        assert " torch" not in done.stderr and " transformers" not in done.stderr
-        # The processor's time: the clock's says how busy the machine is.
-        assert after.ru_utime - before.ru_utime < 1.0
+def loaded_by(*arguments):
+    """The modules that Python has loaded at the end of a help text, and the text."""
+    program = "import sys; from potstill.__main__ import main\n"
+    program += "try: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stderr.split()), done.stdout
+
+
+def test_every_command_is_a_function_and_has_a_line(capsys):
+    _, text, _ = run(capsys, "--help")
+    for command, module in COMMANDS.items():
+        function = getattr(import_module(f"potstill.cli.{module}"), command.split()[-1])
+        summary = function.__doc__.partition("\n")[0]
+        assert f"  {command}  {summary}" in re.sub(r" {2,}", "  ", text) and summary.endswith(".")
+
+
+def test_the_list_of_commands_loads_nothing_but_what_prints_it():
+    before = subprocess.run(
+        [sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    for arguments in (["--help"], ["cache", "--help"]):
+        loaded, text = loaded_by(*arguments)
+        ours = {name for name in loaded if name.startswith("potstill.")}
+        assert ours == {f"potstill.{name}" for name in ("__main__", "cli", "cli.app", *CONSOLE)}
+        others = {name.partition(".")[0] for name in loaded - ours - set(before.stdout.split())} - {"potstill"}
+        assert others <= sys.stdlib_module_names
+        assert text.startswith("usage: potstill") and max(map(len, text.splitlines())) <= 100
+
+
+def test_help_of_a_command_loads_no_models():
+    for command in ("train", "evaluate", "study"):
+        loaded, text = loaded_by(*command.split(), "--help")
+        assert f"usage: potstill {command}" in text
+        assert not {"torch", "transformers", "datasets", "scipy", "plotly"} & loaded
 
 
 @pytest.mark.parametrize(
@@ -79,9 +104,9 @@ def test_dry_run_prints_a_recipe_that_runs_the_same(tmp_path, capsys):
 
 
 def test_overrides_are_read_as_toml_would():
-    line = "train r.toml --train.lr 1e-3 --dry-run --objective.kl=mixed --evaluation.temperatures 1.0 0.5"
-    rest, overrides = split_overrides(f"{line} --train.checkpoint-every 5 --out runs/x".split())
-    assert rest == ["train", "r.toml", "--dry-run"]
+    line = "r.toml --train.lr 1e-3 --dry-run --objective.kl=mixed --evaluation.temperatures 1.0 0.5"
+    rest, overrides = split_overrides("train", f"{line} --train.checkpoint-every 5 --out runs/x".split())
+    assert rest == ["r.toml", "--dry-run"]
     assert overrides == {
         "train.lr": 1e-3,
         "objective.kl": "mixed",

@@ -340,6 +340,6 @@ def test_an_evaluation_is_told_all_that_its_settings_say():
     told = {"enable_thinking": False, "style": "short", "depth": 2}
     for arguments in ({}, told):
         flags = planning._flags({"template_arguments": arguments, "end_tokens": [], "temperatures": [1.0, 0.5]})
-        rest, overrides = split_overrides(["evaluate", "model", *flags])
-        assert rest == ["evaluate", "model", "--temperatures", "1.0", "0.5"]
+        rest, overrides = split_overrides("evaluate", flags)
+        assert rest == ["--temperatures", "1.0", "0.5"]
         assert overrides == {f"template_arguments.{name}": value for name, value in arguments.items()}

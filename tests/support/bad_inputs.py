@@ -105,8 +105,8 @@ RECIPES = [
 
 # Arguments as a shell would take them, and the message.
 COMMANDS = [
-    ("", "expected one of"),
-    ("trian demo", "unrecognized options: trian, demo; choose one of train"),
+    ("", "potstill needs a command: train, grpo"),
+    ("trian demo", "'trian' is no command of potstill; the nearest is train; see potstill --help"),
     ("train", "missing from potstill train"),
     ("train demo extra", "unrecognized options: extra"),
     ("train nothing", "recipe 'nothing' does not exist; give a TOML file or one of demo, grpo, qwen3, smollm2"),
@@ -225,8 +225,8 @@ COMMANDS = [
     ("sample potstill:base --source nothing", "can be scored"),
     ("sample potstill:base --template chat", "chat template"),
     ("sample full/modle", "does not exist"),
-    ("cache", "expected one of"),
-    ("cache biuld demo", "unrecognized options: biuld"),
+    ("cache", "potstill cache needs a command: build, info, verify"),
+    ("cache biuld demo", "'biuld' is no command of potstill cache; the nearest is build"),
     ("cache build demo", "missing from potstill cache build"),
     ("cache build demo --out full", "full"),
     ("cache build demo --out a-file", "a-file"),
@@ -258,7 +258,7 @@ COMMANDS = [
     ("verify --json", "missing value"),
     ("verify extra", "unrecognized options: extra"),
     ("methods extra", "unrecognized options: extra"),
-    ("--verison", "unrecognized options: --verison"),
+    ("--verison", "'--verison' is no command of potstill; the nearest is verify"),
 ]
 
 PANEL = '[[panels]]\ntitle = "a"\n[[panels.groups]]\naxes.method = ["opd"]\n'

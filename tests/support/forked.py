@@ -140,7 +140,8 @@ def serve() -> None:
     import conftest  # noqa: F401
 
     import potstill.cache.build
-    import potstill.cli.app
+    import potstill.cli.model_commands
+    import potstill.cli.recipe_commands
     import potstill.evaluation.scores
     import potstill.report.page
     import potstill.study.run

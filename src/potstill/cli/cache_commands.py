@@ -58,7 +58,9 @@ def info(overrides: dict[str, Any], folder: Positional[Path]) -> None:
 def verify(
     overrides: dict[str, Any], folder: Positional[Path], teacher: str | None = None, drop_broken: bool = False
 ) -> None:
-    """Read a whole cache and check it: all checksums, log-sum-exps against the head, rollouts against the teacher.
+    """Read a whole cache and check it.
+
+    All checksums, log-sum-exps against the head, and some rollouts against the teacher.
 
     Args:
         folder: Folder of the cache.

@@ -9,19 +9,21 @@ from potstill.cli.usage import UsageError
 from potstill.config import CacheOptions, Evaluation, GrpoFields, RecipeError, RecipeFields, field_names
 from potstill.console.names import SYNONYMS, nearest_field
 
+# The recipe that a command takes.
+SCHEMAS: dict[str, type[BaseModel]] = {"train": RecipeFields, "grpo": GrpoFields, "cache build": RecipeFields}
 
-def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `--section.field VALUE`, and of the command's recipe `--out` and the like, out of the arguments.
+
+def split_overrides(command: str, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--section.field VALUE`, and of the command's recipe `--out` and the like, out of its arguments.
 
     Values are read as TOML would.
     """
     rest: list[str] = []
     overrides: dict[str, Any] = {}
-    schema = {"train": RecipeFields, "grpo": GrpoFields}.get(argv[0]) if argv else None
-    schema = RecipeFields if argv[:2] == ["cache", "build"] else schema
+    schema = SCHEMAS.get(command)
     own = {"method", "dry_run", "help"}
     top_level = {name for name in field_names(schema) if "." not in name} if schema else set()
-    if argv[:2] == ["cache", "build"]:
+    if command == "cache build":
         # --out is the folder of the cache.
         own, top_level = own | {"out"} | set(CacheOptions.__dataclass_fields__), set()
     i = 0

@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tyro.extras import SubcommandApp
-
+from potstill.console.names import nearest
 from potstill.console.printable import one_line
 
 
@@ -19,10 +18,14 @@ class UsageError(ValueError):
     """Arguments that no command takes; the message is one line and says what to do."""
 
 
-def add_commands(app: SubcommandApp, overrides: dict[str, Any], *functions: Callable[..., None]) -> None:
-    """Register functions as commands, which `parse` returns with the overrides as first argument."""
-    for function in functions:
-        app.command(_postponed(function, overrides))
+def no_command(group: str, words: Sequence[str], known: Sequence[str]) -> UsageError:
+    """The line for a command that is missing or misspelt, where the commands of a group (or all) are known."""
+    program = f"potstill {group}".strip()
+    if not words:
+        return UsageError(f"{program} needs a command: {', '.join(known)}; see {program} --help")
+    return UsageError(
+        f"{words[0]!r} is no command of {program}; the nearest is {nearest(words[0], known)}; see {program} --help"
+    )
 
 
 def _postponed(function: Callable[..., None], overrides: dict[str, Any]) -> Callable[..., Callable[[], None]]:
@@ -38,12 +41,16 @@ def _postponed(function: Callable[..., None], overrides: dict[str, Any]) -> Call
     return postponed
 
 
-def parse(app: SubcommandApp, arguments: Sequence[str], description: str) -> Callable[[], None]:
-    """The command that the arguments ask for. Raises UsageError; SystemExit after a help text."""
+def parse(
+    command: str, function: Callable[..., None], overrides: dict[str, Any], arguments: Sequence[str]
+) -> Callable[[], None]:
+    """The call that the arguments ask a command's function for. Raises UsageError; SystemExit after a help text."""
+    import tyro
+
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return app.cli(prog="potstill", description=description, args=list(arguments))
+            return tyro.cli(_postponed(function, overrides), prog=f"potstill {command}", args=arguments)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -51,7 +58,7 @@ def parse(app: SubcommandApp, arguments: Sequence[str], description: str) -> Cal
 
 
 def _sentence(box: str) -> str:
-    """What a box says, without its frame: the message, what there is to choose from, and where the help is."""
+    """What a box says, without its frame: the message, the nearest option, and where the help is."""
     lines = [re.sub(r"^[│ ]+|[│ ]+$", "", line) for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines:
@@ -60,15 +67,12 @@ def _sentence(box: str) -> str:
         else:
             parts[-1].append(line)
     texts = [one_line(" ".join(part)) for part in parts if any(part)]
-    message = re.sub(r"^Error parsing (__tyro\S*|\{.*?\}):\s*", "", texts[0]) if texts else "bad arguments"
-    message = message.replace("Error parsing ", "").rstrip(".")
+    message = texts[0].removeprefix("Error parsing ").rstrip(".") if texts else "bad arguments"
     message = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", message)
     message = re.sub(r"no type matching (\S+) could be instantiated from \[(.*)\]", r"\2 is not \1", message)
     told = [message[0].lower() + message[1:]]
     for text in texts[1:]:
-        if text.startswith("Available subcommands"):
-            told.append(text.replace("Available subcommands", "choose one of").replace("of:", "of"))
-        elif flag := re.match(r"Perhaps you meant: (--\S+)", text):
+        if flag := re.match(r"Perhaps you meant: (--\S+)", text):
             told.append(f"the nearest is {flag[1]}")
         elif help_text := re.search(r"potstill( \w+)* --help", text):
             told.append(f"see {help_text[0]}")

@@ -17,7 +17,12 @@ from potstill.files import write_atomically
 
 POLL_SECONDS = 0.25
 # What every job would load: transformers' own parts come only when a model is, which takes longer than a small job.
-LOADED = ["potstill.cli.app", "potstill.evaluation.scores", "potstill.training.loop", "transformers.modeling_utils"]
+LOADED = [
+    "potstill.cli.recipe_commands",
+    "potstill.evaluation.scores",
+    "potstill.training.loop",
+    "transformers.modeling_utils",
+]
 LOADED += ["transformers.generation.utils", "transformers.models.auto.modeling_auto"]
 
 # Runs one command, given its arguments. A function at the top of a module, as another process loads it by its name.

@@ -1,0 +1,103 @@
+"""The commands about models: `potstill evaluate`, `sample` and `verify`, one function for each."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from potstill.cli.overrides import refuse_overrides, template_arguments
+from potstill.cli.usage import UsageError
+from potstill.config import Evaluation, RecipeError, Sampling
+
+# Shown as the defaults in help texts.
+MULTIPLICATION = Evaluation(source="multiplication")
+EXACT_SAMPLING = Sampling()
+
+
+def evaluate(
+    overrides: dict[str, Any],
+    models: Positional[tuple[str, ...]],
+    settings: OmitArgPrefixes[Evaluation] = MULTIPLICATION,
+    out: Path | None = None,
+    responses: Path | None = None,
+) -> None:
+    """Evaluate models or finished runs on held-out problems; compare each with the first.
+
+    Args:
+        models: Run folders, model folders, hub ids, or potstill:teacher and potstill:base.
+        out: Also write the results to this JSON file (one model). A run's results are added to its folder.
+        responses: Folder for the responses of models that are no runs; an evaluation that was stopped goes on from
+            them. Those of a run are in its own folder.
+    """
+    from potstill.cli.show import evaluate_and_store
+
+    settings = settings.model_copy(update=template_arguments(overrides))
+    if not models:
+        raise RecipeError("nothing to evaluate; give run folders, model folders, or potstill:base")
+    if out is not None and len(models) > 1:
+        raise RecipeError(
+            f"--out takes the results of one model, and {len(models)} are given; leave it out, or evaluate each alone"
+        )
+    evaluate_and_store(models, settings, out, responses)
+
+
+def sample(
+    overrides: dict[str, Any],
+    model: Positional[str],
+    prompt: tuple[str, ...] = (),
+    source: str = "multiplication",
+    template: Literal["chat", "raw"] | None = None,
+    num: int = 4,
+    max_tokens: int = 128,
+    seed: int = 0,
+    sampling: OmitArgPrefixes[Sampling] = EXACT_SAMPLING,
+) -> None:
+    """Show a few responses of a model.
+
+    Args:
+        model: A run folder, a model folder, a hub id, or potstill:teacher or potstill:base.
+        prompt: Prompts; held-out problems of the source when there are none.
+        source: The task to take problems from.
+        template: Render the prompts with the chat template, or take them as they are. What it reads beside the
+            messages is said by --template-arguments.NAME VALUE.
+        num: How many problems, or responses to each given prompt.
+        max_tokens: Completion length cap.
+        seed: Seed of the problems and of sampling.
+    """
+    from potstill.cli.show import show_responses
+
+    told = template_arguments(overrides)
+    for name, value, least in (("num", num, 1), ("max-tokens", max_tokens, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UsageError(f"--{name} is {value}; it must be at least {least}")
+    show_responses(model, prompt, source, template, num, max_tokens, seed, sampling, **told)
+
+
+def verify(
+    overrides: dict[str, Any],
+    model: str | None = None,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Check the theory: each identity of docs/theory.md as a number, in seconds.
+
+    Exits with 1 if one is broken.
+
+    Args:
+        model: Check a real model instead, as far as that needs no enumeration: a folder, hub id or run folder.
+        json_file: Also write the rows to this JSON file.
+    """
+    from potstill.cli.show import print_checks
+    from potstill.theory.identities import identities
+    from potstill.theory.real_model import check_model
+
+    refuse_overrides(overrides)
+    if model is None:
+        checks = list(identities())
+    else:
+        from potstill.models.probe import ready
+
+        checks = check_model(ready(model))
+    if not print_checks(checks, json_file):
+        sys.exit(1)

@@ -1,0 +1,130 @@
+"""The commands `potstill train` and `grpo`, which take a recipe, and `methods`, which says what to choose."""
+
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from potstill.cli.overrides import refuse_overrides
+from potstill.config import (
+    METHODS,
+    GrpoFields,
+    GrpoRecipe,
+    Recipe,
+    RecipeError,
+    RecipeFields,
+    load_grpo_recipe,
+    load_recipe,
+    to_toml,
+)
+from potstill.console.printable import say
+
+# Shown as the defaults in help texts.
+RECIPE_FIELDS = RecipeFields()
+GRPO_FIELDS = GrpoFields()
+
+
+def train(
+    overrides: dict[str, Any],
+    recipe: Positional[str],
+    method: Literal["sft", "dagger", "offline-rl", "opd"] | None = None,
+    dry_run: bool = False,
+    extend_to: int | None = None,
+    fields: Annotated[RecipeFields, tyro.conf.arg(name="")] = RECIPE_FIELDS,
+) -> None:
+    """Train a recipe, or resume it in its run folder.
+
+    Every field below overrides the recipe's.
+
+    Args:
+        recipe: A TOML file, or the name of a shipped recipe such as demo.
+        method: A corner of the grid; sets objective.prefix and objective.kl.
+        dry_run: Print the resolved recipe and stop.
+        extend_to: Go on with the run in the folder, finished or not, to this step. The steps that are done keep
+            what they were; what follows a schedule over all steps goes on as in a run of so many, so that a cosine
+            learning rate that has decayed rises again.
+    """
+    # `fields` is there for the help text; what was given is in `overrides`, and the schema alone judges it.
+    resolved = load_recipe(recipe, _with_method(method, overrides))
+    if dry_run:
+        _print_recipe(resolved)
+        return
+    from potstill.cli.show import print_results
+    from potstill.models import distributed
+    from potstill.training.loop import train
+
+    world = distributed.start()
+    result = train(resolved, extend_to=extend_to)
+    distributed.stop()
+    if world.is_main:
+        say(f"{resolved.method}: the student is in {result.folder / 'model'}")
+        print_results([result.folder])
+
+
+def grpo(
+    overrides: dict[str, Any],
+    recipe: Positional[str],
+    dry_run: bool = False,
+    fields: Annotated[GrpoFields, tyro.conf.arg(name="")] = GRPO_FIELDS,
+) -> None:
+    """Train a run or model by reinforcement learning, or resume that.
+
+    Every field below overrides the recipe's.
+
+    Args:
+        recipe: A TOML file, or the name of a shipped recipe such as grpo.
+        dry_run: Print the resolved recipe and stop.
+    """
+    resolved = load_grpo_recipe(recipe, overrides)
+    if dry_run:
+        _print_recipe(resolved)
+        return
+    from potstill.cli.show import print_results
+    from potstill.grpo.run import run_grpo
+
+    folder = run_grpo(resolved)
+    say(f"GRPO from {resolved.model}: the model is in {folder / 'model'}")
+    print_results([folder])
+
+
+def methods(overrides: dict[str, Any]) -> None:
+    """Print the grid of methods."""
+    refuse_overrides(overrides)
+    _print_grid()
+
+
+def _with_method(method: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides, and those that a method stands for."""
+    if method is None:
+        return overrides
+    corner = {"objective.prefix": METHODS[method].prefix, "objective.kl": METHODS[method].kl}
+    if clash := sorted(corner.keys() & overrides.keys()):
+        raise RecipeError(f"--method {method} and --{clash[0]} both set {clash[0]}; give one of them")
+    return corner | overrides
+
+
+def _print_recipe(recipe: Recipe | GrpoRecipe) -> None:
+    say(*recipe.notes, error=True)
+    say(to_toml(recipe.resolved()).rstrip())
+
+
+def _print_grid() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title="who writes the prefixes, and which KL is minimised there", show_lines=True)
+    for name in ("", "forward KL(teacher ‖ student)", "reverse KL(student ‖ teacher)"):
+        grid.add_column(name)
+    cells = {
+        (method.prefix, method.kl): f"[bold]{method.name}[/] (--method {key})\n{method.advice}\nTRL: {method.trl}"
+        for key, method in METHODS.items()
+    }
+    for prefix in ("teacher", "student"):
+        grid.add_row(f"{prefix} prefix", cells[prefix, "forward"], cells[prefix, "reverse"])
+    Console().print(grid)
+    say(
+        'Between forward and reverse: objective.kl = "mixed" with objective.forward_weight, their exact linear mixture '
+        "(not in TRL).\n"
+        'objective.kl = "jsd" with jsd_weight is TRL\'s beta strictly between 0 and 1. TRL 1.16: DistillationConfig is '
+        "stable, GKDConfig is in trl.experimental.gkd."
+    )
