@@ -5,17 +5,13 @@
 """
 
 import ast
-import inspect
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
-from potstill.config import GrpoFields, RecipeFields, toml_value
+from potstill.config import GrpoFields, RecipeFields, RunRecipe
+from potstill.config.reference import DescribedField, about_section, described
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "potstill"
@@ -105,97 +101,34 @@ def rooms(layer: str) -> str:
 
 
 def recipe_fields() -> str:
-    """A section for each section of a distillation's recipe."""
-    return sections_of(RecipeFields)
+    """The fields of a distillation's recipe: those that everyone sets, then a section for each of its sections."""
+    return tables_of(described(RecipeFields), RecipeFields)
 
 
 def grpo_fields() -> str:
     """The same for what a GRPO recipe has of its own."""
-    return sections_of(GrpoFields, leave_out=frozenset(RecipeFields.model_fields) - {"out"})
+    shared = {field.name for field in described(RecipeFields)} - {"out"}
+    return tables_of([field for field in described(GrpoFields) if field.name not in shared], GrpoFields)
 
 
-def sections_of(schema: type[BaseModel], leave_out: frozenset[str] = frozenset()) -> str:
-    """Tables of a schema's fields: those of the top level first, then one for each section."""
-    fields = {name: field for name, field in schema.model_fields.items() if name not in leave_out}
-    top = {name: field for name, field in fields.items() if not is_section(field)}
-    lines = ["### Top level", "", *field_table(top)]
-    for name, field in fields.items():
-        if is_section(field):
-            section = section_of(field)
-            about = [inspect.cleandoc(section.__doc__), ""] if section.__doc__ else []
-            lines += [f"### {name}", "", *about, *field_table(section.model_fields)]
+def tables_of(fields: Sequence[DescribedField], schema: type[RunRecipe]) -> str:
+    """Tables of a schema's fields, with whole names in the first one and names within their section in the others."""
+    lines = ["### Fields that everyone sets", "", *field_table([f for f in fields if f.is_first], with_section=True)]
+    rest = [field for field in fields if not field.is_first]
+    for section in dict.fromkeys(field.section for field in rest):
+        about = about_section(schema, section)
+        lines += [f"### {section or 'Top level'}", "", *([about, ""] if about else [])]
+        lines += field_table([field for field in rest if field.section == section], with_section=False)
     return "\n".join(lines)
 
 
-def is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-
-
-def section_of(field: FieldInfo) -> type[BaseModel]:
-    """The schema of a field that is a section."""
-    assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    return field.annotation
-
-
-def field_table(fields: dict[str, FieldInfo]) -> list[str]:
+def field_table(fields: Sequence[DescribedField], with_section: bool) -> list[str]:
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in fields.items():
-        if not field.description:
-            raise ValueError(f"the recipe field {name} has no docstring; write one below it")
-        meaning = cell(" ".join(field.description.split()))
-        lines.append(f"| `{name}` | {type_of(field)} | {default_of(field)} | {meaning} |")
+    for field in fields:
+        name = field.name if with_section else field.name.rpartition(".")[2]
+        default = "–" if field.default is None else f"`{field.default}`"
+        lines.append(f"| `{name}` | {cell(field.kind)} | {default} | {cell(field.meaning)} |")
     return [*lines, ""]
-
-
-def type_of(field: FieldInfo) -> str:
-    """A field's type and the bounds of its values, in words of TOML."""
-    limits = []
-    for name, sign in BOUNDS:
-        limits += [f"{sign} {number(getattr(item, name))}" for item in field.metadata if hasattr(item, name)]
-    return cell(", ".join([words_for(field.annotation), *limits]))
-
-
-def number(value: float) -> str:
-    """A bound as a reader wants it: whole numbers with all their digits."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
-BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
-WORDS = {int: "integer", float: "number", bool: "boolean", str: "text", Path: "path"}
-
-
-def words_for(annotation: Any) -> str:
-    """The name of a type in a recipe: choices as code, lists by their items."""
-    if annotation in WORDS:
-        return WORDS[annotation]
-    origin = getattr(annotation, "__origin__", None)
-    inner = [item for item in get_args(annotation) if item is not type(None) and item is not Ellipsis]
-    if str(annotation).startswith("typing.Literal"):
-        return ", ".join(f"`{choice}`" for choice in inner)
-    if str(annotation).startswith("typing.Annotated"):
-        return words_for(inner[0])
-    if origin is dict:
-        return "table"
-    if origin is tuple:
-        return "list of " + ", ".join(dict.fromkeys(words_for(item) for item in inner))
-    if inner:
-        return " or ".join(words_for(item) for item in inner)
-    raise ValueError(f"{annotation} has no name in the recipe's documentation; add it to WORDS")
-
-
-def default_of(field: FieldInfo) -> str:
-    """A default as TOML; a dash where the field is absent by default or follows from others."""
-    value = field.default
-    if value is None or value is PydanticUndefined:
-        return "–"
-    if isinstance(value, Path):
-        value = str(value)
-    return f"`{toml_value(plain(value))}`"
-
-
-def plain(value: Any) -> Any:
-    """Tuples as the lists that TOML has."""
-    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def cell(text: str) -> str:

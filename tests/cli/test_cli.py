@@ -3,14 +3,16 @@
 import re
 import subprocess
 import sys
+import textwrap
 from importlib import import_module
 
 import pytest
 from conftest import tiny_recipe
 
 from potstill.cli.app import COMMANDS, main
+from potstill.cli.field_help import EXAMPLES
 from potstill.cli.overrides import split_overrides
-from potstill.config import to_toml
+from potstill.config import GrpoFields, RecipeFields, field_names, to_toml
 
 CONSOLE = ("console", "console.boundary", "console.printable")
 
@@ -61,6 +63,35 @@ def test_help_of_a_command_loads_no_models():
         loaded, text = loaded_by(*command.split(), "--help")
         assert f"usage: potstill {command}" in text
         assert not {"torch", "transformers", "datasets", "scipy", "plotly"} & loaded
+
+
+@pytest.mark.parametrize(("command", "schema"), [("train", RecipeFields), ("grpo", GrpoFields)])
+def test_help_shows_the_fields_that_everyone_sets_and_help_all_every_field(capsys, monkeypatch, command, schema):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, few, _ = run(capsys, command, "--help")
+    code_all, everything, _ = run(capsys, command, "demo", "--help-all")
+    assert code == code_all == 0
+    # The marks by hand, as a reader would look for them in the source.
+    first = {name for name in field_names(schema) if f"--{name.replace('_', '-')} (" in few}
+    assert {"out", "data.source", "window.tokens", f"{command}.steps", f"{command}.lr"} <= first and len(first) <= 12
+    shown = [name for name in field_names(schema) if everything.count(f"  --{name.replace('_', '-')} (") == 1]
+    assert shown == field_names(schema)
+    num_others = len(shown) - len(first)
+    assert few.splitlines()[-1] == f"potstill {command} --help-all also shows the other {num_others} fields."
+    assert all(len(line) <= 100 for line in everything.splitlines())
+
+
+def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
+    """Each is printed as it stands, and resolves to a recipe."""
+    monkeypatch.chdir(tmp_path)
+    for command, examples in EXAMPLES.items():
+        _, text, _ = run(capsys, command, "--help")
+        for words, _, recipe in examples:
+            (tmp_path / "my.toml").write_text(recipe)
+            assert words in text and textwrap.indent(recipe, " " * 8) in text
+            code, resolved, err = run(capsys, *words.split()[1:], "--dry-run")
+            assert code == 0, err
+            assert f'out = "{words.split()[-1]}"' in resolved
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ inside the commands, so that `--help` answers at once. Bad input prints one line
 import ast
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import potstill
@@ -49,12 +49,26 @@ def run(argv: Sequence[str] | None = None) -> None:
     if command is None:
         _help_or_refuse(words)
         return
+    _prepared(command, words[len(command.split()) :])()
+
+
+def _prepared(command: str, arguments: list[str]) -> Callable[[], None]:
+    """The call that is asked for. Raises UsageError, or SystemExit after a help text."""
+    from potstill.cli.field_help import EXAMPLES, field_help
     from potstill.cli.overrides import split_overrides
     from potstill.cli.usage import parse
 
-    arguments, overrides = split_overrides(command, words[len(command.split()) :])
+    has_fields = command in EXAMPLES
+    is_all = has_fields and "--help-all" in arguments
+    arguments = ["--help"] if is_all else arguments
+    rest, overrides = split_overrides(command, arguments)
     module = importlib.import_module(f"potstill.cli.{COMMANDS[command]}")
-    parse(command, getattr(module, command.split()[-1]), overrides, arguments)()
+    try:
+        return parse(command, getattr(module, command.split()[-1]), overrides, rest)
+    except SystemExit:
+        if has_fields:
+            say(*field_help(command, is_all))
+        raise
 
 
 def _help_or_refuse(words: list[str]) -> None:

@@ -22,7 +22,7 @@ def build(
     """Write a teacher's completions and signal to disk, or what is missing of them there.
 
     Training with teacher.cache then needs no teacher. The same command goes on after a kill; with more prompts or
-    completions it adds them. `--section.field VALUE` overrides the recipe's, as in `potstill train --help`.
+    completions it adds them. `--section.field VALUE` overrides the recipe's, as in `potstill train --help-all`.
 
     Args:
         recipe: A TOML file, or the name of a shipped recipe such as demo.

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from potstill.cli.usage import UsageError
 from potstill.config import CacheOptions, Evaluation, GrpoFields, RecipeError, RecipeFields, field_names
-from potstill.console.names import SYNONYMS, nearest_field
+from potstill.console.names import SYNONYMS, nearest, nearest_field
 
 # The recipe that a command takes.
 SCHEMAS: dict[str, type[BaseModel]] = {"train": RecipeFields, "grpo": GrpoFields, "cache build": RecipeFields}
@@ -48,9 +48,9 @@ def split_overrides(command: str, argv: list[str]) -> tuple[list[str], dict[str,
 
 
 def lead_to_the_field(flag: str, name: str, schema: type[BaseModel]) -> None:
-    """Raise UsageError for a flag that is a field without its section, or what other programs call one."""
+    """Raise UsageError for a flag that is nearly a field without its section, or what other programs call one."""
     names = field_names(schema)
-    if name in SYNONYMS or name in {field.rpartition(".")[2] for field in names}:
+    if name in SYNONYMS or nearest(name, [field.rpartition(".")[2] for field in names], 0.75):
         raise UsageError(f"{flag.partition('=')[0]} is no option; the nearest is --{nearest_field(name, names)}")
 
 

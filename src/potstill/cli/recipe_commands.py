@@ -1,27 +1,20 @@
 """The commands `potstill train` and `grpo`, which take a recipe, and `methods`, which says what to choose."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
 from tyro.conf import Positional
 
 from potstill.cli.overrides import refuse_overrides
 from potstill.config import (
     METHODS,
-    GrpoFields,
     GrpoRecipe,
     Recipe,
     RecipeError,
-    RecipeFields,
     load_grpo_recipe,
     load_recipe,
     to_toml,
 )
 from potstill.console.printable import say
-
-# Shown as the defaults in help texts.
-RECIPE_FIELDS = RecipeFields()
-GRPO_FIELDS = GrpoFields()
 
 
 def train(
@@ -30,11 +23,8 @@ def train(
     method: Literal["sft", "dagger", "offline-rl", "opd"] | None = None,
     dry_run: bool = False,
     extend_to: int | None = None,
-    fields: Annotated[RecipeFields, tyro.conf.arg(name="")] = RECIPE_FIELDS,
 ) -> None:
     """Train a recipe, or resume it in its run folder.
-
-    Every field below overrides the recipe's.
 
     Args:
         recipe: A TOML file, or the name of a shipped recipe such as demo.
@@ -44,7 +34,6 @@ def train(
             what they were; what follows a schedule over all steps goes on as in a run of so many, so that a cosine
             learning rate that has decayed rises again.
     """
-    # `fields` is there for the help text; what was given is in `overrides`, and the schema alone judges it.
     resolved = load_recipe(recipe, _with_method(method, overrides))
     if dry_run:
         _print_recipe(resolved)
@@ -65,11 +54,8 @@ def grpo(
     overrides: dict[str, Any],
     recipe: Positional[str],
     dry_run: bool = False,
-    fields: Annotated[GrpoFields, tyro.conf.arg(name="")] = GRPO_FIELDS,
 ) -> None:
     """Train a run or model by reinforcement learning, or resume that.
-
-    Every field below overrides the recipe's.
 
     Args:
         recipe: A TOML file, or the name of a shipped recipe such as grpo.

@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from potstill.config.objective_fields import Objective, WeightSchedule
-from potstill.config.roles import Role
+from potstill.config.roles import Place, Role
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import Section
 from potstill.config.values import LARGEST_RATE, MANY, MANY_AT_ONCE, Arguments, Beta, Seed, Temperature
 
 
 class StudentSpec(Section, role=Role.MODEL):
-    model: str = "potstill:base"
+    model: Annotated[str, Place.FIRST] = "potstill:base"
     """Folder or hub id of a Hugging Face causal LM; potstill:base is the shipped one."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: the model's configuration and tokenizer with fresh weights."""
@@ -29,7 +29,7 @@ class StudentSpec(Section, role=Role.MODEL):
 
 
 class TeacherSpec(Section, role=Role.MODEL):
-    model: str = "potstill:teacher"
+    model: Annotated[str, Place.FIRST] = "potstill:teacher"
     """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is the student as it was
     before the first step, or at the last refresh."""
     refresh_steps: int | None = Field(default=None, ge=1)
@@ -48,7 +48,7 @@ class TeacherSpec(Section, role=Role.MODEL):
 
 
 class Data(Section, role=Role.DATA):
-    source: str | tuple[str, ...] = "multiplication"
+    source: Annotated[str | tuple[str, ...], Place.FIRST] = "multiplication"
     """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a task of your own (my_task.py:MyTask, a class in a
     Python file, whose code is run), a file (.jsonl, .json, .csv, .parquet, or these and .gz), a pattern of files, a hub
     data set or a folder of one; or a list of files and data sets."""
@@ -94,7 +94,7 @@ class Rollouts(Section, role=Role.OBJECTIVE):
 
 
 class Window(Section, role=Role.WINDOW):
-    tokens: int = Field(default=128, ge=1)
+    tokens: Annotated[int, Place.FIRST] = Field(default=128, ge=1)
     """Completion length cap in training, the largest that a schedule reaches. Stops beyond it are not learnt."""
     schedule: Literal["fixed", "linear", "entropy-gated"] = "fixed"
     """fixed: always `tokens`; linear: from `start` to it; entropy-gated: up a ladder while probes of the student
@@ -132,15 +132,15 @@ def _few(fields: dict[str, Any]) -> int:
 
 
 class Train(Section, role=Role.UPDATE):
-    steps: Annotated[int, Role.LENGTH] = Field(default=120, ge=1, le=MANY)
+    steps: Annotated[int, Role.LENGTH, Place.FIRST] = Field(default=120, ge=1, le=MANY)
     """Optimiser updates, at most."""
     flops: Annotated[float | None, Role.BUDGET] = Field(default=None, gt=0)
     """End the run with the step that brings the operations of rollouts, teacher and student to this number."""
-    prompts_per_step: int = Field(default=48, ge=1, le=MANY_AT_ONCE)
+    prompts_per_step: Annotated[int, Place.FIRST] = Field(default=48, ge=1, le=MANY_AT_ONCE)
     """Prompts (and rollouts) of one update, over all ranks."""
     tokens_per_batch: Annotated[int, Role.ROUNDING] = Field(default=4096, ge=1)
     """Padded tokens of one forward-backward slice on one rank. Gradients depend on it by rounding alone."""
-    lr: Annotated[float | None, Role.TUNED] = Field(default=None, gt=0, le=LARGEST_RATE)
+    lr: Annotated[float | None, Role.TUNED, Place.FIRST] = Field(default=None, gt=0, le=LARGEST_RATE)
     """Peak learning rate. By default 1e-5 for a student of up to a billion weights, for larger ones that over their
     billions, from ten billion on 1e-6. Fresh and very small models need far more."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -171,7 +171,7 @@ class Train(Section, role=Role.UPDATE):
 
 
 class Evaluation(Section, role=Role.EVALUATION):
-    source: str | None = None
+    source: Annotated[str | None, Place.FIRST] = None
     """Task that the problems come from: as in data.source, or a benchmark (gsm8k, math500, amc23, aime24) of the hub or
     of a local file (gsm8k:FILE). Without one nothing is evaluated."""
     split: str = "test"
@@ -234,15 +234,15 @@ class Grpo(Section, role=Role.UPDATE):
     mean over the tokens of the step. Each set of responses serves one update, so that nothing is clipped.
     """
 
-    steps: Annotated[int, Role.LENGTH] = Field(default=40, ge=1, le=MANY)
+    steps: Annotated[int, Role.LENGTH, Place.FIRST] = Field(default=40, ge=1, le=MANY)
     """Optimiser updates."""
-    prompts_per_step: int = Field(default=12, ge=1, le=MANY_AT_ONCE)
+    prompts_per_step: Annotated[int, Place.FIRST] = Field(default=12, ge=1, le=MANY_AT_ONCE)
     """Prompts of one update."""
     group_size: Annotated[int, Role.OBJECTIVE] = Field(default=8, ge=2, le=MANY_AT_ONCE)
     """Responses to each prompt; their scores are compared with each other."""
     rows_per_batch: Annotated[int, Role.ROUNDING] = Field(default=32, ge=1)
     """Responses of one forward-backward slice, at most. Gradients depend on it by rounding alone."""
-    lr: Annotated[float, Role.TUNED] = Field(default=1e-6, gt=0, le=LARGEST_RATE)
+    lr: Annotated[float, Role.TUNED, Place.FIRST] = Field(default=1e-6, gt=0, le=LARGEST_RATE)
     """Peak learning rate; very small models need far more."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or cosine decay to 0."""
@@ -261,7 +261,7 @@ class Grpo(Section, role=Role.UPDATE):
 class RecipeFields(RunRecipe):
     """All fields of a recipe, each checked by itself."""
 
-    out: Annotated[Path, Role.OUTPUT] = Path("runs/run")
+    out: Annotated[Path, Role.OUTPUT, Place.FIRST] = Path("runs/run")
     """Run folder. A run that is already there and unfinished is resumed."""
     student: StudentSpec = StudentSpec()
     teacher: TeacherSpec = TeacherSpec()
@@ -278,9 +278,9 @@ class RecipeFields(RunRecipe):
 class GrpoFields(RunRecipe):
     """All fields of a GRPO recipe, each checked by itself."""
 
-    out: Annotated[Path, Role.OUTPUT] = Path("runs/grpo")
+    out: Annotated[Path, Role.OUTPUT, Place.FIRST] = Path("runs/grpo")
     """Run folder. A run that is already there and unfinished is resumed."""
-    model: Annotated[str, Role.START] = "potstill:base"
+    model: Annotated[str, Role.START, Place.FIRST] = "potstill:base"
     """Where it starts: a run folder, a model folder, a hub id or potstill:base."""
     data: Data = Data()
     sampling: Sampling = Sampling()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from potstill.config.methods import METHODS
-from potstill.config.roles import Role
+from potstill.config.roles import Place, Role
 from potstill.config.section import Section
 from potstill.config.values import COLDEST, NonNegative
 
@@ -13,7 +13,7 @@ DivergenceName = Literal["forward", "reverse", "mixed", "jsd", "skew-forward", "
 
 
 class Objective(Section, role=Role.OBJECTIVE):
-    prefix: Annotated[Literal["teacher", "student", "dataset", "mixed"], Role.PREFIX] = "teacher"
+    prefix: Annotated[Literal["teacher", "student", "dataset", "mixed"], Role.PREFIX, Place.FIRST] = "teacher"
     """Who writes the tokens that both models are conditioned on. No gradient goes through them."""
     prefix_mix: Annotated[Literal["sequence", "handoff", "token"], Role.PREFIX] = "sequence"
     """prefix = mixed: whole rollouts by one model each; one model begins and the other goes on; or token by token."""
@@ -23,7 +23,7 @@ class Objective(Section, role=Role.OBJECTIVE):
     """mixed by handoff: who begins."""
     handoff_tokens: Annotated[tuple[int, int], Role.PREFIX] = (8, 64)
     """mixed by handoff: the first writer's tokens, drawn evenly from this range (both ends included)."""
-    kl: Annotated[DivergenceName, Role.DIVERGENCE] = "forward"
+    kl: Annotated[DivergenceName, Role.DIVERGENCE, Place.FIRST] = "forward"
     """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: their linear mixture; jsd: the
     generalised Jensen-Shannon divergence; skew-forward, skew-reverse: each KL to a mixture of both (DistiLLM)."""
     forward_weight: Annotated[float, Role.DIVERGENCE] = Field(default=0.5, ge=0, le=1)

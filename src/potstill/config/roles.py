@@ -1,4 +1,4 @@
-"""The role of a field: what it does to a run, and so whether runs that differ in it can be compared."""
+"""The role of a field: what it does to a run, and so whether runs that differ in it can be compared. Also its place."""
 
 from enum import Enum
 
@@ -27,6 +27,12 @@ class Role(Enum):
     SPEED = "memory for time; no number depends on it"
     OUTPUT = "what is written, where and when; no number depends on it"
     EVALUATION = "how the finished student is evaluated; no step depends on it"
+
+
+class Place(Enum):
+    """Where help and documentation show a field; without one, it is with its section."""
+
+    FIRST = "among the few that everyone sets"
 
 
 # Roles of fields and names of fields or sections, as a comparison leaves them out of account.

@@ -103,14 +103,14 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
 
 def field_names(schema: type[BaseModel]) -> list[str]:
     """Dotted names of all fields of the schema."""
-    return [name for name, _, _ in _leaves(schema)]
+    return [name for name, _, _ in leaves(schema)]
 
 
 @functools.cache
 def roles_of(schema: type[Section]) -> dict[str, Role]:
     """The role of each field of the schema by its dotted name. Raises TypeError where a field has none, or two."""
     roles = {}
-    for name, field, section in _leaves(schema):
+    for name, field, section in leaves(schema):
         own = [item for item in field.metadata if isinstance(item, Role)]
         found = own or [section.default_role] * (section.default_role is not None)
         if len(found) != 1:
@@ -119,11 +119,11 @@ def roles_of(schema: type[Section]) -> dict[str, Role]:
     return roles
 
 
-def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
     """Dotted name, definition and section of each field."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _leaves(field.annotation, f"{prefix}{name}.")
+            yield from leaves(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field, section
 
