@@ -1,12 +1,13 @@
 """A teacher-prefix step from the cache and with a live teacher, side by side in one run.
 
-Both train the same student from the same weights on the same number of prompts, step by step in turns: the live one
-lets the teacher write and score, the cached one reads what `potstill cache build` wrote. Seconds are wall time of the
-whole step (rollout, teacher, student, update). Completions differ in their draws and not in their distribution, so what
-is compared is the time of all steps over their loss tokens.
+Both train the same student from the same weights on the same number of prompts, step by step in
+turns: the live one lets the teacher write and score, the cached one reads what `potstill cache
+build` wrote. Seconds are wall time of the whole step (rollout, teacher, student, update).
+Completions differ in their draws and not in their distribution, so what is compared is the time of
+all steps over their loss tokens.
 
-The pairs are the shipped one and, where its folders are (`python scripts/make_smollm2.py`), SmolLM2-135M-Instruct with
-half of its own layers as the student.
+The pairs are the shipped one and, where its folders are (`python scripts/make_smollm2.py`),
+SmolLM2-135M-Instruct with half of its own layers as the student.
 """
 
 import datetime
@@ -59,9 +60,15 @@ def main(
     torch.set_num_threads(threads)
     rows = []
     for case in CASES:
-        recipe = load_recipe(case.recipe, {"objective.prefix": "teacher", "objective.kl": "forward", **case.overrides})
+        recipe = load_recipe(
+            case.recipe,
+            {"objective.prefix": "teacher", "objective.kl": "forward", **case.overrides},
+        )
         if find_folder(recipe.teacher.model) is None:
-            print(f"{case.name}: left out, as {recipe.teacher.model} is not there (python scripts/make_smollm2.py)")
+            print(
+                f"{case.name}: left out, as {recipe.teacher.model} is not there (python "
+                "scripts/make_smollm2.py)"
+            )
             continue
         rows.append(measure(case, recipe, dtype))
     print_table(rows, threads)
@@ -79,7 +86,9 @@ def measure(case: Case, recipe: Recipe, dtype: str) -> dict:
         build_seconds = time.perf_counter() - started
         spec = recipe.teacher.model_copy(update={"cache": str(folder)})
         world = distributed.start()
-        setups = [prepare(each, world) for each in (recipe.model_copy(update={"teacher": spec}), recipe)]
+        setups = [
+            prepare(each, world) for each in (recipe.model_copy(update={"teacher": spec}), recipe)
+        ]
         optimizers = [torch.optim.AdamW(setup.student.parameters(), 1e-6) for setup in setups]
         seconds, num_tokens = [0.0, 0.0], [0, 0]
         # The first step of each is not counted: it opens files and warms caches.
@@ -89,7 +98,9 @@ def measure(case: Case, recipe: Recipe, dtype: str) -> dict:
                 if step:
                     seconds[i] += took
                     num_tokens[i] += tokens
-        cached, live = (1000 * each / tokens for each, tokens in zip(seconds, num_tokens, strict=True))
+        cached, live = (
+            1000 * each / tokens for each, tokens in zip(seconds, num_tokens, strict=True)
+        )
         return {
             "pair": case.name,
             "dtype": dtype,
@@ -107,7 +118,9 @@ def measure(case: Case, recipe: Recipe, dtype: str) -> dict:
         shutil.rmtree(folder)
 
 
-def one_step(recipe: Recipe, setup: Setup, optimizer: torch.optim.Optimizer, step: int) -> tuple[float, int]:
+def one_step(
+    recipe: Recipe, setup: Setup, optimizer: torch.optim.Optimizer, step: int
+) -> tuple[float, int]:
     """Seconds and loss tokens of one step."""
     num = recipe.train.prompts_per_step
     prompts = [setup.prompts[(step * num + i) % len(setup.prompts)] for i in range(num)]
@@ -157,8 +170,9 @@ def print_table(rows: list[dict], threads: int) -> None:
     console = Console()
     console.print(table)
     facts = [
-        f"{datetime.date.today()}: Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {platform.machine()}, {threads} thread{'s' * (threads > 1)}",
+        f"{datetime.date.today()}: Python {platform.python_version()}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, "
+        f"{threads} thread{'s' * (threads > 1)}",
         *(
             f"{row['pair']}: built in {row['build_s']:.0f} s, {row['dtype']}"
             + ("" if row["kl"] is None else f", KL(teacher || stored) {row['kl']:.2g} nats a token")

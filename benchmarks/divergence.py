@@ -1,13 +1,17 @@
-"""Time and memory of the fused divergence, of what people write by hand, and of two peers, side by side.
+"""Time and memory of the fused divergence, of what people write by hand, and of two peers, side by
+side.
 
-Time is a ratio: process CPU time of one forward and backward pass over that of the four matrix products no exact method
-can avoid (both models' logits, the gradients of hidden states and head), with their buffers reused. All methods take
-turns within one process; each keeps its shortest time of all rounds. A ratio of 1 cannot be beaten.
+Time is a ratio: process CPU time of one forward and backward pass over that of the four matrix
+products no exact method can avoid (both models' logits, the gradients of hidden states and head),
+with their buffers reused. All methods take turns within one process; each keeps its shortest time
+of all rounds. A ratio of 1 cannot be beaten.
 
-Memory is the high-water mark of a process of its own, from when the inputs exist, without the gradients that come out.
+Memory is the high-water mark of a process of its own, from when the inputs exist, without the
+gradients that come out.
 
-"mixed" is half forward, half reverse KL; everything else is the forward KL. Liger's loss runs uncompiled and has no
-mixture; TRL needs two calls for one. "stream" has a budget of 0 bytes, "budget" the default one.
+"mixed" is half forward, half reverse KL; everything else is the forward KL. Liger's loss runs
+uncompiled and has no mixture; TRL needs two calls for one. "stream" has a budget of 0 bytes,
+"budget" the default one.
 """
 
 import concurrent.futures
@@ -67,7 +71,8 @@ TIMED = (
     Shape("float32", 1024, 49_152, 256, 512),
     Shape("bfloat16", 256, 49_152, 256, 512),
 )
-# For memory alone: it must not grow with N. What holds whole logits would need 30 GB at the largest.
+# For memory alone: it must not grow with N. What holds whole logits would need 30 GB at the
+# largest.
 MEASURED = tuple(Shape("float32", n, 151_936, 256, 512) for n in (1024, 8192))
 QUICK = (Shape("float32", 64, 8_192, 32, 64),)
 
@@ -75,7 +80,9 @@ QUICK = (Shape("float32", 64, 8_192, 32, 64),)
 def ours(terms: LossTerms, budget: int, backend: str = "eager") -> Callable[[Inputs], torch.Tensor]:
     def loss(x: Inputs) -> torch.Tensor:
         heads = Head(x.weight), Head(x.teacher_weight)
-        return fused_loss(x.hidden, heads[0], x.teacher_hidden, heads[1], terms, budget=budget, backend=backend)[0]
+        return fused_loss(
+            x.hidden, heads[0], x.teacher_hidden, heads[1], terms, budget=budget, backend=backend
+        )[0]
 
     return loss
 
@@ -99,7 +106,9 @@ def _naive_parts(x: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def liger(x: Inputs) -> torch.Tensor:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
+    )
     labels = torch.zeros(len(x.hidden), dtype=torch.long)
     return loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, labels) * len(x.hidden)
 
@@ -141,9 +150,13 @@ def make_inputs(shape: Shape) -> Inputs:
     def weight(dim: int) -> torch.Tensor:
         return torch.randn(shape.V, dim).mul_(2 / dim**0.5).to(dtype)
 
-    hidden, teacher_hidden = (torch.randn(shape.N, d).to(dtype) for d in (shape.d_student, shape.d_teacher))
+    hidden, teacher_hidden = (
+        torch.randn(shape.N, d).to(dtype) for d in (shape.d_student, shape.d_teacher)
+    )
     student_weight, teacher_weight = weight(shape.d_student), weight(shape.d_teacher)
-    return Inputs(hidden.requires_grad_(), student_weight.requires_grad_(), teacher_hidden, teacher_weight)
+    return Inputs(
+        hidden.requires_grad_(), student_weight.requires_grad_(), teacher_hidden, teacher_weight
+    )
 
 
 def step(loss: Callable[[Inputs], torch.Tensor], x: Inputs) -> None:
@@ -152,7 +165,8 @@ def step(loss: Callable[[Inputs], torch.Tensor], x: Inputs) -> None:
 
 
 def gemm_bound(x: Inputs, num_parts: int = 8) -> Callable[[], None]:
-    """The necessary matrix products alone, by parts of the vocabulary, into buffers that are there already."""
+    """The necessary matrix products alone, by parts of the vocabulary, into buffers that are there
+    already."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
     size = len(weight) // num_parts
@@ -189,7 +203,8 @@ def time_ratios(shape: Shape, names: list[str], rounds: int) -> dict[str, float]
 
 
 def extra_megabytes(name: str, shape: Shape) -> float:
-    """Runs in a process of its own: what one pass needs beyond its inputs and the gradients it returns."""
+    """Runs in a process of its own: what one pass needs beyond its inputs and the gradients it
+    returns."""
     torch.set_num_threads(1)
     # Code and compiled functions come to memory here.
     step(METHODS[name], make_inputs(shape._replace(N=min(shape.N, 300), V=7_000)))
@@ -232,7 +247,8 @@ def main(
         threads: Threads of the timed process.
         rounds: Turns of each method.
         methods: Which to measure.
-        only: Measure the shapes whose name, such as "bfloat16 N=256 V=49152 d=256/512", contains this.
+        only: Measure the shapes whose name, such as "bfloat16 N=256 V=49152 d=256/512", contains
+        this.
         quick: One tiny shape, to try the command out. Its figures mean nothing.
         json_file: Where to write one row per method and shape.
         chart: Where to draw time against memory, as SVG or PNG.
@@ -252,13 +268,18 @@ def main(
             ratio, extra = ratios.get(name), megabytes.get(name)
             rows.append(
                 {"method": name, **shape._asdict()}
-                | {"time_ratio": ratio and round(ratio, 3), "extra_mb": extra if extra is None else round(extra, 1)}
+                | {
+                    "time_ratio": ratio and round(ratio, 3),
+                    "extra_mb": extra if extra is None else round(extra, 1),
+                }
             )
         _print_table(shape, rows[-len(ratios or fits) :])
         if json_file is not None:
             json_file.write_text(json.dumps(rows, indent=1) + "\n")
     machine = f"{platform.machine()}, {threads} thread(s), Python {platform.python_version()}"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "trl", "liger-kernel"))
+    versions = ", ".join(
+        f"{package} {version(package)}" for package in ("torch", "trl", "liger-kernel")
+    )
     Console().print(f"{datetime.date.today()}  {machine}, {versions}")
     if chart is not None:
         draw(rows, chart)
@@ -288,17 +309,30 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         "liger": "#d08c00",
         "trl": "#b0413e",
     }
-    shapes = list(dict.fromkeys(tuple(row[k] for k in Shape._fields) for row in rows if row["time_ratio"] is not None))
+    shapes = list(
+        dict.fromkeys(
+            tuple(row[k] for k in Shape._fields) for row in rows if row["time_ratio"] is not None
+        )
+    )
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.8), squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
         axis.set_title(str(Shape(*shape)), fontsize=8)
         for row in rows:
             method, family = row["method"], row["method"].removesuffix("-mixed")
-            if tuple(row[k] for k in Shape._fields) != shape or row["extra_mb"] is None or family not in colours:
+            if (
+                tuple(row[k] for k in Shape._fields) != shape
+                or row["extra_mb"] is None
+                or family not in colours
+            ):
                 continue
             fill = "none" if method != family else colours[family]
             axis.scatter(
-                row["extra_mb"], row["time_ratio"], s=46, edgecolors=colours[family], facecolors=fill, label=method
+                row["extra_mb"],
+                row["time_ratio"],
+                s=46,
+                edgecolors=colours[family],
+                facecolors=fill,
+                label=method,
             )
         axis.axhline(1, color="0.7", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="extra memory, MB")
@@ -306,7 +340,13 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axes[0][0].set_ylabel("CPU time / necessary products")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=9, fontsize=7, frameon=False)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="lower center",
+        ncols=9,
+        fontsize=7,
+        frameon=False,
+    )
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(file)
 

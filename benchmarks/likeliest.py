@@ -1,4 +1,5 @@
-"""CPU time of the likeliest tokens: `top_k_of` over `fused_statistics`, and truncation by `top_p` beside a stable sort.
+"""CPU time of the likeliest tokens: `top_k_of` over `fused_statistics`, and truncation by `top_p`
+beside a stable sort.
 
 Both take turns within one process; each keeps its shortest time of all rounds.
 """
@@ -41,14 +42,24 @@ def main(vocab_size: int = 151_936, rounds: int = 3, threads: int = 1) -> None:
             runs = {"statistics": lambda h=hidden, w=head: fused_statistics(h, w)}
             runs |= {f"top {k}": lambda h=hidden, w=head, k=k: top_k_of(h, w, k) for k in (5, 64)}
             best = shortest(runs, rounds)
-            ratios = [f"{name} {seconds / best['statistics']:.2f}" for name, seconds in best.items()]
+            ratios = [
+                f"{name} {seconds / best['statistics']:.2f}" for name, seconds in best.items()
+            ]
             print(f"d={dim} N={num_rows} {dtype}: {', '.join(ratios)}", flush=True)
     for spread in (4.0, 2.0, 1.0):
         logits = spread * torch.randn(16, vocab_size)
         nucleus = truncate(logits, 0, 0.95).isfinite().sum(-1).double().mean().item()
-        runs = {"top_p": lambda z=logits: truncate(z, 0, 0.95), "a stable sort": lambda z=logits: stable_sort(z)}
-        times = [f"{name} {1000 * seconds:.1f} ms" for name, seconds in shortest(runs, rounds).items()]
-        print(f"logits of deviation {spread:g}, nuclei of {nucleus:,.0f}: {', '.join(times)}", flush=True)
+        runs = {
+            "top_p": lambda z=logits: truncate(z, 0, 0.95),
+            "a stable sort": lambda z=logits: stable_sort(z),
+        }
+        times = [
+            f"{name} {1000 * seconds:.1f} ms" for name, seconds in shortest(runs, rounds).items()
+        ]
+        print(
+            f"logits of deviation {spread:g}, nuclei of {nucleus:,.0f}: {', '.join(times)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

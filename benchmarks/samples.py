@@ -1,7 +1,9 @@
-"""What logging two rollouts takes of a step that logs them: over its loss and gradients, and over the whole step.
+"""What logging two rollouts takes of a step that logs them: over its loss and gradients, and over
+the whole step.
 
-Random two-layer models of one width with a vocabulary of real size, on rollouts that the student writes up to the
-window. The parts are those of the run's own log: time on the clock of one process, one after the other.
+Random two-layer models of one width with a vocabulary of real size, on rollouts that the student
+writes up to the window. The parts are those of the run's own log: time on the clock of one process,
+one after the other.
 """
 
 import tempfile
@@ -45,7 +47,8 @@ def main(
     steps: int = 2,
     threads: int = 1,
 ) -> None:
-    """Measure and print one line a width; of several steps the last, for the first one allocates."""
+    """Measure and print one line a width; of several steps the last, for the first one
+    allocates."""
     torch.set_num_threads(threads)
     for dim in dims:
         with tempfile.TemporaryDirectory(prefix="potstill-samples-") as folder:
@@ -54,19 +57,26 @@ def main(
                 "data": {"source": "multiplication", "num_prompts": 64},
                 "window": {"tokens": window},
                 "objective": {"prefix": "student", "kl": "reverse"},
-                "train": {"steps": steps, "prompts_per_step": num_rollouts, "warmup_steps": 0, "lr": 1e-6},
+                "train": {
+                    "steps": steps,
+                    "prompts_per_step": num_rollouts,
+                    "warmup_steps": 0,
+                    "lr": 1e-6,
+                },
             }
             data["train"]["checkpoint_every"] = 1
             student, teacher = (random_model(dim, vocab_size, seed) for seed in (0, 1))
             train(Recipe.model_validate(data), student=student, teacher=teacher, quiet=True)
             row = read_rows(Path(folder) / "run/metrics.jsonl")[-1]
         loss = row["teacher_seconds"] + row["student_seconds"]
-        # What no part is charged with is that of samples where a version of the log has none of its own.
+        # What no part is charged with is that of samples where a version of the log has none of its
+        # own.
         parts = row["rollout_seconds"] + loss
         samples = row.get("samples_seconds", row["seconds"] - parts)
         print(
-            f"d={dim} {num_rollouts} rollouts of {row['length']:.0f}: samples {samples:.2f} s, loss and update "
-            f"{loss:.2f} s, whole step {row['seconds']:.2f} s: {samples / loss:.3f} and {samples / row['seconds']:.3f}",
+            f"d={dim} {num_rollouts} rollouts of {row['length']:.0f}: samples {samples:.2f} s, "
+            f"loss and update {loss:.2f} s, whole step {row['seconds']:.2f} s: "
+            f"{samples / loss:.3f} and {samples / row['seconds']:.3f}",
             flush=True,
         )
 

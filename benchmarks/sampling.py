@@ -1,13 +1,15 @@
-"""Completion tokens per CPU second of potstill's sampler and of `transformers.generate`, side by side.
+"""Completion tokens per CPU second of potstill's sampler and of `transformers.generate`, side by
+side.
 
-Both decode the same prompts of the demo recipe with the shipped pair and the same settings, in turns within one run.
-What counts is process CPU time, which other programs disturb less than wall time, and real tokens up to and including
-the end token. A rate is the tokens of all batches over the sum of each batch's shortest time in any round.
+Both decode the same prompts of the demo recipe with the shipped pair and the same settings, in
+turns within one run. What counts is process CPU time, which other programs disturb less than wall
+time, and real tokens up to and including the end token. A rate is the tokens of all batches over
+the sum of each batch's shortest time in any round.
 
-Both also decode the same lengths, as draws of their own would compare their luck. What generate does depends on the
-lengths by the longest alone: it computes all rows of a batch until that one has ended. So it is given the number of
-tokens of potstill's longest completion, and an end token to look for that no row draws. Greedy decoding has one
-outcome; there both look for the real one.
+Both also decode the same lengths, as draws of their own would compare their luck. What generate
+does depends on the lengths by the longest alone: it computes all rows of a batch until that one has
+ended. So it is given the number of tokens of potstill's longest completion, and an end token to
+look for that no row draws. Greedy decoding has one outcome; there both look for the real one.
 """
 
 import datetime
@@ -44,7 +46,8 @@ class Case(NamedTuple):
     num_batches: int
 
 
-# The ratio depends on how unequal the lengths in a batch are, so rollouts need more batches to settle.
+# The ratio depends on how unequal the lengths in a batch are, so rollouts need more batches to
+# settle.
 CASES = (
     Case("demo rollouts", stops=True, temperature=1.0, num_batches=6),
     Case("all rows to the end", stops=False, temperature=1.0, num_batches=3),
@@ -72,17 +75,23 @@ def main(
         context_length=models[0].context_length,
     )
     prompt_ids = [prompt.token_ids for prompt in prompts]
-    rows = [measure(model, case, prompt_ids, end_ids, window, rounds) for model in models for case in CASES]
+    rows = [
+        measure(model, case, prompt_ids, end_ids, window, rounds)
+        for model in models
+        for case in CASES
+    ]
     lengths = sorted({len(token_ids) for token_ids in prompt_ids})
     shapes = [
-        f"{model.name} with {model.model.config.num_hidden_layers} layers of {model.model.config.hidden_size} and a "
-        f"vocabulary of {model.vocab_size}"
+        f"{model.name} with {model.model.config.num_hidden_layers} layers of "
+        f"{model.model.config.hidden_size} and a vocabulary of {model.vocab_size}"
         for model in models
     ]
     facts = [
-        f"{datetime.date.today()}: Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {platform.machine()}, {threads} thread{'s' * (threads > 1)}",
-        f"batches of {BATCH} prompts of {' or '.join(map(str, lengths))} tokens, completions of up to {window} tokens",
+        f"{datetime.date.today()}: Python {platform.python_version()}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, "
+        f"{threads} thread{'s' * (threads > 1)}",
+        f"batches of {BATCH} prompts of {' or '.join(map(str, lengths))} tokens, completions of "
+        f"up to {window} tokens",
         *shapes,
     ]
     print_table(rows, facts)
@@ -92,7 +101,12 @@ def main(
 
 
 def measure(
-    model: LanguageModel, case: Case, prompt_ids: Sequence[tuple[int, ...]], end_ids, window: int, rounds: int
+    model: LanguageModel,
+    case: Case,
+    prompt_ids: Sequence[tuple[int, ...]],
+    end_ids,
+    window: int,
+    rounds: int,
 ) -> dict:
     """One row of the table. Asserts that greedy completions are identical."""
     ends = end_ids if case.stops else ()
@@ -101,7 +115,9 @@ def measure(
 
     def ours(i: int) -> list[Completion]:
         seeds = [(0, i, row) for row in range(BATCH)]
-        return sample(model.model, batches[i], seeds, max_tokens=window, end_ids=ends, sampling=sampling)
+        return sample(
+            model.model, batches[i], seeds, max_tokens=window, end_ids=ends, sampling=sampling
+        )
 
     inputs = [torch.tensor(batch) for batch in batches]
     masks = [torch.ones_like(ids_BT) for ids_BT in inputs]
@@ -113,19 +129,31 @@ def measure(
         else {"do_sample": False, "max_new_tokens": window, "eos_token_id": list(ends)}
         for batch_ids in our_ids
     ]
-    configs = [transformers.GenerationConfig(pad_token_id=model.model.config.pad_token_id, **kw) for kw in settings]
+    configs = [
+        transformers.GenerationConfig(pad_token_id=model.model.config.pad_token_id, **kw)
+        for kw in settings
+    ]
 
     @torch.inference_mode()
     def theirs(i: int) -> torch.Tensor:
-        return model.model.generate(inputs[i], attention_mask=masks[i], generation_config=configs[i])
+        return model.model.generate(
+            inputs[i], attention_mask=masks[i], generation_config=configs[i]
+        )
 
     for i in range(case.num_batches):
         their_ids = theirs(i)[:, inputs[i].shape[1] :].tolist()
-        assert len(their_ids[0]) == max(map(len, our_ids[i])), f"{model.name}: generate takes another number of steps"
+        assert len(their_ids[0]) == max(map(len, our_ids[i])), (
+            f"{model.name}: generate takes another number of steps"
+        )
         if case.temperature == 0:
-            assert [up_to_end(ids, ends) for ids in their_ids] == our_ids[i], f"{model.name}: greedy ids differ"
+            assert [up_to_end(ids, ends) for ids in their_ids] == our_ids[i], (
+                f"{model.name}: greedy ids differ"
+            )
     num_tokens = sum(len(ids) for batch_ids in our_ids for ids in batch_ids)
-    seconds = [[(cpu_seconds(ours, i), cpu_seconds(theirs, i)) for i in range(case.num_batches)] for _ in range(rounds)]
+    seconds = [
+        [(cpu_seconds(ours, i), cpu_seconds(theirs, i)) for i in range(case.num_batches)]
+        for _ in range(rounds)
+    ]
     # Rounds, batches, methods: both methods take turns on every batch.
     our_seconds, their_seconds = np.array(seconds).min(axis=0).sum(axis=0).tolist()
     return {

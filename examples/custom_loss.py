@@ -1,9 +1,11 @@
-"""A loss of your own at each token, from the exact statistics of both models, without any [N, vocabulary] tensor.
+"""A loss of your own at each token, from the exact statistics of both models, without any [N,
+vocabulary] tensor.
 
 python examples/custom_loss.py
 
-`fused_statistics` gives every statistic of a token with its gradient. What you make of them, a new divergence or
-weights, is a few lines of PyTorch. The same loss on whole logits (`token_divergence`) shows that it is the same.
+`fused_statistics` gives every statistic of a token with its gradient. What you make of them, a new
+divergence or weights, is a few lines of PyTorch. The same loss on whole logits (`token_divergence`)
+shows that it is the same.
 """
 
 import torch
@@ -26,7 +28,8 @@ from potstill import (
 
 
 def capped(forward_kl_N, reverse_kl_N, teacher_entropy_N):
-    """Forward KL where the teacher is unsure, else reverse KL, and no token counts for more than two nats."""
+    """Forward KL where the teacher is unsure, else reverse KL, and no token counts for more than
+    two nats."""
     is_unsure_N = teacher_entropy_N > 0.3
     return torch.where(is_unsure_N, forward_kl_N, reverse_kl_N).clamp(max=2.0)
 
@@ -35,7 +38,9 @@ student, teacher = load_model("potstill:base"), load_model("potstill:teacher")
 teacher.requires_grad_(False)
 end_ids = end_set(student, teacher)
 examples = load_examples("multiplication", num_examples=16)
-prompts = make_prompts(examples, student.tokenizer, template="raw", max_completion=64, context_length=512)
+prompts = make_prompts(
+    examples, student.tokenizer, template="raw", max_completion=64, context_length=512
+)
 models = {"student": student.model, "teacher": teacher.model}
 writing = Writing(
     objective=Objective(prefix="student"),
@@ -48,7 +53,8 @@ writing = Writing(
 rollouts = write_rollouts(writing, prompts, seeds=[(0, 0, i) for i in range(len(prompts))])
 (batch,) = make_batches(rollouts, tokens_per_batch=10**6)
 
-# The hidden states [N, D] and [N, E] of the N written tokens; the heads turn them into logits, tile by tile.
+# The hidden states [N, D] and [N, E] of the N written tokens; the heads turn them into logits, tile
+# by tile.
 hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT]
 teacher_hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
 sides = (hidden_ND, student.head, teacher_hidden_NE, teacher.head)
@@ -68,11 +74,14 @@ whole = capped(forward_N, reverse_N, plain.teacher_entropy_N).mean()
 error = (gradient_ND - whole_ND).abs().max() / whole_ND.abs().max()
 print(f"from whole logits: {whole.item():.4f} nats, gradients differ by {error:.0e} of the largest")
 
-# A weight of your own for each token, which is a constant: here, how unlikely the teacher finds what was written.
+# A weight of your own for each token, which is a constant: here, how unlikely the teacher finds
+# what was written.
 labels_N = batch.target_ids_BT[batch.loss_mask_BT]
 with torch.no_grad():
     known = fused_statistics(*sides, labels_N=labels_N, end_ids=end_ids)
 weights_N = 1 - known.teacher_log_prob_N.exp()
-loss, _, _ = fused_loss(*sides, LossTerms(reverse=1.0), weights_N=weights_N, scale=1 / len(labels_N), end_ids=end_ids)
+loss, _, _ = fused_loss(
+    *sides, LossTerms(reverse=1.0), weights_N=weights_N, scale=1 / len(labels_N), end_ids=end_ids
+)
 loss.backward()
 print(f"reverse KL weighted by surprise: {loss.item():.4f} nats a token")

@@ -1,9 +1,10 @@
-"""A task of your own: a class in a file, which a recipe names as `data.source = "examples/custom_task.py:Nines"`.
+"""A task of your own: a class in a file, which a recipe names as `data.source =
+"examples/custom_task.py:Nines"`.
 
 potstill train examples/custom_task.toml
 
-The class needs no base class and no registration, only these three methods. Its file is run from its text alone, so it
-may import what is installed but not the files beside it.
+The class needs no base class and no registration, only these three methods. Its file is run from
+its text alone, so it may import what is installed but not the files beside it.
 """
 
 import random
@@ -16,7 +17,8 @@ class Nines:
     """Products with nine, written as the shipped models read and write them."""
 
     def examples(self, split: str, num_examples: int, seed: int) -> list[Example]:
-        """Problems of a split, the same ones for the same seed. Multiples of seven are held out for "test"."""
+        """Problems of a split, the same ones for the same seed. Multiples of seven are held out for
+        "test"."""
         rng = random.Random(f"nines/{split}/{seed}")
         examples = []
         while len(examples) < num_examples:
@@ -34,7 +36,8 @@ class Nines:
         return examples
 
     def grade(self, examples: list[Example], responses: list[str]) -> list[Grade]:
-        """1 for a response whose last `#digits` is the product, else 0. Any score between is possible."""
+        """1 for a response whose last `#digits` is the product, else 0. Any score between is
+        possible."""
         grades = []
         for example, response in zip(examples, responses, strict=True):
             answers = re.findall(r"#(\d+)", response)
@@ -43,6 +46,7 @@ class Nines:
         return grades
 
     def answer_end(self, response: str) -> int | None:
-        """Just after the first finished answer, such as `#2082.`; entropy is also reported up to there."""
+        """Just after the first finished answer, such as `#2082.`; entropy is also reported up to
+        there."""
         found = re.search(r"#\d+\.", response)
         return found.end() if found else None

@@ -2,8 +2,8 @@
 
 python examples/own_loop.py --steps 60
 
-This is the loop of `potstill train` without what makes that one safe and quick to use: no recipe, checkpoints, logs or
-ranks. Change what you like; each part is also imported by itself.
+This is the loop of `potstill train` without what makes that one safe and quick to use: no recipe,
+checkpoints, logs or ranks. Change what you like; each part is also imported by itself.
 """
 
 import argparse
@@ -30,12 +30,15 @@ from potstill import (
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=60)
-parser.add_argument("--rollouts", type=int, default=48, help="prompts a step, each with one completion")
+parser.add_argument(
+    "--rollouts", type=int, default=48, help="prompts a step, each with one completion"
+)
 parser.add_argument("--problems", type=int, default=60, help="held-out problems of the evaluation")
 parser.add_argument("--out", type=Path, default=Path("runs/own-loop"))
 arguments = parser.parse_args()
 
-# The pair. What ends a text of either model ends a rollout, and both models' ends count as one class in the loss.
+# The pair. What ends a text of either model ends a rollout, and both models' ends count as one
+# class in the loss.
 student, teacher = load_model("potstill:base"), load_model("potstill:teacher")
 teacher.requires_grad_(False)
 end_ids = end_set(student, teacher)
@@ -43,9 +46,12 @@ end_ids = end_set(student, teacher)
 # The prompts, as token ids that leave room for a completion.
 window = 128
 examples = load_examples("multiplication", num_examples=4096)
-prompts = make_prompts(examples, student.tokenizer, template="raw", max_completion=window, context_length=512)
+prompts = make_prompts(
+    examples, student.tokenizer, template="raw", max_completion=window, context_length=512
+)
 
-# Who writes: the student as it is now. "teacher" gives SFT or offline RL, "mixed" what lies between.
+# Who writes: the student as it is now. "teacher" gives SFT or offline RL, "mixed" what lies
+# between.
 writing = Writing(
     objective=Objective(prefix="student"),
     models={"student": student.model, "teacher": teacher.model},
@@ -63,7 +69,9 @@ for step in range(arguments.steps):
     # The seed of each completion names its place, so that a run can be repeated.
     first = step * arguments.rollouts
     chosen = [prompts[(first + i) % len(prompts)] for i in range(arguments.rollouts)]
-    rollouts = write_rollouts(writing, chosen, seeds=[(0, step, i) for i in range(arguments.rollouts)])
+    rollouts = write_rollouts(
+        writing, chosen, seeds=[(0, step, i) for i in range(arguments.rollouts)]
+    )
 
     # One divisor for the whole step, however many batches it is cut into.
     num_tokens = sum(sum(rollout.trained) for rollout in rollouts)
@@ -72,7 +80,13 @@ for step in range(arguments.steps):
         hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT]
         teacher_hidden_NE = teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT]
         loss, _, stats = fused_loss(
-            hidden_ND, student.head, teacher_hidden_NE, teacher.head, terms, scale=1 / num_tokens, end_ids=end_ids
+            hidden_ND,
+            student.head,
+            teacher_hidden_NE,
+            teacher.head,
+            terms,
+            scale=1 / num_tokens,
+            end_ids=end_ids,
         )
         loss.backward()
         forward_kl += stats.forward_kl_N.sum().item() / num_tokens
@@ -82,10 +96,17 @@ for step in range(arguments.steps):
     optimizer.step()
     optimizer.zero_grad()
     warmup.step()
-    print(f"step {step + 1}: forward KL {forward_kl:.3f}, reverse KL {reverse_kl:.3f}, {num_tokens} tokens")
+    print(
+        f"step {step + 1}: forward KL {forward_kl:.3f}, reverse KL {reverse_kl:.3f}, "
+        f"{num_tokens} tokens"
+    )
 
 settings = Evaluation(source="multiplication", num_problems=arguments.problems, temperatures=(1.0,))
-for name, model in (("before", load_model("potstill:base")), ("after", student), ("teacher", teacher)):
+for name, model in (
+    ("before", load_model("potstill:base")),
+    ("after", student),
+    ("teacher", teacher),
+):
     (row,) = evaluate(model, settings, quiet=True)
     print(f"{name}: Avg@{settings.num_responses} {100 * row['avg'][0]:.1f} %")
 save_model(student, student.model.state_dict(), end_ids, arguments.out)

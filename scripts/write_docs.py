@@ -1,7 +1,8 @@
-"""Write what the documentation repeats from the code: recipe fields, the map of modules, and the tree in the README.
+"""Write what the documentation repeats from the code: recipe fields, the map of modules, and the
+tree in the README.
 
-`python scripts/write_docs.py` replaces the text between a line `<!-- generated: NAME -->` and the next
-`<!-- end -->` in each page. A test compares the pages with what this would write.
+`python scripts/write_docs.py` replaces the text between a line `<!-- generated: NAME -->` and the
+next `<!-- end -->` in each page. A test compares the pages with what this would write.
 """
 
 import ast
@@ -27,16 +28,21 @@ FOLDERS = {
     "scripts": "programs that make the shipped models and these pages",
     "docs": "the documentation",
 }
-BLOCK = re.compile(r"(?<=<!-- generated: )(?P<name>[a-z ]+)(?: -->\n)(?P<text>.*?)(?=<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?<=<!-- generated: )(?P<name>[a-z ]+)(?: -->\n)(?P<text>.*?)(?=<!-- end -->)", re.DOTALL
+)
 
 
 def documented_modules(source: Path = SOURCE) -> dict[Path, str]:
-    """The first sentence of each module's docstring, by its path. Raises ValueError where one has none."""
+    """The first sentence of each module's docstring, by its path. Raises ValueError where one has
+    none."""
     summaries = {}
     for path in sorted(source.rglob("*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         if not docstring:
-            raise ValueError(f"{path.relative_to(ROOT)} has no docstring; begin it with a line on what it is for")
+            raise ValueError(
+                f"{path.relative_to(ROOT)} has no docstring; begin it with a line on what it is for"
+            )
         summaries[path] = first_sentence(docstring)
     return summaries
 
@@ -69,9 +75,17 @@ def tree() -> str:
     """The folders of the repository, a line each, as a block of text."""
     summaries = documented_modules()
     packages = {path.parent: text for path, text in summaries.items() if path.name == "__init__.py"}
-    rows = {str(folder.relative_to(ROOT)): text for folder, text in packages.items() if folder != SOURCE}
-    rows |= {name: text for name, text in FOLDERS.items() if name.startswith("src/") and (ROOT / name).is_dir()}
-    inside = [(f"  {name.removeprefix('src/potstill/')}/", text) for name, text in sorted(rows.items())]
+    rows = {
+        str(folder.relative_to(ROOT)): text for folder, text in packages.items() if folder != SOURCE
+    }
+    rows |= {
+        name: text
+        for name, text in FOLDERS.items()
+        if name.startswith("src/") and (ROOT / name).is_dir()
+    }
+    inside = [
+        (f"  {name.removeprefix('src/potstill/')}/", text) for name, text in sorted(rows.items())
+    ]
     outside = [(f"{name}/", text) for name, text in FOLDERS.items() if is_outside(name)]
     lines = [("src/potstill/", "the package"), *inside, *outside]
     width = max(len(name) for name, _ in lines) + 2
@@ -84,10 +98,16 @@ def is_outside(name: str) -> bool:
 
 
 def layers() -> str:
-    """The layers that import-linter checks, from the top down; nothing where no such contract exists."""
+    """The layers that import-linter checks, from the top down; nothing where no such contract
+    exists."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     contracts = settings.get("tool", {}).get("importlinter", {}).get("contracts", [])
-    rows = [layer for contract in contracts if contract["type"] == "layers" for layer in contract["layers"]]
+    rows = [
+        layer
+        for contract in contracts
+        if contract["type"] == "layers"
+        for layer in contract["layers"]
+    ]
     if not rows:
         return ""
     lines = ["From the top down; a folder imports only from lines below its own:", ""]
@@ -101,24 +121,34 @@ def rooms(layer: str) -> str:
 
 
 def recipe_fields() -> str:
-    """The fields of a distillation's recipe: those that everyone sets, then a section for each of its sections."""
+    """The fields of a distillation's recipe: those that everyone sets, then a section for each of
+    its sections."""
     return tables_of(described(RecipeFields), RecipeFields)
 
 
 def grpo_fields() -> str:
     """The same for what a GRPO recipe has of its own."""
     shared = {field.name for field in described(RecipeFields)} - {"out"}
-    return tables_of([field for field in described(GrpoFields) if field.name not in shared], GrpoFields)
+    return tables_of(
+        [field for field in described(GrpoFields) if field.name not in shared], GrpoFields
+    )
 
 
 def tables_of(fields: Sequence[DescribedField], schema: type[RunRecipe]) -> str:
-    """Tables of a schema's fields, with whole names in the first one and names within their section in the others."""
-    lines = ["### Fields that everyone sets", "", *field_table([f for f in fields if f.is_first], with_section=True)]
+    """Tables of a schema's fields, with whole names in the first one and names within their section
+    in the others."""
+    lines = [
+        "### Fields that everyone sets",
+        "",
+        *field_table([f for f in fields if f.is_first], with_section=True),
+    ]
     rest = [field for field in fields if not field.is_first]
     for section in dict.fromkeys(field.section for field in rest):
         about = about_section(schema, section)
         lines += [f"### {section or 'Top level'}", "", *([about, ""] if about else [])]
-        lines += field_table([field for field in rest if field.section == section], with_section=False)
+        lines += field_table(
+            [field for field in rest if field.section == section], with_section=False
+        )
     return "\n".join(lines)
 
 

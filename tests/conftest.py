@@ -10,9 +10,9 @@ from pathlib import Path
 # No test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# One thread is fastest for models this small, here and in what is started from here, so that as many tests as there are
-# cores can run side by side. Every test holds with any number: where bits are compared, they are those of one machine
-# with one number of threads.
+# One thread is fastest for models this small, here and in what is started from here, so that as
+# many tests as there are cores can run side by side. Every test holds with any number: where bits
+# are compared, they are those of one machine with one number of threads.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("POTSTILL_TEST_THREADS", "1")
 
 import pytest
@@ -31,31 +31,49 @@ from potstill.models.language_model import LanguageModel
 from potstill.training import step as step_parts
 from potstill.types import Example, Prompt, Rollout
 
-# A shell has what it runs in the background ignore these, and processes that are started would inherit that.
+# A shell has what it runs in the background ignore these, and processes that are started would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-# torch.compile does not tell instruction sets apart in its cache: code of another one gives wrong numbers.
+# torch.compile does not tell instruction sets apart in its cache: code of another one gives wrong
+# numbers.
 COMPILED = f"potstill-compiled-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / COMPILED))
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 in_a_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="neither chromium nor google-chrome is installed, in which to load the page"
+    CHROMIUM is None,
+    reason="neither chromium nor google-chrome is installed, in which to load the page",
 )
 
 
 def browsed(page: Path) -> str:
     """The DOM that a browser with a narrow window makes of a page, after its scripts."""
-    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    options += "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom --window-size=500,900"
-    command = [str(CHROMIUM), *options.split(), f"--user-data-dir={page.parent / 'browser'}", page.resolve().as_uri()]
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking "
+    )
+    options += (
+        "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom "
+        "--window-size=500,900"
+    )
+    command = [
+        str(CHROMIUM),
+        *options.split(),
+        f"--user-data-dir={page.parent / 'browser'}",
+        page.resolve().as_uri(),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-def make_model(hidden_size: int = 16, seed: int = 0, vocab_size: int = 23, eos_token_id: int = 2) -> LanguageModel:
+def make_model(
+    hidden_size: int = 16, seed: int = 0, vocab_size: int = 23, eos_token_id: int = 2
+) -> LanguageModel:
     """A random two-layer model over the embedded task's vocabulary."""
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -79,7 +97,9 @@ def make_model(hidden_size: int = 16, seed: int = 0, vocab_size: int = 23, eos_t
     return LanguageModel(Qwen3ForCausalLM(config).eval(), tokenizer, f"model-{seed}")
 
 
-def make_rollout(prompt_ids, completion_ids, trained=None, stop="end", name="p", writer="student") -> Rollout:
+def make_rollout(
+    prompt_ids, completion_ids, trained=None, stop="end", name="p", writer="student"
+) -> Rollout:
     prompt = Prompt(example=Example(id=name, prompt="prompt"), token_ids=tuple(prompt_ids))
     trained = tuple(trained) if trained is not None else (True,) * len(completion_ids)
     return Rollout(
@@ -97,7 +117,13 @@ def tiny_recipe(out, **sections) -> Recipe:
         "out": str(out),
         "data": {"source": "multiplication", "num_prompts": 64},
         "window": {"tokens": 24},
-        "train": {"steps": 4, "prompts_per_step": 8, "tokens_per_batch": 256, "warmup_steps": 1, "checkpoint_every": 2},
+        "train": {
+            "steps": 4,
+            "prompts_per_step": 8,
+            "tokens_per_batch": 256,
+            "warmup_steps": 1,
+            "checkpoint_every": 2,
+        },
     }
     data["train"]["lr"] = 3e-3
     for name, section in sections.items():

@@ -1,4 +1,5 @@
-"""The README and the pages of docs/ hold today: what comes from code is current, and every block is read or run."""
+"""The README and the pages of docs/ hold today: what comes from code is current, and every block is
+read or run."""
 
 import os
 import re
@@ -69,13 +70,17 @@ def test_what_comes_from_code_is_current():
     script = runpy.run_path(str(ROOT / "scripts" / "write_docs.py"))
     for page in script["pages"]():
         text = page.read_text()
-        assert script["rewritten"](text) == text, f"{page.name} is old: run `python scripts/write_docs.py`"
+        assert script["rewritten"](text) == text, (
+            f"{page.name} is old: run `python scripts/write_docs.py`"
+        )
 
 
 def test_pages_that_must_stay_short_do():
     assert len(TEXTS["results.md"].split()) <= 1500
     assert len(TEXTS["CONTRIBUTING.md"].splitlines()) <= 120
-    by_hand = re.sub(r"<!-- generated.*?<!-- end -->", "", TEXTS["architecture.md"], flags=re.DOTALL)
+    by_hand = re.sub(
+        r"<!-- generated.*?<!-- end -->", "", TEXTS["architecture.md"], flags=re.DOTALL
+    )
     assert len(by_hand.splitlines()) <= 150
 
 
@@ -116,7 +121,9 @@ def test_commands_are_read(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path, recipe_of(name))
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for line in commands(name):
         program, *arguments = shlex.split(line)
         if program == "torchrun":
@@ -166,7 +173,12 @@ has_python = pytest.mark.parametrize("name", [name for name in TEXTS if blocks(n
 
 @has_python
 def test_python_runs_in_small(name, tmp_path, monkeypatch):
-    small = {"train.steps": 2, "train.prompts_per_step": 4, "train.warmup_steps": 0, "window.tokens": 8}
+    small = {
+        "train.steps": 2,
+        "train.prompts_per_step": 4,
+        "train.warmup_steps": 0,
+        "window.tokens": 8,
+    }
     small |= {"data.num_prompts": 16, "evaluation.num_problems": 2, "evaluation.num_responses": 2}
 
     def load_small(recipe, overrides):
@@ -195,11 +207,16 @@ def workplace(tmp_path_factory):
 def test_commands_run(name, workplace):
     """All pages in one folder and in order: a run that is finished is not repeated."""
     programs = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "src"),
+    }
     for line in commands(name):
         if any(re.search(pattern, line) for pattern in NOT_RUN):
             continue
         line = line.replace("make demo", "potstill study quick")
         assert shutil.which(shlex.split(line)[0], path=environment["PATH"]), line
-        done = subprocess.run(shlex.split(line), cwd=workplace, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            shlex.split(line), cwd=workplace, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"

@@ -12,7 +12,10 @@ import pytest
 from potstill.cli.app import main
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SMALL = "--train.steps 2 --train.prompts-per-step 4 --data.num-prompts 8 --window.tokens 16 --train.warmup-steps 0 "
+SMALL = (
+    "--train.steps 2 --train.prompts-per-step 4 --data.num-prompts 8 --window.tokens 16 "
+    "--train.warmup-steps 0 "
+)
 SMALL += "--evaluation.num-problems 2 --evaluation.num-responses 2 --evaluation.max-tokens 16"
 
 
@@ -32,7 +35,11 @@ def run(monkeypatch, capsys, command: str) -> str:
 
 def test_own_loop(monkeypatch, capsys):
     """It learns: after two updates the KL is lower, and the student is a model folder."""
-    said = run(monkeypatch, capsys, "examples/own_loop.py --steps 3 --rollouts 16 --problems 2 --out student")
+    said = run(
+        monkeypatch,
+        capsys,
+        "examples/own_loop.py --steps 3 --rollouts 16 --problems 2 --out student",
+    )
     kls = [float(kl) for kl in re.findall(r"reverse KL (\d\.\d+)", said)]
     assert len(kls) == 3 and kls[-1] < 0.8 * kls[0]
     assert len(re.findall(r"Avg@16 \d+\.\d %", said)) == 3
@@ -55,21 +62,28 @@ def test_custom_loss(monkeypatch, capsys):
 
 def test_custom_task(capsys):
     main(["train", "examples/custom_task.toml", *SMALL.split()])
-    rows = [json.loads(line) for line in Path("runs/custom-task/evals.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in Path("runs/custom-task/evals.jsonl").read_text().splitlines()
+    ]
     assert [row["settings"]["source"] for row in rows] == ["examples/custom_task.py:Nines"]
     assert "the code of examples/custom_task.py is run" in capsys.readouterr().err
 
 
 def test_the_custom_task_is_solved_by_the_teacher(capsys):
     """Its prompts and its grader fit the shipped models."""
-    command = "evaluate potstill:teacher --source examples/custom_task.py:Nines --num-problems 6 --num-responses 2"
+    command = (
+        "evaluate potstill:teacher --source examples/custom_task.py:Nines --num-problems "
+        "6 --num-responses 2"
+    )
     main([*command.split(), *["--temperatures", "0", "--out", "teacher.json"]])
     (row,) = json.loads(Path("teacher.json").read_text())
     assert row["avg"][0] > 0.6
 
 
 def test_my_prompts():
-    prompts = [json.loads(line) for line in Path("examples/my_prompts.jsonl").read_text().splitlines()]
+    prompts = [
+        json.loads(line) for line in Path("examples/my_prompts.jsonl").read_text().splitlines()
+    ]
     assert all(re.fullmatch(r"[_\d]{4}\*\d=", row["prompt"]) for row in prompts)
     main(["train", "examples/my_prompts.toml", *SMALL.split()])
     assert Path("runs/my-prompts/DONE").is_file()

@@ -1,7 +1,9 @@
-"""Damaged files, forged manifests, full disks, missing rights: said in one line, or what a command does is right.
+"""Damaged files, forged manifests, full disks, missing rights: said in one line, or what a command
+does is right.
 
-Each fault is done to a copy of a folder that commands made. A command then either exits with 2 and one line, or leaves
-what it leaves in a folder without the fault. It never ends in a traceback, and nothing outside the folder is touched.
+Each fault is done to a copy of a folder that commands made. A command then either exits with 2 and
+one line, or leaves what it leaves in a folder without the fault. It never ends in a traceback, and
+nothing outside the folder is touched.
 """
 
 import hashlib
@@ -29,11 +31,21 @@ NO_HARM: Harm = lambda folder: None  # noqa: E731
 FOUR_STEPS = {"train.steps": "4", "evaluation.temperatures": "[1.0]"}
 OWN = {"student.model": "student", "teacher.model": "teacher", "data.source": "prompts.jsonl"}
 OWN_RUN = [word for word in train(OPD, FOUR_STEPS, OWN) if word]
-SELF = OWN | {"teacher.model": "self", "teacher.refresh-steps": "3", "teacher.prompt-column": "hint"}
+SELF = OWN | {
+    "teacher.model": "self",
+    "teacher.refresh-steps": "3",
+    "teacher.prompt-column": "hint",
+}
 SELF_RUN = train(OPD, FOUR_STEPS, SELF, {"rollouts.reuse": "4"})
 CACHED_RUN = train(SFT, FOUR_STEPS, {"teacher.cache": "cache", "teacher.model": "teacher"})
 BUILD = cache({"teacher.model": "teacher"})
-JUDGED = {"num-problems": "3", "num-responses": "3", "max-tokens": "8", "batch-size": "4", "temperatures": "1.0"}
+JUDGED = {
+    "num-problems": "3",
+    "num-responses": "3",
+    "max-tokens": "8",
+    "batch-size": "4",
+    "temperatures": "1.0",
+}
 EVALUATE = command("evaluate run", JUDGED)
 SCORE = command("evaluate potstill:base --out evals.json --responses responses", JUDGED)
 REPORT = ["report", "run", "--out", "report.html"]
@@ -43,9 +55,9 @@ REPORT = ["report", "run", "--out", "report.html"]
 class Fault:
     """What is wrong, in which folder, and what a command makes of it.
 
-    refused: one line on standard error that `says` (a pattern), exit code 2. right: what the command leaves without
-    the fault. runs: exit code 0, for what is not compared. either: refused or right. With `again` the command is run
-    once more without trouble, and is right then.
+    refused: one line on standard error that `says` (a pattern), exit code 2. right: what the
+    command leaves without the fault. runs: exit code 0, for what is not compared. either: refused
+    or right. With `again` the command is run once more without trouble, and is right then.
     """
 
     name: str
@@ -70,7 +82,8 @@ def found(folder: Path, name: str) -> Path:
 
 
 def flipped(name: str, place: float) -> Harm:
-    """One bit of the byte at this place is the other; a share of the length below 1, a place from the end below 0."""
+    """One bit of the byte at this place is the other; a share of the length below 1, a place from
+    the end below 0."""
 
     def harm(folder: Path) -> None:
         path = found(folder, name)
@@ -173,7 +186,9 @@ def forged(change: Callable[[dict[str, Any]], None]) -> Harm:
         data = json.loads(path.read_text())
         del data["checksum"]
         change(data)
-        digest = hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[
+            :16
+        ]
         path.write_text(json.dumps({"checksum": digest, **data}))
         (folder / "victim.safetensors").write_text("years of work")
 
@@ -225,7 +240,10 @@ def garbled(name: str) -> dict[str, Harm]:
     return {
         "garbage": lines(name, lambda rows: [b"%%%\n", *rows[1:]]),
         "NUL": lines(name, lambda rows: [b"\0" * 64 + b"\n", *rows[1:]]),
-        "Latin-1": lines(name, lambda rows: ['{"step": 1, "text": "Gr\u00fc\u00dfe"}\n'.encode("latin-1"), *rows[1:]]),
+        "Latin-1": lines(
+            name,
+            lambda rows: ['{"step": 1, "text": "Gr\u00fc\u00dfe"}\n'.encode("latin-1"), *rows[1:]],
+        ),
         "a list": lines(name, lambda rows: [b"[1]\n", *rows[1:]]),
         "no step": lines(name, lambda rows: [b'{"loss": 1}\n', *rows[1:]]),
         "a step in words": lines(name, lambda rows: [b'{"step": "one"}\n', *rows[1:]]),
@@ -243,30 +261,61 @@ def checkpoints() -> list[Fault]:
         base, argv = ("self", SELF_RUN) if file == "teacher.safetensors" else ("half", OWN_RUN)
         for kind, harm in damaged(f"{step}/{file}").items():
             quick = base == "half" and kind in ("header", "last byte", "missing")
-            rows.append(Fault(f"{file}: {kind}", base, argv, "refused", harm, says="step-000002", is_quick=quick))
+            rows.append(
+                Fault(
+                    f"{file}: {kind}",
+                    base,
+                    argv,
+                    "refused",
+                    harm,
+                    says="step-000002",
+                    is_quick=quick,
+                )
+            )
     model, other = f"{step}/model.safetensors", f"{step}/optimizer.safetensors"
     refused: dict[str, Harm] = {
         "two files swapped": swapped(model, other),
         "weights of the teacher": swapped(model, f"{step}/teacher.safetensors"),
         "no files": lambda folder: [path.unlink() for path in (folder / step).iterdir()] and None,
         "a tensor renamed": weights(model, renamed),
-        "a NaN": weights(model, lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(float("nan")) and None),
+        "a NaN": weights(
+            model,
+            lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(float("nan")) and None,
+        ),
     }
-    rows += [Fault(name, "self", SELF_RUN, "refused", harm, says="checkpoint") for name, harm in refused.items()]
-    late: dict[str, Harm] = {"a file in its place": as_file(step), "a file in place of all": as_file("run/checkpoint")}
     rows += [
-        Fault(name, "self", SELF_RUN, "refused", harm, says="checkpoint", is_late=True) for name, harm in late.items()
+        Fault(name, "self", SELF_RUN, "refused", harm, says="checkpoint")
+        for name, harm in refused.items()
+    ]
+    late: dict[str, Harm] = {
+        "a file in its place": as_file(step),
+        "a file in place of all": as_file("run/checkpoint"),
+    }
+    rows += [
+        Fault(name, "self", SELF_RUN, "refused", harm, says="checkpoint", is_late=True)
+        for name, harm in late.items()
     ]
     right: dict[str, Harm] = {
         "a stray file": written("run/checkpoint/stray.txt", b"mine"),
         "a hidden file": written("run/checkpoint/.stray", b"mine"),
-        "a copy of one": lambda folder: shutil.copytree(folder / step, folder / "run/checkpoint/stray-copy") and None,
-        "a link": lambda folder: (folder / "run/checkpoint/stray-link").symlink_to(folder / "nowhere"),
-        "a half written one": lambda folder: (folder / "run/checkpoint/unfinished-step-000099").mkdir(),
+        "a copy of one": lambda folder: (
+            shutil.copytree(folder / step, folder / "run/checkpoint/stray-copy") and None
+        ),
+        "a link": lambda folder: (folder / "run/checkpoint/stray-link").symlink_to(
+            folder / "nowhere"
+        ),
+        "a half written one": lambda folder: (
+            folder / "run/checkpoint/unfinished-step-000099"
+        ).mkdir(),
         "none": gone("run/checkpoint"),
-        "an older one": lambda folder: shutil.copytree(folder / step, folder / "run/checkpoint/step-000001") and None,
+        "an older one": lambda folder: (
+            shutil.copytree(folder / step, folder / "run/checkpoint/step-000001") and None
+        ),
     }
-    return rows + [Fault(n, "half", OWN_RUN, "right", harm, is_quick=n == "a stray file") for n, harm in right.items()]
+    return rows + [
+        Fault(n, "half", OWN_RUN, "right", harm, is_quick=n == "a stray file")
+        for n, harm in right.items()
+    ]
 
 
 def run_logs() -> list[Fault]:
@@ -275,7 +324,11 @@ def run_logs() -> list[Fault]:
         name = f"run/{file}"
         for kind, harm in garbled(name).items():
             quick = (file, kind) in (("metrics.jsonl", "garbage"), ("samples.jsonl", "Latin-1"))
-            rows.append(Fault(f"{file}: {kind}", "half", OWN_RUN, "refused", harm, says=file, is_quick=quick))
+            rows.append(
+                Fault(
+                    f"{file}: {kind}", "half", OWN_RUN, "refused", harm, says=file, is_quick=quick
+                )
+            )
         lost: dict[str, Harm] = {
             "missing": gone(name),
             "empty": changed(name, lambda data: b""),
@@ -284,35 +337,59 @@ def run_logs() -> list[Fault]:
         }
         for kind, harm in lost.items():
             quick = (file, kind) == ("metrics.jsonl", "without its first row")
-            rows.append(Fault(f"{file}: {kind}", "half", OWN_RUN, "refused", harm, says=file, is_quick=quick))
+            rows.append(
+                Fault(
+                    f"{file}: {kind}", "half", OWN_RUN, "refused", harm, says=file, is_quick=quick
+                )
+            )
         whole: dict[str, Harm] = {
             "a torn line": changed(name, lambda data: data + b'{"step": 3, "lo'),
-            "torn in a letter": changed(name, lambda data: data + '{"step": 3, "text": "Gr\u00fc'.encode()[:-1]),
+            "torn in a letter": changed(
+                name, lambda data: data + '{"step": 3, "text": "Gr\u00fc'.encode()[:-1]
+            ),
             "zeros at the end": changed(name, lambda data: data + b"\0" * 512),
-            "60 MB more": changed(name, lambda data: data + b'{"step": 99, "x": "' + b"a" * 60_000_000 + b'"}\n'),
+            "60 MB more": changed(
+                name, lambda data: data + b'{"step": 99, "x": "' + b"a" * 60_000_000 + b'"}\n'
+            ),
         }
-        rows += [Fault(f"{file}: {kind}", "half", OWN_RUN, "right", harm) for kind, harm in whole.items()]
+        rows += [
+            Fault(f"{file}: {kind}", "half", OWN_RUN, "right", harm) for kind, harm in whole.items()
+        ]
     return rows
 
 
 def run_files() -> list[Fault]:
     environment, recipe = "run/environment.json", "run/recipe.toml"
-    refused: dict[str, Harm] = {f"environment.json: {kind}": harm for kind, harm in garbled(environment).items()}
-    refused |= {f"environment.json: {k}": harm for k, harm in damaged(environment, "cut, empty").items()}
-    refused |= {f"recipe.toml: {kind}": harm for kind, harm in garbled(recipe).items()}
-    refused |= {f"recipe.toml: {k}": harm for k, harm in damaged(recipe, "first byte, cut, empty, missing").items()}
+    refused: dict[str, Harm] = {
+        f"environment.json: {kind}": harm for kind, harm in garbled(environment).items()
+    }
     refused |= {
-        "the lock is a folder": both(gone("run/.lock"), lambda folder: (folder / "run/.lock").mkdir()),
+        f"environment.json: {k}": harm for k, harm in damaged(environment, "cut, empty").items()
+    }
+    refused |= {f"recipe.toml: {kind}": harm for kind, harm in garbled(recipe).items()}
+    refused |= {
+        f"recipe.toml: {k}": harm
+        for k, harm in damaged(recipe, "first byte, cut, empty, missing").items()
+    }
+    refused |= {
+        "the lock is a folder": both(
+            gone("run/.lock"), lambda folder: (folder / "run/.lock").mkdir()
+        ),
         "the folder is a file": as_file("run"),
     }
     quick = ("environment.json: cut", "recipe.toml: Latin-1", "the folder is a file")
-    rows = [Fault(name, "half", OWN_RUN, "refused", harm, is_quick=name in quick) for name, harm in refused.items()]
+    rows = [
+        Fault(name, "half", OWN_RUN, "refused", harm, is_quick=name in quick)
+        for name, harm in refused.items()
+    ]
     late: dict[str, Harm] = {
         "model is a file": as_file("run/model"),
         "responses is a file": as_file("run/responses"),
         "DONE is a folder": lambda folder: (folder / "run/DONE").mkdir(),
     }
-    rows += [Fault(name, "half", OWN_RUN, "refused", harm, is_late=True) for name, harm in late.items()]
+    rows += [
+        Fault(name, "half", OWN_RUN, "refused", harm, is_late=True) for name, harm in late.items()
+    ]
 
     def moved(folder: Path) -> None:
         (folder / "run").rename(folder / "elsewhere")
@@ -345,14 +422,20 @@ def finished_models() -> list[Fault]:
             harms |= {f"{file}: {kind}": harm for kind, harm in kinds.items()}
         harms["config.json: a list"] = written("run/model/config.json", b"[]")
         harms["config.json: other sizes"] = changed(
-            "run/model/config.json", lambda data: data.replace(b'"hidden_size": ', b'"hidden_size": 1')
+            "run/model/config.json",
+            lambda data: data.replace(b'"hidden_size": ', b'"hidden_size": 1'),
         )
         harms["generation_config.json: cut"] = written("run/model/generation_config.json", b'{"eos')
         harms["a NaN"] = weights("run/model/model.safetensors", filled(float("nan")))
         quick = ("model.safetensors: cut", "config.json: a list")
         rows += [
             Fault(
-                f"{says} with model: {name}", "done", argv, "refused", harm, is_quick=name in quick and says != "trains"
+                f"{says} with model: {name}",
+                "done",
+                argv,
+                "refused",
+                harm,
+                is_quick=name in quick and says != "trains",
             )
             for name, harm in harms.items()
         ]
@@ -373,11 +456,18 @@ def evaluations() -> list[Fault]:
     ]
     for kind, harm in garbled(evals).items():
         rows.append(Fault(f"evals.jsonl: {kind}", "done", EVALUATE, "either", harm))
-    for kind, harm in {**garbled("run/metrics.jsonl"), **damaged("run/metrics.jsonl", "empty, missing")}.items():
-        rows.append(Fault(f"evaluates with metrics.jsonl: {kind}", "done", EVALUATE, "either", harm))
+    for kind, harm in {
+        **garbled("run/metrics.jsonl"),
+        **damaged("run/metrics.jsonl", "empty, missing"),
+    }.items():
+        rows.append(
+            Fault(f"evaluates with metrics.jsonl: {kind}", "done", EVALUATE, "either", harm)
+        )
     wrong: dict[str, Harm] = {
         "garbage": lines(responses, lambda rows: [b"%%%\n", *rows[1:]]),
-        "Latin-1": lines(responses, lambda rows: ["Gr\u00fc\u00dfe\n".encode("latin-1"), *rows[1:]]),
+        "Latin-1": lines(
+            responses, lambda rows: ["Gr\u00fc\u00dfe\n".encode("latin-1"), *rows[1:]]
+        ),
         "a list": lines(responses, lambda rows: [b"[1]\n", *rows[1:]]),
         "the first batch twice": lines(responses, lambda rows: rows[:4] + rows),
         "a row twice": lines(responses, lambda rows: [rows[0], *rows]),
@@ -386,9 +476,12 @@ def evaluations() -> list[Fault]:
         "another problem": lines(
             responses, lambda rows: [rows[0].replace(b'"problem": "', b'"problem": "x'), *rows[1:]]
         ),
-        "no score": lines(responses, lambda rows: [rows[0].replace(b'"score"', b'"scor"'), *rows[1:]]),
+        "no score": lines(
+            responses, lambda rows: [rows[0].replace(b'"score"', b'"scor"'), *rows[1:]]
+        ),
         "a score in words": lines(
-            responses, lambda rows: [re.sub(rb'"score": [\d.]+', b'"score": "x"', rows[0]), *rows[1:]]
+            responses,
+            lambda rows: [re.sub(rb'"score": [\d.]+', b'"score": "x"', rows[0]), *rows[1:]],
         ),
         "a score above 1": lines(
             responses, lambda rows: [re.sub(rb'"score": [\d.]+', b'"score": 7', rows[0]), *rows[1:]]
@@ -401,10 +494,33 @@ def evaluations() -> list[Fault]:
         Fault(f"responses: {kind}", "scored", SCORE, "either", harm, is_quick=kind in quick)
         for kind, harm in wrong.items()
     ]
-    rows.append(Fault("responses: a torn line", "scored", SCORE, "right", changed(responses, lambda d: d + b'{"pro')))
-    rows.append(Fault("responses: a file in place of the folder", "scored", SCORE, "refused", as_file("responses")))
     rows.append(
-        Fault("--out is a folder", "scored", SCORE, "refused", lambda f: (f / "evals.json").mkdir(), is_late=True)
+        Fault(
+            "responses: a torn line",
+            "scored",
+            SCORE,
+            "right",
+            changed(responses, lambda d: d + b'{"pro'),
+        )
+    )
+    rows.append(
+        Fault(
+            "responses: a file in place of the folder",
+            "scored",
+            SCORE,
+            "refused",
+            as_file("responses"),
+        )
+    )
+    rows.append(
+        Fault(
+            "--out is a folder",
+            "scored",
+            SCORE,
+            "refused",
+            lambda f: (f / "evals.json").mkdir(),
+            is_late=True,
+        )
     )
     return rows
 
@@ -412,11 +528,23 @@ def evaluations() -> list[Fault]:
 def reports() -> list[Fault]:
     rows = []
     for file in ("metrics.jsonl", "samples.jsonl", "evals.jsonl", "recipe.toml", "DONE"):
-        for kind, harm in {**garbled(f"run/{file}"), **damaged(f"run/{file}", "cut, empty, missing")}.items():
-            needed = file == "metrics.jsonl" and kind in ("garbage", "no step", "Latin-1", "a list", "NUL", "a folder")
+        for kind, harm in {
+            **garbled(f"run/{file}"),
+            **damaged(f"run/{file}", "cut, empty, missing"),
+        }.items():
+            needed = file == "metrics.jsonl" and kind in (
+                "garbage",
+                "no step",
+                "Latin-1",
+                "a list",
+                "NUL",
+                "a folder",
+            )
             quick = (file, kind) in (("metrics.jsonl", "garbage"), ("metrics.jsonl", "no step"))
             expect = "refused" if needed else "either"
-            rows.append(Fault(f"report with {file}: {kind}", "done", REPORT, expect, harm, is_quick=quick))
+            rows.append(
+                Fault(f"report with {file}: {kind}", "done", REPORT, expect, harm, is_quick=quick)
+            )
     inputs = {
         "garbage": b"%%%",
         "empty": b"",
@@ -431,7 +559,11 @@ def reports() -> list[Fault]:
     }
     for kind, data in inputs.items():
         argv = ["report", "evals.json", "--out", "report.html"]
-        rows.append(Fault(f"report of a file: {kind}", "scored", argv, "refused", written("evals.json", data)))
+        rows.append(
+            Fault(
+                f"report of a file: {kind}", "scored", argv, "refused", written("evals.json", data)
+            )
+        )
     targets: dict[str, Harm] = {
         "report.html is a folder": lambda folder: (folder / "report.html").mkdir(),
         "results.json is mine": written("results.json", b'{"mine": 1}'),
@@ -467,10 +599,17 @@ def studies() -> list[Fault]:
         "Latin-1": b'{"panels": "\xfc"}',
         "NUL": b"\0" * 99,
         "cut": json.dumps({"panels": [panel]}).encode()[:-9],
-        "a run without a folder": json.dumps({"panels": [panel | {"runs": [{"name": "a", "state": "done"}]}]}).encode(),
-        "a state that is a number": json.dumps({"panels": [panel | {"runs": [run | {"state": 7}]}]}).encode(),
+        "a run without a folder": json.dumps(
+            {"panels": [panel | {"runs": [{"name": "a", "state": "done"}]}]}
+        ).encode(),
+        "a state that is a number": json.dumps(
+            {"panels": [panel | {"runs": [run | {"state": 7}]}]}
+        ).encode(),
     }
-    commands = {"report": ["report", "study", "--out", "report.html"], "study": ["study", "study.toml", "--no-report"]}
+    commands = {
+        "report": ["report", "study", "--out", "report.html"],
+        "study": ["study", "study.toml", "--no-report"],
+    }
     for kind, data in plans.items():
         for name, argv in commands.items():
             harm = both(written("study/plan.json", data), written("study.toml", STUDY.encode()))
@@ -490,12 +629,27 @@ def studies() -> list[Fault]:
 
 def caches() -> list[Fault]:
     rows, shard = [], "cache/shards/*.safetensors"
-    for file in ("cache/manifest.json", "cache/head.safetensors", shard, "cache/tokenizer/tokenizer.json"):
+    for file in (
+        "cache/manifest.json",
+        "cache/head.safetensors",
+        shard,
+        "cache/tokenizer/tokenizer.json",
+    ):
         for kind, harm in damaged(file).items():
             # A shard's rollouts are compared with their checksums when they are read.
             late = file == shard and kind in ("middle", "last byte")
             quick = file != "cache/head.safetensors" and kind in ("middle", "missing")
-            rows.append(Fault(f"{file}: {kind}", "cache", CACHED_RUN, "refused", harm, is_late=late, is_quick=quick))
+            rows.append(
+                Fault(
+                    f"{file}: {kind}",
+                    "cache",
+                    CACHED_RUN,
+                    "refused",
+                    harm,
+                    is_late=late,
+                    is_quick=quick,
+                )
+            )
     for kind, harm in damaged("cache/tokenizer/tokenizer_config.json").items():
         rows.append(Fault(f"tokenizer_config.json: {kind}", "cache", CACHED_RUN, "either", harm))
 
@@ -513,21 +667,30 @@ def caches() -> list[Fault]:
     rows += [Fault(name, "cache", CACHED_RUN, "refused", harm) for name, harm in more.items()]
     verify, info = ["cache", "verify", "cache"], ["cache", "info", "cache"]
     for kind, harm in damaged(shard).items():
-        rows.append(Fault(f"verifies a shard: {kind}", "cache", verify, "refused", harm, is_late=True))
+        rows.append(
+            Fault(f"verifies a shard: {kind}", "cache", verify, "refused", harm, is_late=True)
+        )
         # What is stored of a rollout is compared with its checksum when it is read.
         expect = "runs" if kind == "middle" else "either"
         rows.append(Fault(f"builds on a shard: {kind}", "cache", BUILD, expect, harm, is_late=True))
     for kind, harm in damaged("cache/manifest.json").items():
         for name, argv in (("info", info), ("verify", verify), ("build", BUILD)):
             expect = "either" if (name, kind) == ("build", "missing") else "refused"
-            rows.append(Fault(f"{name} with manifest.json: {kind}", "cache", argv, expect, harm, is_late=True))
+            rows.append(
+                Fault(
+                    f"{name} with manifest.json: {kind}", "cache", argv, expect, harm, is_late=True
+                )
+            )
     strays: dict[str, Harm] = {
         "a stray file": written("cache/stray.txt", b"mine"),
         "a hidden file": written("cache/.stray", b"mine"),
         "a shard that is not listed": written("cache/shards/0123456789abcdef.safetensors", b"half"),
         "half of a manifest": written("cache/.manifest.json.unfinished", b"{"),
     }
-    rows += [Fault(f"builds beside {name}", "half cache", BUILD, "right", harm) for name, harm in strays.items()]
+    rows += [
+        Fault(f"builds beside {name}", "half cache", BUILD, "right", harm)
+        for name, harm in strays.items()
+    ]
     begun = Fault(
         "builds after a kill at once",
         "half cache",
@@ -555,7 +718,9 @@ def forgeries() -> list[Fault]:
         "null": None,
         "a line more": "shards/0123456789abcdef.safetensors\n",
     }
-    harms: dict[str, Harm] = {f"a shard is {name}": first_shard(file=file) for name, file in places.items()}
+    harms: dict[str, Harm] = {
+        f"a shard is {name}": first_shard(file=file) for name, file in places.items()
+    }
 
     def absolute(folder: Path) -> None:
         first_shard(file=str(folder / "victim.safetensors"))(folder)
@@ -571,7 +736,15 @@ def forgeries() -> list[Fault]:
                 "a shard is a link",
             )
             rows.append(
-                Fault(f"{argv[0]} {argv[1]}: {name}", "cache", argv, expect, harm, is_late=True, is_quick=quick)
+                Fault(
+                    f"{argv[0]} {argv[1]}: {name}",
+                    "cache",
+                    argv,
+                    expect,
+                    harm,
+                    is_late=True,
+                    is_quick=quick,
+                )
             )
     values: dict[str, Harm] = {
         "shards are a table": forged(lambda data: data.update(shards={})),
@@ -603,7 +776,14 @@ def forgeries() -> list[Fault]:
     for name, harm in values.items():
         rows.append(Fault(f"forged: {name}", "cache", CACHED_RUN, "either", harm, is_late=True))
         rows.append(
-            Fault(f"verify forged: {name}", "cache", ["cache", "verify", "cache"], "either", harm, is_late=True)
+            Fault(
+                f"verify forged: {name}",
+                "cache",
+                ["cache", "verify", "cache"],
+                "either",
+                harm,
+                is_late=True,
+            )
         )
     return rows
 
@@ -622,7 +802,9 @@ def troubles() -> list[Fault]:
         "DONE",
     )
     for where in places:
-        errors = ("ENOSPC", "EACCES") if where in ("metrics.jsonl", ".model.unfinished") else ("ENOSPC",)
+        errors = (
+            ("ENOSPC", "EACCES") if where in ("metrics.jsonl", ".model.unfinished") else ("ENOSPC",)
+        )
         for error in errors:
             rows.append(
                 Fault(
@@ -637,27 +819,56 @@ def troubles() -> list[Fault]:
                     is_quick=where in ("environment.json",),
                 )
             )
-    starts = {"recipe.toml": "EROFS", "environment.json": "EDQUOT", "metrics.jsonl": "EIO", ".lock": "EROFS"}
+    starts = {
+        "recipe.toml": "EROFS",
+        "environment.json": "EDQUOT",
+        "metrics.jsonl": "EIO",
+        ".lock": "EROFS",
+    }
     for where, error in starts.items():
         trouble = Trouble(event=1, where=where, error=error)
         rows.append(
             Fault(
-                f"{error} at {where} of a new run", "own", OWN_RUN, "refused", trouble=trouble, is_late=True, again=True
+                f"{error} at {where} of a new run",
+                "own",
+                OWN_RUN,
+                "refused",
+                trouble=trouble,
+                is_late=True,
+                again=True,
             )
         )
     for where in ("tokenizer", "head.safetensors", "manifest.json", "shards", ".lock"):
         trouble = Trouble(event=1, where=where, error="ENOSPC")
         rows.append(
             Fault(
-                f"ENOSPC at {where} of a new cache", "own", BUILD, "refused", trouble=trouble, is_late=True, again=True
+                f"ENOSPC at {where} of a new cache",
+                "own",
+                BUILD,
+                "refused",
+                trouble=trouble,
+                is_late=True,
+                again=True,
             )
         )
     for where in ("responses", "evals.json"):
         trouble = Trouble(event=1, where=where, error="ENOSPC")
-        rows.append(Fault(f"ENOSPC at {where}", "empty", SCORE, "refused", trouble=trouble, is_late=True, again=True))
+        rows.append(
+            Fault(
+                f"ENOSPC at {where}",
+                "empty",
+                SCORE,
+                "refused",
+                trouble=trouble,
+                is_late=True,
+                again=True,
+            )
+        )
     for where in ("report.html", "results.json"):
         trouble = Trouble(event=1, where=where, error="EROFS")
-        rows.append(Fault(f"EROFS at {where}", "done", REPORT, "refused", trouble=trouble, is_late=True))
+        rows.append(
+            Fault(f"EROFS at {where}", "done", REPORT, "refused", trouble=trouble, is_late=True)
+        )
     for size in (0, 100, 2_000, 30_000, 200_000, 500_000):
         trouble = Trouble(limits={"RLIMIT_FSIZE": size})
         rows.append(
@@ -698,13 +909,27 @@ def troubles() -> list[Fault]:
     for handles in (5, 8, 12, 16, 20):
         trouble = Trouble(limits={"RLIMIT_NOFILE": handles})
         rows.append(
-            Fault(f"{handles} file handles", "half", OWN_RUN, "either", trouble=trouble, is_late=True, again=True)
+            Fault(
+                f"{handles} file handles",
+                "half",
+                OWN_RUN,
+                "either",
+                trouble=trouble,
+                is_late=True,
+                again=True,
+            )
         )
     for megabytes in (0, 1, 4, 16, 64, 256):
         trouble = Trouble(limits={"RLIMIT_AS": megabytes << 20})
         rows.append(
             Fault(
-                f"{megabytes} MiB of memory more", "half", OWN_RUN, "either", trouble=trouble, is_late=True, again=True
+                f"{megabytes} MiB of memory more",
+                "half",
+                OWN_RUN,
+                "either",
+                trouble=trouble,
+                is_late=True,
+                again=True,
             )
         )
     return rows
@@ -753,7 +978,9 @@ def rights() -> list[Fault]:
 
 def changes() -> list[Fault]:
     """What a run was begun with is gone, or something else."""
-    prompts = lines("prompts.jsonl", lambda rows: [rows[1], rows[0].replace(b"*2", b"*3"), *rows[2:]])
+    prompts = lines(
+        "prompts.jsonl", lambda rows: [rows[1], rows[0].replace(b"*2", b"*3"), *rows[2:]]
+    )
     refused: dict[str, tuple[Harm, str]] = {
         "the student is gone": (gone("student"), "student"),
         "the teacher is gone": (gone("teacher"), "teacher"),
@@ -762,34 +989,60 @@ def changes() -> list[Fault]:
         "other weights of the student": (flipped("student/model.safetensors", 0.7), "other models"),
         "other weights of the teacher": (flipped("teacher/model.safetensors", 0.7), "other models"),
         "other prompts": (prompts, "other prompts"),
-        "prompts in another order": (lines("prompts.jsonl", lambda rows: rows[::-1]), "other prompts"),
+        "prompts in another order": (
+            lines("prompts.jsonl", lambda rows: rows[::-1]),
+            "other prompts",
+        ),
         "fewer prompts": (lines("prompts.jsonl", lambda rows: rows[:-1]), ""),
         "a NaN in the student": (weights("student/model.safetensors", filled(float("nan"))), ""),
         "infinity in the teacher": (weights("teacher/model.safetensors", filled(float("inf"))), ""),
         "another end": (
             changed(
-                "student/generation_config.json", lambda d: d.replace(b'"eos_token_id": 2', b'"eos_token_id": [2, 5]')
+                "student/generation_config.json",
+                lambda d: d.replace(b'"eos_token_id": 2', b'"eos_token_id": [2, 5]'),
             ),
             "other models",
         ),
     }
     quick = ("other weights of the student", "other prompts", "the teacher is gone")
     rows = [
-        Fault(f"resumes when {name}", "half", OWN_RUN, "refused", harm, says=says, is_quick=name in quick)
+        Fault(
+            f"resumes when {name}",
+            "half",
+            OWN_RUN,
+            "refused",
+            harm,
+            says=says,
+            is_quick=name in quick,
+        )
         for name, (harm, says) in refused.items()
     ]
     for model in ("student", "teacher"):
         for value in (float("nan"), float("inf"), float("-inf"), 3e38):
             harm = weights(f"{model}/model.safetensors", filled(value))
-            rows.append(Fault(f"begins with {value} in the {model}", "own", OWN_RUN, "refused", harm, is_late=True))
+            rows.append(
+                Fault(
+                    f"begins with {value} in the {model}",
+                    "own",
+                    OWN_RUN,
+                    "refused",
+                    harm,
+                    is_late=True,
+                )
+            )
     for lr in ("1e4", "1e30", "1e38"):
-        rows.append(Fault(f"diverges at lr {lr}", "own", [*OWN_RUN, "--train.lr", lr], "either", is_late=True))
+        rows.append(
+            Fault(
+                f"diverges at lr {lr}", "own", [*OWN_RUN, "--train.lr", lr], "either", is_late=True
+            )
+        )
     cached: dict[str, tuple[Harm, str]] = {
         "other weights of the teacher": (flipped("teacher/model.safetensors", 0.7), "refused"),
         "no teacher": (gone("teacher"), "right"),
     }
     rows += [
-        Fault(f"from a cache with {name}", "cache", CACHED_RUN, expect, harm) for name, (harm, expect) in cached.items()
+        Fault(f"from a cache with {name}", "cache", CACHED_RUN, expect, harm)
+        for name, (harm, expect) in cached.items()
     ]
     return rows
 
@@ -812,14 +1065,18 @@ TABLES = (
 
 def table() -> list[Any]:
     rows = [(f"{make.__name__}: {fault.name}", fault) for make in TABLES for fault in make()]
-    return [pytest.param(fault, id=name, marks=[] if fault.is_quick else pytest.mark.slow) for name, fault in rows]
+    return [
+        pytest.param(fault, id=name, marks=[] if fault.is_quick else pytest.mark.slow)
+        for name, fault in rows
+    ]
 
 
 # --- the folders, and the test ---
 
 
 class Folders:
-    """Folders that commands made, and what commands leave in them without a fault; each made once."""
+    """Folders that commands made, and what commands leave in them without a fault; each made
+    once."""
 
     def __init__(self, root: Path, forks: Forks):
         self.root, self.forks = root, forks
@@ -836,7 +1093,9 @@ class Folders:
         """The base after the command."""
         folder = self.root / hashlib.sha256(repr((base, argv)).encode()).hexdigest()
         if not folder.exists():
-            made = shutil.copytree(self.base(base), Path(tempfile.mkdtemp(dir=self.root)), dirs_exist_ok=True)
+            made = shutil.copytree(
+                self.base(base), Path(tempfile.mkdtemp(dir=self.root)), dirs_exist_ok=True
+            )
             self._run(made, argv)
             made.rename(folder)
         return folder
@@ -908,13 +1167,19 @@ def test_a_fault_is_said_or_does_no_harm(tmp_path, forks, folders, fault):
     is_refused = ended.code == 2
     assert fault.expect == "either" or (fault.expect == "refused") == is_refused, said
     if is_refused:
-        assert ended.last_line.startswith("potstill: ") and re.search(fault.says, ended.last_line, re.IGNORECASE), said
+        assert ended.last_line.startswith("potstill: ") and re.search(
+            fault.says, ended.last_line, re.IGNORECASE
+        ), said
         assert fault.is_late or ended.err.count("\n") == 1, said
         assert ended.err.count("potstill: ") == 1, said
     if fault.again:
         ended = forks.run(folder, fault.argv)
         assert ended.code == 0, ended.err
-    if ended.code == 0 and fault.expect != "runs" and fault.argv[0] in ("train", "cache", "evaluate"):
+    if (
+        ended.code == 0
+        and fault.expect != "runs"
+        and fault.argv[0] in ("train", "cache", "evaluate")
+    ):
         # What is given to a command stays as it was damaged, where it is not the command's to make.
         given = "stray|victim|elsewhere|^teacher/" + ("" if "build" in fault.argv else "|^cache/")
         given += "|^run/metrics" if fault.argv == EVALUATE else ""

@@ -13,14 +13,33 @@ from forked import Ended, Forks, Trouble
 
 pytestmark = pytest.mark.slow
 
-GATE = {"window.schedule": "entropy-gated", "window.start": "4", "window.check-every": "2", "window.num-probes": "3"}
+GATE = {
+    "window.schedule": "entropy-gated",
+    "window.start": "4",
+    "window.check-every": "2",
+    "window.num-probes": "3",
+}
 GATE |= {"window.patience": "1", "window.threshold": "0.01", "window.max-truncation": "1"}
 GATE |= {"window.max-repetition": "1"}
 MIXED = {"objective.prefix": "mixed"}
-HANDOFF = {"objective.prefix-mix": "handoff", "objective.handoff-tokens": "2 6", "objective.kl": "jsd"}
-ENTROPY_MIXING = {"objective.kl": "mixed", "weight_schedule.schedule": "entropy", "weight_schedule.rate": "0.2"}
+HANDOFF = {
+    "objective.prefix-mix": "handoff",
+    "objective.handoff-tokens": "2 6",
+    "objective.kl": "jsd",
+}
+ENTROPY_MIXING = {
+    "objective.kl": "mixed",
+    "weight_schedule.schedule": "entropy",
+    "weight_schedule.rate": "0.2",
+}
 ALL = 10**6
-EVALUATE = {"num-problems": "6", "num-responses": "3", "max-tokens": "10", "batch-size": "4", "temperatures": "1.0 0.6"}
+EVALUATE = {
+    "num-problems": "6",
+    "num-responses": "3",
+    "max-tokens": "10",
+    "batch-size": "4",
+    "temperatures": "1.0 0.6",
+}
 GRPO = {name.replace("train.", "grpo."): value for name, value in SMALL.items()}
 GRPO |= {"grpo.group-size": "3", "grpo.prompts-per-step": "2", "grpo.steps": "5"}
 
@@ -70,9 +89,11 @@ fields.max_tokens = 12
 
 @dataclass(frozen=True)
 class Case:
-    """A command; what must be there before it; how often it is killed at least, and how often in one trial at most.
+    """A command; what must be there before it; how often it is killed at least, and how often in
+    one trial at most.
 
-    `at_each`: first of all it is killed at each of its first so many events, in trials of their own.
+    `at_each`: first of all it is killed at each of its first so many events, in trials of their
+    own.
     """
 
     argv: list[str]
@@ -86,9 +107,13 @@ class Case:
 CASES = {
     "teacher": Case(train(SFT), at_each=8),
     "student": Case(train(OPD)),
-    "dataset": Case(train(SFT, {"objective.prefix": "dataset", "data.source": "multiplication:persona"})),
+    "dataset": Case(
+        train(SFT, {"objective.prefix": "dataset", "data.source": "multiplication:persona"})
+    ),
     "mixed by sequence": Case(train(MIXED, ENTROPY_MIXING, {"rollouts.reuse": "3"})),
-    "mixed by handoff": Case(train(MIXED, HANDOFF, {"rollouts.reuse": "2", "train.checkpoint-every": "3"})),
+    "mixed by handoff": Case(
+        train(MIXED, HANDOFF, {"rollouts.reuse": "2", "train.checkpoint-every": "3"})
+    ),
     "mixed by token": Case(train(MIXED, {"objective.prefix-mix": "token"})),
     "weight schedule": Case(
         train(
@@ -105,10 +130,15 @@ CASES = {
     "cache of hidden states": Case([*cache(), "--completions", "2"], at_each=ALL),
     "cache of likeliest tokens": Case([*cache(), "--payload", "topk"], at_each=ALL),
     "cache of completions": Case([*cache(), "--payload", "completions"], at_each=ALL),
-    "evaluate": Case(command("evaluate potstill:base --out evals.json --responses responses", EVALUATE)),
+    "evaluate": Case(
+        command("evaluate potstill:base --out evals.json --responses responses", EVALUATE)
+    ),
     "evaluate a run": Case(command("evaluate run", EVALUATE), before=(train(SFT),), kills=6),
     "study": Case(
-        ["study", "study.toml", "--jobs", "2", "--no-report"], kills=8, per_trial=4, files={"study.toml": STUDY}
+        ["study", "study.toml", "--jobs", "2", "--no-report"],
+        kills=8,
+        per_trial=4,
+        files={"study.toml": STUDY},
     ),
 }
 
@@ -125,7 +155,9 @@ def totals(request):
     """Counts over all commands, printed when the last one has ended."""
     found: Counter[str] = Counter()
     yield found
-    line = ", ".join(f"{found[name]} {name}" for name in ("kills", "trials", "equal", "differ", "not resumable"))
+    line = ", ".join(
+        f"{found[name]} {name}" for name in ("kills", "trials", "equal", "differ", "not resumable")
+    )
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\n{line} ({found['torn']} kills in the middle of a write)")
 
@@ -183,7 +215,10 @@ def test_a_killed_command_ends_as_if_it_had_not_been(tmp_path, forks, totals, na
         found[outcome] += 1
         if outcome != "equal":
             reason = ", ".join(wrong) or ended.last_line
-            failed.append(f"{outcome}: {reason}; `potstill {' '.join(case.argv)}` after {', '.join(map(str, tried))}")
+            failed.append(
+                f"{outcome}: {reason}; `potstill {' '.join(case.argv)}` after "
+                f"{', '.join(map(str, tried))}"
+            )
         shutil.rmtree(folder)
         if found["kills"] >= case.kills and found["trials"] >= min(case.at_each, whole.events):
             break

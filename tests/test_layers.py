@@ -15,6 +15,10 @@ OTHERS = ["answers", "config", "console.progress", "files", "tasks", "tasks.tabl
 @pytest.mark.parametrize("module", [*REPORT, *RUNS, *STUDY, *OTHERS])
 def test_it_loads_without_torch(module):
     """In a fresh interpreter, so that what other tests have loaded does not count."""
-    program = f"import sys, potstill.{module}; print({{'torch', 'transformers'}} & set(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    program = (
+        f"import sys, potstill.{module}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     assert loaded == "set()\n"

@@ -1,4 +1,5 @@
-"""EleutherAI's lm-eval on a saved student, unchanged, beside our own evaluation. Run by `make test-real`."""
+"""EleutherAI's lm-eval on a saved student, unchanged, beside our own evaluation. Run by `make
+test-real`."""
 
 import json
 import subprocess
@@ -14,7 +15,8 @@ from potstill.runs.run_folder import read_rows
 
 pytestmark = pytest.mark.real
 
-# `until` is empty, as the text must go on to the model's own end token; left out, it would be two newlines.
+# `until` is empty, as the text must go on to the model's own end token; left out, it would be two
+# newlines.
 TASK = r"""
 task: products
 dataset_path: json
@@ -33,7 +35,9 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 def test_lm_eval_reads_our_model_folder_and_gives_our_greedy_responses(tmp_path, monkeypatch):
     train(tiny_recipe(tmp_path / "run", window={"tokens": 96}, train={"steps": 8}), quiet=True)
-    evaluation = Evaluation(source="multiplication", temperatures=(0.0,), num_responses=1, num_problems=60)
+    evaluation = Evaluation(
+        source="multiplication", temperatures=(0.0,), num_responses=1, num_problems=60
+    )
     (ours,) = evaluate(tmp_path / "run", evaluation, responses=tmp_path / "ours", quiet=True)
     (file,) = (tmp_path / "ours").iterdir()
     responses = read_rows(file)
@@ -47,7 +51,15 @@ def test_lm_eval_reads_our_model_folder_and_gives_our_greedy_responses(tmp_path,
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "products.yaml").write_text(TASK.replace("DATA", json.dumps(str(data))))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'run/model'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={tmp_path / 'run/model'}",
+    ]
     command += ["--tasks", "products", "--include_path", str(tmp_path / "tasks"), "--device", "cpu"]
     command += ["--batch_size", "32", "--log_samples", "--output_path", str(tmp_path / "theirs")]
     subprocess.run(command, check=True, cwd=tmp_path)
@@ -57,4 +69,7 @@ def test_lm_eval_reads_our_model_folder_and_gives_our_greedy_responses(tmp_path,
     found = sorted(read_rows(samples), key=lambda row: row["doc_id"])
     assert [row["resps"] for row in found] == [[[row["text"]]] for row in responses]
     assert [row["exact_match"] for row in found] == [row["score"] for row in responses]
-    assert json.loads(results.read_text())["results"]["products"]["exact_match,last"] == ours["avg"].value
+    assert (
+        json.loads(results.read_text())["results"]["products"]["exact_match,last"]
+        == ours["avg"].value
+    )

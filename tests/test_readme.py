@@ -20,5 +20,8 @@ def test_links_and_pictures_exist():
 
 
 def test_the_recipe_has_twelve_lines_and_the_demo_eight():
-    recipe, demo = (re.search(rf"```{kind}\n(.*?)```", README, re.DOTALL)[1].splitlines() for kind in ("toml", "text"))
+    recipe, demo = (
+        re.search(rf"```{kind}\n(.*?)```", README, re.DOTALL)[1].splitlines()
+        for kind in ("toml", "text")
+    )
     assert len(recipe) == 12 and len(demo) == 8

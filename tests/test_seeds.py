@@ -13,11 +13,18 @@ from potstill.types import Example, Prompt
 
 # From 2^32 on a seed is two of numpy's words, and there its keys are one longer.
 SEEDS = (0, 1, 2, 5, 2**32 - 1, 2**32 + 1, 2**63 - 1)
-OF_A_DISTILLATION = (Stream.TOKENS, Stream.TURNS, Stream.SECOND_WRITER, Stream.HANDOFF, Stream.PROBE)
+OF_A_DISTILLATION = (
+    Stream.TOKENS,
+    Stream.TURNS,
+    Stream.SECOND_WRITER,
+    Stream.HANDOFF,
+    Stream.PROBE,
+)
 
 
 def state_of(key: tuple[int, ...]) -> tuple[int, ...]:
-    """All that numpy's generator starts from; other keys can be the same stream, as (1, 2) and (1, 2, 0) are."""
+    """All that numpy's generator starts from; other keys can be the same stream, as (1, 2) and (1,
+    2, 0) are."""
     return tuple(np.random.SeedSequence(key).generate_state(4, np.uint64).tolist())
 
 
@@ -27,9 +34,16 @@ def keys_of_a_distillation(seed: int) -> list[tuple[int, ...]]:
 
 
 def keys_of_grpo(seed: int) -> list[tuple[int, ...]]:
-    keys = [stream_key((seed, *place), Stream.TOKENS) for place in itertools.product(range(7), range(7), range(7))]
-    keys += [stream_key((seed, step, place, 0), Stream.PROBE) for step in range(7) for place in range(7)]
-    return keys + [stream_key((seed, 0, place, i), Stream.START) for place in range(7) for i in range(7)]
+    keys = [
+        stream_key((seed, *place), Stream.TOKENS)
+        for place in itertools.product(range(7), range(7), range(7))
+    ]
+    keys += [
+        stream_key((seed, step, place, 0), Stream.PROBE) for step in range(7) for place in range(7)
+    ]
+    return keys + [
+        stream_key((seed, 0, place, i), Stream.START) for place in range(7) for i in range(7)
+    ]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -68,15 +82,23 @@ def test_writers_ask_for_each_stream_once(monkeypatch, student, teacher, prefix_
         return real(key)
 
     monkeypatch.setattr(np.random, "default_rng", default_rng)
-    prompts = [Prompt(example=Example(id=str(i), prompt="prompt"), token_ids=(1, 5 + i)) for i in range(8)]
+    prompts = [
+        Prompt(example=Example(id=str(i), prompt="prompt"), token_ids=(1, 5 + i)) for i in range(8)
+    ]
     models = {"student": student.model, "teacher": teacher.model}
     objective = Objective(prefix="mixed", prefix_mix=prefix_mix, handoff_tokens=(2, 5))
     writing = Writing(
-        objective=objective, models=models, window=12, end_ids=(2,), sampling=Sampling(), rollouts_per_step=len(prompts)
+        objective=objective,
+        models=models,
+        window=12,
+        end_ids=(2,),
+        sampling=Sampling(),
+        rollouts_per_step=len(prompts),
     )
     for round_ in range(3):
         write_rollouts(writing, prompts, [(7, round_, place) for place in range(8)])
-    # The order of a round's places is asked for by every place, and its key is filled up to that of the first place.
+    # The order of a round's places is asked for by every place, and its key is filled up to that of
+    # the first place.
     first_places = {state_of(round_key(7, round_)) for round_ in range(3)}
     shared = {state: num for state, num in asked.items() if num > 1}
     assert shared.keys() == (first_places if prefix_mix == "sequence" else set())

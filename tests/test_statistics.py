@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from potstill.statistics import holm, mean_over_problems, paired, pass_at_k, ratio_over_problems, seeds_and_problems
+from potstill.statistics import (
+    holm,
+    mean_over_problems,
+    paired,
+    pass_at_k,
+    ratio_over_problems,
+    seeds_and_problems,
+)
 
 
 @pytest.mark.parametrize("num_responses", [1, 4, 6])
@@ -14,7 +21,9 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_correct_response(num_respons
         responses = [True] * num_correct + [False] * (num_responses - num_correct)
         for k in range(1, num_responses + 1):
             subsets = list(itertools.combinations(responses, k))
-            assert pass_at_k(num_responses, num_correct, k) == pytest.approx(np.mean([any(s) for s in subsets]))
+            assert pass_at_k(num_responses, num_correct, k) == pytest.approx(
+                np.mean([any(s) for s in subsets])
+            )
 
 
 def test_pass_at_k_is_unbiased():
@@ -55,7 +64,8 @@ def test_paired_differences_and_their_test():
     found = paired(a.tolist(), b.tolist())
     assert found.difference.value == pytest.approx((a - b).mean())
     assert found.p_value == pytest.approx(scipy.stats.wilcoxon(a - b).pvalue)
-    # By brute force: of seven differences of one sign all 2^7 signs are as likely, and two are as extreme.
+    # By brute force: of seven differences of one sign all 2^7 signs are as likely, and two are as
+    # extreme.
     assert paired([1, 2, 3, 4, 5, 6, 7], [0.0] * 7).p_value == pytest.approx(2 / 2**7)
     assert paired([1.0, 2.0], [1.0, 2.0]) == ((0.0, 0.0, 0.0), 1.0)
 
@@ -65,9 +75,12 @@ def test_holm_by_hand():
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
-@pytest.mark.parametrize(("num_seeds", "of_seeds", "least"), [(24, 0.5, 0.93), (5, 0.1, 0.93), (3, 0.5, 0.90)])
+@pytest.mark.parametrize(
+    ("num_seeds", "of_seeds", "least"), [(24, 0.5, 0.93), (5, 0.1, 0.93), (3, 0.5, 0.90)]
+)
 def test_intervals_over_seeds_and_problems_cover(num_seeds, of_seeds, least):
-    """At least 95 % - 2 % where seeds and problems both vary, a little less where three seeds are all that varies."""
+    """At least 95 % - 2 % where seeds and problems both vary, a little less where three seeds are
+    all that varies."""
     rng = np.random.default_rng(1)
     num_trials = 600
     hits = problems_alone = 0
@@ -85,7 +98,9 @@ def test_intervals_over_seeds_and_problems_cover(num_seeds, of_seeds, least):
 
 def test_intervals_over_many_seeds_and_problems_are_those_of_the_bootstrap():
     rng = np.random.default_rng(3)
-    table = 3 + rng.normal(0, 0.5, (40, 1)) + rng.normal(0, 1, (1, 60)) + rng.normal(0, 0.3, (40, 60))
+    table = (
+        3 + rng.normal(0, 0.5, (40, 1)) + rng.normal(0, 1, (1, 60)) + rng.normal(0, 0.3, (40, 60))
+    )
     draws = [table[rng.integers(0, 40, 40)][:, rng.integers(0, 60, 60)].mean() for _ in range(3000)]
     found = seeds_and_problems(table.tolist())
     assert found.value == pytest.approx(table.mean())

@@ -1,4 +1,5 @@
-"""potstill distils large language models: who writes the prefixes, and which KL is minimised there."""
+"""potstill distils large language models: who writes the prefixes, and which KL is minimised
+there."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

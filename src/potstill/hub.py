@@ -1,4 +1,5 @@
-"""The model hub: asked once whether it can be reached. Where it cannot, what is in the cache is found at once."""
+"""The model hub: asked once whether it can be reached. Where it cannot, what is in the cache is
+found at once."""
 
 import functools
 import threading
@@ -13,7 +14,8 @@ PATIENCE = 3.0
 
 @functools.cache
 def is_reachable() -> bool:
-    """Whether the hub answers, asked once a process. Also False where the user has switched it off."""
+    """Whether the hub answers, asked once a process. Also False where the user has switched it
+    off."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -25,7 +27,8 @@ def is_reachable() -> bool:
         try:
             get_session().head(constants.ENDPOINT, timeout=PATIENCE)
             answers.append(True)
-        # Errors of every kind, by network and version of the client: each means that it does not answer.
+        # Errors of every kind, by network and version of the client: each means that it does not
+        # answer.
         except Exception:
             answers.append(False)
 
@@ -38,11 +41,14 @@ def is_reachable() -> bool:
 
 @contextmanager
 def cache_first() -> Iterator[None]:
-    """Within this, the hub's clients read the cache alone if the hub does not answer, without tries and lines."""
+    """Within this, the hub's clients read the cache alone if the hub does not answer, without tries
+    and lines."""
     if is_reachable():
         yield
         return
-    settings: list[Any] = [import_module(name) for name in ("huggingface_hub.constants", "datasets.config")]
+    settings: list[Any] = [
+        import_module(name) for name in ("huggingface_hub.constants", "datasets.config")
+    ]
     before = [module.HF_HUB_OFFLINE for module in settings]
     for module in settings:
         module.HF_HUB_OFFLINE = True
@@ -55,4 +61,7 @@ def cache_first() -> Iterator[None]:
 
 def cannot_be_had(what: str, name: str) -> str:
     """The line for what is named and neither here, nor in the cache, nor to be had."""
-    return f"{what} {name!r} is not here nor in the hub's cache, and the hub does not answer; give a folder or file"
+    return (
+        f"{what} {name!r} is not here nor in the hub's cache, and the hub does not answer; "
+        "give a folder or file"
+    )

@@ -1,18 +1,21 @@
-"""The prompts of each step and the random streams, from the seed and the number of finished steps alone."""
+"""The prompts of each step and the random streams, from the seed and the number of finished steps
+alone."""
 
 import hashlib
 import random
 from enum import IntEnum
 
-# What numpy's generators take as their seed. A rollout is named by (seed of the run, round, place in the round), and in
-# GRPO by its response in the group as well; `stream_key` makes the keys of its random streams.
+# What numpy's generators take as their seed. A rollout is named by (seed of the run, round, place
+# in the round), and in GRPO by its response in the group as well; `stream_key` makes the keys of
+# its random streams.
 Key = tuple[int, ...]
 
 
 class Stream(IntEnum):
     """Uses of random numbers, each with streams of its own.
 
-    The numbers are part of what a seed means: one that changes changes every run. A new use takes a new number.
+    The numbers are part of what a seed means: one that changes changes every run. A new use takes a
+    new number.
     """
 
     TOKENS = 0
@@ -37,8 +40,9 @@ def stream_key(rollout: Key, stream: Stream) -> Key:
 def round_key(seed: int, round_: int) -> Key:
     """The key of what is drawn once for a round: the order of its places.
 
-    numpy fills short keys with zeros, so that this is also the key of the tokens in the round's first place. An order
-    takes the low bits of the numbers that are drawn, and tokens the high ones.
+    numpy fills short keys with zeros, so that this is also the key of the tokens in the round's
+    first place. An order takes the low bits of the numbers that are drawn, and tokens the high
+    ones.
     """
     return (seed, round_)
 
@@ -50,7 +54,9 @@ def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[
     for place in range(step * per_step, (step + 1) * per_step):
         epoch, i = divmod(place, num_prompts)
         if epoch not in order:
-            order[epoch] = random.Random(f"epoch/{seed}/{epoch}").sample(range(num_prompts), num_prompts)
+            order[epoch] = random.Random(f"epoch/{seed}/{epoch}").sample(
+                range(num_prompts), num_prompts
+            )
         indices.append(order[epoch][i])
     return indices
 

@@ -1,7 +1,7 @@
 """Values that the parts of potstill exchange. No logic; torch is imported for annotations alone.
 
-Shapes: B sequences, T positions, N loss tokens (flattened), V shared vocabulary, D student hidden, E teacher hidden.
-Position t of every `_BT` tensor is about predicting token t+1.
+Shapes: B sequences, T positions, N loss tokens (flattened), V shared vocabulary, D student hidden,
+E teacher hidden. Position t of every `_BT` tensor is about predicting token t+1.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Of a chat: `role`, `content` (a text, or a list of text parts) and whatever else a template may read.
+# Of a chat: `role`, `content` (a text, or a list of text parts) and whatever else a template may
+# read.
 Message = dict[str, Any]
 Writer = Literal["teacher", "student", "dataset"]
 Stop = Literal["end", "length"]
@@ -31,10 +32,11 @@ class DataError(ValueError):
 class Example:
     """One problem as text: what a task or a data file provides.
 
-    `prompt` is a string or a list of chat messages, `teacher_prompt` what the teacher is asked instead; `completion` is
-    a list of (text, is it trained on) segments, taken as they are, or of messages, whose assistant's turns are trained
-    on; `tools` are what the messages may call; `answer` is for the task's scorer; `level` names a difficulty; `where`
-    says in messages where the example came from.
+    `prompt` is a string or a list of chat messages, `teacher_prompt` what the teacher is asked
+    instead; `completion` is a list of (text, is it trained on) segments, taken as they are, or of
+    messages, whose assistant's turns are trained on; `tools` are what the messages may call;
+    `answer` is for the task's scorer; `level` names a difficulty; `where` says in messages where
+    the example came from.
     """
 
     id: str
@@ -54,11 +56,12 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """An example after tokenisation. `completion_ids` and `trained`, of one length, exist when the data has them.
+    """An example after tokenisation. `completion_ids` and `trained`, of one length, exist when the
+    data has them.
 
-    `teacher_ids` is the teacher's prompt where it is not the student's. The completion is the same for both. `cached`
-    says where a completion and the teacher's signal on it are in the cache: shard and row. `num_cut` tokens of the
-    prompt were left out at its beginning.
+    `teacher_ids` is the teacher's prompt where it is not the student's. The completion is the same
+    for both. `cached` says where a completion and the teacher's signal on it are in the cache:
+    shard and row. `num_cut` tokens of the prompt were left out at its beginning.
     """
 
     example: Example
@@ -71,15 +74,20 @@ class Prompt:
 
     def ids_of(self, who: Writer) -> tuple[int, ...]:
         """What this model is prompted with."""
-        return self.teacher_ids if who == "teacher" and self.teacher_ids is not None else self.token_ids
+        return (
+            self.teacher_ids
+            if who == "teacher" and self.teacher_ids is not None
+            else self.token_ids
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What a model wrote after a prompt, its stop token included.
 
-    `log_probs` and `entropies` (nats, one a token) are those of the distribution that each token was drawn from;
-    `models` says which of the models that write by turns it was, 0 where there is one.
+    `log_probs` and `entropies` (nats, one a token) are those of the distribution that each token
+    was drawn from; `models` says which of the models that write by turns it was, 0 where there is
+    one.
     """
 
     token_ids: tuple[int, ...]
@@ -91,7 +99,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One prompt, one completion, and who wrote each token. `trained[i]` is false where token i is no loss token."""
+    """One prompt, one completion, and who wrote each token. `trained[i]` is false where token i is
+    no loss token."""
 
     prompt: Prompt
     completion_ids: tuple[int, ...]

@@ -1,4 +1,5 @@
-"""The grammar and the values of answers, against Python's fractions, sympy, and junk that no answer may hold."""
+"""The grammar and the values of answers, against Python's fractions, sympy, and junk that no answer
+may hold."""
 
 import json
 from fractions import Fraction
@@ -15,7 +16,10 @@ from potstill.answers.tokens import normalise
 from potstill.answers.tree import Node, NotUnderstood
 from potstill.answers.values import Undefined, is_equal, is_zero, value_or_none
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden_answers.jsonl").read_text().splitlines()]
+GOLDEN = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "golden_answers.jsonl").read_text().splitlines()
+]
 
 
 def is_right(gold, answer):
@@ -31,15 +35,25 @@ def compose(parts):
     """Sums, differences, products, quotients and powers of expressions."""
 
     def quotient(a, b):
-        return (rf"\frac{{{a[0]}}}{{{b[0]}}}", a[1] / b[1]) if b[1] else (rf"({a[0]})+({b[0]})", a[1] + b[1])
+        return (
+            (rf"\frac{{{a[0]}}}{{{b[0]}}}", a[1] / b[1])
+            if b[1]
+            else (rf"({a[0]})+({b[0]})", a[1] + b[1])
+        )
 
     return st.one_of(
         st.tuples(parts, parts).map(lambda x: (f"({x[0][0]})+{x[1][0]}", x[0][1] + x[1][1])),
         st.tuples(parts, parts).map(lambda x: (f"{x[0][0]}-({x[1][0]})", x[0][1] - x[1][1])),
-        st.tuples(parts, parts).map(lambda x: (rf"({x[0][0]}) \cdot ({x[1][0]})", x[0][1] * x[1][1])),
-        st.tuples(parts, parts).map(lambda x: (rf"\left({x[0][0]}\right)\left({x[1][0]}\right)", x[0][1] * x[1][1])),
+        st.tuples(parts, parts).map(
+            lambda x: (rf"({x[0][0]}) \cdot ({x[1][0]})", x[0][1] * x[1][1])
+        ),
+        st.tuples(parts, parts).map(
+            lambda x: (rf"\left({x[0][0]}\right)\left({x[1][0]}\right)", x[0][1] * x[1][1])
+        ),
         st.tuples(parts, parts).map(lambda x: quotient(*x)),
-        st.tuples(parts, st.integers(0, 3)).map(lambda x: (f"({x[0][0]})^{{{x[1]}}}", x[0][1] ** x[1])),
+        st.tuples(parts, st.integers(0, 3)).map(
+            lambda x: (f"({x[0][0]})^{{{x[1]}}}", x[0][1] ** x[1])
+        ),
     )
 
 
@@ -107,7 +121,8 @@ def test_values_are_equal_as_far_as_they_are(a, b, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["2^{200001}", "9^{9^{9}}", "(10^5)!", r"\binom{10^6}{10^5}", "1/0", r"\infty", "0^{-1}"]
+    "text",
+    ["2^{200001}", "9^{9^{9}}", "(10^5)!", r"\binom{10^6}{10^5}", "1/0", r"\infty", "0^{-1}"],
 )
 def test_what_is_too_large_or_infinite_has_no_value(text):
     with pytest.raises(Undefined):
@@ -115,8 +130,38 @@ def test_what_is_too_large_or_infinite_has_no_value(text):
 
 
 JUNK_AFTER = (
-    *("+", "-", "^", "_", "/", "(", "{", "[", "\\", "|", "<", ",", ":", " 7", r"\ 7", r"\,7", r" \quad 7", "...", "&"),
-    *(r" \foo", r"\foo{2}", r" \to 7", r" \approx 7", r", \ldots", r" \lor 77", r"\sqrt", r"\text{ or so}", r"\int"),
+    *(
+        "+",
+        "-",
+        "^",
+        "_",
+        "/",
+        "(",
+        "{",
+        "[",
+        "\\",
+        "|",
+        "<",
+        ",",
+        ":",
+        " 7",
+        r"\ 7",
+        r"\,7",
+        r" \quad 7",
+        "...",
+        "&",
+    ),
+    *(
+        r" \foo",
+        r"\foo{2}",
+        r" \to 7",
+        r" \approx 7",
+        r", \ldots",
+        r" \lor 77",
+        r"\sqrt",
+        r"\text{ or so}",
+        r"\int",
+    ),
     *(
         r" (or 77)",
         " or 77",
@@ -150,7 +195,9 @@ def test_no_right_answer_stays_right_with_junk():
         # What is 0 stays 0 when it is multiplied.
         if not row["right"] or "answer" not in row or row["answer"].endswith((" 0", ",0")):
             continue
-        texts = [row["answer"] + junk for junk in JUNK_AFTER] + [junk + row["answer"] for junk in JUNK_BEFORE]
+        texts = [row["answer"] + junk for junk in JUNK_AFTER] + [
+            junk + row["answer"] for junk in JUNK_BEFORE
+        ]
         # Each kind of junk for one row in eight, to be done in seconds.
         texts = texts[i % 8 :: 8]
         if row["kind"] == "integer":

@@ -1,4 +1,5 @@
-"""The verifier: a golden set of answers to accept and to refuse, hostile answers, and what is read from a response."""
+"""The verifier: a golden set of answers to accept and to refuse, hostile answers, and what is read
+from a response."""
 
 import json
 import os
@@ -13,7 +14,10 @@ from potstill.answers import integer
 from potstill.answers.boxes import box_end, last_box
 from potstill.answers.grading import Grade, Grader, gsm8k_gold, majority
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden_answers.jsonl").read_text().splitlines()]
+GOLDEN = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "golden_answers.jsonl").read_text().splitlines()
+]
 # Powers of 3,700 digits: understood, and seconds of work.
 SLOW = "2^{6000}+" + "+".join(rf"{k}^{{e^\pi}}" for k in range(10, 85))
 HOSTILE = [
@@ -95,7 +99,9 @@ def test_hostile_answers_end_score_nothing_and_are_counted():
         grades = grader.grade(["7"] * len(HOSTILE), [boxed(answer) for answer in HOSTILE])
         # And the workers are as good as new.
         grader.seconds = 10.0
-        assert [grade.score for grade in grader.grade(["1/2", "3"], [boxed("0.5"), boxed("4")])] == [1, 0]
+        assert [
+            grade.score for grade in grader.grade(["1/2", "3"], [boxed("0.5"), boxed("4")])
+        ] == [1, 0]
     assert time.perf_counter() - started < 60
     assert not any(grade.score for grade in grades)
     assert grades[-1].note == "timeout"
@@ -105,7 +111,9 @@ def test_megabyte_strings_take_no_time(grader):
     responses = [boxed("1" * 2**20), "\\boxed{" * 2**17, "a" * 2**20, boxed("(" * 2**20)]
     started = time.perf_counter()
     notes = [grade.note for grade in grader.grade(["1"] * 4, responses)]
-    assert notes == ["too long", "no box", "no box", "too long"] and time.perf_counter() - started < 20
+    assert (
+        notes == ["too long", "no box", "no box", "too long"] and time.perf_counter() - started < 20
+    )
 
 
 def test_a_worker_that_dies_is_replaced(grader):
@@ -139,14 +147,17 @@ grader.grade([{",".join(POWERS)!r}], [{boxed(",".join(POWERS[::-1]))!r}])
 
 
 def is_running(pid):
-    """Whether a process is there and no zombie: a container's first process may not collect the dead."""
+    """Whether a process is there and no zombie: a container's first process may not collect the
+    dead."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the states of processes from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="reads the states of processes from /proc"
+)
 def test_a_busy_worker_does_not_outlive_its_killed_parent():
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
     assert parent.stdout is not None
@@ -220,13 +231,22 @@ def test_integers_and_gsm8k():
     with pytest.raises(ValueError, match="####"):
         gsm8k_gold("just 12")
     with Grader(num_workers=1) as grader:
-        grades = grader.grade(["042", "42", "42"], [boxed("42"), boxed("042"), boxed("42.5")], "integer")
-        assert [grade.score for grade in grades] == [1, 1, 0] and not grader.idle, "no expression to compare"
+        grades = grader.grade(
+            ["042", "42", "42"], [boxed("42"), boxed("042"), boxed("42.5")], "integer"
+        )
+        assert [grade.score for grade in grades] == [1, 1, 0] and not grader.idle, (
+            "no expression to compare"
+        )
 
 
 def test_majority_votes():
     def of(*answers):
         return majority([Grade(float(a == "7"), a) for a in answers])
 
-    assert of("7", "7", "8") == 1 and of("8", "8", "7") == 0 and of("7", "8") == 1 and of("8", "7") == 0
+    assert (
+        of("7", "7", "8") == 1
+        and of("8", "8", "7") == 0
+        and of("7", "8") == 1
+        and of("8", "7") == 0
+    )
     assert of(None, None, "7") == 1 and of(None) == 0 and majority([]) == 0

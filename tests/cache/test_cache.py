@@ -1,4 +1,5 @@
-"""The teacher cache: the same loss as from a live teacher, the same files after any kill, and no damage unnoticed."""
+"""The teacher cache: the same loss as from a live teacher, the same files after any kill, and no
+damage unnoticed."""
 
 import dataclasses
 import itertools
@@ -51,12 +52,17 @@ def build(recipe, out, options=SMALL, **objects) -> Manifest:
 
 def tree(folder):
     """Every file's bytes, but for the lock."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A float32 cache of the shipped teacher on the 64 prompts of `tiny_recipe`; not to be changed."""
+    """A float32 cache of the shipped teacher on the 64 prompts of `tiny_recipe`; not to be
+    changed."""
     folder = tmp_path_factory.mktemp("cache") / "cache"
     build(tiny_recipe("unused"), folder, FLOAT32)
     return folder
@@ -89,7 +95,9 @@ def test_loss_and_gradients_are_those_of_the_live_teacher(built, kl, normalize):
         # Other batches than at the build, as a run has them.
         for batch in make_batches(rollouts[:40], 500):
             signal_ = teacher_signal(setup.teacher, batch, setup.loss)
-            loss, _, _ = batch_loss(setup.student, setup.teacher, signal_, batch, setup.loss, divisor=1000)
+            loss, _, _ = batch_loss(
+                setup.student, setup.teacher, signal_, batch, setup.loss, divisor=1000
+            )
             loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in setup.student.parameters()])
         found.append((loss.item(), gradient))
@@ -104,19 +112,25 @@ def test_a_run_from_the_cache_is_the_run_with_a_live_teacher(tmp_path, options, 
     """Without the teacher's body, which is deleted; the live run scores the same completions."""
     teacher = tmp_path / "teacher"
     shutil.copytree(ASSETS / "teacher", teacher)
-    objective = {"prefix": prefix, "kl": "reverse"} | ({"signal": "topk", "top_k": 5} if options is TOPK else {})
+    objective = {"prefix": prefix, "kl": "reverse"} | (
+        {"signal": "topk", "top_k": 5} if options is TOPK else {}
+    )
     source = {"source": "multiplication:persona"}
 
     def recipe(name, **more):
         window = {"tokens": 40}
         spec = {"model": str(teacher), **more}
-        return tiny_recipe(tmp_path / name, data=source, objective=objective, teacher=spec, window=window)
+        return tiny_recipe(
+            tmp_path / name, data=source, objective=objective, teacher=spec, window=window
+        )
 
     build(recipe("unused"), tmp_path / "cache", options)
     text = {"cache": str(tmp_path / "text")}
     if prefix == "teacher":
         build(recipe("unused"), tmp_path / "text", COMPLETIONS)
-    live = potstill.train(recipe("live", **text) if prefix == "teacher" else recipe("live"), quiet=True)
+    live = potstill.train(
+        recipe("live", **text) if prefix == "teacher" else recipe("live"), quiet=True
+    )
     shutil.rmtree(teacher)
     cached = potstill.train(recipe("cached", cache=str(tmp_path / "cache")), quiet=True)
     rows = [run_folder.read_rows(run.folder / "metrics.jsonl") for run in (cached, live)]
@@ -126,7 +140,9 @@ def test_a_run_from_the_cache_is_the_run_with_a_live_teacher(tmp_path, options, 
             assert mine[name] == pytest.approx(theirs[name], rel=2e-5), name
         assert mine["num_loss_tokens"] == theirs["num_loss_tokens"]
         # What was computed at the build is not computed again; the head is, if it is there.
-        assert mine["flops"]["rollout"] == mine["flops"]["teacher"] == 0 < theirs["flops"]["teacher"]
+        assert (
+            mine["flops"]["rollout"] == mine["flops"]["teacher"] == 0 < theirs["flops"]["teacher"]
+        )
         head = 2 * 23 * 96 * mine["num_loss_tokens"]
         assert theirs["flops"]["head"] - mine["flops"]["head"] == (head if options is TOPK else 0)
         assert theirs["flops"]["rollout"] == 0
@@ -138,13 +154,17 @@ def test_hard_labels_on_cached_completions_need_no_teacher(tmp_path):
     build(tiny_recipe("unused"), tmp_path / "cache", COMPLETIONS)
     spec = {"cache": str(tmp_path / "cache")}
     objective = TEACHER | {"signal": "labels"}
-    result = potstill.train(tiny_recipe(tmp_path / "run", objective=objective, teacher=spec), quiet=True)
+    result = potstill.train(
+        tiny_recipe(tmp_path / "run", objective=objective, teacher=spec), quiet=True
+    )
     assert "forward_kl" not in result.metrics and result.metrics["flops"]["teacher"] == 0
 
 
 def test_a_run_from_the_cache_resumes_to_the_same_bits(built, tmp_path):
     def recipe(name):
-        return tiny_recipe(tmp_path / name, objective=TEACHER, teacher={"cache": str(built)}, rollouts={"reuse": 2})
+        return tiny_recipe(
+            tmp_path / name, objective=TEACHER, teacher={"cache": str(built)}, rollouts={"reuse": 2}
+        )
 
     whole = potstill.train(recipe("whole"), quiet=True)
     with interrupted_at(3):
@@ -156,14 +176,18 @@ def test_a_run_from_the_cache_resumes_to_the_same_bits(built, tmp_path):
 
 def test_one_cache_serves_a_shorter_window_and_another_student(built, tmp_path):
     teacher = {"cache": str(built)}
-    recipe = tiny_recipe(tmp_path / "run", objective=TEACHER, teacher=teacher, window={"tokens": 10})
+    recipe = tiny_recipe(
+        tmp_path / "run", objective=TEACHER, teacher=teacher, window={"tokens": 10}
+    )
     result = potstill.train(recipe, student=make_model(hidden_size=8, seed=3), quiet=True)
     assert 8 < result.metrics["length"] <= 10 and result.metrics["truncation"] > 0.5
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 1e-5), ("int8", 1e-3)])
 def test_what_rounding_costs_is_measured_and_printed(tmp_path, dtype, bound):
-    manifest = build(tiny_recipe("unused"), tmp_path / "cache", dataclasses.replace(SMALL, dtype=dtype))
+    manifest = build(
+        tiny_recipe("unused"), tmp_path / "cache", dataclasses.replace(SMALL, dtype=dtype)
+    )
     verified = verify_cache(tmp_path / "cache", quiet=True)
     # By the definition, in float64, over the whole cache.
     teacher = load_model("potstill:teacher")
@@ -171,7 +195,10 @@ def test_what_rounding_costs_is_measured_and_printed(tmp_path, dtype, bound):
     kls = []
     for places in cache.places().values():
         (batch,) = make_batches([cache.stored_rollout(places[0])], 1)
-        rows = [teacher(batch.teacher_ids_BT)[0][batch.teacher_mask_BT[0]], cache.rows_of(batch.rollouts, teacher.head)]
+        rows = [
+            teacher(batch.teacher_ids_BT)[0][batch.teacher_mask_BT[0]],
+            cache.rows_of(batch.rollouts, teacher.head),
+        ]
         live, stored = (teacher.head(row.double()).log_softmax(-1) for row in rows)
         kls.append((live.exp() * (live - stored)).sum(-1))
     expected = torch.cat(kls).mean().item()
@@ -195,13 +222,17 @@ def test_bytes_a_token(tmp_path):
     bytes_per_token = path.stat().st_size / num_tokens
     assert manifest.mean_kl is None, "a bfloat16 teacher is stored as it is"
     assert bytes_per_token <= 2 * 2560 + 32
-    save_file({"logits": torch.zeros(64, 151_936, dtype=torch.bfloat16)}, tmp_path / "logits.safetensors")
+    save_file(
+        {"logits": torch.zeros(64, 151_936, dtype=torch.bfloat16)}, tmp_path / "logits.safetensors"
+    )
     assert (tmp_path / "logits.safetensors").stat().st_size / 64 >= 50 * bytes_per_token
     assert f"{bytes_per_token:,.1f} bytes a token" in summary(manifest)[0]
 
 
 def test_a_small_teacher_stays_within_the_bound(tmp_path):
-    manifest = build(tiny_recipe("unused", window={"tokens": 128}), tmp_path / "cache", CacheOptions())
+    manifest = build(
+        tiny_recipe("unused", window={"tokens": 128}), tmp_path / "cache", CacheOptions()
+    )
     assert manifest.total("num_bytes") / manifest.total("num_tokens") <= 2 * 96 + 32
 
 
@@ -210,12 +241,14 @@ def build_in_parts(out):
 
 
 def test_killed_builds_end_with_the_same_files(tmp_path, forks):
-    """SIGKILL at ten random places, the first prompts first, against one build that was never interrupted."""
+    """SIGKILL at ten random places, the first prompts first, against one build that was never
+    interrupted."""
     whole = forks.call(tmp_path, build_in_parts, "whole")
     assert whole.code == 0, whole.err
     draw, seen = random.Random(0), []
     for _ in range(10):
-        # Ten or so events are before the first shard of each build and five a shard, of which there are 16.
+        # Ten or so events are before the first shard of each build and five a shard, of which there
+        # are 16.
         trouble = Trouble(event=draw.randint(1, 22))
         assert forks.call(tmp_path, build_in_parts, "killed", trouble=trouble).is_killed
         if (tmp_path / "killed/manifest.json").exists():
@@ -232,8 +265,19 @@ def test_two_ranks_write_the_files_of_one(tmp_path, forks):
     (tmp_path / "recipe.toml").write_text(to_toml(tiny_recipe("unused").resolved()))
     build_recipe = ["cache", "build", "recipe.toml", "--rollouts-per-shard", "12", "--out"]
     one = forks.run(tmp_path, [*build_recipe, "one"])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command, environment = [*launcher, "potstill", *build_recipe, "two"], os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+    ]
+    command, environment = (
+        [*launcher, "potstill", *build_recipe, "two"],
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     two = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     for code, out, err in ((one.code, one.out, one.err), (two.returncode, two.stdout, two.stderr)):
         assert code == 0, err
@@ -252,9 +296,15 @@ def test_more_prompts_and_completions_are_added_once(tmp_path):
     build(recipe(50), tmp_path / "cache")
     more = build(recipe(50), tmp_path / "cache", dataclasses.replace(SMALL, completions=3))
     assert first.shards == more.shards[: len(first.shards)]
-    assert all(tree(tmp_path / "cache")[name] == data for name, data in before.items() if name != "manifest.json")
+    assert all(
+        tree(tmp_path / "cache")[name] == data
+        for name, data in before.items()
+        if name != "manifest.json"
+    )
     # The task draws some problems twice.
-    num_distinct = len({example.prompt for example in load_examples("multiplication", num_examples=50)})
+    num_distinct = len(
+        {example.prompt for example in load_examples("multiplication", num_examples=50)}
+    )
     assert more.total("num_rollouts") == 3 * num_distinct
     cache = Cache(tmp_path / "cache")
     for places in cache.places().values():
@@ -263,7 +313,12 @@ def test_more_prompts_and_completions_are_added_once(tmp_path):
 
     # An epoch has every completion of every prompt once.
     setup = prepare(
-        tiny_recipe("unused", objective=TEACHER, teacher={"cache": str(tmp_path / "cache")}, data={"num_prompts": 20}),
+        tiny_recipe(
+            "unused",
+            objective=TEACHER,
+            teacher={"cache": str(tmp_path / "cache")},
+            data={"num_prompts": 20},
+        ),
         alone(),
     )
     assert len(setup.prompts) == 60
@@ -274,7 +329,8 @@ def test_more_prompts_and_completions_are_added_once(tmp_path):
 
 
 def test_a_completion_does_not_depend_on_what_else_is_built(tmp_path):
-    """Content-addressed: the prompts in another order, in other shards, have the same completions."""
+    """Content-addressed: the prompts in another order, in other shards, have the same
+    completions."""
     rows = [{"prompt": f"_{i}7*{j}="} for i in range(1, 5) for j in (3, 8)]
     objects = {"student": load_model("potstill:base")}
     build(tiny_recipe("unused"), tmp_path / "a", prompts=rows, **objects)
@@ -283,7 +339,12 @@ def test_a_completion_does_not_depend_on_what_else_is_built(tmp_path):
     texts = []
     for name in ("a", "b"):
         cache = Cache(tmp_path / name)
-        texts.append({key: cache.stored_rollout(place).completion_ids for key, (place,) in cache.places().items()})
+        texts.append(
+            {
+                key: cache.stored_rollout(place).completion_ids
+                for key, (place,) in cache.places().items()
+            }
+        )
     assert texts[0] == texts[1]
 
 
@@ -293,15 +354,25 @@ def test_the_teachers_own_prompt_is_what_counts(tmp_path):
     data = {"source": str(tmp_path / "rows.jsonl"), "num_prompts": None}
 
     def recipe(name, **more):
-        return tiny_recipe(tmp_path / name, data=data, objective=TEACHER, teacher={"prompt_column": "hint", **more})
+        return tiny_recipe(
+            tmp_path / name, data=data, objective=TEACHER, teacher={"prompt_column": "hint", **more}
+        )
 
     build(recipe("unused"), tmp_path / "cache", FLOAT32)
     build(recipe("unused"), tmp_path / "text", COMPLETIONS)
-    runs = [potstill.train(recipe(f"{name} run", cache=str(tmp_path / name)), quiet=True) for name in ("cache", "text")]
+    runs = [
+        potstill.train(recipe(f"{name} run", cache=str(tmp_path / name)), quiet=True)
+        for name in ("cache", "text")
+    ]
     assert runs[0].metrics["loss"] == pytest.approx(runs[1].metrics["loss"], rel=2e-5)
     with pytest.raises(CacheError, match="16 of 16 prompts are not in cache"):
         potstill.train(
-            tiny_recipe(tmp_path / "x", data=data, objective=TEACHER, teacher={"cache": str(tmp_path / "cache")})
+            tiny_recipe(
+                tmp_path / "x",
+                data=data,
+                objective=TEACHER,
+                teacher={"cache": str(tmp_path / "cache")},
+            )
         )
 
 
@@ -314,21 +385,35 @@ def test_top_k_of_a_cache_is_that_of_the_live_teacher(tmp_path):
     build(tiny_recipe("unused", objective=objective), tmp_path / "cache", TOPK, **objects)
     for k in (8, 3):
         spec = {"cache": str(tmp_path / "cache")}
-        setup = prepare(tiny_recipe("unused", objective=objective | {"top_k": k}, teacher=spec), alone(), **objects)
-        (batch,) = make_batches([setup.cache.rollout(prompt, 24) for prompt in setup.prompts], 10_000)
+        setup = prepare(
+            tiny_recipe("unused", objective=objective | {"top_k": k}, teacher=spec),
+            alone(),
+            **objects,
+        )
+        (batch,) = make_batches(
+            [setup.cache.rollout(prompt, 24) for prompt in setup.prompts], 10_000
+        )
         found = teacher_signal(setup.teacher, batch, setup.loss)
         options = {"vocab_size": 23, "temperature": 1.3, "end_ids": (2, 22)}
-        live = top_k_of(teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT], teacher.head, k, **options)
+        live = top_k_of(
+            teacher(batch.teacher_ids_BT)[batch.teacher_mask_BT], teacher.head, k, **options
+        )
         for field in dataclasses.fields(live):
-            torch.testing.assert_close(getattr(found, field.name), getattr(live, field.name), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                getattr(found, field.name), getattr(live, field.name), rtol=1e-4, atol=1e-5
+            )
     with pytest.raises(CacheError, match=r"holds the 8 likeliest tokens and objective\.top_k is 9"):
-        prepare(tiny_recipe("unused", objective=objective | {"top_k": 9}, teacher=spec), alone(), **objects)
+        prepare(
+            tiny_recipe("unused", objective=objective | {"top_k": 9}, teacher=spec),
+            alone(),
+            **objects,
+        )
     with pytest.raises(CacheError, match='use signal = "topk" at that temperature'):
         prepare(tiny_recipe("unused", objective=TEACHER, teacher=spec), alone(), **objects)
     assert 0 <= verify_cache(tmp_path / "cache", teacher=teacher, quiet=True).live_kl < 1e-6
 
 
-# -- refused -----------------------------------------------------------------------------------------------------------
+# -- refused ---------------------------------------------------------------------------------------
 
 
 def test_another_teacher_is_refused(copied, tmp_path):
@@ -340,13 +425,20 @@ def test_another_teacher_is_refused(copied, tmp_path):
     save_file(weights, other / "model.safetensors", {"format": "pt"})
 
     def recipe(**spec):
-        return tiny_recipe(tmp_path / "run", objective=TEACHER, teacher={"cache": str(copied), **spec})
+        return tiny_recipe(
+            tmp_path / "run", objective=TEACHER, teacher={"cache": str(copied), **spec}
+        )
 
-    with pytest.raises(CacheError, match=r"is of the teacher 'potstill:teacher' with files \w+, and .*/other' has \w+"):
+    with pytest.raises(
+        CacheError,
+        match=r"is of the teacher 'potstill:teacher' with files \w+, and .*/other' has \w+",
+    ):
         potstill.train(recipe(model=str(other)), quiet=True)
     with pytest.raises(CacheError, match=r"with parameters \w+"):
         potstill.train(recipe(), teacher=make_model(), quiet=True)
-    with pytest.raises(CacheError, match=r"teacher.model = 'potstill:teacher' and the recipe has 'who/knows'"):
+    with pytest.raises(
+        CacheError, match=r"teacher.model = 'potstill:teacher' and the recipe has 'who/knows'"
+    ):
         potstill.train(recipe(model="who/knows"), quiet=True)
     with pytest.raises(CacheError, match=r"with dtype float32, and .* has bfloat16"):
         potstill.train(recipe(dtype="bfloat16"), quiet=True)
@@ -361,7 +453,9 @@ def test_another_tokenizer_is_refused(built, tmp_path):
     student = make_model()
     student.tokenizer = make_tokenizer()
     recipe = tiny_recipe(tmp_path / "run", objective=TEACHER, teacher={"cache": str(built)})
-    with pytest.raises(ModelError, match=r"tokenizers of student 'model-0' and teacher 'potstill:teacher' differ"):
+    with pytest.raises(
+        ModelError, match=r"tokenizers of student 'model-0' and teacher 'potstill:teacher' differ"
+    ):
         potstill.train(recipe, student=student, quiet=True)
 
 
@@ -371,13 +465,18 @@ def test_another_tokenizer_is_refused(built, tmp_path):
         ({"window": {"tokens": 25}}, "built with window.tokens = 24 and the recipe has 25"),
         ({"sampling": {"temperature": 0.7}}, r"sampling = .*1\.0.* has .*0\.7"),
         ({"data": {"num_prompts": 65}}, "of 65 prompts are not in cache"),
-        ({"objective": {"prefix": "dataset"}, "data": {"source": "multiplication:persona"}}, "writer = 'teacher'"),
+        (
+            {"objective": {"prefix": "dataset"}, "data": {"source": "multiplication:persona"}},
+            "writer = 'teacher'",
+        ),
     ],
 )
 def test_what_was_not_written_so_is_refused(built, tmp_path, sections, message):
     sections = {"objective": TEACHER, **sections}
     with pytest.raises(CacheError, match=message):
-        potstill.train(tiny_recipe(tmp_path / "run", teacher={"cache": str(built)}, **sections), quiet=True)
+        potstill.train(
+            tiny_recipe(tmp_path / "run", teacher={"cache": str(built)}, **sections), quiet=True
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -421,11 +520,14 @@ def test_builds_that_make_no_sense(tmp_path, built):
 def test_two_builds_of_one_cache(copied):
     from filelock import FileLock
 
-    with FileLock(copied / ".lock"), pytest.raises(CacheError, match="being built by another process"):
+    with (
+        FileLock(copied / ".lock"),
+        pytest.raises(CacheError, match="being built by another process"),
+    ):
         build(tiny_recipe("unused"), copied, FLOAT32)
 
 
-# -- damaged -----------------------------------------------------------------------------------------------------------
+# -- damaged ---------------------------------------------------------------------------------------
 
 
 def first_shard(folder):
@@ -434,12 +536,14 @@ def first_shard(folder):
 
 def train_from(folder, out):
     return potstill.train(
-        tiny_recipe(out, objective=TEACHER, teacher={"cache": str(folder)}, train={"steps": 8}), quiet=True
+        tiny_recipe(out, objective=TEACHER, teacher={"cache": str(folder)}, train={"steps": 8}),
+        quiet=True,
     )
 
 
 @pytest.mark.parametrize(
-    "where", ["head of file", "index", "keys", "prompt_ids", "completion_ids", "hidden", "log_sum_exp"]
+    "where",
+    ["head of file", "index", "keys", "prompt_ids", "completion_ids", "hidden", "log_sum_exp"],
 )
 def test_a_flipped_byte_is_found(copied, tmp_path, where):
     path = first_shard(copied)
@@ -473,7 +577,9 @@ def test_a_shard_that_is_not_whole_is_found_and_made_again(copied, built, tmp_pa
         lambda: train_from(copied, tmp_path / "run"),
         lambda: build(tiny_recipe("unused"), copied, FLOAT32),
     ):
-        with pytest.raises(CacheError, match=rf"shard '{path}' (has \d+ bytes and not|is missing).*--drop-broken"):
+        with pytest.raises(
+            CacheError, match=rf"shard '{path}' (has \d+ bytes and not|is missing).*--drop-broken"
+        ):
             attempt()
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
@@ -482,7 +588,9 @@ def test_a_shard_that_is_not_whole_is_found_and_made_again(copied, built, tmp_pa
     assert str(path) in captured.out and "1 of 4 shards are damaged" in captured.err
     main(["cache", "verify", str(copied), "--drop-broken"])
     build(tiny_recipe("unused"), copied, FLOAT32)
-    assert {p.name for p in (copied / "shards").iterdir()} == {p.name for p in (built / "shards").iterdir()}
+    assert {p.name for p in (copied / "shards").iterdir()} == {
+        p.name for p in (built / "shards").iterdir()
+    }
     assert path.read_bytes() == first_shard(built).read_bytes()
 
 
@@ -511,7 +619,9 @@ def forge(folder, change):
     """Change a manifest and give it the checksum of what it says now, which is no secret."""
     data = json.loads((folder / "manifest.json").read_text())
     change(data)
-    (folder / "manifest.json").write_text(seal({key: data[key] for key in data if key != "checksum"}))
+    (folder / "manifest.json").write_text(
+        seal({key: data[key] for key in data if key != "checksum"})
+    )
 
 
 def in_shard(**fields):
@@ -553,7 +663,9 @@ def test_a_forged_manifest_deletes_and_reads_nothing_elsewhere(copied, tmp_path,
         lambda: train_from(copied, tmp_path / "run"),
         lambda: build(tiny_recipe("unused"), copied, FLOAT32),
     ):
-        with pytest.raises(CacheError, match=r"manifest.json': .*, which no build writes .*; restore it"):
+        with pytest.raises(
+            CacheError, match=r"manifest.json': .*, which no build writes .*; restore it"
+        ):
             attempt()
     assert victim.exists() and tree(copied) == before
 
@@ -572,19 +684,32 @@ def test_links_in_a_cache_are_not_followed(copied, tmp_path, linked):
 
 
 def test_a_build_removes_only_what_a_build_left(copied):
-    """Of shards that no manifest lists: whole ones and unfinished ones; not what has another name."""
+    """Of shards that no manifest lists: whole ones and unfinished ones; not what has another
+    name."""
     shards = copied / "shards"
     theirs = ("notes.txt", ".DS_Store", "0123456789abcdef.safetensors.bak")
-    for name in (*theirs, "0123456789abcdef.safetensors", ".unfinished-0123456789abcdef.safetensors"):
+    for name in (
+        *theirs,
+        "0123456789abcdef.safetensors",
+        ".unfinished-0123456789abcdef.safetensors",
+    ):
         (shards / name).write_text("x")
     (shards / "fedcba9876543210.safetensors").mkdir()
     listed = {Path(record.file).name for record in read_manifest(copied).shards}
     build(tiny_recipe("unused"), copied, FLOAT32)
-    assert {path.name for path in shards.iterdir()} == {*listed, *theirs, "fedcba9876543210.safetensors"}
+    assert {path.name for path in shards.iterdir()} == {
+        *listed,
+        *theirs,
+        "fedcba9876543210.safetensors",
+    }
 
 
 def build_two(out):
-    objects = {"student": make_model(), "teacher": make_model(seed=1), "prompts": ["__12*3=", "__13*3="]}
+    objects = {
+        "student": make_model(),
+        "teacher": make_model(seed=1),
+        "prompts": ["__12*3=", "__13*3="],
+    }
     build(tiny_recipe("unused"), Path(out), **objects)
 
 
@@ -606,7 +731,8 @@ def build_two_and_be_killed(out, kill_at):
 
 @pytest.mark.parametrize("kill_at", [1, 2, 3])
 def test_a_build_killed_before_its_manifest_goes_on(tmp_path, forks, kill_at):
-    """SIGKILL as the head gets its name, as the manifest is first written, and before a shard is listed."""
+    """SIGKILL as the head gets its name, as the manifest is first written, and before a shard is
+    listed."""
     build_two(tmp_path / "whole")
     assert forks.call(tmp_path, build_two_and_be_killed, "killed", kill_at).is_killed
     assert (tmp_path / "killed/manifest.json").exists() == (kill_at > 2)
@@ -624,10 +750,18 @@ def test_another_head_is_found_at_the_first_use_of_a_shard(copied, tmp_path):
     # Even where the manifest says it is the right one.
     manifest = read_manifest(copied)
     digest = file_digest(copied / "head.safetensors")
-    (copied / "manifest.json").write_text(dataclasses.replace(manifest, head_sha256=digest).to_json())
+    (copied / "manifest.json").write_text(
+        dataclasses.replace(manifest, head_sha256=digest).to_json()
+    )
     verified = verify_cache(copied, quiet=True)
-    assert len(verified.broken) == len(manifest.shards) and "does not belong to the head" in verified.broken[0]
-    with pytest.raises(CacheError, match=r"shard '.*' does not belong to the head of the teacher 'potstill:teacher'"):
+    assert (
+        len(verified.broken) == len(manifest.shards)
+        and "does not belong to the head" in verified.broken[0]
+    )
+    with pytest.raises(
+        CacheError,
+        match=r"shard '.*' does not belong to the head of the teacher 'potstill:teacher'",
+    ):
         train_from(copied, tmp_path / "run")
     assert run_folder.read_rows(tmp_path / "run/metrics.jsonl") == []
 
@@ -643,22 +777,40 @@ def test_a_full_disk_loses_nothing(tmp_path, forks):
     sizes = [shard.num_bytes for shard in whole.shards]
     limit = sizes[0] if sizes[0] < max(sizes) else sizes[0] - 1
     num_before = next(i for i, size in enumerate(sizes) if size > limit)
-    ended = forks.call(tmp_path, build_six_shards, "full", trouble=Trouble(limits={"RLIMIT_FSIZE": limit}))
+    ended = forks.call(
+        tmp_path, build_six_shards, "full", trouble=Trouble(limits={"RLIMIT_FSIZE": limit})
+    )
     assert ended.code == 1 and "CacheError" in ended.last_line
     assert "cannot be written" in ended.last_line and "what is finished is kept" in ended.last_line
     assert "full/shards/" in ended.last_line
-    assert len(list((tmp_path / "full/shards").iterdir())) == num_before == len(read_manifest(tmp_path / "full").shards)
+    assert (
+        len(list((tmp_path / "full/shards").iterdir()))
+        == num_before
+        == len(read_manifest(tmp_path / "full").shards)
+    )
     build_six_shards(tmp_path / "full")
     assert tree(tmp_path / "full") == tree(tmp_path / "whole")
 
 
 def test_a_teacher_that_is_not_finite_is_not_stored(tmp_path):
     teacher = make_model(seed=1)
-    build(tiny_recipe("unused"), tmp_path / "cache", student=make_model(), teacher=teacher, prompts=["__12*3="])
+    build(
+        tiny_recipe("unused"),
+        tmp_path / "cache",
+        student=make_model(),
+        teacher=teacher,
+        prompts=["__12*3="],
+    )
     with torch.no_grad():
         teacher.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteError):
-        build(tiny_recipe("unused"), tmp_path / "bad", student=make_model(), teacher=teacher, prompts=["__12*3="])
+        build(
+            tiny_recipe("unused"),
+            tmp_path / "bad",
+            student=make_model(),
+            teacher=teacher,
+            prompts=["__12*3="],
+        )
     assert read_manifest(tmp_path / "bad").shards == ()
 
 
@@ -678,7 +830,9 @@ def test_reading_takes_constant_memory(copied):
         for row in range(record.num_rollouts):
             cache.rows_of([cache.stored_rollout((shard, row))], head)
         assert len(cache._open) <= cache_module.MAX_OPEN_SHARDS
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         sizes.append(int(status["RssAnon"].split()[0]))
     assert sizes[-1] - sizes[20] < 4096, "kB"
 
@@ -686,5 +840,8 @@ def test_reading_takes_constant_memory(copied):
 def test_info_and_help(built, capsys):
     main(["cache", "info", str(built)])
     out = capsys.readouterr().out
-    assert "teacher: potstill:teacher in float32, weights " in out and "hidden states in float32" in out
+    assert (
+        "teacher: potstill:teacher in float32, weights " in out
+        and "hidden states in float32" in out
+    )
     assert "at most 24 tokens, end set [2], temperature 1, top_p 1, top_k 0, seed 0" in out

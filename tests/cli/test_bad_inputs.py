@@ -1,4 +1,5 @@
-"""Bad inputs: exit 2, exactly one line on standard error, no traceback, nothing written. The table: bad_inputs.py."""
+"""Bad inputs: exit 2, exactly one line on standard error, no traceback, nothing written. The table:
+bad_inputs.py."""
 
 import gzip
 import json
@@ -82,7 +83,10 @@ def _only_pickle(folder):
 
 def _without_a_layer(folder):
     weights = load_file(folder / "model.safetensors")
-    save_file({name: w for name, w in weights.items() if "layers.0.mlp" not in name}, folder / "model.safetensors")
+    save_file(
+        {name: w for name, w in weights.items() if "layers.0.mlp" not in name},
+        folder / "model.safetensors",
+    )
 
 
 # Copies of a good model, each with one thing wrong.
@@ -95,7 +99,9 @@ DAMAGES = {
     "cut": lambda folder: (folder / "model.safetensors").write_bytes(
         (folder / "model.safetensors").read_bytes()[:9999]
     ),
-    "text-weights": _write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+    "text-weights": _write(
+        "model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    ),
     "pickle": _only_pickle,
     "other-size": _config(hidden_size=32),
     "no-layer": _without_a_layer,
@@ -108,7 +114,10 @@ DAMAGES = {
 
 def some(rows):
     """All rows, of which the default run takes every eighth; the others are marked slow."""
-    return [pytest.param(*row, marks=() if i % 8 == 0 else pytest.mark.slow) for i, row in enumerate(rows)]
+    return [
+        pytest.param(*row, marks=() if i % 8 == 0 else pytest.mark.slow)
+        for i, row in enumerate(rows)
+    ]
 
 
 def refused(yard, monkeypatch, capfd, arguments, message):
@@ -154,7 +163,11 @@ def headless(model):
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda r, m: Recipe(otu=1), RecipeError, "otu is not a field of the recipe; the nearest is out"),
+        (
+            lambda r, m: Recipe(otu=1),
+            RecipeError,
+            "otu is not a field of the recipe; the nearest is out",
+        ),
         (lambda r, m: Recipe(train={"steps": "2"}), RecipeError, "train.steps is '2'"),
         (lambda r, m: Evaluation(num_problems=0), RecipeError, "num_problems is 0"),
         (lambda r, m: train("demo"), RecipeError, "the recipe is 'demo'; give a Recipe"),
@@ -165,7 +178,11 @@ def headless(model):
         (lambda r, m: train(r, student=m.model), ModelError, "tokenizer"),
         (lambda r, m: train(r, student=3), ModelError, "int"),
         (lambda r, m: train(r, student=torch.nn.Linear(2, 2)), ModelError, "Linear"),
-        (lambda r, m: train(r, student=headless(m.model), tokenizer=m.tokenizer), ModelError, "head"),
+        (
+            lambda r, m: train(r, student=headless(m.model), tokenizer=m.tokenizer),
+            ModelError,
+            "head",
+        ),
         (lambda r, m: train(r, student=m, teacher=m), ModelError, "student and teacher are one"),
         (lambda r, m: train(r, student="no/such/folder"), ModelError, "does not exist"),
         (lambda r, m: train(r, prompts="12*3="), DataError, "prompts is the string"),
@@ -176,9 +193,17 @@ def headless(model):
         (lambda r, m: train(r, prompts=[""]), DataError, "prompt"),
         (lambda r, m: train(r, prompts=[{"question": "a"}]), DataError, "has no column 'prompt'"),
         (lambda r, m: evaluate(None, Evaluation(source="multiplication")), ModelError, "NoneType"),
-        (lambda r, m: evaluate("potstill:base", Evaluation()), RecipeError, "evaluation.source is None"),
+        (
+            lambda r, m: evaluate("potstill:base", Evaluation()),
+            RecipeError,
+            "evaluation.source is None",
+        ),
         (lambda r, m: evaluate("potstill:base", None), RecipeError, "give an Evaluation"),
-        (lambda r, m: evaluate(m.model, Evaluation(source="multiplication")), ModelError, "tokenizer"),
+        (
+            lambda r, m: evaluate(m.model, Evaluation(source="multiplication")),
+            ModelError,
+            "tokenizer",
+        ),
     ],
 )
 def test_bad_calls_from_python(tmp_path, monkeypatch, call, kind, message):
@@ -189,7 +214,8 @@ def test_bad_calls_from_python(tmp_path, monkeypatch, call, kind, message):
 
 
 def test_a_hub_that_does_not_answer_is_tried_once(yard, monkeypatch, capfd):
-    """A server that takes the call and says nothing: models and data sets are refused in seconds, by one line each."""
+    """A server that takes the call and says nothing: models and data sets are refused in seconds,
+    by one line each."""
     from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -47,13 +47,18 @@ def test_every_command_is_a_function_and_has_a_line(capsys):
 
 def test_the_list_of_commands_loads_nothing_but_what_prints_it():
     before = subprocess.run(
-        [sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", "import sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for arguments in (["--help"], ["cache", "--help"]):
         loaded, text = loaded_by(*arguments)
         ours = {name for name in loaded if name.startswith("potstill.")}
         assert ours == {f"potstill.{name}" for name in ("__main__", "cli", "cli.app", *CONSOLE)}
-        others = {name.partition(".")[0] for name in loaded - ours - set(before.stdout.split())} - {"potstill"}
+        others = {name.partition(".")[0] for name in loaded - ours - set(before.stdout.split())} - {
+            "potstill"
+        }
         assert others <= sys.stdlib_module_names
         assert text.startswith("usage: potstill") and max(map(len, text.splitlines())) <= 100
 
@@ -66,18 +71,33 @@ def test_help_of_a_command_loads_no_models():
 
 
 @pytest.mark.parametrize(("command", "schema"), [("train", RecipeFields), ("grpo", GrpoFields)])
-def test_help_shows_the_fields_that_everyone_sets_and_help_all_every_field(capsys, monkeypatch, command, schema):
+def test_help_shows_the_fields_that_everyone_sets_and_help_all_every_field(
+    capsys, monkeypatch, command, schema
+):
     monkeypatch.setenv("COLUMNS", "100")
     code, few, _ = run(capsys, command, "--help")
     code_all, everything, _ = run(capsys, command, "demo", "--help-all")
     assert code == code_all == 0
     # The marks by hand, as a reader would look for them in the source.
     first = {name for name in field_names(schema) if f"--{name.replace('_', '-')} (" in few}
-    assert {"out", "data.source", "window.tokens", f"{command}.steps", f"{command}.lr"} <= first and len(first) <= 12
-    shown = [name for name in field_names(schema) if everything.count(f"  --{name.replace('_', '-')} (") == 1]
+    assert {
+        "out",
+        "data.source",
+        "window.tokens",
+        f"{command}.steps",
+        f"{command}.lr",
+    } <= first and len(first) <= 12
+    shown = [
+        name
+        for name in field_names(schema)
+        if everything.count(f"  --{name.replace('_', '-')} (") == 1
+    ]
     assert shown == field_names(schema)
     num_others = len(shown) - len(first)
-    assert few.splitlines()[-1] == f"potstill {command} --help-all also shows the other {num_others} fields."
+    assert (
+        few.splitlines()[-1]
+        == f"potstill {command} --help-all also shows the other {num_others} fields."
+    )
     assert all(len(line) <= 100 for line in everything.splitlines())
 
 
@@ -101,7 +121,10 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
         (["train", "demo", "--objective.prefx", "student"], "the nearest is objective.prefix"),
         (["train", "demo", "--train.steps", "x"], "train.steps is 'x'"),
         (["train", "demo", "--train.steps"], "--train.steps has no value"),
-        (["train", "demo", "--method", "sft", "--objective.kl", "reverse"], "both set objective.kl"),
+        (
+            ["train", "demo", "--method", "sft", "--objective.kl", "reverse"],
+            "both set objective.kl",
+        ),
         (["train", "demo", "--student.model", "no/such/folder"], "'no/such/folder' does not exist"),
         (["train", "demo", "--data.source", "none.jsonl"], "data.split is set but not read"),
         (["train", "demo", "--data.source", "multiplication:genius"], "no writer 'genius'"),
@@ -115,7 +138,9 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
         (["report", "none"], "is no run folder, study folder or evaluation file"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_line_and_writes_nothing(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     if arguments[0] == "train":
         (tmp_path / "demo").write_text('[data]\nsource = "multiplication"\nsplit = "train"\n')
@@ -127,7 +152,9 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
 
 
 def test_dry_run_prints_a_recipe_that_runs_the_same(tmp_path, capsys):
-    code, out, _ = run(capsys, "train", "demo", "--method", "dagger", "--train.lr", "1e-3", "--dry-run")
+    code, out, _ = run(
+        capsys, "train", "demo", "--method", "dagger", "--train.lr", "1e-3", "--dry-run"
+    )
     assert code == 0
     (tmp_path / "printed.toml").write_text(out)
     code, again, _ = run(capsys, "train", str(tmp_path / "printed.toml"), "--dry-run")
@@ -136,7 +163,9 @@ def test_dry_run_prints_a_recipe_that_runs_the_same(tmp_path, capsys):
 
 def test_overrides_are_read_as_toml_would():
     line = "r.toml --train.lr 1e-3 --dry-run --objective.kl=mixed --evaluation.temperatures 1.0 0.5"
-    rest, overrides = split_overrides("train", f"{line} --train.checkpoint-every 5 --out runs/x".split())
+    rest, overrides = split_overrides(
+        "train", f"{line} --train.checkpoint-every 5 --out runs/x".split()
+    )
     assert rest == ["r.toml", "--dry-run"]
     assert overrides == {
         "train.lr": 1e-3,
@@ -149,7 +178,9 @@ def test_overrides_are_read_as_toml_would():
 
 def test_methods_prints_the_grid(capsys):
     code, out, _ = run(capsys, "methods")
-    assert code == 0 and all(name in out for name in ("sft", "dagger", "offline-rl", "opd", "teacher prefix"))
+    assert code == 0 and all(
+        name in out for name in ("sft", "dagger", "offline-rl", "opd", "teacher prefix")
+    )
 
 
 def test_train_evaluate_sample_report(tmp_path, capsys):
@@ -162,13 +193,30 @@ def test_train_evaluate_sample_report(tmp_path, capsys):
     few = ["--num-problems", "3", "--num-responses", "2"]
     code, out, _ = run(capsys, "evaluate", str(tmp_path / "run"), "potstill:base", *few)
     assert code == 0 and "base" in out
-    code, out, _ = run(capsys, "evaluate", "potstill:base", *few, "--out", str(tmp_path / "base.json"))
+    code, out, _ = run(
+        capsys, "evaluate", "potstill:base", *few, "--out", str(tmp_path / "base.json")
+    )
     assert code == 0 and (tmp_path / "base.json").exists()
     code, out, _ = run(capsys, "sample", str(tmp_path / "run"), "--num", "2")
     assert code == 0 and out.count("stopped by") == 2 and "answer" in out
-    code, out, _ = run(capsys, "sample", "potstill:teacher", "--prompt", "__12*3=", "--num", "1", "--temperature", "0")
+    code, out, _ = run(
+        capsys,
+        "sample",
+        "potstill:teacher",
+        "--prompt",
+        "__12*3=",
+        "--num",
+        "1",
+        "--temperature",
+        "0",
+    )
     assert code == 0 and "36" in out
     code, out, _ = run(
-        capsys, "report", str(tmp_path / "run"), str(tmp_path / "base.json"), "--out", str(tmp_path / "r.html")
+        capsys,
+        "report",
+        str(tmp_path / "run"),
+        str(tmp_path / "base.json"),
+        "--out",
+        str(tmp_path / "r.html"),
     )
     assert code == 0 and (tmp_path / "r.html").stat().st_size > 1_000_000

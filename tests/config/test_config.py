@@ -45,10 +45,15 @@ ASSET_RECIPES = Path(__file__).parents[2] / "scripts" / "asset_recipes"
 
 def test_every_shipped_model_has_a_recipe_that_makes_it():
     names = {path.stem for path in ASSET_RECIPES.glob("*.toml")}
-    assert names == runpy.run_path(str(ASSET_RECIPES.parent / "make_assets.py"))["BLUEPRINTS"].keys()
+    assert (
+        names == runpy.run_path(str(ASSET_RECIPES.parent / "make_assets.py"))["BLUEPRINTS"].keys()
+    )
     for name in names:
         recipe = load_recipe(ASSET_RECIPES / f"{name}.toml")
-        assert (recipe.out, recipe.student.model) == (Path("build/assets") / name, f"build/assets/{name}-blueprint")
+        assert (recipe.out, recipe.student.model) == (
+            Path("build/assets") / name,
+            f"build/assets/{name}-blueprint",
+        )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,10 @@ def test_every_shipped_model_has_a_recipe_that_makes_it():
             {"objective": {"prefx": "student"}},
             r"objective.prefx is not a field of the recipe; the nearest is objective.prefix$",
         ),
-        ({"obective": {"kl": "reverse"}}, r"obective is not a field of the recipe; the nearest is objective"),
+        (
+            {"obective": {"kl": "reverse"}},
+            r"obective is not a field of the recipe; the nearest is objective",
+        ),
         ({"train": {"steps": "many"}}, r"train.steps is 'many': input should be a valid integer"),
         ({"train": {"steps": 0}}, r"train.steps is 0: input should be greater than or equal to 1"),
         ({"train": {"lr": float("inf")}}, r"train.lr is inf"),
@@ -79,16 +87,23 @@ def test_every_shipped_model_has_a_recipe_that_makes_it():
             {"objective": {"prefix": "dataset", "signal": "labels"}, "teacher": {"model": "x/y"}},
             r"teacher.model is set but not",
         ),
-        ({"objective": {"prefix": "dataset"}, "sampling": {"top_p": 0.9}}, r"sampling.top_p is set but not read"),
+        (
+            {"objective": {"prefix": "dataset"}, "sampling": {"top_p": 0.9}},
+            r"sampling.top_p is set but not read",
+        ),
         (
             {"objective": {"prefix": "dataset"}, "rollouts": {"end_set": "student"}},
             r"rollouts.end_set is set but not read",
         ),
         (
             {"teacher": {"model": "self"}, "rollouts": {"end_set": "student"}},
-            r'rollouts.end_set is set but not read: teacher.model is "self", which ends as the student does',
+            r'rollouts.end_set is set but not read: teacher.model is "self", which ends as the '
+            r"student does",
         ),
-        ({"rollouts": {"end_set": "teacher"}}, r"rollouts.end_set is 'teacher': input should be 'union' or 'student'"),
+        (
+            {"rollouts": {"end_set": "teacher"}},
+            r"rollouts.end_set is 'teacher': input should be 'union' or 'student'",
+        ),
         *[
             ({"evaluation": {"source": "multiplication", **settings}}, message)
             for settings, message in [
@@ -98,42 +113,87 @@ def test_every_shipped_model_has_a_recipe_that_makes_it():
                     r"evaluation.temperatures.0 is -1: it must be 0, which is greedy, or at least",
                 ),
                 ({"temperatures": [1, 1e-30]}, r"evaluation.temperatures.1 is 1e-30: it must be 0"),
-                ({"temperatures": [1, 0.6, 1.0]}, r"evaluation.temperatures is .*; give each temperature once"),
-                ({"num_problems": 10**6, "num_responses": 10**6}, r"is 1000000000000, and 10000000 responses are the"),
+                (
+                    {"temperatures": [1, 0.6, 1.0]},
+                    r"evaluation.temperatures is .*; give each temperature once",
+                ),
+                (
+                    {"num_problems": 10**6, "num_responses": 10**6},
+                    r"is 1000000000000, and 10000000 responses are the",
+                ),
             ]
         ],
-        ({"sampling": {"temperature": 1e-30}}, r"sampling.temperature is 1e-30: it must be 0, which is greedy, or"),
+        (
+            {"sampling": {"temperature": 1e-30}},
+            r"sampling.temperature is 1e-30: it must be 0, which is greedy, or",
+        ),
         (
             {"evaluation": {"num_problems": 9}},
             r"evaluation.num_problems is set but not read: evaluation.source is not set",
         ),
         ({"data": {"prompt_column": "question"}}, r"data.prompt_column is set but not read"),
         ({"data": {"source": "a.jsonl", "split": "test"}}, r"data.split is set but not read"),
-        ({"train": {"steps": 5, "warmup_steps": 6}}, r"train.warmup_steps is 6, more than train.steps = 5"),
+        (
+            {"train": {"steps": 5, "warmup_steps": 6}},
+            r"train.warmup_steps is 6, more than train.steps = 5",
+        ),
         ({"train": {"steps": True}}, r"train.steps is True: input should be a valid integer"),
         ({"train": {"steps": "2"}}, r"train.steps is '2': input should be a valid integer"),
         ({"train": {"lr": "1e-3"}}, r"train.lr is '1e-3': input should be a valid number"),
-        ({"train": {"betas": [0.9, True]}}, r"train.betas is \[0.9, True\]: input should be a valid number"),
+        (
+            {"train": {"betas": [0.9, True]}},
+            r"train.betas is \[0.9, True\]: input should be a valid number",
+        ),
         (
             {"weight_schedule": {"at_steps": [["1", 0.5]]}},
             r"weight_schedule.at_steps is .*: input should be a valid integer",
         ),
-        ({"student": {"trust_remote_code": 1}}, r"trust_remote_code is 1: input should be a valid boolean"),
-        ({"student": {"trust_remote_code": "yes"}}, r"trust_remote_code is 'yes': input should be a valid boolean"),
-        ({"train": {"steps": 2**63}}, r"train.steps is 9223372036854775808: .* less than or equal to 1000000000"),
-        ({"train": {"prompts_per_step": 10**9}}, r"prompts_per_step is 1000000000: .* less than or equal to 1000000"),
-        ({"data": {"num_prompts": 10**12}}, r"num_prompts is 1000000000000: .* less than or equal to"),
+        (
+            {"student": {"trust_remote_code": 1}},
+            r"trust_remote_code is 1: input should be a valid boolean",
+        ),
+        (
+            {"student": {"trust_remote_code": "yes"}},
+            r"trust_remote_code is 'yes': input should be a valid boolean",
+        ),
+        (
+            {"train": {"steps": 2**63}},
+            r"train.steps is 9223372036854775808: .* less than or equal to 1000000000",
+        ),
+        (
+            {"train": {"prompts_per_step": 10**9}},
+            r"prompts_per_step is 1000000000: .* less than or equal to 1000000",
+        ),
+        (
+            {"data": {"num_prompts": 10**12}},
+            r"num_prompts is 1000000000000: .* less than or equal to",
+        ),
         ({"train": {"steps": 10**5000}}, r"train.steps is a number of thousands of digits"),
         *(
-            ({section: {"seed": -1}}, rf"{section}.seed is -1: input should be greater than or equal to 0")
+            (
+                {section: {"seed": -1}},
+                rf"{section}.seed is -1: input should be greater than or equal to 0",
+            )
             for section in ("train", "data", "evaluation")
         ),
         ({"train": {"betas": [0.9, 1.0]}}, r"train.betas.1 is 1.0: input should be less than 1"),
-        ({"train": {"betas": [-0.1, 0.9]}}, r"train.betas.0 is -0.1: input should be greater than or equal to 0"),
-        ({"objective": {"split": 2, "split_weights": [0, 0]}}, r"split_weights is \[0, 0\]: no token has a weight"),
-        ({"objective": {"temperature": 1e-30}}, r"objective.temperature is 1e-30: .* greater than or equal to 0.0001"),
+        (
+            {"train": {"betas": [-0.1, 0.9]}},
+            r"train.betas.0 is -0.1: input should be greater than or equal to 0",
+        ),
+        (
+            {"objective": {"split": 2, "split_weights": [0, 0]}},
+            r"split_weights is \[0, 0\]: no token has a weight",
+        ),
+        (
+            {"objective": {"temperature": 1e-30}},
+            r"objective.temperature is 1e-30: .* greater than or equal to 0.0001",
+        ),
         ({"train": 3}, r"train is 3: it is a section; write its fields below a line \[train\]"),
-        ({"out": "x" * 300 + "\0", "train": {"steps": "x" * 1000}}, r"train.steps is 'x{99}\.\.\.: input should"),
+        (
+            {"out": "x" * 300 + "\0", "train": {"steps": "x" * 1000}},
+            r"train.steps is 'x{99}\.\.\.: input should",
+        ),
     ],
 )
 def test_bad_recipes_get_one_line(data, message):
@@ -143,12 +203,16 @@ def test_bad_recipes_get_one_line(data, message):
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(RecipeError, match=r"'none.toml' does not exist; give a TOML file or one of .*demo"):
+    with pytest.raises(
+        RecipeError, match=r"'none.toml' does not exist; give a TOML file or one of .*demo"
+    ):
         load_recipe("none.toml")
     (tmp_path / "broken.toml").write_text("[train\nsteps = 3")
     with pytest.raises(RecipeError, match="not valid TOML"):
         load_recipe(tmp_path / "broken.toml")
-    with pytest.raises(RecipeError, match=r"is a folder; give a TOML file or one of demo, grpo, qwen3, smollm2$"):
+    with pytest.raises(
+        RecipeError, match=r"is a folder; give a TOML file or one of demo, grpo, qwen3, smollm2$"
+    ):
         load_recipe(tmp_path)
 
 
@@ -172,7 +236,9 @@ def test_files_that_are_no_text(tmp_path, text, message):
 
 @pytest.mark.parametrize("section", [Recipe, GrpoRecipe, Train, Evaluation, Sampling])
 def test_sections_made_in_python_are_refused_in_one_line(section):
-    with pytest.raises(RecipeError, match=r"otu is not a field of the recipe; the nearest is ") as error:
+    with pytest.raises(
+        RecipeError, match=r"otu is not a field of the recipe; the nearest is "
+    ) as error:
         section(otu=1)
     assert "\n" not in str(error.value)
 
@@ -222,7 +288,10 @@ def test_every_synonym_is_of_a_field():
 
 def test_run_folders_with_names_of_before_are_refused_by_the_new_name(tmp_path):
     for text, message in (
-        ('[mixing]\nschedule = "linear"', "mixing is not a field of the recipe; the nearest is weight_schedule$"),
+        (
+            '[mixing]\nschedule = "linear"',
+            "mixing is not a field of the recipe; the nearest is weight_schedule$",
+        ),
         (
             '[objective]\nmix_unit = "token"',
             "objective.mix_unit is not a field .*; the nearest is objective.prefix_mix$",
@@ -235,7 +304,10 @@ def test_run_folders_with_names_of_before_are_refused_by_the_new_name(tmp_path):
 
 
 def test_a_few_steps_need_no_word_on_the_warm_up():
-    warm_ups = [make_recipe({"train": {"steps": steps}}).train.warmup_steps for steps in (1, 5, 50, 100, 2000)]
+    warm_ups = [
+        make_recipe({"train": {"steps": steps}}).train.warmup_steps
+        for steps in (1, 5, 50, 100, 2000)
+    ]
     assert warm_ups == [0, 0, 5, 10, 10]
 
 
@@ -247,7 +319,8 @@ def test_the_usual_rate_falls_with_size():
     assert with_lr(train.model_copy(update={"lr": 0.1}), 4 * 10**9).lr == 0.1
 
 
-# Learning rate, warm-up and steps, which no default may change: of every shipped recipe, and of every shipped model.
+# Learning rate, warm-up and steps, which no default may change: of every shipped recipe, and of
+# every shipped model.
 RATES = {
     "base": (4e-3, 20, 800),
     "columns-plain": (5e-3, 20, 2000),
@@ -317,7 +390,10 @@ def test_what_a_shipped_recipe_says_of_its_own_model_is_not_for_others(tmp_path)
         for name in names:
             section, field = name.split(".")
             assert field not in data[section]
-    assert "another model, data or length: train.lr" in load_recipe("demo", {"student.model": "x/y"}).notes[0]
+    assert (
+        "another model, data or length: train.lr"
+        in load_recipe("demo", {"student.model": "x/y"}).notes[0]
+    )
     assert not load_recipe("demo").notes
     (tmp_path / "own.toml").write_text((SHIPPED_RECIPES / "demo.toml").read_text())
     assert left_out(tmp_path / "own.toml", {"student.model": "my/model"}) == []
@@ -326,9 +402,14 @@ def test_what_a_shipped_recipe_says_of_its_own_model_is_not_for_others(tmp_path)
 def test_overrides_win_over_the_file(tmp_path):
     (tmp_path / "r.toml").write_text('[objective]\nprefix = "teacher"\nkl = "forward"\n')
     recipe = load_recipe(
-        tmp_path / "r.toml", {"objective.kl": "mixed", "objective.forward_weight": 0.2, "out": "runs/a"}
+        tmp_path / "r.toml",
+        {"objective.kl": "mixed", "objective.forward_weight": 0.2, "out": "runs/a"},
     )
-    assert (recipe.objective.prefix, recipe.objective.kl, recipe.objective.forward_weight) == ("teacher", "mixed", 0.2)
+    assert (recipe.objective.prefix, recipe.objective.kl, recipe.objective.forward_weight) == (
+        "teacher",
+        "mixed",
+        0.2,
+    )
     assert str(recipe.out) == "runs/a"
     with pytest.raises(RecipeError, match="out is a value, not a section"):
         load_recipe(tmp_path / "r.toml", {"out": "x", "out.b": 1})
@@ -339,7 +420,10 @@ def test_overrides_win_over_the_file(tmp_path):
     [
         {},
         {"objective": {"kl": "mixed", "forward_weight": 0.8}},
-        {"objective": {"prefix": "dataset", "signal": "labels"}, "data": {"source": "multiplication:persona"}},
+        {
+            "objective": {"prefix": "dataset", "signal": "labels"},
+            "data": {"source": "multiplication:persona"},
+        },
         {"evaluation": {"source": "multiplication", "temperatures": (1.0,)}},
         {"data": {"source": 'odd "name".jsonl', "num_prompts": 3}},
     ],
@@ -359,13 +443,20 @@ def test_the_hash_names_the_run_and_not_the_folder(tmp_path):
 
 
 def test_unread_fields_exist():
-    for data in ({"objective": {"prefix": "dataset", "signal": "labels"}}, {"data": {"source": "x.jsonl"}}, {}):
+    for data in (
+        {"objective": {"prefix": "dataset", "signal": "labels"}},
+        {"data": {"source": "x.jsonl"}},
+        {},
+    ):
         for name in unread_fields(Recipe.model_validate(data)):
-            assert any(known == name or known.startswith(name + ".") for known in field_names(Recipe)), name
+            assert any(
+                known == name or known.startswith(name + ".") for known in field_names(Recipe)
+            ), name
 
 
-# The fields that comparisons, resumes and studies ask for by role; all others must agree. Another role of one of these
-# changes which runs are compared, which groups of seeds there are, and which run folders go on.
+# The fields that comparisons, resumes and studies ask for by role; all others must agree. Another
+# role of one of these changes which runs are compared, which groups of seeds there are, and which
+# run folders go on.
 FIELDS_WITH = {
     Role.SEED: {"data.seed", "train.seed", "grpo.seed"},
     Role.TUNED: {"train.lr", "grpo.lr"},
@@ -404,9 +495,14 @@ def test_a_name_that_is_no_field_is_not_passed_over():
     recipe = Recipe()
     assert "lr" not in recipe.resolved_without(("train.lr", Role.SEED))["train"]
     assert "teacher" not in recipe.resolved_without(("teacher",))
-    for name, nearest in (("train.learning_rate", "train.lr"), ("grpo.lr", "train.lr"), ("widow", "window")):
+    for name, nearest in (
+        ("train.learning_rate", "train.lr"),
+        ("grpo.lr", "train.lr"),
+        ("widow", "window"),
+    ):
         with pytest.raises(
-            ValueError, match=f"'{name}' is no field and no section of a Recipe; the nearest is {nearest}"
+            ValueError,
+            match=f"'{name}' is no field and no section of a Recipe; the nearest is {nearest}",
         ):
             recipe.resolved_without((name,))
     with pytest.raises(KeyError):
@@ -455,7 +551,10 @@ def test_the_four_corners_have_their_names():
             "Hybrid(student / 0.25 forward + 0.75 reverse above 1.5 nats)",
         ),
         ({"prefix": "mixed", "student_share": 0.3}, "Hybrid(0.3 student by sequence / forward)"),
-        ({"prefix": "mixed", "prefix_mix": "handoff"}, "Hybrid(teacher first for 8-64 tokens / forward)"),
+        (
+            {"prefix": "mixed", "prefix_mix": "handoff"},
+            "Hybrid(teacher first for 8-64 tokens / forward)",
+        ),
         ({"kl": "jsd"}, "Hybrid(teacher / jsd 0.5)"),
         ({"kl": "skew-reverse", "signal": "topk"}, "Hybrid(teacher / skew-reverse 0.1; top 64)"),
         ({"prefix": "student", "kl": "reverse", "gamma": 1}, "OPD (gamma 1)"),
@@ -468,21 +567,43 @@ def test_the_four_corners_have_their_names():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"objective": {"prefix": "teacher", "kl": "reverse"}}, "means over tokens that the student drew"),
-        ({"objective": {"prefix": "student", "kl": "forward"}}, "'k1' has the gradient of the reverse KL"),
+        (
+            {"objective": {"prefix": "teacher", "kl": "reverse"}},
+            "means over tokens that the student drew",
+        ),
+        (
+            {"objective": {"prefix": "student", "kl": "forward"}},
+            "'k1' has the gradient of the reverse KL",
+        ),
         (
             {"objective": {"prefix": "student", "kl": "reverse", "estimator": "k3"}},
             "'k3' has the gradient",
         ),
-        ({"objective": {"prefix": "student", "kl": "mixed"}}, "'k1' has the gradient of the reverse KL"),
+        (
+            {"objective": {"prefix": "student", "kl": "mixed"}},
+            "'k1' has the gradient of the reverse KL",
+        ),
         (
             {"objective": {"prefix": "student", "kl": "reverse"}, "sampling": {"top_k": 5}},
             "drawn exactly from",
         ),
-        ({"objective": {"prefix": "student", "kl": "reverse", "temperature": 2.0}}, "set sampling.temperature to it"),
-        ({"objective": {"prefix": "student", "kl": "reverse"}, "rollouts": {"reuse": 2}}, "no longer is who drew"),
         (
-            {"objective": {"prefix": "student", "kl": "reverse", "estimator": "k2", "baseline": "exact"}},
+            {"objective": {"prefix": "student", "kl": "reverse", "temperature": 2.0}},
+            "set sampling.temperature to it",
+        ),
+        (
+            {"objective": {"prefix": "student", "kl": "reverse"}, "rollouts": {"reuse": 2}},
+            "no longer is who drew",
+        ),
+        (
+            {
+                "objective": {
+                    "prefix": "student",
+                    "kl": "reverse",
+                    "estimator": "k2",
+                    "baseline": "exact",
+                }
+            },
             "baseline is set but not read",
         ),
     ],

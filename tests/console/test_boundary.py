@@ -1,4 +1,5 @@
-"""What becomes of errors that are not ours, of signals, and of text that would steer the terminal."""
+"""What becomes of errors that are not ours, of signals, and of text that would steer the
+terminal."""
 
 import ast
 import errno
@@ -50,7 +51,9 @@ def template_error(tmp_path):
     import jinja2
 
     with pytest.raises(jinja2.TemplateError) as error:
-        jinja2.Template("{{ raise_exception('no system role') }}", undefined=jinja2.StrictUndefined).render()
+        jinja2.Template(
+            "{{ raise_exception('no system role') }}", undefined=jinja2.StrictUndefined
+        ).render()
     return error.value
 
 
@@ -63,17 +66,38 @@ def json_error(tmp_path):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a"), "'runs/a': no space left on device; free some"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a"),
+            "'runs/a': no space left on device; free some",
+        ),
         (OSError(errno.EFBIG, "File too large", "runs/a"), "ulimit -f"),
-        (OSError(errno.EROFS, "Read-only file system", b"runs/b"), "'runs/b': read-only file system; choose a place"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "'x': file name too long; choose a shorter name"),
-        (PermissionError(errno.EACCES, "Permission denied", "/r"), "'/r': permission denied; choose another place"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "d"), "'d': is a directory; a file is needed"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/x"), "a part of the path is a file"),
+        (
+            OSError(errno.EROFS, "Read-only file system", b"runs/b"),
+            "'runs/b': read-only file system; choose a place",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x"),
+            "'x': file name too long; choose a shorter name",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/r"),
+            "'/r': permission denied; choose another place",
+        ),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "d"),
+            "'d': is a directory; a file is needed",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/x"),
+            "a part of the path is a file",
+        ),
         (FileExistsError(errno.EEXIST, "File exists", "f"), "'f': file exists"),
         (OSError(errno.EMFILE, "Too many open files", "f"), "ulimit -n"),
         (MemoryError(), "there is not enough memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "there is not enough memory",
+        ),
         (RecursionError("maximum recursion depth"), "the input is nested too deeply"),
         (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"), "a file is no UTF-8 text"),
         (RecipeError("recipe 'x'\x1b[31m\nis bad"), "recipe 'x'\\u001b[31m is bad"),
@@ -83,13 +107,19 @@ def json_error(tmp_path):
     ],
 )
 def test_errors_that_are_not_bugs_are_one_line(tmp_path, capsys, error, says):
-    assert raised(error(tmp_path) if callable(error) and not isinstance(error, Exception) else error) == 2
+    assert (
+        raised(error(tmp_path) if callable(error) and not isinstance(error, Exception) else error)
+        == 2
+    )
     err = capsys.readouterr().err
-    assert err.startswith("potstill: ") and err.count("\n") == 1 and err.endswith("\n") and says in err
+    assert (
+        err.startswith("potstill: ") and err.count("\n") == 1 and err.endswith("\n") and says in err
+    )
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("step"), TypeError("x"), AttributeError("x"), RuntimeError("x"), ValueError("x")]
+    "error",
+    [KeyError("step"), TypeError("x"), AttributeError("x"), RuntimeError("x"), ValueError("x")],
 )
 def test_bugs_keep_their_traceback(error):
     assert described(error) is None
@@ -111,7 +141,8 @@ def test_signals_have_their_exit_codes(capsys):
 
 
 def test_a_second_signal_does_not_wait(monkeypatch):
-    """One that comes with the first is the same, as where a terminal tells a study's processes and then the study."""
+    """One that comes with the first is the same, as where a terminal tells a study's processes and
+    then the study."""
     with stop_asked_for() as asked:
         assert asked() == 0
         os.kill(os.getpid(), signal.SIGTERM)
@@ -135,7 +166,8 @@ def command(*arguments, **options):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["methods"], 1), (["train", "demo", "--dry-run"], 141), (["--help"], 141)]
+    ("arguments", "code"),
+    [(["methods"], 1), (["train", "demo", "--dry-run"], 141), (["--help"], 141)],
 )
 def test_a_reader_that_has_gone_is_no_error(arguments, code):
     """As after `| head`; rich has its own exit code for it."""
@@ -170,11 +202,16 @@ def test_a_signal_while_importing_is_no_traceback(number):
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 128 + number and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 128 + number
+        and "Traceback" not in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_training_saves_its_step_when_it_is_asked_to_end(tmp_path):
-    """The step that a signal finds is finished and saved, whatever checkpoint_every is; the end is the same."""
+    """The step that a signal finds is finished and saved, whatever checkpoint_every is; the end is
+    the same."""
     recipe = tiny_recipe(tmp_path / "run", train={"steps": 400, "checkpoint_every": 1000})
     (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
     process = command("train", str(tmp_path / "recipe.toml"), stdout=subprocess.DEVNULL)
@@ -190,11 +227,14 @@ def test_training_saves_its_step_when_it_is_asked_to_end(tmp_path):
     num_steps = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert process.returncode == 143 and 1 <= num_steps < 400
     assert f"stopped after step {num_steps}, which is saved" in err and "Traceback" not in err
-    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == [f"step-{num_steps:06}"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == [
+        f"step-{num_steps:06}"
+    ]
 
 
 def test_a_stop_in_the_middle_of_a_round_changes_nothing(tmp_path, monkeypatch):
-    """The second of three steps on the same rollouts is asked to end; the run that goes on equals the whole one."""
+    """The second of three steps on the same rollouts is asked to end; the run that goes on equals
+    the whole one."""
     sections = {"train": {"checkpoint_every": 1000}, "rollouts": {"reuse": 3}}
     train(tiny_recipe(tmp_path / "whole", **sections), quiet=True)
     real = step_parts.learning_rate
@@ -210,8 +250,13 @@ def test_a_stop_in_the_middle_of_a_round_changes_nothing(tmp_path, monkeypatch):
     assert [row["step"] for row in read_rows(tmp_path / "stopped" / "metrics.jsonl")] == [1, 2]
     train(tiny_recipe(tmp_path / "stopped", **sections), quiet=True)
     rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped")]
-    assert [[row["loss"], row["rollout_age"]] for row in rows[0]] == [[r["loss"], r["rollout_age"]] for r in rows[1]]
-    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert [[row["loss"], row["rollout_age"]] for row in rows[0]] == [
+        [r["loss"], r["rollout_age"]] for r in rows[1]
+    ]
+    weights = [
+        (tmp_path / name / "model" / "model.safetensors").read_bytes()
+        for name in ("whole", "stopped")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -239,15 +284,31 @@ def test_everything_is_printed_through_one_place():
     # The worker of the grader answers its parent; the boundary prints one line of its own.
     printing = ("console/printable", "answers/grading", "console/boundary")
     for path in set(source.rglob("*.py")) - {source / f"{name}.py" for name in printing}:
-        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], path
-        rows = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_row"]
-        texts = [argument for call in rows for argument in call.args if isinstance(argument, ast.Attribute)]
+        calls = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+        ]
+        assert not [
+            call.lineno
+            for call in calls
+            if isinstance(call.func, ast.Name) and call.func.id == "print"
+        ], path
+        rows = [
+            call
+            for call in calls
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "add_row"
+        ]
+        texts = [
+            argument
+            for call in rows
+            for argument in call.args
+            if isinstance(argument, ast.Attribute)
+        ]
         assert not [text.lineno for text in texts], path
 
 
 def test_what_a_run_is_called_steers_nothing(tmp_path, capsys):
-    """A title, a folder and a model's name with escapes, marks of direction and markup, in every table."""
+    """A title, a folder and a model's name with escapes, marks of direction and markup, in every
+    table."""
     name = "[/x][red]a\x1b[31m\u202eb"
     recipe = tiny_recipe(tmp_path / name)
     assert "\x1b" not in to_toml(recipe.resolved()) and "\u202e" not in to_toml(recipe.resolved())
@@ -255,9 +316,14 @@ def test_what_a_run_is_called_steers_nothing(tmp_path, capsys):
     run = write_run(tmp_path / name, evaluate(0, 0.5))
     print_table([read_entry(run)])
     study = Study.model_validate(
-        {"out": tmp_path / name, "panels": [{"title": name, "groups": [{"label": name, "axes": {"method": ["opd"]}}]}]}
+        {
+            "out": tmp_path / name,
+            "panels": [{"title": name, "groups": [{"label": name, "axes": {"method": ["opd"]}}]}],
+        }
     )
-    study = study.model_copy(update={"panels": tuple(p.model_copy(update={"recipe": "demo"}) for p in study.panels)})
+    study = study.model_copy(
+        update={"panels": tuple(p.model_copy(update={"recipe": "demo"}) for p in study.panels)}
+    )
     print_plan(study, plan(study, {}), {}, 1, True, list_all=True)
     say(name)
     captured = capsys.readouterr()

@@ -21,7 +21,9 @@ from potstill.tasks.multiplication import Multiplication
 from potstill.training.metrics import step_means
 from potstill.types import DataError
 
-SMALL = Evaluation(source="multiplication", num_problems=6, num_responses=4, temperatures=(1.0, 0.6))
+SMALL = Evaluation(
+    source="multiplication", num_problems=6, num_responses=4, temperatures=(1.0, 0.6)
+)
 
 
 def without_times(rows):
@@ -36,14 +38,37 @@ def test_two_evaluations_with_one_seed_are_identical():
 
 
 def response(problem, score, answer, length, entropy, **more):
-    row = {"problem": problem, "level": "", "score": score, "answer": answer, "note": "", "stop": "end", "text": ""}
-    row |= {"length": length, "length_to_answer": length, "entropy": entropy, "entropy_before_answer": entropy}
+    row = {
+        "problem": problem,
+        "level": "",
+        "score": score,
+        "answer": answer,
+        "note": "",
+        "stop": "end",
+        "text": "",
+    }
+    row |= {
+        "length": length,
+        "length_to_answer": length,
+        "entropy": entropy,
+        "entropy_before_answer": entropy,
+    }
     return row | {"zlib_ratio": 1.0, "is_loop": False} | more
 
 
 def test_metrics_by_hand():
     rows = [
-        response("a", 1.0, "7", 10, 4.0, length_to_answer=4, entropy_before_answer=2.0, stop="length", is_loop=True),
+        response(
+            "a",
+            1.0,
+            "7",
+            10,
+            4.0,
+            length_to_answer=4,
+            entropy_before_answer=2.0,
+            stop="length",
+            is_loop=True,
+        ),
         response("a", 1.0, "7", 2, 1.0),
         response("a", 0.0, "8", 4, 3.0),
         response("a", 0.0, None, 4, 0.0, zlib_ratio=9.0),
@@ -64,7 +89,9 @@ def test_metrics_by_hand():
 def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypatch):
     settings = SMALL.model_copy(update={"batch_size": 5})
 
-    whole = without_times(evaluate("potstill:base", settings, responses=tmp_path / "whole", quiet=True))
+    whole = without_times(
+        evaluate("potstill:base", settings, responses=tmp_path / "whole", quiet=True)
+    )
     assert whole == without_times(evaluate("potstill:base", settings, quiet=True))
     real, calls = scores.sample, []
 
@@ -83,15 +110,30 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:12]) + lines[12][:30])
     monkeypatch.setattr(scores, "sample", real)
-    again = without_times(evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True))
+    again = without_times(
+        evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)
+    )
     assert again == whole
-    files = [{p.name: p.read_bytes() for p in (tmp_path / name).glob("*.jsonl")} for name in ("whole", "killed")]
+    files = [
+        {p.name: p.read_bytes() for p in (tmp_path / name).glob("*.jsonl")}
+        for name in ("whole", "killed")
+    ]
     assert files[0] == files[1] and len(files[0]) == 2
     # What is there is not sampled again, and other settings are another file.
     monkeypatch.setattr(scores, "sample", None)
-    assert without_times(evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)) == whole
+    assert (
+        without_times(
+            evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)
+        )
+        == whole
+    )
     monkeypatch.setattr(scores, "sample", real)
-    evaluate("potstill:base", settings.model_copy(update={"seed": 3}), responses=tmp_path / "killed", quiet=True)
+    evaluate(
+        "potstill:base",
+        settings.model_copy(update={"seed": 3}),
+        responses=tmp_path / "killed",
+        quiet=True,
+    )
     assert len(list((tmp_path / "killed").glob("*.jsonl"))) == 4
 
 
@@ -109,12 +151,15 @@ ONE = SMALL.model_copy(update={"temperatures": (1.0,), "batch_size": 4, "max_tok
     ],
 )
 def test_only_the_expected_responses_are_taken_from_a_file(tmp_path, damage, line):
-    """A batch that stands twice, one that is missing, rows in another order, one too many, one of another problem."""
+    """A batch that stands twice, one that is missing, rows in another order, one too many, one of
+    another problem."""
     evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)
     (file,) = tmp_path.glob("*.jsonl")
     write_rows(file, damage(read_rows(file)))
     before = file.read_bytes()
-    with pytest.raises(DataError, match=rf"{file.name}', line {line} is response .* remove the file to sample anew"):
+    with pytest.raises(
+        DataError, match=rf"{file.name}', line {line} is response .* remove the file to sample anew"
+    ):
         evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)
     assert file.read_bytes() == before
 
@@ -124,7 +169,8 @@ def evaluate_one(responses):
 
 
 def test_two_evaluations_cannot_write_one_file(tmp_path, forks):
-    """One process is in the middle of it; the other is told so, and both results are right in the end."""
+    """One process is in the middle of it; the other is told so, and both results are right in the
+    end."""
     whole = without_times(evaluate("potstill:base", ONE, quiet=True))
     real, refused = scores.sample, []
 
@@ -135,19 +181,27 @@ def test_two_evaluations_cannot_write_one_file(tmp_path, forks):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "sample", meanwhile)
-        assert without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)) == whole
+        assert (
+            without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)) == whole
+        )
     (ended,) = refused
-    assert ended.code == 1 and re.search("RunError: responses file .* is in use by another", ended.err)
+    assert ended.code == 1 and re.search(
+        "RunError: responses file .* is in use by another", ended.err
+    )
     assert whole[0]["num_problems"] == 6
     (file,) = tmp_path.glob("*.jsonl")
-    with locked(file, "responses file"), pytest.raises(RunError, match=r"responses file .* is in use by another"):
+    with (
+        locked(file, "responses file"),
+        pytest.raises(RunError, match=r"responses file .* is in use by another"),
+    ):
         evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)
     assert without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)) == whole
 
 
 @pytest.mark.parametrize("name", ["one", None])
 def test_problems_of_one_name_are_not_one_problem(tmp_path, name, monkeypatch, capsys):
-    """Each problem has its own place, whatever the data calls it; the names tell them apart again."""
+    """Each problem has its own place, whatever the data calls it; the names tell them apart
+    again."""
     apart = without_times(evaluate("potstill:base", ONE, quiet=True))[0]
     real = scores.make_problems
 
@@ -161,27 +215,57 @@ def test_problems_of_one_name_are_not_one_problem(tmp_path, name, monkeypatch, c
     apart["problems"].pop("id")
     assert together == apart and together["num_problems"] == 6
     # From the file, and against another model.
-    main(["evaluate", "potstill:base", "potstill:teacher", "--num-problems", "6", "--num-responses", "2"])
+    main(
+        [
+            "evaluate",
+            "potstill:base",
+            "potstill:teacher",
+            "--num-problems",
+            "6",
+            "--num-responses",
+            "2",
+        ]
+    )
     assert "teacher - base at T=1: +" in capsys.readouterr().out
 
 
 def test_what_grading_gave_up_on_is_said():
-    rows = [{"temperature": 1.0, "notes": {"timeout": 3, "wrong": 9, "crash": 1}}, {"temperature": 0.6, "notes": {}}]
+    rows = [
+        {"temperature": 1.0, "notes": {"timeout": 3, "wrong": 9, "crash": 1}},
+        {"temperature": 0.6, "notes": {}},
+    ]
     lines = gave_up([Entry("base", Path("base"), rows)])
     assert lines == ["base at T=1: grading gave up on responses: timeout 3, crash 1"]
 
 
 def test_models_are_compared_on_the_same_problems(capsys, tmp_path):
-    main(["evaluate", "potstill:base", "potstill:teacher", "--num-problems", "12", "--num-responses", "2"])
+    main(
+        [
+            "evaluate",
+            "potstill:base",
+            "potstill:teacher",
+            "--num-problems",
+            "12",
+            "--num-responses",
+            "2",
+        ]
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if " - base at T=" in line]
-    assert [line.partition(":")[0] for line in lines] == ["teacher - base at T=1", "teacher - base at T=0.6"]
+    assert [line.partition(":")[0] for line in lines] == [
+        "teacher - base at T=1",
+        "teacher - base at T=0.6",
+    ]
     assert all("+" in line and "Holm over 2" in line for line in lines)
 
 
 def test_levels_average_to_the_whole():
-    (row,) = evaluate("potstill:base", SMALL.model_copy(update={"temperatures": (1.0,)}), quiet=True)
+    (row,) = evaluate(
+        "potstill:base", SMALL.model_copy(update={"temperatures": (1.0,)}), quiet=True
+    )
     assert set(row["levels"]) == {"2 digits", "3 digits", "4 digits"}
-    assert sum(level["avg"].value for level in row["levels"].values()) / 3 == pytest.approx(row["avg"].value)
+    assert sum(level["avg"].value for level in row["levels"].values()) / 3 == pytest.approx(
+        row["avg"].value
+    )
 
 
 def scripted_model(script):
@@ -231,7 +315,10 @@ def test_end_tokens_say_what_ends_a_response(tmp_path):
         assert (row["length"].value, row["truncation"].value) == (length, end_ids == [0])
         assert row["avg"].value == pytest.approx(avg) and row["answered"].value == 1
         assert row["length_to_answer"].value == first - 1
-        assert (row["settings"]["end_tokens"], row["settings"]["end_ids"]) == (list(end_tokens), end_ids)
+        assert (row["settings"]["end_tokens"], row["settings"]["end_ids"]) == (
+            list(end_tokens),
+            end_ids,
+        )
     assert len(list(tmp_path.glob("*.jsonl"))) == 3
 
 
@@ -240,8 +327,9 @@ def test_unknown_end_tokens_are_refused_with_the_known_ones(capsys, monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "potstill:base", "--end-tokens", "<eos>", "<im_end>"])
     assert stopped.value.code == 2
-    assert "'<im_end>' is not in the tokenizer's vocabulary; its special tokens are <pad>, <bos>, <eos>" in (
-        capsys.readouterr().err
+    assert (
+        "'<im_end>' is not in the tokenizer's vocabulary; its special tokens are <pad>, <bos>, "
+        "<eos>" in (capsys.readouterr().err)
     )
 
 
@@ -253,8 +341,11 @@ def test_only_tasks_can_be_scored():
 
 
 def test_shipped_teacher_and_base_are_as_good_as_they_should_be():
-    """The shipped pair on held-out problems at T = 1: the teacher at least 85 %, the base 10 to 30 %."""
-    settings = Evaluation(source="multiplication", num_problems=60, num_responses=8, temperatures=(1.0,), seed=1)
+    """The shipped pair on held-out problems at T = 1: the teacher at least 85 %, the base 10 to 30
+    %."""
+    settings = Evaluation(
+        source="multiplication", num_problems=60, num_responses=8, temperatures=(1.0,), seed=1
+    )
     assert evaluate("potstill:teacher", settings, quiet=True)[0]["avg"].value >= 0.85
     assert 0.10 <= evaluate("potstill:base", settings, quiet=True)[0]["avg"].value <= 0.30
 
@@ -266,7 +357,9 @@ def test_entropy_at_temperature_one_is_that_of_the_model():
 
     model = load_model("potstill:base")
     prompt = tuple(model.tokenizer.encode("__12*3="))
-    (completion,) = sample(model.model, [prompt], [(0,)], max_tokens=40, end_ids=(2,), sampling=Sampling())
+    (completion,) = sample(
+        model.model, [prompt], [(0,)], max_tokens=40, end_ids=(2,), sampling=Sampling()
+    )
     ids = torch.tensor([prompt + completion.token_ids])
     log_probs = model.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     expected = torch.distributions.Categorical(logits=log_probs).entropy()
@@ -287,7 +380,12 @@ def test_tokens_up_to_the_answer():
 
 
 def test_zlib_ratio_tells_a_loop_from_prose():
-    assert zlib_ratio("abc" * 2000) > 10 > 3 > zlib_ratio("The quick brown fox jumps over the lazy dog.")
+    assert (
+        zlib_ratio("abc" * 2000)
+        > 10
+        > 3
+        > zlib_ratio("The quick brown fox jumps over the lazy dog.")
+    )
     assert zlib_ratio("") == 1.0
 
 

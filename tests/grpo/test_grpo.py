@@ -1,4 +1,5 @@
-"""GRPO: TRL's update is the policy gradient by hand, a stopped run ends in the same bits, bad input leaves nothing."""
+"""GRPO: TRL's update is the policy gradient by hand, a stopped run ends in the same bits, bad input
+leaves nothing."""
 
 import json
 
@@ -17,7 +18,14 @@ from potstill.runs.results import read_entry
 from potstill.training import checkpoint
 from potstill.types import NonFiniteError
 
-SMALL = {"steps": 4, "prompts_per_step": 3, "group_size": 4, "rows_per_batch": 5, "checkpoint_every": 2, "lr": 5e-4}
+SMALL = {
+    "steps": 4,
+    "prompts_per_step": 3,
+    "group_size": 4,
+    "rows_per_batch": 5,
+    "checkpoint_every": 2,
+    "lr": 5e-4,
+}
 GATE = {
     "tokens": 48,
     "schedule": "entropy-gated",
@@ -41,7 +49,9 @@ def recipe_for(out, **sections) -> GrpoRecipe:
 def logged(folder):
     """The rows of a run without what depends on the machine's speed."""
     rows = run_folder.read_rows(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows
+    ]
 
 
 @pytest.fixture
@@ -61,11 +71,14 @@ def written(monkeypatch):
 
 @pytest.fixture
 def two_ends(tmp_path):
-    """The base model with the full stop after an answer as its second end token, and without a padding token."""
+    """The base model with the full stop after an answer as its second end token, and without a
+    padding token."""
     model = load_model("potstill:base")
     full_stop = model.tokenizer.convert_tokens_to_ids(".")
     model.tokenizer.pad_token = None
-    weights = {name: value for name, value in model.model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: value for name, value in model.model.state_dict().items() if name != "lm_head.weight"
+    }
     save_model(model, weights, (*model.end_ids, full_stop), tmp_path / "two-ends")
     return str(tmp_path / "two-ends")
 
@@ -78,7 +91,9 @@ def test_run_folder(tmp_path, monkeypatch, capsys):
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     files = {"recipe.toml", "environment.json", "metrics.jsonl", "evals.jsonl"}
     assert names == files | {"checkpoint", "responses", "model", "DONE"}
-    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
+    assert not [
+        path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")
+    ]
     entry = read_entry(folder)
     assert entry.name == "GRPO" and str(entry.start) == "potstill:base"
     assert entry.num_loss_tokens and entry.seconds and entry.flops
@@ -87,40 +102,59 @@ def test_run_folder(tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     said = captured.err
-    assert "end set: <eos> (2)" in said and "entropy before the answer" in said and "step 4/4" in said
+    assert (
+        "end set: <eos> (2)" in said and "entropy before the answer" in said and "step 4/4" in said
+    )
     assert json.loads((folder / "environment.json").read_text())["start"]["num_groups"] == 32
     # TRL leaves nothing in the model but weights.
     start = load_model("potstill:base")
     trained = load_model(str(folder / "model"))
     assert trained.model.config.to_diff_dict() == start.model.config.to_diff_dict()
-    assert trained.model.generation_config.pad_token_id == start.model.generation_config.pad_token_id
+    assert (
+        trained.model.generation_config.pad_token_id == start.model.generation_config.pad_token_id
+    )
     assert trained.tokenizer.special_tokens_map == start.tokenizer.special_tokens_map
     # A run that is done is not repeated.
     before = (folder / "metrics.jsonl").read_text()
     assert run_grpo(recipe_for(folder, evaluation=evaluation)) == folder
     assert (folder / "metrics.jsonl").read_text() == before
     # With another evaluation it is evaluated anew, and nothing else.
-    other = recipe_for(folder, evaluation=evaluation | {"temperatures": [0.0]}, grpo={"checkpoint_every": 3})
+    other = recipe_for(
+        folder, evaluation=evaluation | {"temperatures": [0.0]}, grpo={"checkpoint_every": 3}
+    )
     assert not run_folder.is_done(folder, other)
     run_grpo(other)
     assert run_folder.is_done(folder, other) and (folder / "metrics.jsonl").read_text() == before
-    assert [row["temperature"] for row in run_folder.read_rows(folder / "evals.jsonl")] == [1.0, 0.6, 0.0]
+    assert [row["temperature"] for row in run_folder.read_rows(folder / "evals.jsonl")] == [
+        1.0,
+        0.6,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("model", ["potstill:base", "two ends"])
 def test_one_step_is_the_policy_gradient_by_hand(tmp_path, model, two_ends, written):
-    """Advantages in closed form, log-probabilities one unpadded response at a time, and Adam's first moment."""
+    """Advantages in closed form, log-probabilities one unpadded response at a time, and Adam's
+    first moment."""
     name = two_ends if model == "two ends" else model
     settings = SMALL | {"steps": 1, "prompts_per_step": 6, "lr": 1e-3, "max_grad_norm": 0.05}
     folder = run_grpo(
-        recipe_for(tmp_path / "run", model=name, window={"tokens": 40}, sampling={"temperature": 0.8}, grpo=settings),
+        recipe_for(
+            tmp_path / "run",
+            model=name,
+            window={"tokens": 40},
+            sampling={"temperature": 0.8},
+            grpo=settings,
+        ),
         quiet=True,
     )
     student = load_model(name)
     ends = (2, student.tokenizer.convert_tokens_to_ids(".")) if model == "two ends" else (2,)
     responses, scores = zip(*written[-1], strict=True)
     rewards = torch.tensor(scores).view(6, 4)
-    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    advantages = (
+        (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    ).flatten()
     num_tokens, loss = 0, torch.zeros(())
     for response, advantage in zip(responses, advantages, strict=True):
         prompt, completion = response.prompt.token_ids, response.completion.token_ids
@@ -141,16 +175,23 @@ def test_one_step_is_the_policy_gradient_by_hand(tmp_path, model, two_ends, writ
         "groups_with_signal": sum(len(set(group.tolist())) > 1 for group in rewards) / 6,
         "grad_norm": norm.item(),
         "length": num_tokens / 24,
-        "truncation": sum(response.completion.token_ids[-1] not in ends for response in responses) / 24,
+        "truncation": sum(response.completion.token_ids[-1] not in ends for response in responses)
+        / 24,
     }
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    assert norm > 0.05 and row["groups_with_signal"] > 0 and len({len(r.completion.token_ids) for r in responses}) > 3
+    assert (
+        norm > 0.05
+        and row["groups_with_signal"] > 0
+        and len({len(r.completion.token_ids) for r in responses}) > 3
+    )
     # TRL's loss has the value of ratios of 1, not of log-probabilities; the gradient is the same.
     lengths = torch.tensor([float(len(r.completion.token_ids)) for r in responses])
     assert row["loss"] == pytest.approx(-(advantages * lengths).sum().item() / num_tokens, abs=1e-5)
     moments = load_file(checkpoint.latest(folder) / "optimizer.safetensors")
     for parameter, value in student.model.named_parameters():
-        torch.testing.assert_close(moments[f"model.{parameter}.exp_avg"], 0.1 * value.grad, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(
+            moments[f"model.{parameter}.exp_avg"], 0.1 * value.grad, rtol=1e-3, atol=1e-7
+        )
     saved = json.loads((folder / "model" / "generation_config.json").read_text())
     assert saved["eos_token_id"] == (list(ends) if len(ends) > 1 else ends[0])
 
@@ -158,7 +199,10 @@ def test_one_step_is_the_policy_gradient_by_hand(tmp_path, model, two_ends, writ
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     """With a warm-up, a decay, a gate and a KL to the start, all of which go on where they were."""
     settings = SMALL | {"steps": 5, "warmup_steps": 2, "schedule": "cosine", "kl_weight": 0.1}
-    runs = {name: recipe_for(tmp_path / name, window=GATE, grpo=settings) for name in ("whole", "stopped")}
+    runs = {
+        name: recipe_for(tmp_path / name, window=GATE, grpo=settings)
+        for name in ("whole", "stopped")
+    }
     run_grpo(runs["whole"], quiet=True)
     real = trainer.training_flops
     calls = iter(range(10))
@@ -188,18 +232,27 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     # The first probe sets the reference, each that passes then takes one step up the ladder.
     assert [row["window"] for row in decisions[0]] == [16, 32, 48]
     assert [row["window"] for row in rows] == [16, 32, 48, 48, 48]
-    assert all(row["teacher_truncation"] == 0 and row["teacher_entropy"] is None for row in decisions[0])
+    assert all(
+        row["teacher_truncation"] == 0 and row["teacher_entropy"] is None for row in decisions[0]
+    )
 
 
 def test_the_linear_window_is_obeyed_and_probes_are_held_out(tmp_path, written):
-    run_grpo(recipe_for(tmp_path / "run", window={"tokens": 20, "schedule": "linear", "start": 5}), quiet=True)
+    run_grpo(
+        recipe_for(tmp_path / "run", window={"tokens": 20, "schedule": "linear", "start": 5}),
+        quiet=True,
+    )
     windows = [row["window"] for row in logged(tmp_path / "run")]
     assert windows == [5, 10, 15, 20]
-    lengths = [max(len(response.completion.token_ids) for response, _ in call) for call in written[1:]]
+    lengths = [
+        max(len(response.completion.token_ids) for response, _ in call) for call in written[1:]
+    ]
     assert lengths == windows
     setup = run.prepare(recipe_for("unused", window=GATE), run.distributed.start())
     assert len(setup.probes) == 4
-    assert not {probe.token_ids for probe in setup.probes} & {prompt.token_ids for prompt in setup.prompts}
+    assert not {probe.token_ids for probe in setup.probes} & {
+        prompt.token_ids for prompt in setup.prompts
+    }
 
 
 def test_the_start_is_measured_and_judged(tmp_path, written):
@@ -208,17 +261,29 @@ def test_the_start_is_measured_and_judged(tmp_path, written):
     (pairs,) = written
     groups = [[score for _, score in pairs[i : i + 4]] for i in range(0, len(pairs), 4)]
     assert len(groups) == 32 and len({response.prompt.token_ids for response, _ in pairs}) == 32
-    assert found["groups_with_signal"] == sum(min(group) < max(group) for group in groups) / 32 > 0.2
+    assert (
+        found["groups_with_signal"] == sum(min(group) < max(group) for group in groups) / 32 > 0.2
+    )
     assert found["score"] == pytest.approx(sum(map(sum, groups)) / 128)
     (line,) = run.verdict(found)
     assert "entropy to explore" in line
     # A model that knows nothing is always wrong.
     ignorant = make_model()
-    weights = {name: value for name, value in ignorant.model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: value
+        for name, value in ignorant.model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     save_model(ignorant, weights, (2,), tmp_path / "ignorant")
     recipe = recipe_for("unused", model=str(tmp_path / "ignorant"), sampling={"temperature": 0.01})
-    line, too_hard, no_entropy = run.verdict(run.measure_start(recipe, run.prepare(recipe, run.distributed.start())))
-    assert "in 0% of 32 groups" in line and "too hard" in too_hard and "entropy is near 0" in no_entropy
+    line, too_hard, no_entropy = run.verdict(
+        run.measure_start(recipe, run.prepare(recipe, run.distributed.start()))
+    )
+    assert (
+        "in 0% of 32 groups" in line
+        and "too hard" in too_hard
+        and "entropy is near 0" in no_entropy
+    )
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
@@ -232,7 +297,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ready", load)
     with pytest.raises(NonFiniteError, match="step 1: the gradient is not finite"):
         run_grpo(recipe_for(tmp_path / "run"), quiet=True)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoint").exists()
+    assert (
+        not (tmp_path / "run" / "metrics.jsonl").exists()
+        and not (tmp_path / "run" / "checkpoint").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +311,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
         (["--sampling.temperature", "0"], "tokens drawn from the whole distribution"),
         (["--window.start", "16"], "window.start is set but not read"),
         (["--window.schedule", "linear", "--window.start", "512"], "more than window.tokens"),
-        (["--window.schedule", "entropy-gated", "--window.reference", "teacher"], "GRPO has no teacher"),
+        (
+            ["--window.schedule", "entropy-gated", "--window.reference", "teacher"],
+            "GRPO has no teacher",
+        ),
         (["--grpo.group-size", "1"], "grpo.group_size is 1"),
         (["--grpo.stepz", "1"], "the nearest is grpo.steps"),
         (["--train.steps", "1"], "train is not a field of the recipe"),
@@ -255,10 +326,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "recipe.toml").write_text(to_toml(load_grpo_recipe("grpo").resolved()))
+    (tmp_path / "unfinished" / "recipe.toml").write_text(
+        to_toml(load_grpo_recipe("grpo").resolved())
+    )
     with pytest.raises(SystemExit) as exit:
         main(["grpo", "grpo", "--out", "run", *arguments])
     error = capsys.readouterr().err
@@ -275,7 +350,9 @@ def test_without_trl_it_says_what_to_install(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_forty_steps_make_the_base_model_good(tmp_path):
-    recipe = load_grpo_recipe("grpo", {"out": str(tmp_path / "run"), "evaluation.temperatures": [1.0]})
+    recipe = load_grpo_recipe(
+        "grpo", {"out": str(tmp_path / "run"), "evaluation.temperatures": [1.0]}
+    )
     folder = run_grpo(recipe, quiet=True)
     (row,) = read_entry(folder).evals
     start = json.loads((folder / "environment.json").read_text())["start"]
@@ -307,7 +384,14 @@ class Remembers:
 def test_the_task_that_made_the_prompts_grades_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "remembers.py").write_text(REMEMBERS)
-    recipe = recipe_for(tmp_path / "run", data={"source": "remembers.py:Remembers", "num_prompts": 4})
+    recipe = recipe_for(
+        tmp_path / "run", data={"source": "remembers.py:Remembers", "num_prompts": 4}
+    )
     setup = run.prepare(recipe, run.distributed.start())
     examples = [prompt.example for prompt in setup.prompts]
-    assert [grade.score for grade in setup.task.grade(examples, ["0", "7", "14", "no"])] == [1, 1, 1, 0]
+    assert [grade.score for grade in setup.task.grade(examples, ["0", "7", "14", "no"])] == [
+        1,
+        1,
+        1,
+        0,
+    ]

@@ -49,7 +49,9 @@ def test_value_and_gradient_equal_float64_autograd(kl, temperature, end_ids):
     student.requires_grad_()
     expected = brute_force(student, teacher, kl, 0.3, temperature, end_ids)
     (expected_grad,) = torch.autograd.grad((expected * upstream).sum(), student)
-    value, _ = token_divergence(student, teacher, kl, weight=0.3, temperature=temperature, end_ids=end_ids)
+    value, _ = token_divergence(
+        student, teacher, kl, weight=0.3, temperature=temperature, end_ids=end_ids
+    )
     (grad,) = torch.autograd.grad((value * upstream).sum(), student)
     torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
@@ -94,10 +96,16 @@ def test_mixture_is_linear_and_meets_both_ends():
 def test_statistics_are_all_there_whichever_is_trained():
     student, teacher = random_logits(3)
     _, stats = token_divergence(student, teacher, "forward")
-    torch.testing.assert_close(stats.forward_kl_N, brute_force(student, teacher, "forward", 0, 1, []))
-    torch.testing.assert_close(stats.reverse_kl_N, brute_force(student, teacher, "reverse", 0, 1, []))
+    torch.testing.assert_close(
+        stats.forward_kl_N, brute_force(student, teacher, "forward", 0, 1, [])
+    )
+    torch.testing.assert_close(
+        stats.reverse_kl_N, brute_force(student, teacher, "reverse", 0, 1, [])
+    )
     q = student.softmax(-1)
-    torch.testing.assert_close(stats.student_entropy_N, torch.distributions.Categorical(probs=q).entropy())
+    torch.testing.assert_close(
+        stats.student_entropy_N, torch.distributions.Categorical(probs=q).entropy()
+    )
 
 
 def test_one_end_id_changes_nothing():

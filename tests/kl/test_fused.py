@@ -68,7 +68,15 @@ class Inputs:
 
 
 def make_inputs(
-    num_rows=37, vocab_size=131, dims=(16, 24), seed=0, bias=False, scale=1.0, softcap=None, spread=2.0, padding=(0, 0)
+    num_rows=37,
+    vocab_size=131,
+    dims=(16, 24),
+    seed=0,
+    bias=False,
+    scale=1.0,
+    softcap=None,
+    spread=2.0,
+    padding=(0, 0),
 ) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
 
@@ -85,8 +93,11 @@ def make_inputs(
     return Inputs(hiddens[0], heads[0], hiddens[1], heads[1], labels).to(torch.float64)
 
 
-def brute_force(inputs: Inputs, temperature=1.0, end_ids=(), mixture_weight=0.3, vocab_size=None) -> TokenStats:
-    """Statistics in float64 from whole distributions whose end tokens are merged by plain summation."""
+def brute_force(
+    inputs: Inputs, temperature=1.0, end_ids=(), mixture_weight=0.3, vocab_size=None
+) -> TokenStats:
+    """Statistics in float64 from whole distributions whose end tokens are merged by plain
+    summation."""
 
     def distribution(hidden, head):
         logits = hidden @ head.weight_VD[:vocab_size].T
@@ -97,7 +108,9 @@ def brute_force(inputs: Inputs, temperature=1.0, end_ids=(), mixture_weight=0.3,
         label_probs = probs.gather(1, inputs.labels[:, None]).squeeze(1)
         if end_ids:
             ends = probs[:, list(end_ids)].sum(-1)
-            label_probs = torch.where(torch.isin(inputs.labels, torch.tensor(end_ids)), ends, label_probs)
+            label_probs = torch.where(
+                torch.isin(inputs.labels, torch.tensor(end_ids)), ends, label_probs
+            )
             keep = [i for i in range(probs.shape[1]) if i not in end_ids]
             probs = torch.cat([probs[:, keep], ends[:, None]], -1)
         return probs, logits.exp().sum(-1).log(), label_probs.log()
@@ -138,8 +151,11 @@ def combined(terms: LossTerms, stats: TokenStats):
 
 
 def assert_near(found, exact, tolerance):
-    """Largest error over largest value: the measure of kernels.md, which a small entry cannot dominate."""
-    error = (found.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30)
+    """Largest error over largest value: the measure of kernels.md, which a small entry cannot
+    dominate."""
+    error = (found.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(
+        min=1e-30
+    )
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
@@ -166,7 +182,9 @@ TERMS = {
         forward_above=3.45,
     ),
     "by token": LossTerms(
-        forward=torch.linspace(0, 1, 37), reverse=torch.linspace(1, 0, 37), cross_entropy=torch.linspace(-1, 1, 37)
+        forward=torch.linspace(0, 1, 37),
+        reverse=torch.linspace(1, 0, 37),
+        cross_entropy=torch.linspace(-1, 1, 37),
     ),
 }
 HEADS = {
@@ -181,7 +199,9 @@ HEADS = {
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 @pytest.mark.parametrize("end_ids", [(), ENDS], ids=["raw", "merged"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 3e-6)], ids=["64", "32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 3e-6)], ids=["64", "32"]
+)
 def test_loss_and_gradients_equal_float64_autograd(terms, temperature, end_ids, dtype, tolerance):
     exact = make_inputs()
     weights = torch.linspace(0, 2, 37, dtype=torch.float64)
@@ -230,11 +250,15 @@ def test_each_statistic_is_differentiable_by_itself(head, end_ids, name):
             value = getattr(stats, statistic)
             # Single-pass values of float32 carry a documented 2e-6 nats.
             torch.testing.assert_close(
-                value.detach().double(), getattr(expected, statistic).detach(), rtol=tolerance, atol=tolerance
+                value.detach().double(),
+                getattr(expected, statistic).detach(),
+                rtol=tolerance,
+                atol=tolerance,
             )
             assert value.requires_grad == (not statistic.startswith("teacher"))
         (getattr(stats, name) * upstream.to(dtype)).sum().backward()
-        # The gradient of KL(q || m) is b times that of a KL or less; the log-sum-exps round as they do there.
+        # The gradient of KL(q || m) is b times that of a KL or less; the log-sum-exps round as they
+        # do there.
         allowed = tolerance / 0.3 if name == "skew_reverse_N" else tolerance
         for found, reference in zip(inputs.trained, exact.trained, strict=True):
             assert_near(found.grad, reference.grad, allowed)
@@ -248,7 +272,13 @@ def test_loss_of_every_kind_of_head(head, end_ids):
     exact = make_inputs(**head)
     combined(TERMS["all"], brute_force(exact, 1.3, end_ids, vocab_size=131)).sum().backward()
     inputs = exact.to(torch.float32)
-    options = {"labels_N": inputs.labels, "vocab_size": 131, "temperature": 1.3, "end_ids": end_ids, "tile": (16, 40)}
+    options = {
+        "labels_N": inputs.labels,
+        "vocab_size": 131,
+        "temperature": 1.3,
+        "end_ids": end_ids,
+        "tile": (16, 40),
+    }
     fused_loss(*inputs.args(), TERMS["all"], **options)[0].backward()
     for found, reference in zip(inputs.trained, exact.trained, strict=True):
         assert_near(found.grad, reference.grad, 3e-6)
@@ -284,13 +314,18 @@ def in_another_order(order: Sequence[str]) -> type:
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("num_rows", [37, 0])
 def test_the_order_of_the_statistics_changes_nothing(monkeypatch, num_rows, with_labels):
-    """Statistics are taken by name: with the fields of the class in other orders, every value and gradient stays."""
+    """Statistics are taken by name: with the fields of the class in other orders, every value and
+    gradient stays."""
 
     names = TokenStats.__slots__
 
     def everything():
         inputs = make_inputs(num_rows=num_rows)
-        options = {"labels_N": inputs.labels if with_labels else None, "end_ids": ENDS, "tile": (16, 40)}
+        options = {
+            "labels_N": inputs.labels if with_labels else None,
+            "end_ids": ENDS,
+            "tile": (16, 40),
+        }
         loss, loss_N, of_loss = fused_loss(*inputs.args(), TERMS["jsd"], **options)
         kl_N, close = close_kl(*inputs.args(), **options)
         alone = fused_statistics(inputs.hidden, inputs.head, **options)
@@ -337,7 +372,8 @@ def test_the_budget_changes_no_bit(dtype):
 @pytest.mark.parametrize("rows", [13, 16])
 @pytest.mark.parametrize("kl", ["jsd", "skew forward", "skew reverse"])
 def test_the_budget_changes_no_bit_of_a_divergence_from_a_mixture(kl, rows):
-    """Whose end class is a column of its own: rounding must not tell how many rows were looked at together."""
+    """Whose end class is a column of its own: rounding must not tell how many rows were looked at
+    together."""
     for seed in range(4):
         inputs = make_inputs(num_rows=150, vocab_size=203, seed=seed).to(torch.float32)
         cuts = [
@@ -353,23 +389,37 @@ def test_a_log_mixture_is_right_and_does_not_depend_on_how_it_is_cut():
     ls, lt = (-30 * torch.rand(5003, generator=generator) for _ in range(2))
     lt[:3] = torch.tensor([-torch.inf, -1e30, ls[2].item()])
     for size in (1, 3, 7, 16, 33):
-        parts = [log_mixture(*pair, 0.3) for pair in zip(ls.split(size), lt.split(size), strict=True)]
+        parts = [
+            log_mixture(*pair, 0.3) for pair in zip(ls.split(size), lt.split(size), strict=True)
+        ]
         assert torch.equal(torch.cat(parts), log_mixture(ls, lt, 0.3))
     exact = [x.double().requires_grad_() for x in (ls, lt[3:])]
     expected = torch.logaddexp(exact[1] + math.log(0.3), exact[0][3:] + math.log(0.7))
     inputs = [x.clone().requires_grad_() for x in (ls, lt[3:])]
     found = log_mixture(inputs[0][3:], inputs[1], 0.3)
     torch.testing.assert_close(found.double(), expected, rtol=3e-7, atol=3e-7)
-    for a, b in zip(torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(expected.sum(), exact), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(found.sum(), inputs),
+        torch.autograd.grad(expected.sum(), exact),
+        strict=True,
+    ):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("end_ids", [(), ENDS], ids=["raw", "merged"])
 @pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-5, 1e-3])
 def test_the_kl_of_models_that_nearly_agree_is_right_and_never_negative(gap, end_ids):
-    exact = make_inputs(num_rows=200, vocab_size=1003, dims=(32, 32)).to(torch.float32).to(torch.float64)
-    noise = gap * torch.randn(200, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exact = dataclasses.replace(exact, teacher_hidden=exact.hidden.detach() + noise, teacher_head=exact.head)
+    exact = (
+        make_inputs(num_rows=200, vocab_size=1003, dims=(32, 32))
+        .to(torch.float32)
+        .to(torch.float64)
+    )
+    noise = gap * torch.randn(
+        200, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    exact = dataclasses.replace(
+        exact, teacher_hidden=exact.hidden.detach() + noise, teacher_head=exact.head
+    )
     inputs = exact.to(torch.float32)
     expected_N = brute_force(inputs.to(torch.float64), 1.3, end_ids).forward_kl_N.detach()
     found_N, stats = close_kl(*inputs.args(), temperature=1.3, end_ids=end_ids, tile=(64, 200))
@@ -412,7 +462,9 @@ def test_properties(seed, spread, forward_weight):
     # Logits are defined up to a constant: a bias' gradient, the sum of dz over rows, sums to zero.
     bias = torch.zeros(131, dtype=torch.float64, requires_grad=True)
     with_bias = dataclasses.replace(inputs.head, bias_V=bias)
-    fused_loss(inputs.hidden, with_bias, *inputs.args()[2:], TERMS["all"], labels_N=inputs.labels)[0].backward()
+    fused_loss(inputs.hidden, with_bias, *inputs.args()[2:], TERMS["all"], labels_N=inputs.labels)[
+        0
+    ].backward()
     assert abs(bias.grad.sum()) < 1e-9
     bias.grad = None
     weights = torch.linspace(-1, 2, 9, dtype=torch.float64)
@@ -421,7 +473,10 @@ def test_properties(seed, spread, forward_weight):
     assert abs(bias.grad.sum() - weights.sum()) < 1e-9
     # An order of the vocabulary means nothing.
     order = torch.randperm(131, generator=torch.Generator().manual_seed(seed))
-    shuffled = [dataclasses.replace(h, weight_VD=h.weight_VD[order]) for h in (inputs.head, inputs.teacher_head)]
+    shuffled = [
+        dataclasses.replace(h, weight_VD=h.weight_VD[order])
+        for h in (inputs.head, inputs.teacher_head)
+    ]
     moved = dataclasses.replace(
         inputs, head=shuffled[0], teacher_head=shuffled[1], labels=order.argsort()[inputs.labels]
     )
@@ -431,13 +486,17 @@ def test_properties(seed, spread, forward_weight):
         assert loss(terms, same).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("terms", [LossTerms(forward=1.0), LossTerms(reverse=1.0), LossTerms(forward=0.5, reverse=0.5)])
+@pytest.mark.parametrize(
+    "terms", [LossTerms(forward=1.0), LossTerms(reverse=1.0), LossTerms(forward=0.5, reverse=0.5)]
+)
 def test_a_tiny_divergence_is_right_to_one_percent(terms):
     """The Bregman form: about 2e-6 nats, where a difference of cross-entropies is noise."""
     torch.manual_seed(0)
     exact = make_inputs(num_rows=64, vocab_size=20_000, dims=(32, 32))
     exact.teacher_head = dataclasses.replace(
-        exact.head, weight_VD=exact.head.weight_VD.detach() + 4e-4 * torch.randn(20_000, 32, dtype=torch.float64)
+        exact.head,
+        weight_VD=exact.head.weight_VD.detach()
+        + 4e-4 * torch.randn(20_000, 32, dtype=torch.float64),
     )
     exact.teacher_hidden = exact.hidden.detach()
     # What float32 can know: the divergence of the rounded inputs.
@@ -457,7 +516,9 @@ def test_peaked_offset_and_underflowing_logits():
     probs = (exact.hidden @ exact.head.weight_VD.T).float().softmax(-1)
     assert (probs == 0).any(), "nothing underflows"
     terms = LossTerms(forward=0.4, reverse=0.6, jsd=0.2, mixture_weight=0.3)
-    logits = [h @ head.weight_VD.T + head.bias_V for h, head in (exact.args()[:2], exact.args()[2:])]
+    logits = [
+        h @ head.weight_VD.T + head.bias_V for h, head in (exact.args()[:2], exact.args()[2:])
+    ]
     ls, lt = (z.log_softmax(-1) for z in logits)
     lm = torch.logaddexp(lt + math.log(0.3), ls + math.log(0.7))
     forward, reverse = (lt.exp() * (lt - ls)).sum(-1), (ls.exp() * (ls - lt)).sum(-1)
@@ -470,16 +531,22 @@ def test_peaked_offset_and_underflowing_logits():
     # A logit of 1000 carries an error of 6e-5 in float32 before anything is done with it.
     assert_near(loss_N, expected, 1e-4)
     assert_near(inputs.hidden.grad, exact.hidden.grad, 2e-4)
-    assert all(torch.isfinite(t).all() for t in (stats.forward_kl_N, stats.reverse_kl_N, inputs.head.weight_VD.grad))
+    assert all(
+        torch.isfinite(t).all()
+        for t in (stats.forward_kl_N, stats.reverse_kl_N, inputs.head.weight_VD.grad)
+    )
 
 
 def test_sixteen_bit_inputs_lose_one_rounding():
-    """Against float64 on the same rounded inputs: the head's gradient is off by its own rounding alone."""
+    """Against float64 on the same rounded inputs: the head's gradient is off by its own rounding
+    alone."""
     for dtype in (torch.bfloat16, torch.float16):
         inputs = make_inputs(num_rows=400, vocab_size=1001).to(dtype)
         exact = inputs.to(torch.float64)
         combined(TERMS["all"], brute_force(exact)).sum().mul(0.01).backward()
-        loss_sum, _, _ = fused_loss(*inputs.args(), TERMS["all"], labels_N=inputs.labels, scale=0.01)
+        loss_sum, _, _ = fused_loss(
+            *inputs.args(), TERMS["all"], labels_N=inputs.labels, scale=0.01
+        )
         loss_sum.backward()
         for found, reference in zip(inputs.trained, exact.trained, strict=True):
             assert found.grad.dtype == dtype
@@ -491,12 +558,16 @@ def test_frozen_heads_tied_heads_and_no_gradient():
     inputs = make_inputs().to(torch.float32)
     whole = run_loss(inputs)
     frozen = dataclasses.replace(inputs.head, weight_VD=inputs.head.weight_VD.detach())
-    loss_sum, _, _ = fused_loss(inputs.hidden, frozen, *inputs.args()[2:], TERMS["all"], labels_N=inputs.labels)
+    loss_sum, _, _ = fused_loss(
+        inputs.hidden, frozen, *inputs.args()[2:], TERMS["all"], labels_N=inputs.labels
+    )
     loss_sum.backward()
     assert torch.equal(inputs.hidden.grad, whole[-2]) and frozen.weight_VD.grad is None
     # Tied: the embedding is both what hidden states come from and the head.
     embedding = inputs.head.weight_VD.detach().double().requires_grad_()
-    tied = dataclasses.replace(inputs.to(torch.float64), hidden=embedding[inputs.labels], head=Head(embedding))
+    tied = dataclasses.replace(
+        inputs.to(torch.float64), hidden=embedding[inputs.labels], head=Head(embedding)
+    )
     (expected,) = torch.autograd.grad(brute_force(tied).reverse_kl_N.sum(), embedding)
     tied = dataclasses.replace(tied, hidden=embedding[inputs.labels])
     (found,) = torch.autograd.grad(fused_loss(*tied.args(), LossTerms(reverse=1.0))[0], embedding)
@@ -508,7 +579,9 @@ def test_frozen_heads_tied_heads_and_no_gradient():
         loss_N,
         combined(
             TERMS["mixed"],
-            dataclasses.replace(stats, jsd_N=0, student_log_prob_N=0, skew_forward_N=0, skew_reverse_N=0),
+            dataclasses.replace(
+                stats, jsd_N=0, student_log_prob_N=0, skew_forward_N=0, skew_reverse_N=0
+            ),
         ),
         1e-5,
     )
@@ -520,10 +593,21 @@ def test_without_a_teacher():
     combined(terms, dataclasses.replace(brute_force(exact, end_ids=ENDS))).sum().backward()
     inputs = exact.to(torch.float32)
     loss_sum, _, stats = fused_loss(
-        inputs.hidden, inputs.head, None, None, terms, labels_N=inputs.labels, end_ids=ENDS, tile=(8, 30)
+        inputs.hidden,
+        inputs.head,
+        None,
+        None,
+        terms,
+        labels_N=inputs.labels,
+        end_ids=ENDS,
+        tile=(8, 30),
     )
     loss_sum.backward()
-    assert stats.forward_kl_N is None and stats.teacher_entropy_N is None and stats.teacher_log_prob_N is None
+    assert (
+        stats.forward_kl_N is None
+        and stats.teacher_entropy_N is None
+        and stats.teacher_log_prob_N is None
+    )
     for found, reference in zip(inputs.trained, exact.trained, strict=True):
         assert_near(found.grad, reference.grad, 3e-6)
 
@@ -531,7 +615,9 @@ def test_without_a_teacher():
 @pytest.mark.parametrize("budget", [0, 2**20])
 def test_no_tokens(budget):
     inputs = make_inputs(num_rows=0)
-    loss_sum, loss_N, stats = fused_loss(*inputs.args(), TERMS["all"], labels_N=inputs.labels, budget=budget)
+    loss_sum, loss_N, stats = fused_loss(
+        *inputs.args(), TERMS["all"], labels_N=inputs.labels, budget=budget
+    )
     loss_sum.backward()
     assert loss_sum == 0 and loss_N.shape == stats.forward_kl_N.shape == (0,)
     assert inputs.hidden.grad.shape == (0, 16) and inputs.head.weight_VD.grad.eq(0).all()
@@ -540,9 +626,13 @@ def test_no_tokens(budget):
 
 def test_the_plain_backend_is_the_same_call():
     inputs = make_inputs(bias=True, softcap=3.0)
-    for a, b in zip(run_loss(inputs, end_ids=ENDS), run_loss(inputs, end_ids=ENDS, backend="plain"), strict=True):
+    for a, b in zip(
+        run_loss(inputs, end_ids=ENDS), run_loss(inputs, end_ids=ENDS, backend="plain"), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-    plain = fused_statistics(*inputs.args(), labels_N=inputs.labels, backend="plain", mixture_weight=0.3)
+    plain = fused_statistics(
+        *inputs.args(), labels_N=inputs.labels, backend="plain", mixture_weight=0.3
+    )
     fused = fused_statistics(*inputs.args(), labels_N=inputs.labels, mixture_weight=0.3)
     for name in TokenStats.__slots__:
         torch.testing.assert_close(getattr(plain, name), getattr(fused, name))
@@ -560,17 +650,23 @@ def test_masked_vocabularies_are_refused():
     inputs = make_inputs(bias=True).to(torch.float32)
     with torch.no_grad():
         inputs.teacher_head.bias_V[7] = -math.inf
-    with pytest.raises(NonFiniteError, match=r"the teacher's logits are NaN or infinite in rows \[0, 1, 2, 3, 4\]"):
+    with pytest.raises(
+        NonFiniteError, match=r"the teacher's logits are NaN or infinite in rows \[0, 1, 2, 3, 4\]"
+    ):
         fused_loss(*inputs.args(), TERMS["forward"])
     inputs = make_inputs().to(torch.float32)
     with torch.no_grad():
         inputs.hidden[20] = math.nan
-    with pytest.raises(NonFiniteError, match=r"the student's logits are NaN or infinite in rows \[20\]"):
+    with pytest.raises(
+        NonFiniteError, match=r"the student's logits are NaN or infinite in rows \[20\]"
+    ):
         fused_statistics(*inputs.args())
 
 
 @pytest.mark.parametrize("backend", ["eager", "plain"])
-@pytest.mark.parametrize("terms", [LossTerms(forward=1.0), LossTerms(entropy=1.0), LossTerms(cross_entropy=1.0)])
+@pytest.mark.parametrize(
+    "terms", [LossTerms(forward=1.0), LossTerms(entropy=1.0), LossTerms(cross_entropy=1.0)]
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_model_that_is_not_finite_is_named_whatever_is_asked(value, terms, backend):
     """A teacher that no term looks at included: its statistics are returned."""
@@ -604,8 +700,14 @@ def test_a_model_that_is_not_finite_is_named_whatever_is_asked(value, terms, bac
         ({"weights_N": torch.ones(36)}, r"weights_N is a tensor \[36\]"),
         ({"weights_N": torch.full((37,), math.nan)}, "weights_N holds nan; give finite numbers"),
         ({"terms": LossTerms(forward=math.nan)}, "forward is nan; give a finite number"),
-        ({"terms": LossTerms(entropy=torch.full((37,), -math.inf))}, "entropy holds -inf; give finite numbers"),
-        ({"terms": LossTerms(forward=1.0, forward_above=math.nan)}, "forward_above is nan; give a number of nats"),
+        (
+            {"terms": LossTerms(entropy=torch.full((37,), -math.inf))},
+            "entropy holds -inf; give finite numbers",
+        ),
+        (
+            {"terms": LossTerms(forward=1.0, forward_above=math.nan)},
+            "forward_above is nan; give a number of nats",
+        ),
         ({"scale": math.inf}, "scale is inf; give a finite number"),
     ],
 )
@@ -625,10 +727,26 @@ def test_sides_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="forward needs a teacher"):
         fused_loss(inputs.hidden, inputs.head, None, None, TERMS["mixed"])
     with pytest.raises(ValueError, match="37 student rows and 36 teacher rows"):
-        fused_loss(inputs.hidden, inputs.head, inputs.teacher_hidden[1:], inputs.teacher_head, TERMS["mixed"])
-    with pytest.raises(ValueError, match=r"student: hidden states are \[37, 24\] and the head \[131, 16\]"):
-        fused_loss(inputs.teacher_hidden, inputs.head, inputs.teacher_hidden, inputs.teacher_head, TERMS["mixed"])
-    with pytest.raises(ValueError, match=r"mixture_weight is 1\.0; it must be strictly between 0 and 1"):
+        fused_loss(
+            inputs.hidden,
+            inputs.head,
+            inputs.teacher_hidden[1:],
+            inputs.teacher_head,
+            TERMS["mixed"],
+        )
+    with pytest.raises(
+        ValueError, match=r"student: hidden states are \[37, 24\] and the head \[131, 16\]"
+    ):
+        fused_loss(
+            inputs.teacher_hidden,
+            inputs.head,
+            inputs.teacher_hidden,
+            inputs.teacher_head,
+            TERMS["mixed"],
+        )
+    with pytest.raises(
+        ValueError, match=r"mixture_weight is 1\.0; it must be strictly between 0 and 1"
+    ):
         fused_loss(*make_inputs().args(), LossTerms(jsd=1.0, mixture_weight=1.0))
 
 
@@ -638,7 +756,8 @@ def test_plans_follow_the_budget_and_the_shapes():
             plan = make_plan(num_rows, 151_936, budget)
             assert plan.rows * plan.columns * 4 <= 4 * MIB
             assert plan.num_resident * plan.rows * plan.columns * 4 <= budget
-    # All rows at once when little stays, as many as stay whole otherwise, and no fewer than a tile has.
+    # All rows at once when little stays, as many as stay whole otherwise, and no fewer than a tile
+    # has.
     assert make_plan(1024, 151_936, 0).group_rows == 1024
     assert make_plan(1024, 151_936, 256 * MIB).group_rows == 256
     assert make_plan(1024, 151_936, 1024 * MIB).group_rows == 768
@@ -652,7 +771,9 @@ def test_extra_memory_does_not_grow_with_the_rows():
     script = Path(__file__).parents[1] / "support" / "memory_probe.py"
     extra = {}
     for num_rows in (512, 4096):
-        done = subprocess.run([sys.executable, str(script), str(num_rows)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, str(script), str(num_rows)], capture_output=True, text=True, check=True
+        )
         extra[num_rows] = float(done.stdout)
     # One [N, V] tensor of float32 would be 33 and 262 MB.
     assert extra[512] < 12 and extra[4096] < extra[512] + 3, extra

@@ -19,7 +19,11 @@ HEAD = {"bias": True, "softcap": 3.0, "scale": 1.5}
 
 @pytest.fixture(scope="module")
 def triton_kernels():
-    pytest.importorskip("triton", reason="Triton is not installed; pip install 'potstill[peers]'", exc_type=ImportError)
+    pytest.importorskip(
+        "triton",
+        reason="Triton is not installed; pip install 'potstill[peers]'",
+        exc_type=ImportError,
+    )
     from potstill.kl import triton_tiles
 
     return triton_tiles
@@ -28,14 +32,19 @@ def triton_kernels():
 def of_rows(terms: LossTerms, num_rows: int) -> LossTerms:
     """Terms whose weights by token are those of the first rows."""
     weights = {name: getattr(terms, name) for name in LossTerms.__slots__}
-    cut = {name: weight[:num_rows] for name, weight in weights.items() if isinstance(weight, torch.Tensor)}
+    cut = {
+        name: weight[:num_rows]
+        for name, weight in weights.items()
+        if isinstance(weight, torch.Tensor)
+    }
     return dataclasses.replace(terms, **cut)
 
 
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("end_ids", [(), ENDS], ids=["raw", "merged"])
 def test_triton_equals_float64_autograd(triton_kernels, monkeypatch, name, end_ids):
-    """Rows and columns that no tile divides, columns that no block divides, and several blocks a row."""
+    """Rows and columns that no tile divides, columns that no block divides, and several blocks a
+    row."""
     monkeypatch.setattr(triton_kernels, "BLOCK", 32)
     exact = make_inputs(num_rows=11, **HEAD)
     terms = of_rows(TERMS[name], 11)
@@ -61,7 +70,9 @@ def test_triton_without_a_teacher(triton_kernels):
     for backend in ("eager", "triton"):
         given = inputs.to(torch.float32)
         terms = LossTerms(entropy=0.5, cross_entropy=1.0)
-        fused_loss(given.hidden, given.head, None, None, terms, labels_N=given.labels, backend=backend)[0].backward()
+        fused_loss(
+            given.hidden, given.head, None, None, terms, labels_N=given.labels, backend=backend
+        )[0].backward()
         grads.append([t.grad for t in given.trained])
     for a, b in zip(*grads, strict=True):
         assert_near(b, a, 3e-6)
@@ -95,25 +106,46 @@ def on_a_rank(cut: int) -> None:
     rows = slice(0, cut) if rank == 0 else slice(cut, None)
 
     def part(head, trained):
-        weight, bias = (t.detach()[rows].clone().requires_grad_(trained) for t in (head.weight_VD, head.bias_V))
+        weight, bias = (
+            t.detach()[rows].clone().requires_grad_(trained) for t in (head.weight_VD, head.bias_V)
+        )
         return Head(weight, bias, head.scale, head.softcap)
 
     head, teacher_head = part(inputs.head, True), part(inputs.teacher_head, False)
     options = {"labels_N": inputs.labels, "end_ids": ENDS, "temperature": 1.3, "tile": (16, 20)}
     shard = VocabShard(rows.start)
     loss_sum, _, _ = fused_loss(
-        inputs.hidden, head, inputs.teacher_hidden, teacher_head, TERMS["all"], shard=shard, **options
+        inputs.hidden,
+        head,
+        inputs.teacher_hidden,
+        teacher_head,
+        TERMS["all"],
+        shard=shard,
+        **options,
     )
     loss_sum.backward()
     loss = [loss_sum.detach(), inputs.hidden.grad, head.weight_VD.grad, head.bias_V.grad]
     inputs.hidden.grad = head.weight_VD.grad = head.bias_V.grad = None
     stats = fused_statistics(
-        inputs.hidden, head, inputs.teacher_hidden, teacher_head, mixture_weight=0.3, shard=shard, **options
+        inputs.hidden,
+        head,
+        inputs.teacher_hidden,
+        teacher_head,
+        mixture_weight=0.3,
+        shard=shard,
+        **options,
     )
     upstream = torch.linspace(-1, 2, 37)
     ((stats.reverse_kl_N + stats.student_log_prob_N + stats.jsd_N) * upstream).sum().backward()
-    values = [stats.forward_kl_N.detach(), stats.teacher_log_prob_N, inputs.hidden.grad, head.weight_VD.grad]
-    save_file({str(i): t.contiguous() for i, t in enumerate([*loss, *values])}, f"{rank}.safetensors")
+    values = [
+        stats.forward_kl_N.detach(),
+        stats.teacher_log_prob_N,
+        inputs.hidden.grad,
+        head.weight_VD.grad,
+    ]
+    save_file(
+        {str(i): t.contiguous() for i, t in enumerate([*loss, *values])}, f"{rank}.safetensors"
+    )
     dist.destroy_process_group()
 
 
@@ -134,7 +166,12 @@ def test_two_ranks_with_uneven_shards_equal_float64(tmp_path, forks, cut):
         found, values = [saved[str(i)] for i in range(4)], [saved[str(i)] for i in range(4, 8)]
         for a, b in zip(found, (loss, grads[0], grads[1][rows], grads[2][rows]), strict=True):
             assert_near(a, b.detach(), 3e-6)
-        expected = (stats.forward_kl_N, stats.teacher_log_prob_N, other_grads[0], other_grads[1][rows])
+        expected = (
+            stats.forward_kl_N,
+            stats.teacher_log_prob_N,
+            other_grads[0],
+            other_grads[1][rows],
+        )
         for a, b in zip(values, expected, strict=True):
             assert_near(a, b.detach(), 3e-6)
 
@@ -143,13 +180,16 @@ def test_two_ranks_with_uneven_shards_equal_float64(tmp_path, forks, cut):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_trl_gives_the_same(kl, temperature):
     reason = "TRL is not installed; pip install 'potstill[peers]'"
-    peer = pytest.importorskip("trl.kernels.chunked_divergence", reason=reason, exc_type=ImportError)
+    peer = pytest.importorskip(
+        "trl.kernels.chunked_divergence", reason=reason, exc_type=ImportError
+    )
     function = peer.ChunkedDivergenceFunction
     theirs, ours = make_inputs().to(torch.float32), make_inputs().to(torch.float32)
     # Its mixture is (1 - beta) student + beta teacher; beta 0 is the forward and 1 the reverse KL.
     beta = {"forward": 0.0, "reverse": 1.0, "jsd": 0.3}[kl]
     value_N, _ = function.apply(
-        theirs.hidden, theirs.head.weight_VD, None, theirs.teacher_hidden, theirs.teacher_head.weight_VD, None,
+        theirs.hidden, theirs.head.weight_VD, None,
+        theirs.teacher_hidden, theirs.teacher_head.weight_VD, None,
         beta, temperature,
     )  # fmt: skip
     value_N.sum().backward()
@@ -164,12 +204,20 @@ def test_trl_gives_the_same(kl, temperature):
 @pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
 def test_liger_gives_the_same(kl):
     reason = "Liger-Kernel is not installed; pip install 'potstill[peers]'"
-    peer = pytest.importorskip("liger_kernel.chunked_loss.jsd_loss", reason=reason, exc_type=ImportError)
+    peer = pytest.importorskip(
+        "liger_kernel.chunked_loss.jsd_loss", reason=reason, exc_type=ImportError
+    )
     theirs, ours = make_inputs().to(torch.float32), make_inputs().to(torch.float32)
     beta = {"forward": 0.0, "reverse": 1.0, "jsd": 0.3}[kl]
-    liger = peer.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
+    liger = peer.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False
+    )
     value = liger(
-        theirs.hidden, theirs.head.weight_VD, theirs.teacher_hidden, theirs.teacher_head.weight_VD, theirs.labels
+        theirs.hidden,
+        theirs.head.weight_VD,
+        theirs.teacher_hidden,
+        theirs.teacher_head.weight_VD,
+        theirs.labels,
     )
     value.backward()
     terms = LossTerms(**{kl: 1.0}, mixture_weight=0.3)
@@ -183,7 +231,9 @@ def test_liger_gives_the_same(kl):
 
 def test_sixteen_bit_gradients_are_much_better_than_rounded_logits():
     """Relative error of the head's gradient against float64 on the same bfloat16 inputs."""
-    inputs = make_inputs(num_rows=256, vocab_size=20_000, dims=(64, 96), spread=4.0).to(torch.bfloat16)
+    inputs = make_inputs(num_rows=256, vocab_size=20_000, dims=(64, 96), spread=4.0).to(
+        torch.bfloat16
+    )
     exact = inputs.to(torch.float64)
     (exact_grad,) = torch.autograd.grad(brute_force(exact).forward_kl_N.sum(), exact.head.weight_VD)
 
@@ -192,13 +242,23 @@ def test_sixteen_bit_gradients_are_much_better_than_rounded_logits():
         return ((grad.double() - exact_grad).norm() / exact_grad.norm()).item()
 
     ours = error(fused_loss(*inputs.args(), LossTerms(forward=1.0))[0])
-    rounding = ((exact_grad.to(torch.bfloat16).double() - exact_grad).norm() / exact_grad.norm()).item()
+    rounding = (
+        (exact_grad.to(torch.bfloat16).double() - exact_grad).norm() / exact_grad.norm()
+    ).item()
     assert ours < 1.2 * rounding
     student, teacher = (
-        (h @ head.weight_VD.T).float().log_softmax(-1) for h, head in (inputs.args()[:2], inputs.args()[2:])
+        (h @ head.weight_VD.T).float().log_softmax(-1)
+        for h, head in (inputs.args()[:2], inputs.args()[2:])
     )
-    assert error(torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)) > 8 * ours
-    peer = pytest.importorskip("liger_kernel.chunked_loss.jsd_loss", reason="Liger-Kernel is not installed")
-    liger = peer.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+    assert (
+        error(torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True))
+        > 8 * ours
+    )
+    peer = pytest.importorskip(
+        "liger_kernel.chunked_loss.jsd_loss", reason="Liger-Kernel is not installed"
+    )
+    liger = peer.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
+    )
     weights = (inputs.head.weight_VD, inputs.teacher_hidden, inputs.teacher_head.weight_VD)
     assert error(liger(inputs.hidden, *weights, inputs.labels) * 256) > 8 * ours

@@ -1,4 +1,5 @@
-"""Top-k with a tail: the exact KL of coarser distributions, against float64 autograd and against the whole KL."""
+"""Top-k with a tail: the exact KL of coarser distributions, against float64 autograd and against
+the whole KL."""
 
 import dataclasses
 import math
@@ -16,8 +17,11 @@ from potstill.kl.topk import top_k_loss, top_k_of
 from potstill.types import NonFiniteError
 
 
-def coarse_statistics(inputs, ids_NK, temperature, end_ids, teacher_entropy_N, vocab_size=131) -> TokenStats:
-    """Divergences in float64 from probabilities summed over the classes: k tokens, the end class, the tail."""
+def coarse_statistics(
+    inputs, ids_NK, temperature, end_ids, teacher_entropy_N, vocab_size=131
+) -> TokenStats:
+    """Divergences in float64 from probabilities summed over the classes: k tokens, the end class,
+    the tail."""
 
     def classes(hidden, head):
         p = (head(hidden, vocab_size) / temperature).softmax(-1)
@@ -50,7 +54,9 @@ def coarse_statistics(inputs, ids_NK, temperature, end_ids, teacher_entropy_N, v
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("end_ids", [(), ENDS], ids=["raw", "merged"])
-@pytest.mark.parametrize("kl", ["forward", "reverse", "mixed", "jsd", "skew forward", "skew reverse", "gated"])
+@pytest.mark.parametrize(
+    "kl", ["forward", "reverse", "mixed", "jsd", "skew forward", "skew reverse", "gated"]
+)
 def test_value_and_gradient_equal_float64_autograd(monkeypatch, head, end_ids, kl):
     # Several slices of rows.
     monkeypatch.setattr(topk, "GATHERED_ELEMENTS", 1000)
@@ -70,13 +76,21 @@ def test_value_and_gradient_equal_float64_autograd(monkeypatch, head, end_ids, k
         assert_near(loss_N.detach(), expected.detach(), tolerance)
         assert_near(stats.forward_kl_N, coarse.forward_kl_N.detach(), tolerance)
         assert_near(stats.reverse_kl_N, coarse.reverse_kl_N.detach(), tolerance)
-        for a, b in zip(torch.autograd.grad((loss_N * upstream.to(dtype)).sum(), inputs.trained), grads, strict=True):
+        for a, b in zip(
+            torch.autograd.grad((loss_N * upstream.to(dtype)).sum(), inputs.trained),
+            grads,
+            strict=True,
+        ):
             assert_near(a, b, tolerance)
 
 
-@given(st.integers(0, 1000), st.floats(0.5, 4), st.sampled_from(["forward", "reverse"]), st.booleans())
+@given(
+    st.integers(0, 1000), st.floats(0.5, 4), st.sampled_from(["forward", "reverse"]), st.booleans()
+)
 @settings(max_examples=25, deadline=None)
-def test_a_lower_bound_that_grows_with_k_and_is_equal_at_the_whole_vocabulary(seed, spread, kl, merged):
+def test_a_lower_bound_that_grows_with_k_and_is_equal_at_the_whole_vocabulary(
+    seed, spread, kl, merged
+):
     inputs = make_inputs(num_rows=5, seed=seed, spread=spread)
     end_ids = ENDS if merged else ()
     exact_N = fused_loss(*inputs.args(), LossTerms(**{kl: 1.0}), end_ids=end_ids)[1]
@@ -100,7 +114,9 @@ def test_a_lower_bound_that_grows_with_k_and_is_equal_at_the_whole_vocabulary(se
 def test_top_k_equals_a_sort_of_the_whole_logits(seed, tile, k, order, merged):
     """Whatever the tiles, and where each strip of columns is likelier than the one before."""
     inputs = make_inputs(num_rows=9, seed=seed, bias=True, softcap=30.0)
-    steps = {"as it comes": 0, "rising": 8, "falling": -8}[order] * torch.linspace(0, 1, 131, dtype=torch.float64)
+    steps = {"as it comes": 0, "rising": 8, "falling": -8}[order] * torch.linspace(
+        0, 1, 131, dtype=torch.float64
+    )
     head = dataclasses.replace(inputs.teacher_head, bias_V=inputs.teacher_head.bias_V + steps)
     end_ids = ENDS if merged else ()
     lp = (head(inputs.teacher_hidden) / 1.3).log_softmax(-1)
@@ -112,7 +128,11 @@ def test_top_k_equals_a_sort_of_the_whole_logits(seed, tile, k, order, merged):
     entropy = torch.special.entr(merged_lp.exp()).sum(-1)
     found = top_k_of(inputs.teacher_hidden, head, k, temperature=1.3, end_ids=end_ids, tile=tile)
     assert torch.equal(found.token_ids_NK, ids)
-    pairs = [(found.log_probs_NK, kept), (found.entropy_N, entropy), (found.end_log_prob_N, ends if merged else None)]
+    pairs = [
+        (found.log_probs_NK, kept),
+        (found.entropy_N, entropy),
+        (found.end_log_prob_N, ends if merged else None),
+    ]
     pairs.append((found.tail_log_prob_N, rest if kept.shape[1] + len(end_ids) < 131 else None))
     for a, b in pairs:
         assert (a is None) == (b is None)
@@ -125,7 +145,9 @@ def test_a_tail_far_below_rounding_is_right():
     exact = top_k_of(*inputs.args()[2:], 20)
     assert exact.tail_log_prob_N.max() < -20, "1 minus what is kept would be 0 in float32"
     found = top_k_of(*inputs.to(torch.float32).args()[2:], 20, tile=(16, 40))
-    torch.testing.assert_close(found.tail_log_prob_N.double(), exact.tail_log_prob_N, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        found.tail_log_prob_N.double(), exact.tail_log_prob_N, rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -135,7 +157,9 @@ def test_logits_that_are_not_finite_are_refused(value, column):
         pytest.skip("a model may give one member of the end class nothing")
     inputs = make_inputs(bias=True)
     inputs.teacher_head.bias_V[column] = value
-    with pytest.raises(NonFiniteError, match=r"the model's logits are NaN or infinite in rows \[0, 1, 2, 3, 4\]"):
+    with pytest.raises(
+        NonFiniteError, match=r"the model's logits are NaN or infinite in rows \[0, 1, 2, 3, 4\]"
+    ):
         top_k_of(*inputs.args()[2:], 3, end_ids=ENDS, tile=(16, 40))
 
 

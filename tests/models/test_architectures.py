@@ -93,8 +93,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1},
     "zaya": {"num_experts_per_tok": 1},
 }
-# The default suite has these: plain attention, routers, a mixed cache, scaled logits, other names for everything.
-FEW = ("gpt2", "opt", "gemma3_text", "qwen3_moe", "deepseek_v3", "jamba", "falcon_h1", "bloom", "llama4_text")
+# The default suite has these: plain attention, routers, a mixed cache, scaled logits, other names
+# for everything.
+FEW = (
+    "gpt2",
+    "opt",
+    "gemma3_text",
+    "qwen3_moe",
+    "deepseek_v3",
+    "jamba",
+    "falcon_h1",
+    "bloom",
+    "llama4_text",
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +116,9 @@ def tok():
 def build(kind: str, tok, seed: int):
     """A tiny random model; raises whatever an architecture raises of sizes that do not fit it."""
     default = AutoConfig.for_model(kind)
-    if default.is_encoder_decoder or any(hasattr(default, f"{part}_config") for part in ("vision", "text", "audio")):
+    if default.is_encoder_decoder or any(
+        hasattr(default, f"{part}_config") for part in ("vision", "text", "audio")
+    ):
         raise ValueError("no language model alone")
     known = default.to_dict().keys() | default.attribute_map.keys()
     ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -122,7 +135,9 @@ def build(kind: str, tok, seed: int):
     fields |= SPECIAL.get(kind, {})
     config = AutoConfig.for_model(kind, vocab_size=len(tok), **ids, **fields)
     with torch.device("meta"):
-        num_weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+        num_weights = sum(
+            weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()
+        )
     if num_weights > 8_000_000:
         raise ValueError(f"its sizes have other names: {num_weights:,} weights")
     torch.manual_seed(seed)
@@ -130,16 +145,26 @@ def build(kind: str, tok, seed: int):
 
 
 def decoding_error(model: LanguageModel) -> float:
-    """The largest difference of log-probabilities at drawing from those of one forward pass over each row alone."""
+    """The largest difference of log-probabilities at drawing from those of one forward pass over
+    each row alone."""
     prompts = [tuple(range(3, 3 + length)) for length in (9, 4, 12)]
     written = sample(
-        model.model, prompts, [(i, 1) for i in range(3)], max_tokens=(12, 3, 9), end_ids=(2,), sampling=Sampling()
+        model.model,
+        prompts,
+        [(i, 1) for i in range(3)],
+        max_tokens=(12, 3, 9),
+        end_ids=(2,),
+        sampling=Sampling(),
     )
     error = 0.0
     with torch.no_grad():
         for prompt, each in zip(prompts, written, strict=True):
-            logits = model.head(model(torch.tensor([prompt + each.token_ids]))[0, len(prompt) - 1 : -1])
-            log_probs = logits.log_softmax(-1).gather(1, torch.tensor(each.token_ids)[:, None])[:, 0]
+            logits = model.head(
+                model(torch.tensor([prompt + each.token_ids]))[0, len(prompt) - 1 : -1]
+            )
+            log_probs = logits.log_softmax(-1).gather(1, torch.tensor(each.token_ids)[:, None])[
+                :, 0
+            ]
             error = max(error, (log_probs - torch.tensor(each.log_probs)).abs().max().item())
     return error
 
@@ -166,9 +191,13 @@ def check(kind: str, tok, tmp_path) -> str:
     )
     teacher = ready(build(kind, tok, seed=1), tok)
     before = copy.deepcopy(model.state_dict())
-    result = potstill.train(recipe, student=student, teacher=teacher, prompts=["The", "loss is", "one"], quiet=True)
+    result = potstill.train(
+        recipe, student=student, teacher=teacher, prompts=["The", "loss is", "one"], quiet=True
+    )
     rows = run_folder.read_rows(result.folder / "metrics.jsonl")
-    assert len(rows) == 2 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert len(rows) == 2 and all(
+        math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows
+    )
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return "pass"
 
@@ -187,7 +216,9 @@ def test_every_architecture_works_or_is_refused_in_one_line(tok, tmp_path, capsy
         except Exception as error:
             found[kind] = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     outcomes = ("pass", "refused", "not built", "FAILED")
-    groups = {how: [kind for kind, what in found.items() if what.startswith(how)] for how in outcomes}
+    groups = {
+        how: [kind for kind, what in found.items() if what.startswith(how)] for how in outcomes
+    }
     with capsys.disabled():
         for how, kinds in groups.items():
             print(f"\n{how}: {len(kinds)}: {' '.join(kinds)}")

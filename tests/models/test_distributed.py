@@ -24,12 +24,20 @@ def write_recipe(folder, **sections):
 
 def command(folder, name):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "potstill", "train", str(folder / "recipe.toml"), "--out", str(folder / name)]
+    arguments = [
+        "-m",
+        "potstill",
+        "train",
+        str(folder / "recipe.toml"),
+        "--out",
+        str(folder / name),
+    ]
     return [sys.executable, *launcher, *arguments]
 
 
 def train_on_one_and_on_two(forks, folder):
-    """The run folders `one` and `two`, by ranks as `torchrun` starts them; the slow tests have it do so itself."""
+    """The run folders `one` and `two`, by ranks as `torchrun` starts them; the slow tests have it
+    do so itself."""
     one = forks.run(folder, ["train", "recipe.toml", "--out", "one"])
     two = forks.run_ranks(folder, ["train", "recipe.toml", "--out", "two"], num_ranks=2)
     assert one.code == two.code == 0, one.err + two.err
@@ -38,23 +46,48 @@ def train_on_one_and_on_two(forks, folder):
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 def test_two_ranks_equal_one(tmp_path, forks, normalize):
     objective = {"prefix": "student", "kl": "mixed", "forward_weight": 0.3}
-    # The rate is tiny, so that the second step's rollouts are the same on both sides to the last token.
-    train = {"steps": 2, "lr": 1e-6, "normalize": normalize, "checkpoint_every": 2, "tokens_per_batch": 128}
-    pair = {"student": {"model": "potstill:stops-student"}, "teacher": {"model": "potstill:stops-teacher"}}
+    # The rate is tiny, so that the second step's rollouts are the same on both sides to the last
+    # token.
+    train = {
+        "steps": 2,
+        "lr": 1e-6,
+        "normalize": normalize,
+        "checkpoint_every": 2,
+        "tokens_per_batch": 128,
+    }
+    pair = {
+        "student": {"model": "potstill:stops-student"},
+        "teacher": {"model": "potstill:stops-teacher"},
+    }
     write_recipe(tmp_path, objective=objective, train=train, window={"tokens": 48}, **pair)
     train_on_one_and_on_two(forks, tmp_path)
     one, two = (run_folder.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
-        for key in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", "length", "num_loss_tokens"):
+        for key in (
+            "loss",
+            "forward_kl",
+            "reverse_kl",
+            "student_entropy",
+            "grad_norm",
+            "length",
+            "num_loss_tokens",
+        ):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
         mine, theirs = a["end_habits"], b["end_habits"]
         assert mine["num_ends"] == theirs["num_ends"] > 0
         for who in ("student", "teacher"):
             assert mine[who] == pytest.approx(theirs[who], rel=1e-4), who
     # The first rank writes what it read: the step's first rollout comes first on both sides.
-    first, second = (run_folder.read_rows(tmp_path / name / "samples.jsonl")[0] for name in ("one", "two"))
-    assert first["tokens"] == second["tokens"] and first["forward_kl"] == pytest.approx(second["forward_kl"], abs=2e-5)
-    states = [load_file(tmp_path / name / "checkpoint/step-000002/optimizer.safetensors") for name in ("one", "two")]
+    first, second = (
+        run_folder.read_rows(tmp_path / name / "samples.jsonl")[0] for name in ("one", "two")
+    )
+    assert first["tokens"] == second["tokens"] and first["forward_kl"] == pytest.approx(
+        second["forward_kl"], abs=2e-5
+    )
+    states = [
+        load_file(tmp_path / name / "checkpoint/step-000002/optimizer.safetensors")
+        for name in ("one", "two")
+    ]
     # AdamW's first moment is a mean of the clipped gradients, which shows the gradients themselves.
     moments = [name for name in states[0] if name.endswith("exp_avg")]
     assert len(moments) == len(states[0]) / 3
@@ -67,10 +100,19 @@ def test_two_ranks_equal_one(tmp_path, forks, normalize):
 
 def test_two_ranks_gate_the_window_and_look_ahead_as_one(tmp_path, forks):
     """Seven probes on two ranks, and returns whose baseline is over both."""
-    window = {"schedule": "entropy-gated", "tokens": 32, "start": 8, "check_every": 1, "num_probes": 7, "patience": 1}
+    window = {
+        "schedule": "entropy-gated",
+        "tokens": 32,
+        "start": 8,
+        "check_every": 1,
+        "num_probes": 7,
+        "patience": 1,
+    }
     train = {"steps": 3, "lr": 1e-6, "checkpoint_every": 3, "tokens_per_batch": 128}
     objective = {"prefix": "student", "kl": "reverse", "gamma": 1.0}
-    write_recipe(tmp_path, objective=objective, train=train, window=window | {"reference": "teacher"})
+    write_recipe(
+        tmp_path, objective=objective, train=train, window=window | {"reference": "teacher"}
+    )
     train_on_one_and_on_two(forks, tmp_path)
     one, two = (run_folder.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [row["window"] for row in one] == [8, 16, 32]
@@ -90,7 +132,10 @@ def test_two_ranks_that_are_killed_resume(tmp_path):
     write_recipe(tmp_path, objective={"prefix": "teacher", "kl": "forward"}, train=train)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     process = subprocess.Popen(
-        command(tmp_path, "killed"), env=ONE_THREAD, start_new_session=True, stderr=subprocess.DEVNULL
+        command(tmp_path, "killed"),
+        env=ONE_THREAD,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
     )
     while len(run_folder.read_rows(metrics)) < 4:
         assert process.poll() is None, "the run ended before it was killed"
@@ -98,8 +143,12 @@ def test_two_ranks_that_are_killed_resume(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for name in ("killed", "whole"):
-        subprocess.run(command(tmp_path, name), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
-    killed, whole = (load_file(tmp_path / name / "model/model.safetensors") for name in ("killed", "whole"))
+        subprocess.run(
+            command(tmp_path, name), env=ONE_THREAD, check=True, capture_output=True, timeout=120
+        )
+    killed, whole = (
+        load_file(tmp_path / name / "model/model.safetensors") for name in ("killed", "whole")
+    )
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
 
 
@@ -128,7 +177,9 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_limit(tmp_path):
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert process.poll() is None
             time.sleep(0.1)
-        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        ranks = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         os.kill(int(ranks[-1]), signal.SIGSTOP)
         time.sleep(20)
         os.kill(int(ranks[-1]), signal.SIGCONT)

@@ -1,4 +1,5 @@
-"""Operations counted from the architecture, against PyTorch's own counter on the models' own forward passes."""
+"""Operations counted from the architecture, against PyTorch's own counter on the models' own
+forward passes."""
 
 import pytest
 import torch
@@ -16,14 +17,17 @@ from potstill.training.rates import is_spent, learning_rate
 
 
 def gpt2() -> LanguageModel:
-    config = GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=2)
+    config = GPT2Config(
+        vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=2
+    )
     return LanguageModel(GPT2LMHeadModel(config).eval(), build_tokenizer(), "gpt2")
 
 
 @pytest.mark.parametrize("make", [make_model, gpt2], ids=["qwen3", "gpt2"])
 @pytest.mark.parametrize("num_tokens", [1, 7, 30])
 def test_a_forward_pass_is_what_pytorch_counts(make, num_tokens):
-    """Attention written out, as the counter does not know the fused kind; it then takes all pairs, causal or not."""
+    """Attention written out, as the counter does not know the fused kind; it then takes all pairs,
+    causal or not."""
     model = make()
     model.model.set_attn_implementation("eager")
     flops = model.flops
@@ -38,7 +42,9 @@ def test_a_forward_pass_is_what_pytorch_counts(make, num_tokens):
 def test_parts_by_hand(student, teacher):
     s, t = student.flops, teacher.flops
     # Three tokens of prompt and four of completion, of which two are loss tokens: six go in.
-    rollout = make_rollout([1, 5, 6], [9, 5, 3, 2], trained=[False, True, False, True], writer="teacher")
+    rollout = make_rollout(
+        [1, 5, 6], [9, 5, 3, 2], trained=[False, True, False, True], writer="teacher"
+    )
     assert training_flops([rollout], s, t) == {
         "rollout": 0,
         "probe": 0,
@@ -54,21 +60,29 @@ def test_parts_by_hand(student, teacher):
     object.__setattr__(handoff, "writers", ("teacher", "student", "student", "student"))
     expected = t.backbone(3) + t.head + s.backbone(6) + 3 * s.head
     assert rollout_flops([handoff], models, by_token=False) == expected
-    assert rollout_flops([handoff], models, by_token=True) == t.backbone(6) + s.backbone(6) + 4 * (t.head + s.head)
+    assert rollout_flops([handoff], models, by_token=True) == t.backbone(6) + s.backbone(6) + 4 * (
+        t.head + s.head
+    )
     assert rollout_flops([make_rollout([1], [2], writer="dataset")], models, by_token=False) == 0
 
 
 def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path):
     whole = potstill.train(tiny_recipe(tmp_path / "steps"), quiet=True)
     rows = run_folder.read_rows(tmp_path / "steps/metrics.jsonl")
-    assert rows[-1]["total_flops"] == sum(sum(row["flops"].values()) for row in rows) == whole.metrics["total_flops"]
+    assert (
+        rows[-1]["total_flops"]
+        == sum(sum(row["flops"].values()) for row in rows)
+        == whole.metrics["total_flops"]
+    )
     assert all((value > 0) == (part != "probe") for part, value in rows[0]["flops"].items())
 
     # What three steps and a half take: the fourth is the last.
     flops = rows[2]["total_flops"] + sum(rows[3]["flops"].values()) / 2
 
     def recipe(name):
-        return tiny_recipe(tmp_path / name, train={"steps": 50, "flops": flops, "schedule": "constant"})
+        return tiny_recipe(
+            tmp_path / name, train={"steps": 50, "flops": flops, "schedule": "constant"}
+        )
 
     potstill.train(recipe("flops"), quiet=True)
     of_flops = run_folder.read_rows(tmp_path / "flops/metrics.jsonl")
@@ -83,7 +97,9 @@ def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path):
 
 
 def test_the_schedule_goes_by_what_is_nearer():
-    config = make_recipe({"train": {"steps": 1001, "flops": 100.0, "warmup_steps": 1, "lr": 1.0}}).train
+    config = make_recipe(
+        {"train": {"steps": 1001, "flops": 100.0, "warmup_steps": 1, "lr": 1.0}}
+    ).train
     rates = [learning_rate(config, 1 + i, spent) for i, spent in enumerate((0, 25, 50, 75, 100))]
     assert rates == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0])
     assert learning_rate(config, 501, 25) == pytest.approx(0.5)

@@ -37,12 +37,16 @@ def test_bad_folders_are_refused(folder, tmp_path):
         load_model("/no/where")
     with pytest.raises(ModelError, match="'nobody/nothing' is not here nor in the hub's cache"):
         load_model("nobody/nothing")
-    with pytest.raises(ModelError, match="'potstill:pupil' is not a shipped model; choose one of potstill:base"):
+    with pytest.raises(
+        ModelError, match="'potstill:pupil' is not a shipped model; choose one of potstill:base"
+    ):
         load_model("potstill:pupil")
     pickled = tmp_path / "pickled"
     shutil.copytree(folder, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"only as pickle \(pytorch_model.bin\).*convert it to safetensors"):
+    with pytest.raises(
+        ModelError, match=r"only as pickle \(pytorch_model.bin\).*convert it to safetensors"
+    ):
         load_model(str(pickled))
     (pickled / "pytorch_model.bin").unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
@@ -63,13 +67,25 @@ def test_end_ids_come_from_tokenizer_settings_and_template():
     assert find_end_ids(model.model, tokenizer) == (2, 22)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
-    assert find_end_ids(model.model, tokenizer) == (2, 22, tokenizer.convert_tokens_to_ids("<turn>"))
+    assert find_end_ids(model.model, tokenizer) == (
+        2,
+        22,
+        tokenizer.convert_tokens_to_ids("<turn>"),
+    )
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "granite", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gemma2", "cohere", "granite", "gpt2", "mistral"]
+)
 def test_scaling_and_soft_capping_of_other_architectures(architecture):
     """check_logits compares with the model's own logits, so passing it is the test."""
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
     sizes |= {
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
@@ -84,7 +100,9 @@ def test_scaling_and_soft_capping_of_other_architectures(architecture):
         "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_inner": 32},
     }.get(architecture, {})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, **special)).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(architecture, **sizes, **special)
+    ).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_()
     wrapped = LanguageModel(model, make_model().tokenizer, architecture)
@@ -102,11 +120,14 @@ def test_shipped_folders_are_small_safetensors():
     assert sum(path.stat().st_size for path in later) < 3_000_000
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     for name in ("teacher", "base"):
-        assert json.loads((ASSETS / name / "generation_config.json").read_text())["eos_token_id"] == 2
+        assert (
+            json.loads((ASSETS / name / "generation_config.json").read_text())["eos_token_id"] == 2
+        )
 
 
 def test_the_shipped_models_of_the_stop_study_end_differently():
-    """One vocabulary, two ends; at the end of an answer each is as good as sure of its own, one teacher repeats it."""
+    """One vocabulary, two ends; at the end of an answer each is as good as sure of its own, one
+    teacher repeats it."""
     eos, im_end, after = 2, 23, {}
     for name, end_id in (("student", eos), ("teacher", im_end), ("teacher-loop", im_end)):
         model = load_model(f"potstill:stops-{name}")

@@ -44,7 +44,9 @@ def half(folder: Path) -> None:
 
 
 def pointer(folder: Path, name: str = "model.safetensors") -> None:
-    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 9\n")
+    (folder / name).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 9\n"
+    )
 
 
 QUANTISED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
@@ -55,14 +57,21 @@ DAMAGED = {
     ),
     "layer": (
         lambda f: rewrite(f, lambda w: [w.pop(name) for name in list(w) if "layers.1." in name]),
-        r"its files lack 9 weights \(model.layers.1.input_layernorm.weight, .*\.\.\.\); these would",
+        r"its files lack 9 weights \(model.layers.1.input_layernorm.weight, .*\.\.\.\); these "
+        r"would",
     ),
-    "prefix": (lambda f: rewrite(f, rename), r"21 .* and hold 21 weights \(module.lm_head.weight, .*is there a prefix"),
+    "prefix": (
+        lambda f: rewrite(f, rename),
+        r"21 .* and hold 21 weights \(module.lm_head.weight, .*is there a prefix",
+    ),
     "more layers": (
         lambda f: edit_config(f, num_hidden_layers=1, layer_types=None),
         r"its files hold 9 weights \(model.layers.1.*has no place",
     ),
-    "size": (lambda f: edit_config(f, vocab_size=400), r"2 weights have another size .*\[314, 32\] there, \[400, 32\]"),
+    "size": (
+        lambda f: edit_config(f, vocab_size=400),
+        r"2 weights have another size .*\[314, 32\] there, \[400, 32\]",
+    ),
     "nan": (
         lambda f: rewrite(f, lambda w: w["lm_head.weight"][3, 4].fill_(torch.nan)),
         "the weights are not finite: lm_head.weight holds 1 NaN",
@@ -73,13 +82,25 @@ DAMAGED = {
     ),
     "half": (half, r"model.safetensors' is damaged or cut \(.*get the file again"),
     "pointer": (pointer, r"is a pointer of git-lfs and not the file itself; run `git lfs pull`"),
-    "tokenizer pointer": (lambda f: pointer(f, "tokenizer.json"), r"tokenizer.json' is a pointer of git-lfs"),
-    "tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"version": '), "cannot be loaded: "),
+    "tokenizer pointer": (
+        lambda f: pointer(f, "tokenizer.json"),
+        r"tokenizer.json' is a pointer of git-lfs",
+    ),
+    "tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text('{"version": '),
+        "cannot be loaded: ",
+    ),
     "config": (lambda f: (f / "config.json").write_text("{"), "cannot be loaded: "),
-    "no kind": (lambda f: edit_config(f, model_type="unheard-of"), "cannot be loaded: .*unheard-of"),
+    "no kind": (
+        lambda f: edit_config(f, model_type="unheard-of"),
+        "cannot be loaded: .*unheard-of",
+    ),
     "nonsense": (lambda f: edit_config(f, hidden_size="wide"), "cannot be loaded: "),
     "quantised": (lambda f: edit_config(f, **QUANTISED), "cannot be loaded: .*bitsandbytes"),
-    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "is an adapter .*merge it into its model"),
+    "adapter": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "is an adapter .*merge it into its model",
+    ),
     "end": (
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [2, 99999]}'),
         "end id 99999 has no row in its head of 314; mend eos_token_id",
@@ -106,7 +127,8 @@ def test_tied_weights_are_not_missing(tok, tmp_path):
     assert model.head.weight_VD is model.model.get_input_embeddings().weight
 
 
-# Architectures with a head, a cache, a router or a backbone of their own kind, and what is not their default.
+# Architectures with a head, a cache, a router or a backbone of their own kind, and what is not
+# their default.
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 WORKING = {
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
@@ -143,12 +165,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_an_object_that_cannot_do_its_part_is_refused_before_anything_is_written(tok, tmp_path, kind, role):
+def test_an_object_that_cannot_do_its_part_is_refused_before_anything_is_written(
+    tok, tmp_path, kind, role
+):
     options, message = REFUSED[kind]
     model = make_tiny(tok, kind, **options)
     objects = {"student": make_tiny(tok, seed=1), "teacher": make_tiny(tok, seed=2)} | {role: model}
     with pytest.raises(ModelError, match=message) as caught:
-        potstill.train(tiny_recipe(tmp_path / "run"), **objects, tokenizer=tok, prompts=["a"], quiet=True)
+        potstill.train(
+            tiny_recipe(tmp_path / "run"), **objects, tokenizer=tok, prompts=["a"], quiet=True
+        )
     assert type(model).__name__ in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -163,13 +189,25 @@ def test_what_is_no_usable_object_is_refused_in_one_line(tok, tmp_path):
     with torch.no_grad():
         broken.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     for objects, message in (
-        ({"student": adapted, "teacher": other, "tokenizer": tok}, "is an adapter of peft .*merge_and_unload"),
+        (
+            {"student": adapted, "teacher": other, "tokenizer": tok},
+            "is an adapter of peft .*merge_and_unload",
+        ),
         ({"student": 3, "teacher": other, "tokenizer": tok}, "'int' is no model"),
         ({"student": model, "teacher": other}, "without its tokenizer; give tokenizer="),
-        ({"student": model, "teacher": model, "tokenizer": tok}, "student and teacher are one object"),
-        ({"student": broken, "teacher": other, "tokenizer": tok}, "not finite: model.layers.1.mlp.up_proj.weight"),
+        (
+            {"student": model, "teacher": model, "tokenizer": tok},
+            "student and teacher are one object",
+        ),
+        (
+            {"student": broken, "teacher": other, "tokenizer": tok},
+            "not finite: model.layers.1.mlp.up_proj.weight",
+        ),
         ({"student": frozen, "teacher": other, "tokenizer": tok}, "has no weight that may change"),
-        ({"student": "potstill:pupil", "teacher": other, "tokenizer": tok}, "is not a shipped model"),
+        (
+            {"student": "potstill:pupil", "teacher": other, "tokenizer": tok},
+            "is not a shipped model",
+        ),
     ):
         with pytest.raises(ModelError, match=message):
             potstill.train(recipe, **objects, prompts=["a"], quiet=True)
@@ -188,7 +226,9 @@ def test_a_cache_that_forgets_is_caught(tok):
         return forward(hidden_states=hidden_states, past_key_values=past_key_values, **options)
 
     attention.forward = forget
-    with pytest.raises(ModelError, match="tokens decoded with its cache have other log-probabilities"):
+    with pytest.raises(
+        ModelError, match="tokens decoded with its cache have other log-probabilities"
+    ):
         probe(wrapped)
     attention.forward = forward
     probe(wrapped)
@@ -207,13 +247,19 @@ def test_a_model_is_probed_once(tok, monkeypatch):
 def test_a_run_folder_is_a_model_wherever_one_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = potstill.train(tiny_recipe("first", train={"steps": 1}), quiet=True)
-    recipe = tiny_recipe("second", student={"model": "first"}, teacher={"model": "first"}, train={"steps": 1})
+    recipe = tiny_recipe(
+        "second", student={"model": "first"}, teacher={"model": "first"}, train={"steps": 1}
+    )
     assert potstill.train(recipe, quiet=True).metrics["reverse_kl"] < 1e-6
-    settings = Evaluation(source="multiplication", num_problems=2, num_responses=1, temperatures=(0.0,), max_tokens=8)
+    settings = Evaluation(
+        source="multiplication", num_problems=2, num_responses=1, temperatures=(0.0,), max_tokens=8
+    )
     (row,) = potstill.evaluate("first", settings, quiet=True)
     assert row["model"] == "first"
     (first.folder / "DONE").unlink()
-    with pytest.raises(ModelError, match="run 'first' is not finished; run `potstill train first/recipe"):
+    with pytest.raises(
+        ModelError, match="run 'first' is not finished; run `potstill train first/recipe"
+    ):
         potstill.train(tiny_recipe("third", student={"model": "first"}), quiet=True)
     assert not Path("third").exists()
 

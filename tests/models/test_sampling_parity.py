@@ -1,4 +1,5 @@
-"""The sampler against `transformers.generate`, against exact float64 distributions, and against itself."""
+"""The sampler against `transformers.generate`, against exact float64 distributions, and against
+itself."""
 
 import copy
 import random
@@ -31,7 +32,10 @@ def shipped(name: str):
 
 def equal_prompts(num_prompts: int = 12) -> list[tuple[int, ...]]:
     encode = shipped(SHIPPED[0]).tokenizer.encode
-    return [tuple(encode(example.prompt)) for example in Multiplication().examples("train", num_prompts, seed=0)]
+    return [
+        tuple(encode(example.prompt))
+        for example in Multiplication().examples("train", num_prompts, seed=0)
+    ]
 
 
 def mixed_prompts(num_prompts: int = 12) -> list[tuple[int, ...]]:
@@ -54,8 +58,11 @@ def seeds_for(prompts) -> list[tuple[int, ...]]:
 def generate_greedily(model, prompts, max_tokens: int, end_ids) -> list[tuple[int, ...]]:
     longest = max(len(prompt) for prompt in prompts)
     ids_BT = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # An end id outside the vocabulary, as generate would take the model's own one where there is none.
+    mask_BT = torch.tensor(
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    )
+    # An end id outside the vocabulary, as generate would take the model's own one where there is
+    # none.
     settings = {"eos_token_id": list(end_ids) or [10**6], "pad_token_id": 0, "do_sample": False}
     output = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=max_tokens, **settings)
     return [up_to_end(ids, end_ids) for ids in output[:, longest:].tolist()]
@@ -67,7 +74,8 @@ def up_to_end(ids, end_ids) -> tuple[int, ...]:
 
 
 def exact_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Softmax with temperature, top-k and top-p of one row in float64, written without regard to the sampler's own."""
+    """Softmax with temperature, top-k and top-p of one row in float64, written without regard to
+    the sampler's own."""
     logits = logits.astype(np.float64) / sampling.temperature
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
@@ -99,8 +107,12 @@ def chi_square_p(counts: np.ndarray, probs: np.ndarray) -> float:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_greedy_is_identical_to_generate(name, prompts_of, end_ids):
     model, prompts = shipped(name).model, prompts_of()
-    completions = sample(model, prompts, seeds_for(prompts), max_tokens=80, end_ids=end_ids, sampling=GREEDY)
-    assert [completion.token_ids for completion in completions] == generate_greedily(model, prompts, 80, end_ids)
+    completions = sample(
+        model, prompts, seeds_for(prompts), max_tokens=80, end_ids=end_ids, sampling=GREEDY
+    )
+    assert [completion.token_ids for completion in completions] == generate_greedily(
+        model, prompts, 80, end_ids
+    )
 
 
 TINY = {
@@ -135,12 +147,19 @@ def test_other_architectures_are_identical_to_generate(architecture, prompts_of)
             # Large, so that no two tokens are equally likely but for rounding.
             torch.nn.init.normal_(parameter, std=0.3)
     prompts = prompts_of()
-    # Ends that some rows come to early, as random weights may never write one that is fixed beforehand.
+    # Ends that some rows come to early, as random weights may never write one that is fixed
+    # beforehand.
     endless = generate_greedily(model, prompts, 50, ())
     end_ids = {ids[5 + 10 * i] for i, ids in enumerate(endless[:3])}
-    completions = sample(model, prompts, seeds_for(prompts), max_tokens=50, end_ids=tuple(end_ids), sampling=GREEDY)
-    assert [completion.token_ids for completion in completions] == generate_greedily(model, prompts, 50, end_ids)
-    assert len({len(completion.token_ids) for completion in completions}) > 1, "no row left the batch early"
+    completions = sample(
+        model, prompts, seeds_for(prompts), max_tokens=50, end_ids=tuple(end_ids), sampling=GREEDY
+    )
+    assert [completion.token_ids for completion in completions] == generate_greedily(
+        model, prompts, 50, end_ids
+    )
+    assert len({len(completion.token_ids) for completion in completions}) > 1, (
+        "no row left the batch early"
+    )
 
 
 @pytest.mark.parametrize("prompts_of", [equal_prompts, mixed_prompts])
@@ -149,7 +168,10 @@ def test_a_batch_gives_what_one_by_one_gives(name, prompts_of):
     model, prompts = shipped(name).model, prompts_of()
     settings = {"max_tokens": 80, "end_ids": (EOS,), "sampling": Sampling()}
     together = sample(model, prompts, seeds_for(prompts), **settings)
-    alone = [sample(model, [prompts[i]], [seed], **settings)[0] for i, seed in enumerate(seeds_for(prompts))]
+    alone = [
+        sample(model, [prompts[i]], [seed], **settings)[0]
+        for i, seed in enumerate(seeds_for(prompts))
+    ]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert [c.stop for c in together] == [c.stop for c in alone]
     for one, other in zip(together, alone, strict=True):
@@ -163,7 +185,11 @@ def test_results_do_not_depend_on_batch_size_or_order(prompts_of):
     seeds = seeds_for(prompts)
 
     def ids(prompts, seeds, batch_size: int):
-        settings = {"max_tokens": 60, "end_ids": (EOS,), "sampling": Sampling(batch_size=batch_size)}
+        settings = {
+            "max_tokens": 60,
+            "end_ids": (EOS,),
+            "sampling": Sampling(batch_size=batch_size),
+        }
         return [completion.token_ids for completion in sample(model, prompts, seeds, **settings)]
 
     expected = ids(prompts, seeds, 64)
@@ -179,7 +205,9 @@ def test_stops_are_kept_and_nothing_follows_them(prompts_of):
     model, prompts = shipped(SHIPPED[0]).model, prompts_of(24)
     settings = {"max_tokens": 8, "sampling": Sampling(temperature=1.5)}
     endless = sample(model, prompts, seeds_for(prompts), end_ids=(), **settings)
-    assert {(len(completion.token_ids), completion.stop) for completion in endless} == {(8, "length")}
+    assert {(len(completion.token_ids), completion.stop) for completion in endless} == {
+        (8, "length")
+    }
     completions = sample(model, prompts, seeds_for(prompts), end_ids=MANY_ENDS, **settings)
     for completion, full in zip(completions, endless, strict=True):
         ids = completion.token_ids
@@ -187,17 +215,24 @@ def test_stops_are_kept_and_nothing_follows_them(prompts_of):
         assert completion.stop == ("end" if ids[-1] in MANY_ENDS else "length")
         assert len(ids) == len(completion.log_probs) == len(completion.entropies)
     assert {completion.stop for completion in completions} == {"end", "length"}
-    assert len({completion.token_ids[-1] for completion in completions if completion.stop == "end"}) > 1
+    assert (
+        len({completion.token_ids[-1] for completion in completions if completion.stop == "end"})
+        > 1
+    )
 
 
 def test_one_token_at_most():
     model, prompts = shipped(SHIPPED[0]).model, mixed_prompts(24)
     settings = {"max_tokens": 1, "sampling": Sampling(temperature=3)}
     endless = sample(model, prompts, seeds_for(prompts), end_ids=(), **settings)
-    assert {(len(completion.token_ids), completion.stop) for completion in endless} == {(1, "length")}
+    assert {(len(completion.token_ids), completion.stop) for completion in endless} == {
+        (1, "length")
+    }
     end_ids = {completion.token_ids[0] for completion in endless[:3]}
     completions = sample(model, prompts, seeds_for(prompts), end_ids=tuple(end_ids), **settings)
-    assert [completion.token_ids for completion in completions] == [completion.token_ids for completion in endless]
+    assert [completion.token_ids for completion in completions] == [
+        completion.token_ids for completion in endless
+    ]
     stops = ["end" if completion.token_ids[0] in end_ids else "length" for completion in endless]
     assert [completion.stop for completion in completions] == stops
     assert set(stops) == {"end", "length"}
@@ -224,7 +259,10 @@ def test_draws_have_the_exact_distribution(sampling):
     assert chi_square_p(counts, probs) > 0.001
     # The same counts tell a temperature that is 3% off, so the test above can fail.
     off = sampling.model_copy(update={"temperature": sampling.temperature * 1.03})
-    assert chi_square_p(counts * (probs > 0), exact_distribution(logits_V.numpy(), off) * (probs > 0)) < 1e-4
+    assert (
+        chi_square_p(counts * (probs > 0), exact_distribution(logits_V.numpy(), off) * (probs > 0))
+        < 1e-4
+    )
     np.testing.assert_allclose(log_probs_R.numpy(), np.log(probs[ids_R.numpy()]), atol=1e-5)
     entropy = -np.sum(probs[probs > 0] * np.log(probs[probs > 0]))
     np.testing.assert_allclose(entropies_R.numpy(), entropy, atol=1e-5)
@@ -238,21 +276,29 @@ def test_two_tokens_have_the_exact_joint_distribution():
     pairs = np.array([completion.token_ids for completion in completions])
     counts = np.bincount(pairs[:, 0] * 23 + pairs[:, 1], minlength=23 * 23)
     with torch.no_grad():
-        logits_BTV = model(torch.tensor([[*prompt, token_id] for token_id in range(23)])).logits.double()
+        logits_BTV = model(
+            torch.tensor([[*prompt, token_id] for token_id in range(23)])
+        ).logits.double()
     first_V, second_VV = logits_BTV[0, -2].softmax(-1), logits_BTV[:, -1].softmax(-1)
     assert chi_square_p(counts, (first_V[:, None] * second_VV).flatten().numpy()) > 0.001
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=5)], ids=["exact", "truncated"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.7, top_k=5)], ids=["exact", "truncated"]
+)
 @pytest.mark.parametrize("prompts_of", [equal_prompts, mixed_prompts])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_log_probs_and_entropies_are_those_of_a_full_pass(name, prompts_of, sampling):
     model, prompts = shipped(name).model, prompts_of()
     exact_model = copy.deepcopy(model).double()
-    completions = sample(model, prompts, seeds_for(prompts), max_tokens=80, end_ids=(EOS,), sampling=sampling)
+    completions = sample(
+        model, prompts, seeds_for(prompts), max_tokens=80, end_ids=(EOS,), sampling=sampling
+    )
     for prompt, completion in zip(prompts, completions, strict=True):
         with torch.no_grad():
-            logits_TV = exact_model(torch.tensor([prompt + completion.token_ids]), use_cache=False).logits[0]
+            logits_TV = exact_model(
+                torch.tensor([prompt + completion.token_ids]), use_cache=False
+            ).logits[0]
         rows = logits_TV[len(prompt) - 1 : -1].numpy()
         probs_TV = np.stack([exact_distribution(row, sampling) for row in rows])
         log_probs = np.log(probs_TV[np.arange(len(rows)), completion.token_ids])
@@ -270,14 +316,18 @@ def test_log_probs_and_entropies_are_those_of_a_full_pass(name, prompts_of, samp
     st.one_of(st.just(1.0), st.floats(0.01, 0.9999)),
 )
 @settings(max_examples=150, deadline=None)
-def test_truncation_keeps_what_a_stable_sort_of_all_keeps(seed, vocab_size, spread, decimals, top_k, top_p):
+def test_truncation_keeps_what_a_stable_sort_of_all_keeps(
+    seed, vocab_size, spread, decimals, top_k, top_p
+):
     """Rounded logits are equal by the hundred: of those at the border the smallest ids are kept."""
     logits = np.random.default_rng(seed).normal(size=(3, vocab_size)) * spread
     logits = (logits if decimals is None else logits.round(decimals)).astype(np.float32)
     sampling = Sampling(top_k=top_k, top_p=top_p)
     found = truncate(torch.from_numpy(logits), top_k, top_p).numpy()
     for row, kept in zip(logits, found, strict=True):
-        assert (np.isfinite(kept) == (exact_distribution(row, sampling) > 0)).all() or is_near_border(row, sampling)
+        assert (
+            np.isfinite(kept) == (exact_distribution(row, sampling) > 0)
+        ).all() or is_near_border(row, sampling)
         assert (kept[np.isfinite(kept)] == row[np.isfinite(kept)]).all()
 
 
@@ -305,7 +355,8 @@ def test_a_large_vocabulary_never_gives_a_token_of_probability_zero():
 
 def test_a_large_vocabulary_loses_no_small_probabilities():
     vocab_size, num_draws = 150_000, 64
-    # One likely token, then a thousandth shared by the rest: single ones are lost between the float32 numbers near 1.
+    # One likely token, then a thousandth shared by the rest: single ones are lost between the
+    # float32 numbers near 1.
     logits_V = torch.zeros(vocab_size)
     logits_V[0] = np.log(999 * (vocab_size - 1))
     share = 0.001 / (vocab_size - 1)

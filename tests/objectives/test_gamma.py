@@ -1,7 +1,9 @@
-"""What gamma is for: the local gradient keeps an algorithm that the student cannot carry out, the whole one drops it.
+"""What gamma is for: the local gradient keeps an algorithm that the student cannot carry out, the
+whole one drops it.
 
-In the setting "two-algorithms" the teacher does half of its work in full and half from the head, and its choice at the
-first column depends on nothing. The shipped tiny student can do the one and not the other.
+In the setting "two-algorithms" the teacher does half of its work in full and half from the head,
+and its choice at the first column depends on nothing. The shipped tiny student can do the one and
+not the other.
 """
 
 import dataclasses
@@ -22,7 +24,10 @@ from potstill.training import step
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"objective": {"prefix": "teacher", "kl": "reverse"}}, "only tokens that the student wrote"),
+        (
+            {"objective": {"prefix": "teacher", "kl": "reverse"}},
+            "only tokens that the student wrote",
+        ),
         ({"objective": {"kl": "forward"}}, 'use kl = "reverse"'),
         ({"objective": {"signal": "topk"}}, 'use signal = "full"'),
         ({"sampling": {"top_p": 0.9}}, "drawn exactly from the student"),
@@ -42,7 +47,9 @@ def test_a_run_with_gamma_resumes(tmp_path):
     from conftest import interrupted_at
 
     def recipe(name):
-        return tiny_recipe(tmp_path / name, objective={"prefix": "student", "kl": "reverse", "gamma": 0.9})
+        return tiny_recipe(
+            tmp_path / name, objective={"prefix": "student", "kl": "reverse", "gamma": 0.9}
+        )
 
     whole = potstill.train(recipe("whole"), quiet=True)
     with interrupted_at(3):
@@ -57,8 +64,15 @@ def test_slices_of_the_batch_do_not_change_the_gradient(tmp_path):
     for tokens in (200, 4000):
         train = {"steps": 2, "lr": 1e-6, "tokens_per_batch": tokens}
         objective = {"prefix": "student", "kl": "reverse", "gamma": 1.0}
-        potstill.train(tiny_recipe(tmp_path / f"{tokens}", objective=objective, train=train), quiet=True)
-        norms.append([row["grad_norm"] for row in run_folder.read_rows(tmp_path / f"{tokens}" / "metrics.jsonl")])
+        potstill.train(
+            tiny_recipe(tmp_path / f"{tokens}", objective=objective, train=train), quiet=True
+        )
+        norms.append(
+            [
+                row["grad_norm"]
+                for row in run_folder.read_rows(tmp_path / f"{tokens}" / "metrics.jsonl")
+            ]
+        )
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
@@ -71,7 +85,9 @@ def test_rollouts_may_be_longer_than_any_at_the_step_before(tmp_path, monkeypatc
 
     monkeypatch.setattr(step, "write_rollouts", growing)
     objective = {"prefix": "student", "kl": "reverse", "gamma": 1.0}
-    result = potstill.train(tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 3}), quiet=True)
+    result = potstill.train(
+        tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 3}), quiet=True
+    )
     assert result.metrics["length"] > 12
 
 
@@ -79,7 +95,9 @@ def write(student: LanguageModel, num_problems: int, num_responses: int) -> tupl
     """Accuracy and the share of columns that are written in full, at temperature 1."""
     task = Columns("two-algorithms")
     examples = [e for e in task.examples("test", num_problems, 0) for _ in range(num_responses)]
-    prompts = make_prompts(examples, student.tokenizer, template=None, max_completion=80, context_length=None)
+    prompts = make_prompts(
+        examples, student.tokenizer, template=None, max_completion=80, context_length=None
+    )
     completions = sample(
         student.model,
         [prompt.token_ids for prompt in prompts],
@@ -106,7 +124,8 @@ def test_only_the_whole_gradient_drops_what_the_student_cannot_do(tmp_path):
                 "data": {"source": "columns:two-algorithms", "num_prompts": 12_000},
                 "objective": {"prefix": "student", "kl": "reverse", "gamma": gamma},
                 "window": {"tokens": 80},
-                # At 3e-3, where the local gradient is well, the noise of the later costs takes the whole one astray.
+                # At 3e-3, where the local gradient is well, the noise of the later costs takes the
+                # whole one astray.
                 "train": {"steps": 250, "checkpoint_every": 250, "lr": 1e-3},
             }
         )

@@ -25,7 +25,9 @@ def gradients(student, teacher, loss: Loss, tokens_per_batch: int, rollouts=ROLL
     student.zero_grad()
     divisor, total = loss.divisor(rollouts), 0.0
     for batch in make_batches(rollouts, tokens_per_batch):
-        loss_sum, _, _ = batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss, divisor)
+        loss_sum, _, _ = batch_loss(
+            student, teacher, teacher_signal(teacher, batch, loss), batch, loss, divisor
+        )
         loss_sum.backward()
         total += loss_sum.item()
     return total, [parameter.grad.clone() for parameter in student.parameters()]
@@ -34,7 +36,11 @@ def gradients(student, teacher, loss: Loss, tokens_per_batch: int, rollouts=ROLL
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 @pytest.mark.parametrize("signal", ["full", "topk", "sampled", "labels"])
 def test_one_batch_equals_four(student, teacher, normalize, signal):
-    loss = Loss(objective=Objective(kl="reverse", signal=signal, top_k=5), normalize=normalize, vocab_size=23)
+    loss = Loss(
+        objective=Objective(kl="reverse", signal=signal, top_k=5),
+        normalize=normalize,
+        vocab_size=23,
+    )
     whole = gradients(student, teacher, loss, tokens_per_batch=10_000)
     parts = gradients(student, teacher, loss, tokens_per_batch=1)
     assert whole[0] == pytest.approx(parts[0], rel=1e-5)
@@ -51,7 +57,12 @@ def test_a_teacher_that_is_nan_is_refused(student, teacher, signal, kl, backend)
         pytest.skip("the sampled signal is of the reverse KL")
     with torch.no_grad():
         teacher.model.model.norm.weight.fill_(torch.nan)
-    loss = Loss(objective=Objective(kl=kl, signal=signal, top_k=5), normalize="token", vocab_size=23, backend=backend)
+    loss = Loss(
+        objective=Objective(kl=kl, signal=signal, top_k=5),
+        normalize="token",
+        vocab_size=23,
+        backend=backend,
+    )
     (batch,) = make_batches(ROLLOUTS, 10_000)
     with pytest.raises(NonFiniteError, match=r"the (model|teacher)'s logits are NaN"):
         batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)
@@ -64,15 +75,17 @@ def test_normalisation_weighs_tokens_or_sequences(student, teacher):
     for rollout in ROLLOUTS:
         (batch,) = make_batches([rollout], 10_000)
         loss = Loss(objective=objective, normalize="token", vocab_size=23)
-        token_losses.append(batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)[1])
+        token_losses.append(
+            batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)[1]
+        )
     by_token = torch.cat(token_losses).mean().item()
     by_sequence = torch.stack([loss_N.mean() for loss_N in token_losses]).mean().item()
-    assert gradients(student, teacher, Loss(objective=objective, normalize="token", compute_dtype=23), 40)[
-        0
-    ] == pytest.approx(by_token, rel=1e-5)
-    assert gradients(student, teacher, Loss(objective=objective, normalize="sequence", compute_dtype=23), 40)[
-        0
-    ] == pytest.approx(by_sequence, rel=1e-5)
+    assert gradients(
+        student, teacher, Loss(objective=objective, normalize="token", compute_dtype=23), 40
+    )[0] == pytest.approx(by_token, rel=1e-5)
+    assert gradients(
+        student, teacher, Loss(objective=objective, normalize="sequence", compute_dtype=23), 40
+    )[0] == pytest.approx(by_sequence, rel=1e-5)
     assert by_token != pytest.approx(by_sequence, rel=1e-2)
 
 
@@ -105,18 +118,28 @@ def test_rows_are_the_models_own_logits_at_the_loss_tokens(student, teacher):
     (batch,) = make_batches([ROLLOUTS[1]], 100)
     ids = torch.tensor([ROLLOUTS[1].prompt.token_ids + ROLLOUTS[1].completion_ids])
     own = teacher.model(input_ids=ids).logits[0]
-    # The trained completion tokens sit at 2, 5, 6, 7 of the sequence, so the rows are those just before.
-    rows = teacher.head(teacher_signal(teacher, batch, Loss(objective=Objective(), normalize="token", vocab_size=23)))
+    # The trained completion tokens sit at 2, 5, 6, 7 of the sequence, so the rows are those just
+    # before.
+    rows = teacher.head(
+        teacher_signal(
+            teacher, batch, Loss(objective=Objective(), normalize="token", vocab_size=23)
+        )
+    )
     torch.testing.assert_close(rows, own[[1, 4, 5, 6]], rtol=1e-4, atol=1e-4)
 
 
 def test_padded_vocabularies_are_cut_to_the_shared_rows(teacher):
     wide, narrow = make_model(seed=3, vocab_size=31), make_model(seed=3, vocab_size=23)
     narrow.model.load_state_dict(
-        {name: value[:23] if value.shape[0] == 31 else value for name, value in wide.model.state_dict().items()}
+        {
+            name: value[:23] if value.shape[0] == 31 else value
+            for name, value in wide.model.state_dict().items()
+        }
     )
     loss = Loss(objective=Objective(kl="reverse"), normalize="token", vocab_size=23)
-    assert gradients(wide, teacher, loss, 100)[0] == pytest.approx(gradients(narrow, teacher, loss, 100)[0], rel=1e-6)
+    assert gradients(wide, teacher, loss, 100)[0] == pytest.approx(
+        gradients(narrow, teacher, loss, 100)[0], rel=1e-6
+    )
 
 
 def test_the_end_class_forgives_another_end_token_and_raw_does_not(student):
@@ -128,22 +151,33 @@ def test_the_end_class_forgives_another_end_token_and_raw_does_not(student):
     with torch.no_grad():
         head.weight.copy_(student.head.weight_VD[order])
     swapped.model.lm_head = head
-    loss = Loss(objective=Objective(kl="reverse"), normalize="token", vocab_size=23, end_class=(2, 22))
+    loss = Loss(
+        objective=Objective(kl="reverse"), normalize="token", vocab_size=23, end_class=(2, 22)
+    )
     assert abs(gradients(student, swapped, loss, 100)[0]) < 1e-6
     assert gradients(student, swapped, dataclasses.replace(loss, end_class=()), 100)[0] > 1e-3
 
 
 def test_bfloat16_compute_leaves_logits_and_loss_in_float32(student, teacher):
-    """The loss equals that of float32 heads on bfloat16 hidden states, and not that of rounded logits."""
+    """The loss equals that of float32 heads on bfloat16 hidden states, and not that of rounded
+    logits."""
     (batch,) = make_batches(ROLLOUTS, 10_000)
-    loss = Loss(objective=Objective(kl="reverse"), normalize="token", compute_dtype="bfloat16", vocab_size=23)
+    loss = Loss(
+        objective=Objective(kl="reverse"),
+        normalize="token",
+        compute_dtype="bfloat16",
+        vocab_size=23,
+    )
     teacher_NE = teacher_signal(teacher, batch, loss)
     teacher_NV = teacher.head(teacher_NE)
     value, _, _ = batch_loss(student, teacher, teacher_NE, batch, loss)
     with torch.autocast("cpu", torch.bfloat16):
         hidden_ND = student(batch.input_ids_BT)[batch.loss_mask_BT].float()
     logits_NV = hidden_ND @ student.head.weight_VD.T
-    expected, rounded = (token_divergence(z, teacher_NV, "reverse")[0].sum() for z in (logits_NV, logits_NV.bfloat16()))
+    expected, rounded = (
+        token_divergence(z, teacher_NV, "reverse")[0].sum()
+        for z in (logits_NV, logits_NV.bfloat16())
+    )
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
     assert (rounded - expected).abs() > 1e-3
     value.backward()
@@ -151,7 +185,8 @@ def test_bfloat16_compute_leaves_logits_and_loss_in_float32(student, teacher):
 
 
 def every_token(student, teacher):
-    """One prefix whose next token is each of the vocabulary in turn, as a batch; the student's probability of each."""
+    """One prefix whose next token is each of the vocabulary in turn, as a batch; the student's
+    probability of each."""
     rollouts = [make_rollout([1, 5, 6], [token]) for token in range(23)]
     (batch,) = make_batches(rollouts, 10_000)
     with torch.no_grad():
@@ -162,13 +197,23 @@ def every_token(student, teacher):
 @pytest.mark.parametrize("end_class", [(), (2, 7)], ids=["raw", "merged"])
 @pytest.mark.parametrize(
     ("estimator", "baseline", "kl"),
-    [("k1", "none", "reverse"), ("k1", "exact", "reverse"), ("k2", "none", "reverse"), ("k3", "none", "forward")],
+    [
+        ("k1", "none", "reverse"),
+        ("k1", "exact", "reverse"),
+        ("k2", "none", "reverse"),
+        ("k3", "none", "forward"),
+    ],
 )
-def test_sampled_estimators_have_the_gradient_they_are_named_for(student, teacher, estimator, baseline, kl, end_class):
-    """By enumeration: the mean over all tokens under the student's probabilities, against the exact KL's gradient."""
+def test_sampled_estimators_have_the_gradient_they_are_named_for(
+    student, teacher, estimator, baseline, kl, end_class
+):
+    """By enumeration: the mean over all tokens under the student's probabilities, against the exact
+    KL's gradient."""
     batch, q_N = every_token(student, teacher)
     hidden = student(batch.input_ids_BT)[batch.loss_mask_BT]
-    objective = Objective(prefix="student", kl=kl, signal="sampled", estimator=estimator, baseline=baseline)
+    objective = Objective(
+        prefix="student", kl=kl, signal="sampled", estimator=estimator, baseline=baseline
+    )
     loss = Loss(objective=objective, normalize="token", vocab_size=23, end_class=end_class)
     rows = teacher_signal(teacher, batch, loss)
     labels = batch.target_ids_BT[batch.loss_mask_BT]
@@ -176,7 +221,9 @@ def test_sampled_estimators_have_the_gradient_they_are_named_for(student, teache
     found = torch.autograd.grad((q_N * loss_N).sum(), list(student.parameters()))
     z, y = student.head(student(batch.input_ids_BT[:1])[0, -1:]), teacher.head(rows[:1])
     exact, _ = token_divergence(z, y, kl, end_ids=end_class)
-    for a, b in zip(found, torch.autograd.grad(exact.sum(), list(student.parameters())), strict=True):
+    for a, b in zip(
+        found, torch.autograd.grad(exact.sum(), list(student.parameters())), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
     if estimator != "k2":
         reverse_kl = token_divergence(z, y, "reverse", end_ids=end_class)[0].item()
@@ -193,7 +240,9 @@ def test_the_exact_baseline_lowers_the_variance(student, teacher):
         for i in range(23):
             hidden = student(batch.input_ids_BT[i : i + 1])[:, -1].detach().requires_grad_()
             rows = teacher_signal(teacher, batch, loss)[i : i + 1]
-            loss_N, _, _ = sampled_loss(hidden, student.head, rows, teacher.head, torch.tensor([i]), loss)
+            loss_N, _, _ = sampled_loss(
+                hidden, student.head, rows, teacher.head, torch.tensor([i]), loss
+            )
             (grad,) = torch.autograd.grad(loss_N.sum(), hidden)
             spread[baseline] += (q_N[i] * grad.square().sum()).item()
     assert spread["exact"] < 0.9 * spread["none"]
@@ -201,11 +250,17 @@ def test_the_exact_baseline_lowers_the_variance(student, teacher):
 
 def test_every_token_kept_is_the_whole_signal(student, teacher):
     whole = gradients(
-        student, teacher, Loss(objective=Objective(kl="mixed"), normalize="token", vocab_size=23, end_class=(2, 7)), 100
+        student,
+        teacher,
+        Loss(objective=Objective(kl="mixed"), normalize="token", vocab_size=23, end_class=(2, 7)),
+        100,
     )
     objective = Objective(kl="mixed", signal="topk", top_k=23)
     kept = gradients(
-        student, teacher, Loss(objective=objective, normalize="token", vocab_size=23, end_class=(2, 7)), 100
+        student,
+        teacher,
+        Loss(objective=objective, normalize="token", vocab_size=23, end_class=(2, 7)),
+        100,
     )
     assert whole[0] == pytest.approx(kept[0], rel=1e-5)
     for a, b in zip(whole[1], kept[1], strict=True):

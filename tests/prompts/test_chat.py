@@ -1,4 +1,5 @@
-"""Chat data as its template writes it: messages whole, one end, the assistant's turns trained on, else a refusal."""
+"""Chat data as its template writes it: messages whole, one end, the assistant's turns trained on,
+else a refusal."""
 
 import copy
 import json
@@ -37,8 +38,27 @@ TOOL = {
 RESULT = {"role": "tool", "content": "4"}
 IT_IS = {"role": "assistant", "content": "It is 4"}
 TEMPLATES = [
-    *("cohere2", "deepseek_r1_distill", "gemma3", "glm4moe", "gptoss", "idefics3", "lfm2", "llama3_1", "llama3_2"),
-    *("llava_next", "nemotron_3_nano", "phi3_5", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_training", "smolvlm"),
+    *(
+        "cohere2",
+        "deepseek_r1_distill",
+        "gemma3",
+        "glm4moe",
+        "gptoss",
+        "idefics3",
+        "lfm2",
+        "llama3_1",
+        "llama3_2",
+    ),
+    *(
+        "llava_next",
+        "nemotron_3_nano",
+        "phi3_5",
+        "qwen2_5",
+        "qwen3",
+        "qwen3_5_think",
+        "qwen3_training",
+        "smolvlm",
+    ),
 ]
 
 
@@ -64,7 +84,9 @@ def shown(tokenizer, prompt):
     """The prompt, and the completion with what is not trained on in brackets."""
     text, was_trained = "", True
     for i, is_trained in zip(prompt.completion_ids or (), prompt.trained or (), strict=True):
-        text += ("" if is_trained == was_trained else "]" if is_trained else "[") + tokenizer.decode([i])
+        text += (
+            "" if is_trained == was_trained else "]" if is_trained else "["
+        ) + tokenizer.decode([i])
         was_trained = is_trained
     return tokenizer.decode(prompt.token_ids), text
 
@@ -79,13 +101,24 @@ def test_templates_render_as_in_transformers(name):
     def given(messages):
         if not template.wants_parts:
             return messages
-        return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        return [
+            message | {"content": [{"type": "text", "text": message["content"]}]}
+            for message in messages
+        ]
 
     for ending, messages, option in [
         ("open", [HI], {"add_generation_prompt": True}),
-        ("open", [HI, HELLO, {"role": "user", "content": "And «x» \n"}], {"add_generation_prompt": True}),
+        (
+            "open",
+            [HI, HELLO, {"role": "user", "content": "And «x» \n"}],
+            {"add_generation_prompt": True},
+        ),
         ("closed", [HI, HELLO | {"reasoning_content": "a wish"}], {}),
-        ("continued", [HI, {"role": "assistant", "content": "The answer is "}], {"continue_final_message": True}),
+        (
+            "continued",
+            [HI, {"role": "assistant", "content": "The answer is "}],
+            {"continue_final_message": True},
+        ),
     ]:
         tools = [TOOL] if ending == "open" else None
         theirs = tokenizer.apply_chat_template(
@@ -107,9 +140,18 @@ def test_what_closes_a_turn():
     ]:
         tokenizer = family_tokenizer(family)
         template = ChatTemplate(tokenizer)
-        assert tokenizer.convert_ids_to_tokens([template.end_id, template.middle_end_id]) == [last, middle]
-        assert find_end_ids(NoModel(), tokenizer) == tuple(dict.fromkeys((tokenizer.eos_token_id, template.end_id)))
-    for text in ("{{ bos_token }}{{ messages[0].role }}", "{{ raise_exception('no') }}", "{% if %}"):
+        assert tokenizer.convert_ids_to_tokens([template.end_id, template.middle_end_id]) == [
+            last,
+            middle,
+        ]
+        assert find_end_ids(NoModel(), tokenizer) == tuple(
+            dict.fromkeys((tokenizer.eos_token_id, template.end_id))
+        )
+    for text in (
+        "{{ bos_token }}{{ messages[0].role }}",
+        "{{ raise_exception('no') }}",
+        "{% if %}",
+    ):
         tokenizer.chat_template = text
         assert ChatTemplate(tokenizer).end_id is None
 
@@ -118,22 +160,48 @@ def test_what_closes_a_turn():
     ("family", "row", "prompt", "completion"),
     [
         ("gemma", {"messages": [HI, HELLO]}, "<start_of_turn>model\n", "Hello<end_of_turn>"),
-        ("chatml", {"messages": [HI, HELLO]}, "assistant\n", "<think>\n\n</think>\n\nHello<|im_end|>"),
-        ("smolvlm", {"messages": [HI, HELLO]}, "User: Hi<end_of_utterance>\nAssistant:", " Hello<end_of_utterance>"),
+        (
+            "chatml",
+            {"messages": [HI, HELLO]},
+            "assistant\n",
+            "<think>\n\n</think>\n\nHello<|im_end|>",
+        ),
+        (
+            "smolvlm",
+            {"messages": [HI, HELLO]},
+            "User: Hi<end_of_utterance>\nAssistant:",
+            " Hello<end_of_utterance>",
+        ),
         # A string is taken as it is; its own end is one end.
-        ("chatml", {"prompt": [HI], "completion": "Hello<|im_end|><|endoftext|>"}, "assistant\n", "Hello<|im_end|>"),
-        ("r1", {"prompt": [HI], "completion": "Hm.</think>Hello"}, "<think>\n", f"Hm.</think>Hello{R1[-1]}"),
+        (
+            "chatml",
+            {"prompt": [HI], "completion": "Hello<|im_end|><|endoftext|>"},
+            "assistant\n",
+            "Hello<|im_end|>",
+        ),
+        (
+            "r1",
+            {"prompt": [HI], "completion": "Hm.</think>Hello"},
+            "<think>\n",
+            f"Hm.</think>Hello{R1[-1]}",
+        ),
         # The template writes what it is given beside content, and texts in parts.
         (
             "chatml",
-            {"messages": [HI, {"role": "assistant", "content": "4", "reasoning_content": "two and two"}]},
+            {
+                "messages": [
+                    HI,
+                    {"role": "assistant", "content": "4", "reasoning_content": "two and two"},
+                ]
+            },
             "assistant\n",
             "<think>\ntwo and two\n</think>\n\n4<|im_end|>",
         ),
         (
             "chatml",
             {"messages": [HI, CALLS, RESULT, IT_IS], "tools": json.dumps([TOOL])},
-            '{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>\n<|im_start|>user\n'
+            '{"name": "add", "arguments": {"a": 2, "b": '
+            "2}}\n</tool_call><|im_end|>\n<|im_start|>user\n"
             "<tool_response>\n4\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
             "<think>\n\n</think>\n\nIt is 4<|im_end|>",
         ),
@@ -148,7 +216,8 @@ def test_what_closes_a_turn():
             "chatml",
             {"prompt": [HI], "completion": [CALLS, RESULT, IT_IS]},
             "<|im_start|>assistant\n",
-            '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>[\n<|im_start|>user\n'
+            '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": '
+            "2}}\n</tool_call><|im_end|>[\n<|im_start|>user\n"
             "<tool_response>\n4\n</tool_response><|im_end|>\n<|im_start|>assistant\n]<think>\n\n</think>\n\n"
             "It is 4<|im_end|>",
         ),
@@ -166,7 +235,12 @@ def test_what_closes_a_turn():
             "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Hello<|return|>",
         ),
         # The assistant's last words in a prompt go on.
-        ("gemma", {"prompt": [HI, HELLO], "completion": " you"}, "<start_of_turn>model\nHello", " you<end_of_turn>"),
+        (
+            "gemma",
+            {"prompt": [HI, HELLO], "completion": " you"},
+            "<start_of_turn>model\nHello",
+            " you<end_of_turn>",
+        ),
         (
             "gemma",
             {"prompt": [HI, HELLO], "completion": [{"role": "assistant", "content": " you"}]},
@@ -175,12 +249,19 @@ def test_what_closes_a_turn():
         ),
         # Raw text ends as it does itself, else as a document.
         ("plain", {"prompt": "The loss is", "completion": " one"}, "The loss is", " one</s>"),
-        ("plain", {"prompt": "The loss is", "completion": " one</s></s>"}, "The loss is", " one</s>"),
+        (
+            "plain",
+            {"prompt": "The loss is", "completion": " one</s></s>"},
+            "The loss is",
+            " one</s>",
+        ),
         ("plain", {"prompt": "Hi", "completion": [HELLO]}, "Hi", "Hello</s>"),
         ("chatml", {"prompt": "Hi", "completion": "Hello<|im_end|>"}, "Hi", "Hello<|im_end|>"),
     ],
 )
-def test_a_completion_is_what_the_template_writes_after_the_prompt(tmp_path, family, row, prompt, completion):
+def test_a_completion_is_what_the_template_writes_after_the_prompt(
+    tmp_path, family, row, prompt, completion
+):
     tokenizer = family_tokenizer(family)
     (made,) = prompts_of(tmp_path, tokenizer, row)
     before, after = shown(tokenizer, made)
@@ -188,7 +269,9 @@ def test_a_completion_is_what_the_template_writes_after_the_prompt(tmp_path, fam
     if "messages" in row:
         texts = [message | {"content": text_of(message)} for message in row["messages"]]
         whole = tokenizer.apply_chat_template(
-            [m | {"content": as_parts(m["content"])} for m in texts] if family == "smolvlm" else texts,
+            [m | {"content": as_parts(m["content"])} for m in texts]
+            if family == "smolvlm"
+            else texts,
             tools=[TOOL] if "tools" in row else None,
             tokenize=False,
         )
@@ -198,23 +281,55 @@ def test_a_completion_is_what_the_template_writes_after_the_prompt(tmp_path, fam
 @pytest.mark.parametrize(
     ("family", "row", "message"),
     [
-        ("gemma", {"messages": [HI, HI, HELLO]}, "the chat template refuses: Conversation roles must alternate"),
-        ("gemma", {"messages": [HI, HELLO | {"reasoning_content": "a wish"}]}, "drops the reasoning of message 1"),
+        (
+            "gemma",
+            {"messages": [HI, HI, HELLO]},
+            "the chat template refuses: Conversation roles must alternate",
+        ),
+        (
+            "gemma",
+            {"messages": [HI, HELLO | {"reasoning_content": "a wish"}]},
+            "drops the reasoning of message 1",
+        ),
         ("gemma", {"messages": [HI, HELLO], "tools": [TOOL]}, "drops the tool 'add'"),
-        ("gemma", {"prompt": [HI], "completion": [CALLS, HI, HELLO]}, "drops the tool call of message 1"),
-        ("r1", {"messages": [HI, HELLO]}, r"writes '<think>\\n' before an answer .* give the completion as a string"),
+        (
+            "gemma",
+            {"prompt": [HI], "completion": [CALLS, HI, HELLO]},
+            "drops the tool call of message 1",
+        ),
+        (
+            "r1",
+            {"messages": [HI, HELLO]},
+            r"writes '<think>\\n' before an answer .* give the completion as a string",
+        ),
         (
             "r1",
             {"messages": [HI, {"role": "assistant", "content": "Hm.</think>Yes"}]},
             "drops the content of message 1",
         ),
         ("chatml", {"prompt": [HI], "completion": [HI]}, "begins or ends with a message by 'user'"),
-        ("chatml", {"prompt": [HI], "completion": [CALLS, RESULT]}, "begins or ends with a message by 'tool'"),
-        ("plain", {"prompt": "Hi", "completion": [HELLO, HI, HELLO]}, "its completion is of several messages"),
+        (
+            "chatml",
+            {"prompt": [HI], "completion": [CALLS, RESULT]},
+            "begins or ends with a message by 'tool'",
+        ),
+        (
+            "plain",
+            {"prompt": "Hi", "completion": [HELLO, HI, HELLO]},
+            "its completion is of several messages",
+        ),
         ("plain", {"prompt": "Hi", "completion": " one</s> and two"}, "goes on after an end token"),
         ("chatml", {"prompt": [HI], "completion": "a<|im_end|>\n"}, "goes on after an end token"),
-        ("chatml", {"prompt": [{"role": "user", "content": None}]}, "`content` of a message by 'user' is None"),
-        ("chatml", {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "a list of text parts"),
+        (
+            "chatml",
+            {"prompt": [{"role": "user", "content": None}]},
+            "`content` of a message by 'user' is None",
+        ),
+        (
+            "chatml",
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a list of text parts",
+        ),
         ("chatml", {"prompt": [HI], "tools": "{"}, "`tools` is '{'; give a list of JSON schemas"),
     ],
 )
@@ -223,7 +338,9 @@ def test_what_cannot_be_kept_is_refused_with_its_row(tmp_path, family, row, mess
         prompts_of(
             tmp_path,
             family_tokenizer(family),
-            {"prompt": [HI], "completion": "Hello"} if family != "plain" else {"prompt": "a", "completion": "b"},
+            {"prompt": [HI], "completion": "Hello"}
+            if family != "plain"
+            else {"prompt": "a", "completion": "b"},
             row,
         )
     assert "\n" not in str(error.value)
@@ -254,13 +371,23 @@ def test_templates_are_told_arguments(tmp_path):
     row = {"messages": [HI, HELLO]}
     (prompt,) = prompts_of(tmp_path, tokenizer, row, template_arguments={"enable_thinking": False})
     before, after = shown(tokenizer, prompt)
-    assert before.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") and after == "Hello<|im_end|>"
-    (note,) = prompt_notes(1, [prompt], tokenizer, None, {"enable_thinkin": False, "enable_thinking": False})
+    assert (
+        before.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        and after == "Hello<|im_end|>"
+    )
+    (note,) = prompt_notes(
+        1, [prompt], tokenizer, None, {"enable_thinkin": False, "enable_thinking": False}
+    )
     assert note == "warning: the chat template reads no argument 'enable_thinkin'"
     settings = Evaluation(
-        source="multiplication", num_problems=1, template="chat", template_arguments={"enable_thinking": False}
+        source="multiplication",
+        num_problems=1,
+        template="chat",
+        template_arguments={"enable_thinking": False},
     )
-    (problem,) = prepare_problems(LanguageModel(make_tiny(tokenizer), tokenizer, "tiny"), settings)[2]
+    (problem,) = prepare_problems(LanguageModel(make_tiny(tokenizer), tokenizer, "tiny"), settings)[
+        2
+    ]
     assert tokenizer.decode(problem.token_ids).endswith("<think>\n\n</think>\n\n")
     with pytest.raises(DataError, match="'messages' is given to every template"):
         prompts_of(tmp_path, tokenizer, row, template_arguments={"messages": []})
@@ -270,15 +397,26 @@ def test_prompts_that_are_too_long(tmp_path):
     tokenizer = family_tokenizer("plain", adds_bos=True)
     rows = [{"prompt": text} for text in ("abc", "abcdefghij", "xyz", "0123456789")]
     options = {"end_ids": None, "max_completion": 4, "context_length": 9}
-    with pytest.raises(DataError, match=r"prompt '1' .* has 11 tokens.*\(2 of 4 prompts are too long\)"):
+    with pytest.raises(
+        DataError, match=r"prompt '1' .* has 11 tokens.*\(2 of 4 prompts are too long\)"
+    ):
         prompts_of(tmp_path, tokenizer, *rows, **options)
     with pytest.raises(DataError, match=r"has 4 tokens, more than data.max_prompt_tokens = 3"):
         prompts_of(tmp_path, tokenizer, *rows[:1], **options, max_prompt_tokens=3)
     kept = prompts_of(tmp_path, tokenizer, *rows, **options, too_long="drop")
     assert [prompt.example.prompt for prompt in kept] == ["abc", "xyz"]
-    assert prompt_notes(4, kept, tokenizer, None) == ["warning: 2 of 4 prompts are too long and left out"]
-    cut = prompts_of(tmp_path, tokenizer, *rows, **options, too_long="cut-left", max_prompt_tokens=4)
-    assert [tokenizer.decode(prompt.token_ids) for prompt in cut] == ["<s>abc", "<s>hij", "<s>xyz", "<s>789"]
+    assert prompt_notes(4, kept, tokenizer, None) == [
+        "warning: 2 of 4 prompts are too long and left out"
+    ]
+    cut = prompts_of(
+        tmp_path, tokenizer, *rows, **options, too_long="cut-left", max_prompt_tokens=4
+    )
+    assert [tokenizer.decode(prompt.token_ids) for prompt in cut] == [
+        "<s>abc",
+        "<s>hij",
+        "<s>xyz",
+        "<s>789",
+    ]
     assert prompt_notes(4, cut, tokenizer, None) == [
         "warning: 2 of 4 prompts are too long and lost tokens at their beginning"
     ]
@@ -290,7 +428,10 @@ def test_prompts_that_are_too_long(tmp_path):
     ("template", "message"),
     [
         ("{{ 'a' * 3000000000 }}", "needs more than 1,024 MiB"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.5 s"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "takes more than 0.5 s",
+        ),
         ("{% set n = 9 ** 9 ** 9 %}{{ n ** n }}", "takes more than 0.5 s"),
         ("{{ 'ab' * 9999999 }}", "writes more than 16,777,216 characters"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses: maximum recursion depth"),
@@ -301,7 +442,8 @@ def test_prompts_that_are_too_long(tmp_path):
     ],
 )
 def test_hostile_templates_end_in_one_line(tmp_path, monkeypatch, template, message):
-    """And those that meet a limit already when the model is loaded; the next template is rendered as ever."""
+    """And those that meet a limit already when the model is loaded; the next template is rendered
+    as ever."""
     monkeypatch.setattr(templates, "SECONDS", 0.5)
     tokenizer = family_tokenizer("plain")
     tokenizer.chat_template = template
@@ -316,7 +458,8 @@ def test_hostile_templates_end_in_one_line(tmp_path, monkeypatch, template, mess
 
 
 def test_files_of_the_current_folder_are_not_run(tmp_path, monkeypatch):
-    """As in the folder of a model that came from elsewhere; both kinds of processes answer as ever."""
+    """As in the folder of a model that came from elsewhere; both kinds of processes answer as
+    ever."""
     for name in ("jinja2", "json", "datetime", "selectors"):
         (tmp_path / f"{name}.py").write_text("open('was-run', 'w').close()\nraise SystemExit\n")
     monkeypatch.chdir(tmp_path)
@@ -337,13 +480,21 @@ def test_the_date_that_templates_write_stays_with_the_run_and_the_cache(tmp_path
     rows = [{"messages": [HI | {"content": text}, HELLO]} for text in ("Hi", "Yo", "Ha", "Ho")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = family_tokenizer("llama")
-    models = {name: make_tiny(tokenizer, seed=seed) for seed, name in enumerate(("student", "teacher"))}
+    models = {
+        name: make_tiny(tokenizer, seed=seed) for seed, name in enumerate(("student", "teacher"))
+    }
     data = {"source": str(tmp_path / "rows.jsonl"), "num_prompts": None}
 
     def run(name, **sections):
-        given = {"tokenizer": tokenizer, "student": copy.deepcopy(models["student"]), "teacher": models["teacher"]}
+        given = {
+            "tokenizer": tokenizer,
+            "student": copy.deepcopy(models["student"]),
+            "teacher": models["teacher"],
+        }
         window = {"tokens": 4}
-        return potstill.train(tiny_recipe(tmp_path / name, data=data, window=window, **sections), **given, quiet=True)
+        return potstill.train(
+            tiny_recipe(tmp_path / name, data=data, window=window, **sections), **given, quiet=True
+        )
 
     with interrupted_at(3):
         run("run")
@@ -353,15 +504,26 @@ def test_the_date_that_templates_write_stays_with_the_run_and_the_cache(tmp_path
     assert begun[:8] == "2026-11-" and f"Today Date: {begun[8:]} Nov 2026" in prompt
     recipe = tiny_recipe(tmp_path / "none", data=data, window={"tokens": 4})
     for num in (2, 4):
-        few = recipe.model_copy(update={"data": recipe.data.model_copy(update={"num_prompts": num})})
+        few = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"num_prompts": num})}
+        )
         manifest = build_cache(few, tmp_path / "cache", **models, tokenizer=tokenizer, quiet=True)
     assert manifest.total("num_rollouts") == 4
-    run("cached", teacher={"cache": str(tmp_path / "cache")}, objective={"prefix": "teacher", "kl": "forward"})
-    assert json.loads((tmp_path / "cached/environment.json").read_text())["date"] == manifest.date != begun
+    run(
+        "cached",
+        teacher={"cache": str(tmp_path / "cache")},
+        objective={"prefix": "teacher", "kl": "forward"},
+    )
+    assert (
+        json.loads((tmp_path / "cached/environment.json").read_text())["date"]
+        == manifest.date
+        != begun
+    )
 
 
 def test_labels_teach_the_turn_end(tmp_path):
-    """Fifty steps of cross-entropy on one answer: greedily written, it ends with what closes turns."""
+    """Fifty steps of cross-entropy on one answer: greedily written, it ends with what closes
+    turns."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [HI, HELLO]}) + "\n")
     tokenizer = family_tokenizer("gemma")
     student = make_tiny(tokenizer)
@@ -372,14 +534,27 @@ def test_labels_teach_the_turn_end(tmp_path):
         train={"steps": 50, "prompts_per_step": 1, "lr": 3e-3, "checkpoint_every": 50},
     )
     potstill.train(recipe, student=student, tokenizer=tokenizer, quiet=True)
-    ids = tokenizer.apply_chat_template([HI], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    ids = tokenizer.apply_chat_template([HI], add_generation_prompt=True, return_tensors="pt")[
+        "input_ids"
+    ]
     written = student.generate(ids, do_sample=False, max_new_tokens=8, eos_token_id=[1, 4])
     assert tokenizer.decode(written[0, ids.shape[1] :]) == "Hello<end_of_turn>"
 
 
 def test_the_command_line_tells_templates_arguments(tmp_path, capsys):
-    folder = write_folder(tmp_path / "model", tokenizer := family_tokenizer("chatml"), make_tiny(tokenizer))
-    options = ["--template", "chat", "--max-tokens", "2", "--num", "1", "--template-arguments.enable_thinking", "false"]
+    folder = write_folder(
+        tmp_path / "model", tokenizer := family_tokenizer("chatml"), make_tiny(tokenizer)
+    )
+    options = [
+        "--template",
+        "chat",
+        "--max-tokens",
+        "2",
+        "--num",
+        "1",
+        "--template-arguments.enable_thinking",
+        "false",
+    ]
     main(["sample", str(folder), "--prompt", "Hi", *options])
     assert "<think>\n\n</think>" in capsys.readouterr().out
     with pytest.raises(SystemExit):

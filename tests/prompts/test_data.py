@@ -7,7 +7,9 @@ from potstill.models.character_tokenizer import build_tokenizer
 from potstill.prompts.examples import load_examples, make_prompts, prompt_notes
 from potstill.types import DataError, Example
 
-CHAT = "{% for m in messages %}{{ m.content }}={% endfor %}{% if add_generation_prompt %}#{% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m.content }}={% endfor %}{% if add_generation_prompt %}#{% endif %}"
+)
 
 
 def write_jsonl(path, rows):
@@ -27,12 +29,20 @@ def test_the_three_shapes_of_a_row(tmp_path):
         {"prompt": "12*3="},
         {"prompt": "12*3=", "completion": "36"},
         {"prompt": chat, "completion": [{"role": "assistant", "content": "36"}]},
-        {"messages": [*chat, {"role": "assistant", "content": "36"}], "answer": 36, "level": "easy", "id": 7},
+        {
+            "messages": [*chat, {"role": "assistant", "content": "36"}],
+            "answer": 36,
+            "level": "easy",
+            "id": 7,
+        },
     ]
     for row in shapes:
         (example,) = load_examples(write_jsonl(tmp_path / "rows.jsonl", [row]))
         of_messages = ({"role": "assistant", "content": "36"},)
-        assert example.completion == [None, (("36", True),), of_messages, of_messages][shapes.index(row)]
+        assert (
+            example.completion
+            == [None, (("36", True),), of_messages, of_messages][shapes.index(row)]
+        )
         assert example.prompt == ("12*3=" if isinstance(row.get("prompt"), str) else tuple(chat))
     assert (example.answer, example.level, example.id) == ("36", "easy", "7")
 
@@ -41,11 +51,15 @@ def test_parquet_and_column_name(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"problem": ["1*2=", "3*4="]}), tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"problem": ["1*2=", "3*4="]}), tmp_path / "rows.parquet"
+    )
     examples = load_examples(str(tmp_path / "rows.parquet"), prompt_column="problem")
     assert [example.prompt for example in examples] == ["1*2=", "3*4="]
     with pytest.raises(
-        DataError, match=r"row 0 .* has no column 'prompt' .*only problem; name the column with data.prompt_col"
+        DataError,
+        match=r"row 0 .* has no column 'prompt' .*only problem; name the column with "
+        r"data.prompt_col",
     ):
         load_examples(str(tmp_path / "rows.parquet"))
     with pytest.raises(DataError, match=r"3 examples are asked of .* which has 2"):
@@ -82,7 +96,9 @@ def test_bad_rows_are_named(tmp_path, rows, message):
 def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match=r"'none.jsonl' does not exist"):
         load_examples("none.jsonl")
-    with pytest.raises(DataError, match=r"data set 'nobody/nothing' is not here nor in the hub's cache"):
+    with pytest.raises(
+        DataError, match=r"data set 'nobody/nothing' is not here nor in the hub's cache"
+    ):
         load_examples("nobody/nothing")
     (tmp_path / "rows.txt").write_text("hello")
     with pytest.raises(DataError, match="of no known kind"):
@@ -95,16 +111,23 @@ def test_templates():
     tokenizer = build_tokenizer()
     chat = Example(id="c", prompt=({"role": "user", "content": "12"},))
     raw = Example(id="r", prompt="12")
-    with pytest.raises(DataError, match=r"the tokenizer has none.* that has one, or give prompts that are strings"):
+    with pytest.raises(
+        DataError, match=r"the tokenizer has none.* that has one, or give prompts that are strings"
+    ):
         prompts([chat])
-    with pytest.raises(DataError, match=r'the tokenizer has none.* that has one, or set template = "raw"'):
+    with pytest.raises(
+        DataError, match=r'the tokenizer has none.* that has one, or set template = "raw"'
+    ):
         prompts([raw], "chat")
     tokenizer.chat_template = CHAT
     # The template brings its own first token, or none: nothing is added to it.
     assert tokenizer.decode(prompts([chat], tokenizer=tokenizer)[0].token_ids) == "12=#"
     assert tokenizer.decode(prompts([raw], "chat", tokenizer=tokenizer)[0].token_ids) == "12=#"
     assert tokenizer.decode(prompts([raw], tokenizer=tokenizer)[0].token_ids) == "<bos>12"
-    assert "taken as they are" in prompt_notes(1, prompts([raw], tokenizer=tokenizer), tokenizer, None)[0]
+    assert (
+        "taken as they are"
+        in prompt_notes(1, prompts([raw], tokenizer=tokenizer), tokenizer, None)[0]
+    )
     assert not prompt_notes(1, prompts([raw], "raw", tokenizer=tokenizer), tokenizer, "raw")
     assert not prompt_notes(1, prompts([chat], tokenizer=tokenizer), tokenizer, None)
     with pytest.raises(DataError, match=r'data.template is "raw"'):
@@ -121,7 +144,9 @@ def test_completions_keep_what_is_trained_and_end():
 
 
 def test_prompts_that_do_not_fit_are_refused():
-    with pytest.raises(DataError, match=r"prompt 'long' has 58 tokens, which with 8 .* more than the context of 64"):
+    with pytest.raises(
+        DataError, match=r"prompt 'long' has 58 tokens, which with 8 .* more than the context of 64"
+    ):
         prompts([Example(id="fine", prompt="1"), Example(id="long", prompt="1" * 57)])
     with pytest.raises(DataError, match="prompt list is empty"):
         prompts([])

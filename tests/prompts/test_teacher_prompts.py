@@ -1,4 +1,5 @@
-"""A teacher that reads other prompts than the student: aligned rows, own prompts for writing, self-distillation."""
+"""A teacher that reads other prompts than the student: aligned rows, own prompts for writing,
+self-distillation."""
 
 import dataclasses
 import json
@@ -19,12 +20,19 @@ from potstill.types import DataError
 
 
 def with_hint(rollout, hint):
-    return dataclasses.replace(rollout, prompt=dataclasses.replace(rollout.prompt, teacher_ids=hint))
+    return dataclasses.replace(
+        rollout, prompt=dataclasses.replace(rollout.prompt, teacher_ids=hint)
+    )
 
 
 ROLLOUTS = [
     with_hint(make_rollout([1, 5, 6], [9, 5, 2]), (1, 7, 7, 8, 5, 6)),
-    with_hint(make_rollout([1, 7, 4, 4], [4, 4, 8, 9, 6, 2], trained=[True, False, False, True, True, True]), (3,)),
+    with_hint(
+        make_rollout(
+            [1, 7, 4, 4], [4, 4, 8, 9, 6, 2], trained=[True, False, False, True, True, True]
+        ),
+        (3,),
+    ),
     make_rollout([1, 5], [3] * 7, stop="length"),
     with_hint(make_rollout([1], [2]), (1, 1, 1, 1, 1, 1, 1, 9)),
 ]
@@ -32,7 +40,8 @@ ROLLOUTS = [
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 20, 1000])
 def test_rows_align_with_prompts_of_different_lengths(student, teacher, tokens_per_batch):
-    """Each row against the model's own logits on its own prompt and the shared completion, one sequence at a time."""
+    """Each row against the model's own logits on its own prompt and the shared completion, one
+    sequence at a time."""
     loss = Loss(objective=Objective(), normalize="token", vocab_size=23)
     for batch in make_batches(ROLLOUTS, tokens_per_batch):
         of_student = student(batch.input_ids_BT)[batch.loss_mask_BT]
@@ -44,12 +53,16 @@ def test_rows_align_with_prompts_of_different_lengths(student, teacher, tokens_p
             expected, written = [], []
             for rollout in batch.rollouts:
                 prompt = rollout.prompt.ids_of(who)
-                logits = model.model(input_ids=torch.tensor([prompt + rollout.completion_ids])).logits[0]
+                logits = model.model(
+                    input_ids=torch.tensor([prompt + rollout.completion_ids])
+                ).logits[0]
                 for i, is_trained in enumerate(rollout.trained):
                     if is_trained:
                         expected.append(logits[len(prompt) + i - 1])
                         written.append(rollout.completion_ids[i])
-            torch.testing.assert_close(model.head(rows), torch.stack(expected), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                model.head(rows), torch.stack(expected), rtol=1e-4, atol=1e-4
+            )
             assert written == labels
 
 
@@ -61,18 +74,31 @@ def test_each_writer_reads_its_own_prompt(student, teacher, unit, share):
     objective = Objective(prefix="mixed", prefix_mix=unit, student_share=share)
     models = {"student": student.model, "teacher": teacher.model}
     rollouts = write_rollouts(
-        Writing(objective=objective, models=models, window=10, end_ids=(2,), sampling=Sampling(), rollouts_per_step=4),
+        Writing(
+            objective=objective,
+            models=models,
+            window=10,
+            end_ids=(2,),
+            sampling=Sampling(),
+            rollouts_per_step=4,
+        ),
         prompts,
         seeds,
     )
     who, model = ("student", student) if share else ("teacher", teacher)
     options = {"max_tokens": 10, "end_ids": (2,), "sampling": Sampling()}
     alone = sample(model.model, [prompt.ids_of(who) for prompt in prompts], seeds, **options)
-    assert [rollout.completion_ids for rollout in rollouts] == [completion.token_ids for completion in alone]
+    assert [rollout.completion_ids for rollout in rollouts] == [
+        completion.token_ids for completion in alone
+    ]
 
 
 def write_data(path, **extra):
-    rows = [{"prompt": f"{a}*{b}=", "hint": f"{a}*{b}={a * b}, {a}*{b}="} | extra for a in range(2, 9) for b in (3, 7)]
+    rows = [
+        {"prompt": f"{a}*{b}=", "hint": f"{a}*{b}={a * b}, {a}*{b}="} | extra
+        for a in range(2, 9)
+        for b in (3, 7)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"source": str(path), "num_prompts": None}
 
@@ -83,7 +109,9 @@ def test_a_student_learns_from_itself_with_a_hint_and_resumes(tmp_path, capsys, 
 
     def recipe(name, **teacher):
         sections = {"data": data, "teacher": {"model": "self", **teacher}}
-        return tiny_recipe(tmp_path / name, objective={"prefix": prefix, "kl": "reverse"}, **sections)
+        return tiny_recipe(
+            tmp_path / name, objective={"prefix": prefix, "kl": "reverse"}, **sections
+        )
 
     whole = potstill.train(recipe("whole", prompt_column="hint"))
     assert "the teacher reads: " in capsys.readouterr().err
@@ -93,7 +121,9 @@ def test_a_student_learns_from_itself_with_a_hint_and_resumes(tmp_path, capsys, 
     nothing = run_folder.read_rows(tmp_path / "nothing/metrics.jsonl")
     assert rows[0]["loss"] > 1e-3 and abs(nothing[0]["loss"]) < 1e-6
     environment = json.loads((tmp_path / "whole/environment.json").read_text())
-    assert environment["models"]["teacher"]["weights"] == environment["models"]["student"]["weights"]
+    assert (
+        environment["models"]["teacher"]["weights"] == environment["models"]["student"]["weights"]
+    )
 
     with interrupted_at(3):
         potstill.train(recipe("stopped", prompt_column="hint"), quiet=True)
@@ -110,7 +140,9 @@ def test_a_teacher_that_follows_the_student_resumes(tmp_path, stop_at):
     def recipe(name, steps):
         train = {"steps": steps, "schedule": "constant", "checkpoint_every": 1, "lr": 1e-2}
         teacher = {"model": "self", "prompt_column": "hint", "refresh_steps": 2}
-        return tiny_recipe(tmp_path / name, data=data, teacher=teacher, train=train, objective={"kl": "reverse"})
+        return tiny_recipe(
+            tmp_path / name, data=data, teacher=teacher, train=train, objective={"kl": "reverse"}
+        )
 
     with interrupted_at(stop_at):
         potstill.train(recipe("stopped", 4), quiet=True)
@@ -126,12 +158,19 @@ def test_a_teacher_that_follows_the_student_resumes(tmp_path, stop_at):
 
 def test_bad_columns_and_settings(tmp_path):
     data = write_data(tmp_path / "rows.jsonl")
-    with pytest.raises(DataError, match=r"'context' is None; teacher\.prompt_column must name a column"):
-        potstill.train(tiny_recipe(tmp_path / "run", data=data, teacher={"prompt_column": "context"}), quiet=True)
+    with pytest.raises(
+        DataError, match=r"'context' is None; teacher\.prompt_column must name a column"
+    ):
+        potstill.train(
+            tiny_recipe(tmp_path / "run", data=data, teacher={"prompt_column": "context"}),
+            quiet=True,
+        )
     assert not (tmp_path / "run").exists()
     long = write_data(tmp_path / "long.jsonl", hint="1" * 2000)
     with pytest.raises(DataError, match="more than the context"):
-        potstill.train(tiny_recipe(tmp_path / "run", data=long, teacher={"prompt_column": "hint"}), quiet=True)
+        potstill.train(
+            tiny_recipe(tmp_path / "run", data=long, teacher={"prompt_column": "hint"}), quiet=True
+        )
     with pytest.raises(RecipeError, match=r"teacher\.prompt_column is set but not read"):
         make_recipe({"teacher": {"prompt_column": "hint"}})
     with pytest.raises(RecipeError, match=r"teacher\.refresh_steps is set but not read"):

@@ -16,7 +16,11 @@ from potstill.runs.results import read_entry, recipe_key
 from potstill.runs.run_folder import finish
 
 NUM_PROBLEMS, NUM_RESPONSES = 40, 8
-EVALUATION = {"source": "multiplication", "num_problems": NUM_PROBLEMS, "num_responses": NUM_RESPONSES}
+EVALUATION = {
+    "source": "multiplication",
+    "num_problems": NUM_PROBLEMS,
+    "num_responses": NUM_RESPONSES,
+}
 CELLS = {
     "sft": {"prefix": "teacher", "kl": "forward"},
     "dagger": {"prefix": "student", "kl": "forward"},
@@ -49,7 +53,8 @@ def known(recipe, sign):
 
 
 def evaluated(truth, rng, model="run", **settings):
-    """The rows of an evaluation, its problems drawn around the truth; cooled, all accuracies are half way to 0.5."""
+    """The rows of an evaluation, its problems drawn around the truth; cooled, all accuracies are
+    half way to 0.5."""
     noise = 0.05 * np.random.default_rng(7).normal(size=NUM_PROBLEMS)
     noise += rng.normal(0, 0.002) + rng.normal(0, 0.02, NUM_PROBLEMS)
     columns = {
@@ -60,8 +65,21 @@ def evaluated(truth, rng, model="run", **settings):
         "truncation": (truth["truncation"] + 0.1 * noise).tolist(),
         "entropy_before_answer": (truth["entropy"] + 0.1 * noise).tolist(),
     }
-    settings = {"split": "test", "max_tokens": 128, "seed": 0, "end_ids": [1], **EVALUATION, **settings}
-    row = {"step": 10, "model": model, "num_responses": NUM_RESPONSES, "problems": columns, "settings": settings}
+    settings = {
+        "split": "test",
+        "max_tokens": 128,
+        "seed": 0,
+        "end_ids": [1],
+        **EVALUATION,
+        **settings,
+    }
+    row = {
+        "step": 10,
+        "model": model,
+        "num_responses": NUM_RESPONSES,
+        "problems": columns,
+        "settings": settings,
+    }
     # What the whole evaluation says is no part of a claim, which reads its problems.
     row |= {"avg": [0.5, 0.4, 0.6], "pass": {}, "levels": {}}
     # No claim is about anything else of cooled responses.
@@ -75,7 +93,12 @@ def finished(recipe, rows, cost=1.0, entropy=0.25):
     recipe.out.mkdir(parents=True)
     (recipe.out / "recipe.toml").write_text(to_toml(recipe.resolved()))
     for step in (9, 10):
-        row = {"step": step, "total_flops": 1e8 * cost * step, "seconds": 1.0, "teacher_entropy_before_answer": 0.25}
+        row = {
+            "step": step,
+            "total_flops": 1e8 * cost * step,
+            "seconds": 1.0,
+            "teacher_entropy_before_answer": 0.25,
+        }
         row["student_entropy_before_answer"] = entropy + 0.001 * (step % 2)
         append(recipe.out / "metrics.jsonl", row)
     for row in rows:
@@ -86,7 +109,12 @@ def finished(recipe, rows, cost=1.0, entropy=0.25):
 
 def make(out: Path, objective, seed=0, **sections) -> Recipe:
     sections["train"] = {"steps": 10, "seed": seed, **sections.get("train", {})}
-    data = {"out": str(out), "objective": objective, "data": {"seed": seed}, "evaluation": EVALUATION}
+    data = {
+        "out": str(out),
+        "objective": objective,
+        "data": {"seed": seed},
+        "evaluation": EVALUATION,
+    }
     return make_recipe({**data, "window": {"tokens": 256}, **sections})
 
 
@@ -97,7 +125,9 @@ def write_study(folder, sign, seeds=(0, 1, 2)):
     for seed in seeds:
         for cell, objective in CELLS.items():
             recipes.append(make(folder / f"{cell}-{seed}", objective, seed))
-            recipes.append(make(folder / f"{cell}-short-{seed}", objective, seed, window={"tokens": 64}))
+            recipes.append(
+                make(folder / f"{cell}-short-{seed}", objective, seed, window={"tokens": 64})
+            )
             budget = {"train": {"flops": 1e9, "steps": 10 if cell == "opd" else 20}}
             recipes.append(make(folder / f"{cell}-budget-{seed}", objective, seed, **budget))
         for weight in (0.8, 0.9):
@@ -111,14 +141,25 @@ def write_study(folder, sign, seeds=(0, 1, 2)):
     for recipe in recipes:
         cost = 2 + sign * (1 if recipe.objective.prefix == "student" else -0.5)
         truth = known(recipe, sign)
-        paths.append(finished(recipe, evaluated(truth, rng), cost, truth["entropy"] + rng.normal(0, 0.002)))
+        paths.append(
+            finished(recipe, evaluated(truth, rng), cost, truth["entropy"] + rng.normal(0, 0.002))
+        )
     for seed in seeds:
         for cell, objective in CELLS.items():
             start = make(folder / f"{cell}-{seed}", objective, seed)
             end = known(start, sign)
             end["avg"] += GAINS[sign][cell]
-            grpo = {"out": folder / f"grpo-{cell}-{seed}", "model": str(start.out), "grpo": {"seed": seed}}
-            paths.append(finished(GrpoRecipe.model_validate({**grpo, "evaluation": EVALUATION}), evaluated(end, rng)))
+            grpo = {
+                "out": folder / f"grpo-{cell}-{seed}",
+                "model": str(start.out),
+                "grpo": {"seed": seed},
+            }
+            paths.append(
+                finished(
+                    GrpoRecipe.model_validate({**grpo, "evaluation": EVALUATION}),
+                    evaluated(end, rng),
+                )
+            )
     teacher = {"avg": 0.9, "coverage": 0.9, "entropy": 0.25, "length": 60, "truncation": 0}
     (folder / "teacher.json").write_text(json.dumps(evaluated(teacher, rng, "potstill:teacher")))
     return [*paths, folder / "teacher.json"]
@@ -127,7 +168,10 @@ def write_study(folder, sign, seeds=(0, 1, 2)):
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
     folders = {sign: tmp_path_factory.mktemp(f"study{sign}") for sign in (1, 0, -1)}
-    return {sign: [read_entry(path) for path in write_study(folder, sign)] for sign, folder in folders.items()}
+    return {
+        sign: [read_entry(path) for path in write_study(folder, sign)]
+        for sign, folder in folders.items()
+    }
 
 
 def by_name(entries):
@@ -137,7 +181,9 @@ def by_name(entries):
 @pytest.mark.parametrize(("sign", "verdict"), [(1, "supported"), (-1, "contradicted")])
 def test_what_is_true_is_found(studies, sign, verdict):
     found = claims(studies[sign])
-    assert {claim.name: claim.verdict for claim in found} == {claim.name: verdict for claim in found}
+    assert {claim.name: claim.verdict for claim in found} == {
+        claim.name: verdict for claim in found
+    }
     assert len({claim.name for claim in found}) == len(found) == 37
     for claim in found:
         assert claim.effect and claim.effect.low <= claim.effect.value <= claim.effect.high
@@ -148,9 +194,17 @@ def test_what_is_true_is_found(studies, sign, verdict):
     ("sign", "num_seeds", "direction", "verdict"),
     [(1, 1, "towards", "one seed"), (-1, 1, "against", "one seed"), (1, 2, "towards", "two seeds")],
 )
-def test_fewer_than_three_seeds_give_a_direction_and_no_verdict(studies, sign, num_seeds, direction, verdict):
+def test_fewer_than_three_seeds_give_a_direction_and_no_verdict(
+    studies, sign, num_seeds, direction, verdict
+):
     """However far the interval is from the bound: of what is true, and of its contrary."""
-    found = claims([entry for entry in studies[sign] if not entry.recipe or int(entry.path.name[-1]) < num_seeds])
+    found = claims(
+        [
+            entry
+            for entry in studies[sign]
+            if not entry.recipe or int(entry.path.name[-1]) < num_seeds
+        ]
+    )
     assert {(claim.verdict, claim.direction) for claim in found} == {(verdict, direction)}
     assert {claim.answer for claim in found} == {f"{direction} ({verdict})"}
     assert all(verdict in claim.detail or "2 seeds" in claim.detail for claim in found)
@@ -185,7 +239,10 @@ def test_pass_at_k_is_that_of_half_the_responses(tmp_path):
         rows = evaluated(known(run, 1), rng)
         # Of 70 draws of four of eight responses, how many hold one of the correct ones.
         draws = list(itertools.combinations(range(NUM_RESPONSES), 4))
-        hits = [sum(min(draw) < correct for draw in draws) for correct in rows[0]["problems"]["num_correct"]]
+        hits = [
+            sum(min(draw) < correct for draw in draws)
+            for correct in rows[0]["problems"]["num_correct"]
+        ]
         means.append(100 * np.mean(hits) / len(draws))
         entries.append(read_entry(finished(run, rows)))
     claim = by_name(entries)["accuracy-entropy: coverage"]
@@ -253,7 +310,8 @@ def test_pairs_have_one_seed_and_are_the_folders(studies):
     assert {a.name for a, _ in found["accuracy-stability: collapse"].pairs} == {
         f"{name}-{s}" for name in ("opd", "opd-budget") for s in range(3)
     }
-    # Runs to equal operations may end after different numbers of steps; those of equal steps may not.
+    # Runs to equal operations may end after different numbers of steps; those of equal steps may
+    # not.
     assert ("opd-budget-0", "offline-rl-budget-0") in {
         (a.name, b.name) for a, b in found["quality-compute: equal operations"].pairs
     }
@@ -263,9 +321,13 @@ def test_a_start_may_be_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     start = make(tmp_path / "runs" / "opd", CELLS["opd"])
-    grpo = GrpoRecipe.model_validate({"out": tmp_path / "grpo", "model": "runs/../runs/opd", "evaluation": EVALUATION})
+    grpo = GrpoRecipe.model_validate(
+        {"out": tmp_path / "grpo", "model": "runs/../runs/opd", "evaluation": EVALUATION}
+    )
     entries = [read_entry(finished(run, evaluated(known(start, 1), rng))) for run in (start, grpo)]
-    assert by_name(entries)["RL: OPD start"].pairs == ((tmp_path / "grpo", tmp_path / "runs" / "opd"),)
+    assert by_name(entries)["RL: OPD start"].pairs == (
+        (tmp_path / "grpo", tmp_path / "runs" / "opd"),
+    )
 
 
 def test_grpo_runs_that_differ_are_not_paired(tmp_path):
@@ -292,8 +354,13 @@ def test_opd_is_compared_with_its_own_teacher(tmp_path, model, settings, gamma, 
     """And only with the reverse KL's local gradient is it the paper's OPD."""
     rng = np.random.default_rng(0)
     run = make(tmp_path / "opd", {**CELLS["opd"], "gamma": gamma})
-    (tmp_path / "teacher.json").write_text(json.dumps(evaluated(known(run, 0), rng, model, **settings)))
-    entries = [read_entry(finished(run, evaluated(known(run, 1), rng))), read_entry(tmp_path / "teacher.json")]
+    (tmp_path / "teacher.json").write_text(
+        json.dumps(evaluated(known(run, 0), rng, model, **settings))
+    )
+    entries = [
+        read_entry(finished(run, evaluated(known(run, 1), rng))),
+        read_entry(tmp_path / "teacher.json"),
+    ]
     pairs = by_name(entries)["accuracy-stability: collapse"].pairs
     assert pairs == (((tmp_path / "opd", tmp_path / "teacher.json"),) if is_measured else ())
 
@@ -311,15 +378,22 @@ def test_seeds_with_problems_of_their_own_are_not_mixed_up(tmp_path):
 
 
 def test_contrasts_by_hand():
-    assert contrast([1, 0, 0], "ends") == [1, -0.5, -0.5] and contrast([4, 9, 2], "ends") == [0, 1, -1]
+    assert contrast([1, 0, 0], "ends") == [1, -0.5, -0.5] and contrast([4, 9, 2], "ends") == [
+        0,
+        1,
+        -1,
+    ]
     assert contrast([4, 9, 9], "top") == [0, 0.5, 0.5]
     places, values = [0.0, 0.5, 0.8, 1.0], [0.3, 0.1, 0.5, 0.6]
-    assert np.dot(contrast(places, "slope"), values) == pytest.approx(np.polyfit(places, values, 1)[0])
+    assert np.dot(contrast(places, "slope"), values) == pytest.approx(
+        np.polyfit(places, values, 1)[0]
+    )
     assert contrast([1, 1], "ends") is None and contrast([0, 1, 1], "slope") is None
 
 
 def test_intervals_are_those_of_resampled_seeds_and_problems():
-    """Twenty seeds under two conditions that share them: an independent bootstrap, seeds and problems drawn whole."""
+    """Twenty seeds under two conditions that share them: an independent bootstrap, seeds and
+    problems drawn whole."""
     rng = np.random.default_rng(5)
     seeds, problems = rng.normal(0, 2, (20, 1)), rng.normal(0, 4, (1, 60))
     tables = [3 + shift + seeds + problems + rng.normal(0, 1, (20, 60)) for shift in (-1, 1)]
@@ -327,7 +401,9 @@ def test_intervals_are_those_of_resampled_seeds_and_problems():
     table = sum(tables) / 2
     draws = [table[rng.integers(0, 20, 20)][:, rng.integers(0, 60, 60)].mean() for _ in range(4000)]
     found, over = estimate(effects)
-    assert found.value == pytest.approx(table.mean()) and over == "interval over 20 seeds and problems"
+    assert (
+        found.value == pytest.approx(table.mean()) and over == "interval over 20 seeds and problems"
+    )
     assert (found.low, found.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.15)
 
 
@@ -353,13 +429,24 @@ def test_a_recipe_key_forgets_only_what_it_is_told(tmp_path):
     rng = np.random.default_rng(0)
     a, b = (
         read_entry(finished(run, evaluated(known(run, 1), rng)))
-        for run in (make(tmp_path / "a", CELLS["sft"]), make(tmp_path / "b", CELLS["dagger"], train={"lr": 1e-4}))
+        for run in (
+            make(tmp_path / "a", CELLS["sft"]),
+            make(tmp_path / "b", CELLS["dagger"], train={"lr": 1e-4}),
+        )
     )
     assert recipe_key(a, ["objective.prefix"]) != recipe_key(b, ["objective.prefix"])
-    assert recipe_key(a, ["objective.prefix", "train.lr"]) == recipe_key(b, ["objective.prefix", "train.lr"])
-    assert json.loads(recipe_key(a, ["train"])).keys() == a.recipe.resolved().keys() - {"out", "train"}
+    assert recipe_key(a, ["objective.prefix", "train.lr"]) == recipe_key(
+        b, ["objective.prefix", "train.lr"]
+    )
+    assert json.loads(recipe_key(a, ["train"])).keys() == a.recipe.resolved().keys() - {
+        "out",
+        "train",
+    }
 
 
 def test_claims_do_not_wait_for_torch():
-    program = "import sys, potstill.report.claims; assert not {'torch', 'transformers'} & set(sys.modules)"
+    program = (
+        "import sys, potstill.report.claims; assert not {'torch', 'transformers'} & "
+        "set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)

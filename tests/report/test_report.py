@@ -25,11 +25,24 @@ from potstill.runs.results import group_by_seed, read_entry, recipe_key
 from potstill.runs.run_folder import RunError
 from potstill.statistics import Estimate, seeds_and_problems
 
-DECISION = {"teacher_entropy": None, "truncation": 0.1, "teacher_truncation": 0.0, "repetition": 0.0, "threshold": 0.1}
+DECISION = {
+    "teacher_entropy": None,
+    "truncation": 0.1,
+    "teacher_truncation": 0.0,
+    "repetition": 0.0,
+    "threshold": 0.1,
+}
 DECISIONS = [
     {"step": 1, "action": "hold", "window": 16, "failed": [], "entropy": 0.31, **DECISION},
     {"step": 20, "action": "climb", "window": 32, "failed": [], "entropy": 0.29, **DECISION},
-    {"step": 30, "action": "freeze", "window": 32, "failed": ["entropy"], "entropy": 0.05, **DECISION},
+    {
+        "step": 30,
+        "action": "freeze",
+        "window": 32,
+        "failed": ["entropy"],
+        "entropy": 0.05,
+        **DECISION,
+    },
 ]
 SECTIONS = {
     "The grid",
@@ -65,13 +78,16 @@ def evals():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, evals):
-    """A folder of runs that feed every section: corners with seeds, a mixture, a gate, a budget, GRPO."""
+    """A folder of runs that feed every section: corners with seeds, a mixture, a gate, a budget,
+    GRPO."""
     folder = tmp_path_factory.mktemp("study")
     low, middle, high = evals
     for prefix in ("teacher", "student"):
         for kl in ("forward", "reverse"):
             objective = {"prefix": prefix, "kl": kl}
-            write_run(folder / f"{prefix}-{kl}", high if kl == "reverse" else low, objective=objective)
+            write_run(
+                folder / f"{prefix}-{kl}", high if kl == "reverse" else low, objective=objective
+            )
             budget = {"flops": 1e9}
             write_run(folder / f"{prefix}-{kl}-flops", middle, objective=objective, train=budget)
     opd = {"prefix": "student", "kl": "reverse"}
@@ -91,7 +107,9 @@ def runs(tmp_path_factory):
     evaluation = {"source": "multiplication", "num_problems": 3, "num_responses": 2}
     for name, kl in (("opd", "reverse"), ("dagger", "forward")):
         objective = {"prefix": "student", "kl": kl}
-        potstill.train(tiny_recipe(folder / name, objective=objective, evaluation=evaluation), quiet=True)
+        potstill.train(
+            tiny_recipe(folder / name, objective=objective, evaluation=evaluation), quiet=True
+        )
     return folder
 
 
@@ -121,7 +139,9 @@ def test_numbers_are_those_of_the_files(runs):
     assert entry.num_loss_tokens == sum(row["num_loss_tokens"] for row in rows)
     header, (cells,) = table([entry])
     value, low, high = entry.evals[0]["avg"]
-    assert cells[header.index("Avg@2 T=1")] == f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    assert (
+        cells[header.index("Avg@2 T=1")] == f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    )
     assert entry.cell == "opd"
 
 
@@ -151,7 +171,9 @@ def test_unfinished_runs_are_refused(runs, tmp_path):
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", str(runs / "opd"), str(folder)], check=True)
     (folder / "DONE").unlink()
-    with pytest.raises(RunError, match=r"is not finished; `potstill train .*recipe.toml` resumes it"):
+    with pytest.raises(
+        RunError, match=r"is not finished; `potstill train .*recipe.toml` resumes it"
+    ):
         write_report([folder], tmp_path / "report.html")
     (folder / "DONE").write_text("another recipe's hash\n")
     with pytest.raises(RunError, match="is not finished"):
@@ -174,7 +196,8 @@ def test_what_controllers_move_is_shown_where_it_moves(runs, tmp_path):
     window = {"schedule": "linear", "start": 8}
     objective = {"prefix": "student", "kl": "mixed"}
     potstill.train(
-        tiny_recipe(tmp_path / "moved", objective=objective, weight_schedule=mixing, window=window), quiet=True
+        tiny_recipe(tmp_path / "moved", objective=objective, weight_schedule=mixing, window=window),
+        quiet=True,
     )
     moved = write_report([tmp_path / "moved"], tmp_path / "moved.html").read_text()
     assert "weight of the forward KL" in moved and "window (tokens)" in moved
@@ -187,16 +210,27 @@ def test_sections_appear_exactly_when_their_runs_feed_them(study, runs, tmp_path
     assert sections_of(every) == SECTIONS - {"Accuracy against operations"}
     corners = [study / "student-reverse", study / "teacher-forward"]
     some = write_report(corners, tmp_path / "corners" / "report.html")
-    both = {"The grid", "Results", "Accuracy, entropy and length", "Training", "Accuracy against operations"}
+    both = {
+        "The grid",
+        "Results",
+        "Accuracy, entropy and length",
+        "Training",
+        "Accuracy against operations",
+    }
     assert sections_of(some) == both
     one = write_report([study / "grpo"], tmp_path / "one" / "report.html")
     assert sections_of(one) == both - {"The grid"}
-    pair = write_report([study / "grpo", study / "teacher-forward"], tmp_path / "pair" / "report.html")
+    pair = write_report(
+        [study / "grpo", study / "teacher-forward"], tmp_path / "pair" / "report.html"
+    )
     assert sections_of(pair) == both | {"Before and after GRPO"}
     mixture = write_report([*corners, study / "mixed"], tmp_path / "mixed" / "report.html")
     assert sections_of(mixture) == both | {"Mixing the KLs"}
     gate = write_report([*corners, study / "gated"], tmp_path / "gated" / "report.html")
-    assert sections_of(gate) == both | {"The curriculum"} and "freeze before step 30" in gate.read_text()
+    assert (
+        sections_of(gate) == both | {"The curriculum"}
+        and "freeze before step 30" in gate.read_text()
+    )
 
 
 def test_a_number_on_the_page_is_the_one_of_the_files(study, evals, tmp_path):
@@ -206,7 +240,9 @@ def test_a_number_on_the_page_is_the_one_of_the_files(study, evals, tmp_path):
     # Each run: its own evaluations as they were stored.
     by_path = {run["path"]: run for run in panel["runs"]}
     for folder in study.iterdir():
-        (run,) = [run for path, run in by_path.items() if path.rstrip("/").endswith(f"/{folder.name}")]
+        (run,) = [
+            run for path, run in by_path.items() if path.rstrip("/").endswith(f"/{folder.name}")
+        ]
         rows = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
         assert [row["avg"] for row in run["evals"]] == [row["avg"] for row in rows]
         assert not any("problems" in row for row in run["evals"])
@@ -227,7 +263,10 @@ def test_a_number_on_the_page_is_the_one_of_the_files(study, evals, tmp_path):
     (pair,) = panel["grpo"]
     effect = pair["differences"]["avg-T1"]
     assert effect["value"] == pytest.approx(evals[2][0]["avg"][0] - evals[0][0]["avg"][0])
-    assert f"{100 * effect['value']:+.1f} [{100 * effect['low']:+.1f}, {100 * effect['high']:+.1f}]" in text
+    assert (
+        f"{100 * effect['value']:+.1f} [{100 * effect['low']:+.1f}, {100 * effect['high']:+.1f}]"
+        in text
+    )
     # Both grids, at equal steps and at equal operations, have four corners.
     assert [len(grid["cells"]) for grid in panel["grids"]] == [4, 4]
 
@@ -235,7 +274,13 @@ def test_a_number_on_the_page_is_the_one_of_the_files(study, evals, tmp_path):
 def test_values_of_problems_mean_the_stored_metric(study):
     entry = read_entry(study / "mixed")
     metrics = [metric for metric in metrics_of([entry]) if metric.temperature is not None]
-    assert {metric.column for metric in metrics} >= {"avg", "pass", "entropy_before_answer", "length", "truncation"}
+    assert {metric.column for metric in metrics} >= {
+        "avg",
+        "pass",
+        "entropy_before_answer",
+        "length",
+        "truncation",
+    }
     for metric in metrics:
         found, kept = problem_values(entry, metric), stored(entry, metric)
         assert found is not None and kept is not None
@@ -249,20 +294,35 @@ def test_seeds_group_and_other_fields_do_not(tmp_path, evals):
         "c": {"train": {"lr": 1e-3}},
     }.items():
         write_run(tmp_path / name, evals[0], **sections)
-        write_run(tmp_path / f"{name}-grpo", evals[1], model=str(tmp_path / name), grpo={"seed": len(name)})
+        write_run(
+            tmp_path / f"{name}-grpo",
+            evals[1],
+            model=str(tmp_path / name),
+            grpo={"seed": len(name)},
+        )
     entries = [read_entry(path) for path in sorted(tmp_path.iterdir())]
     names = [[entry.path.name for entry in group] for group in group_by_seed(entries)]
     assert names == [["a", "b"], ["a-grpo", "b-grpo"], ["c"], ["c-grpo"]]
     a, c = entries[0], entries[4]
-    assert recipe_key(a, ()) != recipe_key(c, ()) and recipe_key(a, ("train",)) == recipe_key(c, ("train",))
+    assert recipe_key(a, ()) != recipe_key(c, ()) and recipe_key(a, ("train",)) == recipe_key(
+        c, ("train",)
+    )
     labels = [group.label for group in make_groups(entries, [])]
     rates = ("0.003", "0.001")
-    assert labels == [f"{name} · train.lr {lr}" for lr in rates for name in ("SFT", "GRPO · from SFT")]
+    assert labels == [
+        f"{name} · train.lr {lr}" for lr in rates for name in ("SFT", "GRPO · from SFT")
+    ]
 
 
 def test_cells_may_have_loss_backends_and_batches_of_their_own(tmp_path, evals):
-    ways = {"forward": {"loss_backend": "plain"}, "reverse": {"loss_backend": "triton", "tokens_per_batch": 77}}
-    entries = [read_entry(write_run(tmp_path / kl, evals[0], objective={"kl": kl}, train=ways[kl])) for kl in ways]
+    ways = {
+        "forward": {"loss_backend": "plain"},
+        "reverse": {"loss_backend": "triton", "tokens_per_batch": 77},
+    }
+    entries = [
+        read_entry(write_run(tmp_path / kl, evals[0], objective={"kl": kl}, train=ways[kl]))
+        for kl in ways
+    ]
     (part,) = grids(make_groups(entries, []))
     assert [group.entries[0].path.name for group in part.groups] == ["forward", "reverse"]
 
@@ -270,7 +330,11 @@ def test_cells_may_have_loss_backends_and_batches_of_their_own(tmp_path, evals):
 def test_cells_may_have_learning_rates_of_their_own(tmp_path, evals):
     def run(kl: str, lr: float):
         path = tmp_path / f"{kl}-{lr}"
-        return read_entry(path if path.exists() else write_run(path, evals[0], objective={"kl": kl}, train={"lr": lr}))
+        return read_entry(
+            path
+            if path.exists()
+            else write_run(path, evals[0], objective={"kl": kl}, train={"lr": lr})
+        )
 
     def cells(*entries):
         return [[g.entries[0].path.name for g in p.groups] for p in grids(make_groups(entries, []))]
@@ -288,7 +352,10 @@ def test_unfinished_runs_of_a_study_are_listed(study, tmp_path):
     shutil.copytree(study / "gated", folder / "crashed")
     (folder / "crashed" / "DONE").unlink()
     states = {"mixed": "done", "crashed": "crashed: out of memory", "later": "not begun"}
-    planned = [{"folder": name, "name": f"name of {name}", "state": state} for name, state in states.items()]
+    planned = [
+        {"folder": name, "name": f"name of {name}", "state": state}
+        for name, state in states.items()
+    ]
     panels = [
         {"title": ATTACK, "note": "a note", "is_sweep": False, "runs": planned},
         {"title": "nothing yet", "note": "", "is_sweep": False, "runs": planned[1:]},
@@ -297,7 +364,9 @@ def test_unfinished_runs_of_a_study_are_listed(study, tmp_path):
     page = write_report([folder], tmp_path / "report.html")
     text = page.read_text()
     assert str(markupsafe.escape(ATTACK)) in text
-    assert ATTACK not in text and "name of mixed" in text and text.count("crashed: out of memory") == 2
+    assert (
+        ATTACK not in text and "name of mixed" in text and text.count("crashed: out of memory") == 2
+    )
     assert [len(panel["unfinished"]) for panel in results_of(page)["panels"]] == [2, 2]
     assert 'href="a%20study/crashed/"' in text and "a%20study/later" not in text
 
@@ -305,7 +374,9 @@ def test_unfinished_runs_of_a_study_are_listed(study, tmp_path):
 def test_links_lead_to_what_is_there(study, tmp_path):
     page = write_report(sorted(study.iterdir()), tmp_path / "deep" / "er" / "report.html")
     body = re.sub(r"<script>.*?</script>", "", page.read_text(), flags=re.DOTALL)
-    links = {(page.parent / unquote(link)).resolve() for link in re.findall(r'href="([^"#]+)"', body)}
+    links = {
+        (page.parent / unquote(link)).resolve() for link in re.findall(r'href="([^"#]+)"', body)
+    }
     assert links == {path.resolve() for path in (*study.iterdir(), page.parent / "results.json")}
     assert all(path.exists() for path in links)
 
@@ -367,7 +438,9 @@ def test_verdicts_are_words_with_their_runs(study, tmp_path, monkeypatch):
 
 def test_what_is_no_number_is_null_and_no_other_file_is_replaced(study, evals, tmp_path):
     folder = shutil.copytree(study / "mixed", tmp_path / "run")
-    append(folder / "metrics.jsonl", {"step": 41, "grad_norm": float("nan"), "seconds": float("inf")})
+    append(
+        folder / "metrics.jsonl", {"step": 41, "grad_norm": float("nan"), "seconds": float("inf")}
+    )
     page = write_report([folder], tmp_path / "report.html")
     assert results_of(page)["panels"][0]["runs"][0]["seconds"] is None
     assert "NaN," not in re.sub(r"<script>.*?</script>", "", page.read_text(), flags=re.DOTALL)
@@ -379,12 +452,16 @@ def test_what_is_no_number_is_null_and_no_other_file_is_replaced(study, evals, t
         write_report([folder, page], page)
     with pytest.raises(RunError, match=r"results.json' is there and is no report's"):
         write_report([mine / "results.json"], mine / "report.html")
-    assert (mine / "results.json").read_text() == json.dumps(evals[0]) and not (mine / "report.html").exists()
+    assert (mine / "results.json").read_text() == json.dumps(evals[0]) and not (
+        mine / "report.html"
+    ).exists()
 
 
 def test_two_hundred_runs(evals, tmp_path):
     paths = [
-        write_run(tmp_path / f"r{i}", evals[i % 3], 120, train={"seed": i % 4, "lr": 1e-3 + i // 4 * 1e-4})
+        write_run(
+            tmp_path / f"r{i}", evals[i % 3], 120, train={"seed": i % 4, "lr": 1e-3 + i // 4 * 1e-4}
+        )
         for i in range(200)
     ]
     # The processor's time: the clock's says how busy the machine is.
@@ -400,7 +477,9 @@ def test_two_hundred_runs(evals, tmp_path):
 @in_a_browser
 def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
     runs = enumerate(sorted(study.iterdir()))
-    planned = [{"folder": str(path), "name": f"{ATTACK} name {i}", "state": "done"} for i, path in runs]
+    planned = [
+        {"folder": str(path), "name": f"{ATTACK} name {i}", "state": "done"} for i, path in runs
+    ]
     panels = [{"title": f"panel {ATTACK}", "note": ATTACK, "is_sweep": False, "runs": planned}]
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "plan.json").write_text(json.dumps({"panels": panels}))
@@ -410,7 +489,8 @@ def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
     script = """<script>
         const drawn = () => document.querySelectorAll(".chart.js-plotly-plot").length;
         const seen = { first: drawn(), charts: document.querySelectorAll(".chart").length };
-        for (const button of document.querySelectorAll(".buttons button, th button")) button.click();
+        const buttons = document.querySelectorAll(".buttons button, th button");
+        for (const button of buttons) button.click();
         seen.all = drawn();
         document.querySelector('.runs input[value*="/mixed/"]').click();
         const lines = document.querySelector(".drawn .chart").data;
@@ -418,7 +498,8 @@ def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
         const field = document.querySelector(".find");
         field.value = "NAME 3";
         field.dispatchEvent(new Event("input"));
-        const rows = [...document.querySelectorAll(".sortable tbody tr")].filter((row) => !row.hidden);
+        const all = [...document.querySelectorAll(".sortable tbody tr")];
+        const rows = all.filter((row) => !row.hidden);
         seen.rows = rows.map((row) => row.cells[0].textContent);
         seen.overflow = document.body.scrollWidth - document.body.clientWidth;
         seen.broken = !document.getElementById("broken").hidden;
@@ -426,9 +507,13 @@ def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
     </script></body>"""
     tried = tmp_path / "tried.html"
     # The policy holds for these scripts too, which must be known to it.
-    tried.write_text(with_policy(page.read_text().replace("</head>", narrow).replace("</body>", script)))
+    tried.write_text(
+        with_policy(page.read_text().replace("</head>", narrow).replace("</body>", script))
+    )
     dom = browsed(tried)
-    assert "<title>potstill report</title>" in dom and not re.search(r"<img[^>]*onerror", dom[dom.index("<body") :])
+    assert "<title>potstill report</title>" in dom and not re.search(
+        r"<img[^>]*onerror", dom[dom.index("<body") :]
+    )
     found = re.search(r'<body data-seen="([^"]*)"', dom)
     assert found, "a script failed"
     seen = json.loads(html.unescape(found[1]))
@@ -443,18 +528,26 @@ def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
 
 
 def test_the_page_runs_its_own_scripts_alone(study, tmp_path):
-    """Every script of the page is in its policy by hash, one from elsewhere is not, and nothing may be fetched."""
+    """Every script of the page is in its policy by hash, one from elsewhere is not, and nothing may
+    be fetched."""
     page = write_report([next(iter(sorted(study.iterdir())))], tmp_path / "report.html").read_text()
     policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
     assert policy and page.index(policy[0]) < page.index("<script")
     rules = dict(rule.strip().split(" ", 1) for rule in policy[1].split(";"))
-    assert rules["default-src"] == "'none'" and "unsafe" not in rules["script-src"] and "http" not in policy[1]
+    assert (
+        rules["default-src"] == "'none'"
+        and "unsafe" not in rules["script-src"]
+        and "http" not in policy[1]
+    )
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    hashes = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
+    ]
     assert [f"'sha256-{text}'" for text in hashes] == rules["script-src"].split()
     # Nothing else in the page is run: no handlers in tags, no other kind of script.
-    assert set(re.findall(r"<script[^>]*>", page)) <= {"<script>", '<script type="application/json">'} | set(
-        re.findall(r'<script type="application/json" id="[^"]*">', page)
-    )
+    assert set(re.findall(r"<script[^>]*>", page)) <= {
+        "<script>",
+        '<script type="application/json">',
+    } | set(re.findall(r'<script type="application/json" id="[^"]*">', page))
     body = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"<[^>]+\son[a-z]+=", body)

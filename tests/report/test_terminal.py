@@ -20,7 +20,8 @@ CORNERS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Evaluations of two models, a run for each corner, a mixture, a second OPD with another window, and GRPO."""
+    """Evaluations of two models, a run for each corner, a mixture, a second OPD with another
+    window, and GRPO."""
     folder = tmp_path_factory.mktemp("runs")
     for i, (name, accuracy) in enumerate((("base", 0.2), ("teacher", 0.9))):
         rows = [row | {"model": f"potstill:{name}"} for row in evaluate(10 + i, accuracy)]
@@ -50,7 +51,9 @@ def test_a_summary_is_models_and_corners_before_and_after(folder, tmp_path, caps
     paths = [folder / name for name in ("base.json", "teacher.json", *CORNERS, "mixed")]
     print_summary(write_report(paths, tmp_path / "report.html"))
     lines = printed(capsys)
-    assert lines[0].endswith("  Pass@4 T=1") and "Avg@4 T=1" in lines[0] and "Avg@4 T=0.6" in lines[0]
+    assert (
+        lines[0].endswith("  Pass@4 T=1") and "Avg@4 T=1" in lines[0] and "Avg@4 T=0.6" in lines[0]
+    )
     assert [line.split("  ")[0].strip() for line in lines[1:7]] == ["base", "teacher", *CORNERS]
     base, _ = json.loads((folder / "base.json").read_text())
     value, low, high = base["avg"]
@@ -77,7 +80,9 @@ def test_grpo_begins_where_its_run_ended(folder, tmp_path, capsys):
 def test_one_run_of_a_corner_is_shown(folder, tmp_path, capsys):
     print_summary(write_report([folder / "OPD", folder / "short"], tmp_path / "report.html"))
     lines = printed(capsys)
-    assert [line.split("  ")[0] for line in lines if line.startswith("OPD")] == ["OPD · window.tokens 128"]
+    assert [line.split("  ")[0] for line in lines if line.startswith("OPD")] == [
+        "OPD · window.tokens 128"
+    ]
     assert "The report also has 1 more of this panel." in lines
 
 
@@ -89,24 +94,33 @@ def test_runs_without_a_corner_are_shown(folder, tmp_path, capsys):
 
 
 def test_a_table_of_models_as_they_were_given(folder, capsys, monkeypatch):
-    """The same runs twice are two rows, other sizes are warned of, and the terminal's width changes nothing."""
+    """The same runs twice are two rows, other sizes are warned of, and the terminal's width changes
+    nothing."""
     entries = [read_entry(folder / name) for name in ("OPD", "SFT", "OPD")]
     print_table(entries)
     lines = printed(capsys)
     assert lines[0] == "12 held-out problems, 4 responses each, at most 60 tokens."
     assert [line.split()[0] for line in lines[2:5]] == ["OPD", "SFT", "OPD"]
-    assert [line.split(":")[0] for line in lines[-4:-1]] == ["Entropy (nats)", "Length (tokens)", "Truncated (%)"]
+    assert [line.split(":")[0] for line in lines[-4:-1]] == [
+        "Entropy (nats)",
+        "Length (tokens)",
+        "Truncated (%)",
+    ]
     monkeypatch.setenv("COLUMNS", "40")
     print_table(entries)
     assert printed(capsys) == lines
     entries[1].evals[0]["settings"]["source_sha256"] = "another"
     print_table(entries)
-    assert printed(capsys)[-1].startswith("WARNING: the evaluations differ in source_sha256, so their numbers")
+    assert printed(capsys)[-1].startswith(
+        "WARNING: the evaluations differ in source_sha256, so their numbers"
+    )
 
 
 def test_what_is_too_wide_is_folded(tmp_path, capsys):
     """Columns that have no room stand below the others, each with the names."""
-    metrics = {key: {"title": key, "scale": 100, "digits": 1} for key in ("avg-T1", "avg-T0.6", "pass8-T1")}
+    metrics = {
+        key: {"title": key, "scale": 100, "digits": 1} for key in ("avg-T1", "avg-T0.6", "pass8-T1")
+    }
     found = {key: {"value": 1.0, "low": 0.6, "high": 1.0} for key in metrics}
     kinds = (("base", True, None), ("a" * 90, False, "base"))
     groups = [

@@ -19,7 +19,8 @@ def test_untrained_tokens_stay_in_the_input_and_out_of_the_loss():
 
 
 def test_padding_that_equals_the_end_token_hides_nothing():
-    # The padding id is 0, and here 0 also ends a completion: the stop must stay a loss token, and padding is none.
+    # The padding id is 0, and here 0 also ends a completion: the stop must stay a loss token, and
+    # padding is none.
     batch = make_batch([make_rollout([1], [6, 0]), make_rollout([1], [6, 5, 4, 0])])
     assert batch.loss_mask_BT.sum(1).tolist() == [2, 4]
     assert batch.target_ids_BT[batch.loss_mask_BT].tolist() == [6, 0, 6, 5, 4, 0]
@@ -43,7 +44,11 @@ def test_at_least_as_many_batches_as_asked():
 
 
 def test_masks_count_the_trained_tokens():
-    rollouts = [make_rollout([1, 2], [3] * n, trained=[i % 2 == 0 for i in range(n)]) for n in range(1, 9)]
+    rollouts = [
+        make_rollout([1, 2], [3] * n, trained=[i % 2 == 0 for i in range(n)]) for n in range(1, 9)
+    ]
     batches = make_batches(rollouts, tokens_per_batch=16)
-    assert sum(int(batch.loss_mask_BT.sum()) for batch in batches) == sum(sum(r.trained) for r in rollouts)
+    assert sum(int(batch.loss_mask_BT.sum()) for batch in batches) == sum(
+        sum(r.trained) for r in rollouts
+    )
     assert all(batch.input_ids_BT.dtype == torch.long for batch in batches)

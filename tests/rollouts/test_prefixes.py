@@ -1,4 +1,5 @@
-"""Mixtures of writers: exact shares, handoffs, draws from a mixture of distributions; and rollouts used again."""
+"""Mixtures of writers: exact shares, handoffs, draws from a mixture of distributions; and rollouts
+used again."""
 
 from collections import Counter
 
@@ -31,7 +32,10 @@ def write(student, teacher, num_rounds=1, prompts=PROMPTS, **objective):
         rollouts_per_step=len(prompts),
     )
     rounds = range(num_rounds)
-    return [write_rollouts(writing, prompts, [(7, r, place) for place in range(len(prompts))]) for r in rounds]
+    return [
+        write_rollouts(writing, prompts, [(7, r, place) for place in range(len(prompts))])
+        for r in rounds
+    ]
 
 
 def alone(model, prompts=PROMPTS, round_=0, max_tokens=WINDOW):
@@ -43,14 +47,19 @@ def alone(model, prompts=PROMPTS, round_=0, max_tokens=WINDOW):
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 1.0])
 def test_sequences_are_the_students_in_an_exact_share(student, teacher, share):
     rounds = write(student, teacher, num_rounds=5, student_share=share)
-    students = [sum(set(rollout.writers) == {"student"} for rollout in rollouts) for rollouts in rounds]
+    students = [
+        sum(set(rollout.writers) == {"student"} for rollout in rollouts) for rollouts in rounds
+    ]
     if share * 16 == int(share * 16):
         assert set(students) == {share * 16}
     assert sum(students) == round(share * 16 * 5)
     own = {"student": alone(student), "teacher": alone(teacher)}
     for place, rollout in enumerate(rounds[0]):
         (writer,) = set(rollout.writers)
-        assert rollout.completion_ids == own[writer][place].token_ids and rollout.stop == own[writer][place].stop
+        assert (
+            rollout.completion_ids == own[writer][place].token_ids
+            and rollout.stop == own[writer][place].stop
+        )
     assert write(student, teacher, student_share=share)[0] == rounds[0]
 
 
@@ -61,7 +70,9 @@ def test_places_do_not_favour_anyone():
 
 @pytest.mark.parametrize("first", ["teacher", "student"])
 def test_a_handoff_continues_what_the_first_wrote(student, teacher, first):
-    (rollouts,) = write(student, teacher, prefix_mix="handoff", first_writer=first, handoff_tokens=(2, 5))
+    (rollouts,) = write(
+        student, teacher, prefix_mix="handoff", first_writer=first, handoff_tokens=(2, 5)
+    )
     second = "student" if first == "teacher" else "teacher"
     begun = alone(teacher if first == "teacher" else student)
     lengths = set()
@@ -71,7 +82,9 @@ def test_a_handoff_continues_what_the_first_wrote(student, teacher, first):
         assert rollout.completion_ids[:m] == own.token_ids[:m]
         assert 1 <= m <= 5 and len(rollout.completion_ids) <= WINDOW
         ended = rollout.completion_ids[-1] == 2
-        assert rollout.stop == ("end" if ended else "length") and (ended or len(rollout.completion_ids) == WINDOW)
+        assert rollout.stop == ("end" if ended else "length") and (
+            ended or len(rollout.completion_ids) == WINDOW
+        )
         lengths.add(m if second in rollout.writers else None)
     assert lengths >= {2, 3, 4, 5}
 
@@ -85,12 +98,15 @@ def test_each_row_has_its_own_cap(student):
 
 
 def test_tokens_are_drawn_from_the_mixture(student, teacher):
-    """Against the mixture of the two models' probabilities: the first token and, after the likeliest, the second."""
+    """Against the mixture of the two models' probabilities: the first token and, after the
+    likeliest, the second."""
     num, share = 6000, 0.3
     prompts = [PROMPTS[0]] * num
     (rollouts,) = write(student, teacher, prompts=prompts, prefix_mix="token", student_share=share)
     ids = torch.tensor([PROMPTS[0].token_ids])
-    ((likeliest, _),) = Counter(r.completion_ids[0] for r in rollouts if len(r.completion_ids) > 1).most_common(1)
+    ((likeliest, _),) = Counter(
+        r.completion_ids[0] for r in rollouts if len(r.completion_ids) > 1
+    ).most_common(1)
     for prefix in ((), (likeliest,)):
         n = len(prefix)
         here = [r for r in rollouts if r.completion_ids[:n] == prefix and len(r.completion_ids) > n]
@@ -123,7 +139,9 @@ def test_a_mixture_of_one_is_that_one(student, teacher):
     ids=["sequence", "handoff", "token"],
 )
 def test_training_splits_every_metric_by_writer(tmp_path, objective):
-    recipe = tiny_recipe(tmp_path / "run", objective={"prefix": "mixed", "kl": "reverse"} | objective)
+    recipe = tiny_recipe(
+        tmp_path / "run", objective={"prefix": "mixed", "kl": "reverse"} | objective
+    )
     train(recipe, quiet=True)
     for row in run_folder.read_rows(tmp_path / "run/metrics.jsonl"):
         parts = row["by_writer"]
@@ -131,9 +149,13 @@ def test_training_splits_every_metric_by_writer(tmp_path, objective):
         assert sum(counts.values()) == row["num_loss_tokens"] and min(counts.values()) > 0
         assert row["student_share"] == pytest.approx(counts["student"] / row["num_loss_tokens"])
         for name in ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy"):
-            whole = sum(counts[writer] * parts[writer][name] for writer in counts) / row["num_loss_tokens"]
+            whole = (
+                sum(counts[writer] * parts[writer][name] for writer in counts)
+                / row["num_loss_tokens"]
+            )
             assert whole == pytest.approx(row[name], rel=1e-6)
-        # The shipped student answers within the window now and then; what comes after the answer does not count.
+        # The shipped student answers within the window now and then; what comes after the answer
+        # does not count.
         before = [part["student_entropy_before_answer"] for part in parts.values()]
         assert min(before) <= row["student_entropy_before_answer"] <= max(before)
     (first, *_) = run_folder.read_rows(tmp_path / "run/samples.jsonl")
@@ -163,10 +185,19 @@ def test_rollouts_are_used_again_and_survive_a_resume(tmp_path):
     ("objective", "message"),
     [
         ({"prefix": "student", "prefix_mix": "token"}, "prefix_mix is set but not read"),
-        ({"prefix": "mixed", "prefix_mix": "handoff", "student_share": 0.2}, "student_share is set but not read"),
+        (
+            {"prefix": "mixed", "prefix_mix": "handoff", "student_share": 0.2},
+            "student_share is set but not read",
+        ),
         ({"prefix": "mixed", "handoff_tokens": [1, 2]}, "handoff_tokens is set but not read"),
-        ({"prefix": "mixed", "prefix_mix": "handoff", "handoff_tokens": [9, 3]}, r"handoff_tokens is \[9, 3\]"),
-        ({"prefix": "mixed", "prefix_mix": "handoff", "handoff_tokens": [1, 128]}, "below window.tokens = 128"),
+        (
+            {"prefix": "mixed", "prefix_mix": "handoff", "handoff_tokens": [9, 3]},
+            r"handoff_tokens is \[9, 3\]",
+        ),
+        (
+            {"prefix": "mixed", "prefix_mix": "handoff", "handoff_tokens": [1, 128]},
+            "below window.tokens = 128",
+        ),
         ({"prefix": "mixed", "signal": "labels"}, "zero expected gradient"),
         ({"prefix": "mixed", "student_share": 1.5}, "student_share is 1.5"),
     ],

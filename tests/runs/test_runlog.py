@@ -1,4 +1,5 @@
-"""What a run folder does with kills, torn lines and damage: nothing is doubled, lost or taken without a word."""
+"""What a run folder does with kills, torn lines and damage: nothing is doubled, lost or taken
+without a word."""
 
 import json
 import os
@@ -25,7 +26,9 @@ from potstill.training import checkpoint
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing happened to."""
-    return potstill.train(tiny_recipe(tmp_path_factory.mktemp("whole") / "run", **FAST), quiet=True).folder
+    return potstill.train(
+        tiny_recipe(tmp_path_factory.mktemp("whole") / "run", **FAST), quiet=True
+    ).folder
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,10 @@ def rename_a_tensor(path):
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 DAMAGES = {
-    **{f"a bit at {where}": lambda path, where=where: flip(path, where) for where in (0, 0.001, 0.5, 1)},
+    **{
+        f"a bit at {where}": lambda path, where=where: flip(path, where)
+        for where in (0, 0.001, 0.5, 1)
+    },
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-40]),
     "empty": lambda path: path.write_bytes(b""),
     "missing": lambda path: path.unlink(),
@@ -76,7 +82,9 @@ def test_a_damaged_checkpoint_is_refused_and_named(stopped, student, file):
     optimizer = torch.optim.AdamW(student.parameters())
     for name, damage in DAMAGES.items():
         damage(path / file)
-        with pytest.raises(RunError, match=rf"'[^']*{file}' .*remove the folder '[^']*checkpoint' to begin again"):
+        with pytest.raises(
+            RunError, match=rf"'[^']*{file}' .*remove the folder '[^']*checkpoint' to begin again"
+        ):
             checkpoint.load(path, student, optimizer)
             pytest.fail(name)
         (path / file).write_bytes(kept)
@@ -88,12 +96,15 @@ def test_a_damaged_checkpoint_is_refused_and_named(stopped, student, file):
 
 
 def test_a_checkpoint_of_other_names_is_refused(stopped):
-    """Also where its checksums are right: a tensor that is not there would keep the base model's weights."""
+    """Also where its checksums are right: a tensor that is not there would keep the base model's
+    weights."""
     path = stopped.out / "checkpoint/step-000002"
     rename_a_tensor(path / "model.safetensors")
     data = json.loads((path / "state.json").read_text())
     data["files"]["model.safetensors"] = checkpoint.file_digest(path / "model.safetensors")
-    (path / "state.json").write_text(checkpoint.seal({key: data[key] for key in data if key != "checksum"}))
+    (path / "state.json").write_text(
+        checkpoint.seal({key: data[key] for key in data if key != "checksum"})
+    )
     with pytest.raises(RunError, match=r"model.safetensors' has the weights of another model"):
         potstill.train(stopped, quiet=True)
 
@@ -113,7 +124,9 @@ def test_what_is_not_ours_in_the_checkpoint_folder_stays(stopped, whole, tmp_pat
     (tmp_path / "elsewhere/step-000001").mkdir()
     (folder / ".DS_Store").write_bytes(b"\0")
     (folder / "step-000009").write_text("a file")
-    (folder / "step-000001").symlink_to(tmp_path / "elsewhere/step-000001", target_is_directory=True)
+    (folder / "step-000001").symlink_to(
+        tmp_path / "elsewhere/step-000001", target_is_directory=True
+    )
     (folder / "step-000002 copy").mkdir()
     (folder / "step-000002 copy/model.safetensors").write_bytes(b"precious")
     theirs = {path.name for path in folder.iterdir()} - {"step-000002"}
@@ -165,7 +178,12 @@ def test_whatever_follows_the_checkpoint_in_a_log_is_written_again(stopped, whol
 
 def test_append_cuts_a_torn_row_back(tmp_path):
     path = tmp_path / "rows.jsonl"
-    for before, kept in ((b"", []), (b'{"a": 1}\n', [{"a": 1}]), (b'{"a": 1}\n{"a":', [{"a": 1}]), (b'{"a"', [])):
+    for before, kept in (
+        (b"", []),
+        (b'{"a": 1}\n', [{"a": 1}]),
+        (b'{"a": 1}\n{"a":', [{"a": 1}]),
+        (b'{"a"', []),
+    ):
         path.write_bytes(before)
         files.append(path, {"a": "é\u2028"})
         assert run_folder.read_rows(path) == [*kept, {"a": "é\u2028"}]
@@ -188,7 +206,12 @@ def test_broken_rows_are_named_by_file_and_line(tmp_path, text, message):
         run_folder.read_rows(tmp_path / "rows.jsonl", ("step",))
 
 
-GARBAGE = {"broken": b'{"a": \n', "no keys": b"{}\n", "a list": b"[]\n", "not UTF-8": b"\xff\xfe\x00\n"}
+GARBAGE = {
+    "broken": b'{"a": \n',
+    "no keys": b"{}\n",
+    "a list": b"[]\n",
+    "not UTF-8": b"\xff\xfe\x00\n",
+}
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
@@ -236,11 +259,23 @@ def test_a_kill_between_evaluation_and_done_doubles_no_rows(tmp_path, forks):
     assert len(before) == 2 and not (recipe.out / "DONE").exists()
     potstill.train(recipe, quiet=True)
     assert rows_of(recipe.out, "evals.jsonl") == before
-    # A finished run that is evaluated again in other settings keeps both, and a torn row is no obstacle.
+    # A finished run that is evaluated again in other settings keeps both, and a torn row is no
+    # obstacle.
     with (recipe.out / "evals.jsonl").open("a") as file:
         file.write('{"step": 4, "mo')
     for _ in range(2):
-        main(["evaluate", str(recipe.out), "--num-problems", "3", "--num-responses", "2", "--temperatures", "1.0"])
+        main(
+            [
+                "evaluate",
+                str(recipe.out),
+                "--num-problems",
+                "3",
+                "--num-responses",
+                "2",
+                "--temperatures",
+                "1.0",
+            ]
+        )
     assert [row["num_problems"] for row in rows_of(recipe.out, "evals.jsonl")] == [4, 4, 3]
     assert len(read_entry(recipe.out).evals) == 2
 
@@ -251,7 +286,9 @@ def test_logs_reach_the_disk_before_what_makes_them_unrepeatable(tmp_path, monke
     fsync, rename, replace = os.fsync, run_folder.Path.rename, run_folder.Path.replace
 
     def note_fsync(descriptor):
-        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(tmp_path))))
+        events.append(
+            ("fsync", os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(tmp_path)))
+        )
         fsync(descriptor)
 
     def note(real):
@@ -295,11 +332,17 @@ def train_and_be_killed_in_a_checkpoint(out, kill_at):
     potstill.train(tiny_recipe(out, **FAST), quiet=True)
 
 
-@pytest.mark.parametrize("kill_at", [5, 11, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 7, 8, 13, 14))])
-def test_a_kill_at_any_moment_of_a_checkpoint_resumes_to_the_same_bits(tmp_path, forks, whole, kill_at):
+@pytest.mark.parametrize(
+    "kill_at", [5, 11, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 7, 8, 13, 14))]
+)
+def test_a_kill_at_any_moment_of_a_checkpoint_resumes_to_the_same_bits(
+    tmp_path, forks, whole, kill_at
+):
     """SIGKILL before one of the renames, removals and flushes of a run with two checkpoints."""
     recipe = tiny_recipe(tmp_path / "run", **FAST)
-    assert forks.call(tmp_path, train_and_be_killed_in_a_checkpoint, str(recipe.out), kill_at).is_killed
+    assert forks.call(
+        tmp_path, train_and_be_killed_in_a_checkpoint, str(recipe.out), kill_at
+    ).is_killed
     potstill.train(recipe, quiet=True)
     assert_same_run(recipe.out, whole)
     assert [path.name for path in (recipe.out / "checkpoint").iterdir()] == ["step-000004"]

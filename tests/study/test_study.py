@@ -77,13 +77,22 @@ def test_a_study_is_every_combination_with_every_seed(tmp_path):
     study = read_study_file(file)
     (panel,) = plan(study, {})
     runs = [item for item in panel.items if item.kind == "train"]
-    found = {(r.recipe.method, r.recipe.window.tokens, r.recipe.train.seed, r.recipe.data.seed) for r in runs}
+    found = {
+        (r.recipe.method, r.recipe.window.tokens, r.recipe.train.seed, r.recipe.data.seed)
+        for r in runs
+    }
     assert found == {(m, w, s, s) for m in ("SFT", "OPD") for w in (6, 8) for s in (3, 4)}
     assert {run.recipe.evaluation.seed for run in runs} == {0}
     # A folder is named by what is in it, and its recipe by what it was asked for alone.
     for run in runs:
-        assert run.job.path == tmp_path / "study/runs" / f"{run.recipe.method.lower()}-{run.recipe.hash()}"
-        fields = {"objective.prefix": run.recipe.objective.prefix, "objective.kl": run.recipe.objective.kl}
+        assert (
+            run.job.path
+            == tmp_path / "study/runs" / f"{run.recipe.method.lower()}-{run.recipe.hash()}"
+        )
+        fields = {
+            "objective.prefix": run.recipe.objective.prefix,
+            "objective.kl": run.recipe.objective.kl,
+        }
         fields |= {"window.tokens": run.recipe.window.tokens, "train.seed": run.recipe.train.seed}
         fields |= {"data.seed": run.recipe.data.seed, "out": str(run.job.path)}
         if run.recipe.teacher.cache:
@@ -93,7 +102,9 @@ def test_a_study_is_every_combination_with_every_seed(tmp_path):
     caches = {item.job.path: item for item in panel.items if item.kind == "cache"}
     assert len(caches) == 2 and all(cache.recipe.window.tokens == 8 for cache in caches.values())
     for run in runs:
-        assert run.job.needs == ((tmp_path / "x" / run.recipe.teacher.cache,) if run.recipe.method == "SFT" else ())
+        assert run.job.needs == (
+            (tmp_path / "x" / run.recipe.teacher.cache,) if run.recipe.method == "SFT" else ()
+        )
         assert set(run.job.needs) <= set(caches)
     grpo = [item for item in panel.items if item.kind == "grpo"]
     assert [item.job.needs for item in grpo] == [(run.job.path,) for run in runs]
@@ -104,7 +115,9 @@ def test_a_study_is_every_combination_with_every_seed(tmp_path):
     names = [item.job.name for item in panel.items if item.kind != "cache"]
     assert len(set(names)) == len(names) and "OPD, window 6, seed 3" in names
     # The report calls all seeds the same.
-    assert {item.label for item in runs} == {f"{m}, window {w}" for m in ("SFT", "OPD") for w in (6, 8)}
+    assert {item.label for item in runs} == {
+        f"{m}, window {w}" for m in ("SFT", "OPD") for w in (6, 8)
+    }
     assert [item.label for item in panel.items if item.kind == "evaluate"] == ["base"]
 
 
@@ -128,9 +141,17 @@ def pretend(item, avg):
     """A finished run with a given accuracy."""
     item.job.path.mkdir(parents=True, exist_ok=True)
     (item.job.path / "recipe.toml").write_text(to_toml(item.recipe.resolved()))
-    append(item.job.path / "metrics.jsonl", {"step": 2, "seconds": 1.0, "total_flops": 5.0, "length": 8.0})
+    append(
+        item.job.path / "metrics.jsonl",
+        {"step": 2, "seconds": 1.0, "total_flops": 5.0, "length": 8.0},
+    )
     for temperature, value in ((1.0, avg), (0.6, 1 - avg)):
-        row = dict.fromkeys(EVAL_COLUMNS) | {"step": 2, "temperature": temperature, "avg": [value, 0, 1], "seconds": 1}
+        row = dict.fromkeys(EVAL_COLUMNS) | {
+            "step": 2,
+            "temperature": temperature,
+            "avg": [value, 0, 1],
+            "seconds": 1,
+        }
         append(item.job.path / "evals.jsonl", row)
     finish(item.recipe)
 
@@ -160,39 +181,81 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
         ('axis.method = ["opd"]', "axis is not a field"),
         ('sweep_as = "odp"', "sweep_as is 'odp': input should be 'sft', 'dagger'"),
         ('sweep_as = "opd"', 'sweep_as is "opd", and in this panel nothing is swept'),
-        ('sweep_as = "opd"\n[panels.sweep]\nvalues = [1]\nmethods = ["sft"]', "in this panel the sweep is of sft"),
+        (
+            'sweep_as = "opd"\n[panels.sweep]\nvalues = [1]\nmethods = ["sft"]',
+            "in this panel the sweep is of sft",
+        ),
         ("axes.train.lr = []", "axes.train.lr is .*: list should have at least 1 item"),
-        ('[[panels]]\ntitle = "A"\n[[panels.groups]]', "two panels have the title 'A'; give each its own"),
-        ('fields.teacher.model = "potstill:nobody"', "'potstill:nobody' is not a shipped model; choose one of"),
+        (
+            '[[panels]]\ntitle = "A"\n[[panels.groups]]',
+            "two panels have the title 'A'; give each its own",
+        ),
+        (
+            'fields.teacher.model = "potstill:nobody"',
+            "'potstill:nobody' is not a shipped model; choose one of",
+        ),
         ("fields.train.lr = -1", "panel 'A': train.lr is -1: input should be greater"),
-        ("axes.train.seed = [1, 2]", r"axes.train.seed is set by the study itself: use seeds = \[...\]"),
-        ("fields.data.seed = 3", r"fields.data.seed is set by the study itself: use seeds = \[...\]"),
+        (
+            "axes.train.seed = [1, 2]",
+            r"axes.train.seed is set by the study itself: use seeds = \[...\]",
+        ),
+        (
+            "fields.data.seed = 3",
+            r"fields.data.seed is set by the study itself: use seeds = \[...\]",
+        ),
         ("axes.grpo.seed = [3]", r"axes.grpo.seed is set by the study itself: use seeds = \[...\]"),
-        ('fields.out = "elsewhere"', "fields.out is set by the study itself: give out to the study"),
+        (
+            'fields.out = "elsewhere"',
+            "fields.out is set by the study itself: give out to the study",
+        ),
         ('axes.out = ["a", "b"]', "axes.out is set by the study itself: give out to the study"),
-        ("fields.train.lr = 1\naxes.train.lr = [2]", "train.lr is in fields and on an axis of one group"),
-        ('fields.objective.kl = "jsd"\naxes.method = ["opd"]', "objective.kl is set beside the axis method"),
+        (
+            "fields.train.lr = 1\naxes.train.lr = [2]",
+            "train.lr is in fields and on an axis of one group",
+        ),
+        (
+            'fields.objective.kl = "jsd"\naxes.method = ["opd"]',
+            "objective.kl is set beside the axis method",
+        ),
         ('cache = true\nfields.teacher.cache = "c"', "teacher.cache is set beside cache = true"),
         (
             'axes.method = ["opd"]\naxes.train.lr = [1]\n[panels.sweep]\nvalues = [1, 2]',
             "axes.train.lr is set by the study itself: the panel's sweep chooses it",
         ),
-        ('[panels.sweep]\nfield = "train.seed"\nvalues = [1, 2]', r"field.train.seed is .*: use seeds = \[...\]"),
-        ("[panels.sweep]\nvalues = [1]\nfields.evaluation.seed = 3", "fields.evaluation.seed is set by the study"),
-        ("[grpo]\nfields.grpo.seed = 3", r"grpo: fields.grpo.seed is set by the study itself: use seeds = \[...\]"),
-        ('[grpo]\nfields.model = "x"', "grpo: fields.model is set by the study itself: the stage takes it from"),
+        (
+            '[panels.sweep]\nfield = "train.seed"\nvalues = [1, 2]',
+            r"field.train.seed is .*: use seeds = \[...\]",
+        ),
+        (
+            "[panels.sweep]\nvalues = [1]\nfields.evaluation.seed = 3",
+            "fields.evaluation.seed is set by the study",
+        ),
+        (
+            "[grpo]\nfields.grpo.seed = 3",
+            r"grpo: fields.grpo.seed is set by the study itself: use seeds = \[...\]",
+        ),
+        (
+            '[grpo]\nfields.model = "x"',
+            "grpo: fields.model is set by the study itself: the stage takes it from",
+        ),
     ],
 )
 def test_what_could_not_begin_is_refused_before_any_work(tmp_path, group, message):
     with pytest.raises(ValueError, match=message):
-        run_study(write_study(tmp_path, f'[[panels]]\ntitle = "A"\n[[panels.groups]]\n{group}\n'), main, dry_run=True)
+        run_study(
+            write_study(tmp_path, f'[[panels]]\ntitle = "A"\n[[panels.groups]]\n{group}\n'),
+            main,
+            dry_run=True,
+        )
     assert not (tmp_path / "study").exists()
 
 
 def test_files_that_are_no_study_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="--jobs is 0; it must be at least 1"):
         run_study(read_study_file("quick"), main, num_jobs=0)
-    with pytest.raises(RecipeError, match="study 'quik' does not exist; give a TOML file or one of paper-mini"):
+    with pytest.raises(
+        RecipeError, match="study 'quik' does not exist; give a TOML file or one of paper-mini"
+    ):
         read_study_file("quik")
     (tmp_path / "s.toml").write_text("out = [")
     with pytest.raises(RecipeError, match=r"s.toml is not valid TOML"):
@@ -201,7 +264,9 @@ def test_files_that_are_no_study_are_refused(tmp_path):
 
 def test_a_recipe_is_found_beside_the_study(tmp_path):
     (tmp_path / "mine.toml").write_text(to_toml(load_recipe("demo", {"train.lr": 7e-4}).resolved()))
-    (tmp_path / "s.toml").write_text('out = "o"\nrecipe = "mine.toml"\n[[panels]]\ntitle = "A"\n[[panels.groups]]\n')
+    (tmp_path / "s.toml").write_text(
+        'out = "o"\nrecipe = "mine.toml"\n[[panels]]\ntitle = "A"\n[[panels.groups]]\n'
+    )
     (item,) = items_of(read_study_file(tmp_path / "s.toml"))
     assert item.recipe.train.lr == 7e-4
 
@@ -252,11 +317,19 @@ def test_each_run_is_done_once_and_a_crash_is_shown_and_done_again(tmp_path, cap
     captured = capfd.readouterr()
     assert "CRASHED DAgger, broken: potstill: step 2: the gradient is not finite" in captured.err
     (panel,) = read_panels([study.out])
-    assert {entry.name for entry in panel.entries} == {"base", "OPD", "SFT", "OPD, greedy", "SFT, greedy"}
+    assert {entry.name for entry in panel.entries} == {
+        "base",
+        "OPD",
+        "SFT",
+        "OPD, greedy",
+        "SFT, greedy",
+    }
     states = {path.name: state for path, state in panel.unfinished}
     assert len(states) == 2
     assert [
-        state[:43] for name, state in sorted(states.items()) if name.startswith("dagger-d") or "crashed" in state
+        state[:43]
+        for name, state in sorted(states.items())
+        if name.startswith("dagger-d") or "crashed" in state
     ] == ["crashed: potstill: step 2: the gradient is n"[:43]]
     assert "not begun" in states.values()
     greedy = [entry.evals[0] for entry in panel.entries if "greedy" in entry.name]
@@ -276,7 +349,10 @@ def test_each_run_is_done_once_and_a_crash_is_shown_and_done_again(tmp_path, cap
     assert run_study(study, main, num_jobs=2)
     out = capfd.readouterr().out
     assert "2 to do, 2 at a time" in out and "from finished runs and trials" in out
-    assert finished.items() <= {path: path.stat().st_mtime_ns for path in study.out.rglob("DONE")}.items()
+    assert (
+        finished.items()
+        <= {path: path.stat().st_mtime_ns for path in study.out.rglob("DONE")}.items()
+    )
     (panel,) = read_panels([study.out])
     assert not panel.unfinished and len(panel.entries) == 7
     assert run_study(study, main) and "nothing is left to do" in capfd.readouterr().out
@@ -288,7 +364,16 @@ def test_a_killed_study_takes_its_processes_along_and_goes_on(tmp_path):
         "cache = true\n", f"fields.train.steps = {NUM_STEPS}\n"
     )
     study = write_study(tmp_path, text.replace('models = ["potstill:base"]\n', ""))
-    command = [sys.executable, "-m", "potstill", "study", str(tmp_path / "study.toml"), "--jobs", "2", "--no-report"]
+    command = [
+        sys.executable,
+        "-m",
+        "potstill",
+        "study",
+        str(tmp_path / "study.toml"),
+        "--jobs",
+        "2",
+        "--no-report",
+    ]
     process = subprocess.Popen(command, start_new_session=True)
     runs = [item for item in items_of(study) if item.kind == "train"]
     while not all(read_rows(run.job.path / "metrics.jsonl") for run in runs):
@@ -311,18 +396,25 @@ def test_a_killed_study_takes_its_processes_along_and_goes_on(tmp_path):
 
 
 def _processes_of(session):
-    found = subprocess.run(["ps", "-s", str(session), "-o", "pid=,stat="], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["ps", "-s", str(session), "-o", "pid=,stat="], capture_output=True, text=True, check=False
+    )
     return [line for line in found.stdout.splitlines() if "Z" not in line.split()[1]]
 
 
 def test_estimates_come_from_finished_runs_of_a_kind(tmp_path):
-    study = write_study(tmp_path, '[[panels]]\ntitle = "A"\n[[panels.groups]]\naxes.train.lr = [1e-3, 2e-3]\n')
+    study = write_study(
+        tmp_path, '[[panels]]\ntitle = "A"\n[[panels.groups]]\naxes.train.lr = [1e-3, 2e-3]\n'
+    )
     first, second = items_of(study)
     pretend(first, 0.5)
     costs = estimate([first, second], one_thread=True)
     # A second a row of metrics, two steps; and the evaluation that was tried.
     assert set(costs) == {second.job.path} and 2 < costs[second.job.path].seconds < 60
-    hub = write_study(tmp_path, '[[panels]]\ntitle = "A"\n[[panels.groups]]\naxes.student.model = ["org/not-here"]\n')
+    hub = write_study(
+        tmp_path,
+        '[[panels]]\ntitle = "A"\n[[panels.groups]]\naxes.student.model = ["org/not-here"]\n',
+    )
     assert list(estimate(items_of(hub), one_thread=True).values()) == [None]
 
 
@@ -339,7 +431,11 @@ def test_plan_file_is_plain_data(tmp_path):
 def test_an_evaluation_is_told_all_that_its_settings_say():
     told = {"enable_thinking": False, "style": "short", "depth": 2}
     for arguments in ({}, told):
-        flags = planning._flags({"template_arguments": arguments, "end_tokens": [], "temperatures": [1.0, 0.5]})
+        flags = planning._flags(
+            {"template_arguments": arguments, "end_tokens": [], "temperatures": [1.0, 0.5]}
+        )
         rest, overrides = split_overrides("evaluate", flags)
         assert rest == ["--temperatures", "1.0", "0.5"]
-        assert overrides == {f"template_arguments.{name}": value for name, value in arguments.items()}
+        assert overrides == {
+            f"template_arguments.{name}": value for name, value in arguments.items()
+        }

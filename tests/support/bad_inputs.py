@@ -1,6 +1,7 @@
 """The table of bad inputs: what is given, and a part of the line that refuses it.
 
-Commands run in a folder that `test_bad_inputs.yard` fills; `demo` and the like are shipped. A recipe is its own text.
+Commands run in a folder that `test_bad_inputs.yard` fills; `demo` and the like are shipped. A
+recipe is its own text.
 """
 
 # Recipes: text or bytes, and the message.
@@ -36,7 +37,10 @@ RECIPES = [
     ("[train]\nbetas = 0.9", "train.betas is 0.9"),
     ("[train]\nseed = -1", "train.seed is -1"),
     ("[train]\nseed = 18446744073709551616", "train.seed is 18446744073709551616"),
-    ("[train]\nwarmup_steps = 500", "train.warmup_steps is 500, more than train.steps = 120; lower it"),
+    (
+        "[train]\nwarmup_steps = 500",
+        "train.warmup_steps is 500, more than train.steps = 120; lower it",
+    ),
     ("[train]\nloss_memory = -1", "train.loss_memory is -1"),
     ('[train]\nloss_backend = "cuda"', "train.loss_backend is 'cuda'"),
     ("[train]\nflops = 0", "train.flops is 0"),
@@ -71,17 +75,29 @@ RECIPES = [
     ("[sampling]\nbatch_size = 0", "sampling.batch_size is 0"),
     ("[window]\ntokens = 0", "window.tokens is 0"),
     ("[window]\nstart = 8", "is set but not read"),
-    ('[window]\nschedule = "linear"\nstart = 500', "window.start is 500, more than window.tokens = 128"),
-    ('[window]\nschedule = "entropy-gated"\nstart = 8\nladder = [64, 32]', "window.ladder is [64, 32]"),
+    (
+        '[window]\nschedule = "linear"\nstart = 500',
+        "window.start is 500, more than window.tokens = 128",
+    ),
+    (
+        '[window]\nschedule = "entropy-gated"\nstart = 8\nladder = [64, 32]',
+        "window.ladder is [64, 32]",
+    ),
     ('[weight_schedule]\nschedule = "steps"', "is set but not read"),
-    ('[objective]\nkl = "mixed"\n[weight_schedule]\nschedule = "steps"', "weight_schedule.at_steps is []"),
+    (
+        '[objective]\nkl = "mixed"\n[weight_schedule]\nschedule = "steps"',
+        "weight_schedule.at_steps is []",
+    ),
     ("[rollouts]\nreuse = 0", "rollouts.reuse is 0"),
     ("[evaluation]\nnum_problems = 3", "evaluation.source is not set"),
     ('[evaluation]\nsource = "multiplication"\ntemperatures = [-1]', "evaluation.temperatures"),
     ('[evaluation]\nsource = "multiplication"\ntemperatures = []', "evaluation.temperatures"),
     ('[evaluation]\nsource = "multiplication"\nseed = -1', "evaluation.seed is -1"),
     ('[evaluation]\nsource = "multiplication"\nnum_problems = 0', "evaluation.num_problems is 0"),
-    ('[evaluation]\nsource = "multiplication"\nnum_responses = 1000000000', "evaluation.num_responses is 1000000000"),
+    (
+        '[evaluation]\nsource = "multiplication"\nnum_responses = 1000000000',
+        "evaluation.num_responses is 1000000000",
+    ),
     ('[evaluation]\nsource = "multiplication"\nmax_tokens = 0', "evaluation.max_tokens is 0"),
     ("[teacher]\nrefresh_steps = 3", "is set but not read"),
     ('[teacher]\nmodel = "self"\ncache = "c"', 'teacher.model is "self"'),
@@ -109,7 +125,10 @@ COMMANDS = [
     ("trian demo", "'trian' is no command of potstill; the nearest is train; see potstill --help"),
     ("train", "missing from potstill train"),
     ("train demo extra", "unrecognized options: extra"),
-    ("train nothing", "recipe 'nothing' does not exist; give a TOML file or one of demo, grpo, qwen3, smollm2"),
+    (
+        "train nothing",
+        "recipe 'nothing' does not exist; give a TOML file or one of demo, grpo, qwen3, smollm2",
+    ),
     ("train full", "recipe 'full' is a folder; give a TOML file"),
     ("train a-file", "is not valid TOML"),
     ("train grpo", "is not a field of the recipe"),
@@ -139,9 +158,15 @@ COMMANDS = [
     ("train demo --train.lr [1,2", "train.lr is '[1,2'"),
     ("train demo --train.seed -1", "train.seed is -1"),
     ("train demo --student.model no/such/folder", "'no/such/folder' does not exist"),
-    ("train demo --student.model full/modle", "model folder 'full/modle' does not exist in the folder 'full'"),
+    (
+        "train demo --student.model full/modle",
+        "model folder 'full/modle' does not exist in the folder 'full'",
+    ),
     ("train demo --student.model ''", "the name of a model is empty"),
-    ("train demo --student.model potstill:nobody", "is not a shipped model; choose one of potstill:base"),
+    (
+        "train demo --student.model potstill:nobody",
+        "is not a shipped model; choose one of potstill:base",
+    ),
     ("train demo --student.model some/model", "is not here nor in the hub's cache"),
     ("train demo --data.source some/data", "is not here nor in the hub's cache"),
     ("train demo --data.source none.jsonl", "none.jsonl' does not exist"),
@@ -166,9 +191,15 @@ COMMANDS = [
     ("train demo --data.source prompts.txt", "prompts.txt"),
     ("train demo --data.source not.parquet", "not.parquet"),
     ("train demo --data.source good.jsonl --data.num_prompts 9", "9 examples are asked"),
-    ("train demo --data.source good.jsonl --data.prompt_column question", "has no column 'question'"),
+    (
+        "train demo --data.source good.jsonl --data.prompt_column question",
+        "has no column 'question'",
+    ),
     ("train demo --data.source good.jsonl --window.tokens 100000", "more than the context"),
-    ("train demo --data.source good.jsonl --objective.prefix dataset --objective.kl forward", "has no completion"),
+    (
+        "train demo --data.source good.jsonl --objective.prefix dataset --objective.kl forward",
+        "has no completion",
+    ),
     ("train demo --data.source good.jsonl --teacher.prompt_column hint", "hint"),
     ("train demo --data.source .", "'.'"),
     ("train demo --window.num_probes 3", "is set but not read"),
@@ -186,14 +217,33 @@ COMMANDS = [
     *(
         (f"train demo --student.model models/{name}", f"models/{name}")
         for name in (
-            *("empty", "no-config", "config-list", "config-text", "no-weights", "cut", "text-weights", "pickle"),
-            *("other-size", "no-layer", "negative", "no-vocabulary", "bad-tokenizer", "unknown-type"),
+            *(
+                "empty",
+                "no-config",
+                "config-list",
+                "config-text",
+                "no-weights",
+                "cut",
+                "text-weights",
+                "pickle",
+            ),
+            *(
+                "other-size",
+                "no-layer",
+                "negative",
+                "no-vocabulary",
+                "bad-tokenizer",
+                "unknown-type",
+            ),
         )
     ),
     ("evaluate", "nothing to evaluate"),
     ("evaluate potstill:nobody", "is not a shipped model"),
     ("evaluate full/modle", "'full/modle' does not exist"),
-    ("evaluate potstill:base --source mmlu", "choose one of multiplication, columns, reasoning-gym, gsm8k, math500"),
+    (
+        "evaluate potstill:base --source mmlu",
+        "choose one of multiplication, columns, reasoning-gym, gsm8k, math500",
+    ),
     ("evaluate potstill:base --source table.jsonl", "can be scored"),
     ("evaluate potstill:base --source gsm8k:none.jsonl", "none.jsonl"),
     ("evaluate potstill:base --num-problems 391", "at most 390 are distinct"),
@@ -211,7 +261,10 @@ COMMANDS = [
     ("evaluate potstill:base --end-tokens nothing", "is not in the tokenizer's vocabulary"),
     ("evaluate potstill:base --template chat", "chat template"),
     ("evaluate potstill:base --train.lr 1", "--train.lr is a field of a recipe"),
-    ("evaluate potstill:base potstill:teacher --out x.json", "--out takes the results of one model, and 2 are given"),
+    (
+        "evaluate potstill:base potstill:teacher --out x.json",
+        "--out takes the results of one model, and 2 are given",
+    ),
     ("evaluate torn-run", "is not finished"),
     ("evaluate a-file", "a-file"),
     ("sample", "missing from potstill sample"),
@@ -262,6 +315,7 @@ COMMANDS = [
 ]
 
 PANEL = '[[panels]]\ntitle = "a"\n[[panels.groups]]\naxes.method = ["opd"]\n'
+GROUP = "out = 's'\n[[panels]]\ntitle = 'a'\n[[panels.groups]]\n"
 
 # Studies: text, and the message.
 STUDIES = [
@@ -280,15 +334,16 @@ STUDIES = [
     ("out = 's'\n[fields]\ntrain.stepps = 3\n" + PANEL, "the nearest is train.steps"),
     ("out = 's'\n[fields]\ntrain.steps = 'x'\n" + PANEL, "train.steps is 'x'"),
     ("out = 's'\n" + PANEL + PANEL, "two panels have the title 'a'"),
-    ("out = 's'\n[[panels]]\ntitle = 'a'\n[[panels.groups]]\naxes.method = ['gkd']", "method is 'gkd' on an axis"),
-    ("out = 's'\n[[panels]]\ntitle = 'a'\n[[panels.groups]]\naxes.method = []", "axes.method"),
-    ("out = 's'\n[[panels]]\ntitle = 'a'\n[[panels.groups]]\naxes.train.lr = 3", "axes.train.lr"),
-    ("out = 's'\n[[panels]]\ntitle = 'a'\n[[panels.groups]]\naxes.train.lr = [-1]", "train.lr is -1"),
-    ("out = 's'\n[[panels]]\ntitle = 'a'\n[[panels.groups]]\naxes.train.seed = [1, 2]", "train.seed"),
+    (GROUP + "axes.method = ['gkd']", "method is 'gkd' on an axis"),
+    (GROUP + "axes.method = []", "axes.method"),
+    (GROUP + "axes.train.lr = 3", "axes.train.lr"),
+    (GROUP + "axes.train.lr = [-1]", "train.lr is -1"),
+    (GROUP + "axes.train.seed = [1, 2]", "train.seed"),
     ("out = 's'\n[fields]\nout = 'x'\n" + PANEL, "out"),
     ("out = 's'\n[fields]\nstudent.model = 'full/modle'\n" + PANEL, "'full/modle' does not exist"),
     ("out = 'a-file'\n" + PANEL, "a-file"),
-    (f"out = 's'\n[[panels]]\ntitle = 'a'\n[[panels.groups]]\naxes.train.lr = {[1e-3 + i * 1e-6 for i in range(300)]}\n"
+    (GROUP + f"axes.train.lr = {[1e-3 + i * 1e-6 for i in range(300)]}\n"
      f"axes.window.tokens = {list(range(8, 308))}", "90,000 runs"),
-    ('out = "s"\n[[panels]]\ntitle = "\\u001b[31m[/x]"\n[[panels.groups]]\naxes.method = ["x"]', "method is 'x'"),
+    ('out = "s"\n[[panels]]\ntitle = "\\u001b[31m[/x]"\n[[panels.groups]]\n'
+     'axes.method = ["x"]', "method is 'x'"),
 ]  # fmt: skip

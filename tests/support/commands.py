@@ -22,9 +22,13 @@ SFT = {"objective.prefix": "teacher", "objective.kl": "forward"}
 OPD = {"objective.prefix": "student", "objective.kl": "reverse"}
 
 
-# What may differ: checksums of run logs, in which there are seconds; states of runs as a study last saw them; the
-# revision of the code, which a commit changes.
-VOLATILE = {"state.json": ("logs", "checksum"), "plan.json": ("state",), "environment.json": ("revision",)}
+# What may differ: checksums of run logs, in which there are seconds; states of runs as a study last
+# saw them; the revision of the code, which a commit changes.
+VOLATILE = {
+    "state.json": ("logs", "checksum"),
+    "plan.json": ("state",),
+    "environment.json": ("revision",),
+}
 
 
 def command(text: str, *options: dict[str, str]) -> list[str]:
@@ -32,7 +36,10 @@ def command(text: str, *options: dict[str, str]) -> list[str]:
     merged: dict[str, str] = {}
     for each in options:
         merged |= each
-    return [*text.split(), *(word for name, value in merged.items() for word in (f"--{name}", *value.split()))]
+    return [
+        *text.split(),
+        *(word for name, value in merged.items() for word in (f"--{name}", *value.split())),
+    ]
 
 
 def train(*options: dict[str, str]) -> list[str]:
@@ -47,10 +54,15 @@ def cache(*options: dict[str, str]) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What each file of a folder holds, but for locks, logs of processes, seconds and checksums of what has them."""
+    """What each file of a folder holds, but for locks, logs of processes, seconds and checksums of
+    what has them."""
     found = {}
     # With what links lead to.
-    paths = [Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names]
+    paths = [
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    ]
     for path in sorted(path for path in paths if path.is_file()):
         name = str(path.relative_to(folder))
         if path.name.endswith(".lock") or path.suffix == ".log":
@@ -68,7 +80,11 @@ def contents(folder: Path) -> dict[str, Any]:
 def without_seconds(value: Any) -> Any:
     """The same without keys whose values depend on the machine's speed."""
     if isinstance(value, dict):
-        return {key: without_seconds(inner) for key, inner in value.items() if not key.endswith("seconds")}
+        return {
+            key: without_seconds(inner)
+            for key, inner in value.items()
+            if not key.endswith("seconds")
+        }
     return [without_seconds(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -83,4 +99,7 @@ def differences(mine: Path, theirs: Path) -> list[str]:
     """The files that differ, or that one side lacks."""
     a, b = contents(mine), contents(theirs)
     unequal = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
-    return [f"{name} ({'differs' if name in a and name in b else 'on one side alone'})" for name in unequal]
+    return [
+        f"{name} ({'differs' if name in a and name in b else 'on one side alone'})"
+        for name in unequal
+    ]

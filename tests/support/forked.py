@@ -1,10 +1,13 @@
-"""Potstill commands as forks of one process that has loaded everything, to be killed or hindered at an exact place.
+"""Potstill commands as forks of one process that has loaded everything, to be killed or hindered at
+an exact place.
 
-That process has one thread, as a fork of one with more may hang. The process of the tests may have more.
+That process has one thread, as a fork of one with more may hang. The process of the tests may have
+more.
 
-A file-system event is what Python tells of a change inside the work folder: a file opened to be written, a rename, a
-removal, a new folder. Events are counted in order, so that a place in a command has a number. `python forked.py` is the
-process that has loaded everything; it forks once a line of its standard input.
+A file-system event is what Python tells of a change inside the work folder: a file opened to be
+written, a rename, a removal, a new folder. Events are counted in order, so that a place in a
+command has a number. `python forked.py` is the process that has loaded everything; it forks once a
+line of its standard input.
 """
 
 import ctypes
@@ -30,18 +33,20 @@ CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod",
 TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PIPE_BYTES = 1 << 20
 CAP_DAC = 0b110
-"""The two rights by which root reads and writes what modes forbid: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+"""The two rights by which root reads and writes what modes forbid: CAP_DAC_OVERRIDE and
+CAP_DAC_READ_SEARCH."""
 
 
 @dataclass(frozen=True)
 class Trouble:
     """What happens to a command. All by default: nothing.
 
-    `event`: at the event of this number (from 1, of those whose path contains `where`) it is killed. With `torn` bytes
-    it is killed by its first write after the event that passes so many bytes, of which the first `torn` are in the
-    file. With `error` the operation fails with this name of `errno`, and so does each later one. `seconds`: it is
-    killed after so long. `limits`: what `resource.setrlimit` takes; of RLIMIT_AS what is added to what the process has.
-    `bound`: file modes bind even root.
+    `event`: at the event of this number (from 1, of those whose path contains `where`) it is
+    killed. With `torn` bytes it is killed by its first write after the event that passes so many
+    bytes, of which the first `torn` are in the file. With `error` the operation fails with this
+    name of `errno`, and so does each later one. `seconds`: it is killed after so long. `limits`:
+    what `resource.setrlimit` takes; of RLIMIT_AS what is added to what the process has. `bound`:
+    file modes bind even root.
     """
 
     event: int | None = None
@@ -53,12 +58,14 @@ class Trouble:
     bound: bool = False
 
     def __str__(self) -> str:
-        return f"Trouble({', '.join(f'{name}={value!r}' for name, value in asdict(self).items() if value)})"
+        made = [f"{name}={value!r}" for name, value in asdict(self).items() if value]
+        return f"Trouble({', '.join(made)})"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: exit code, or minus the signal that killed it; how many events it had; what it printed."""
+    """How a command ended: exit code, or minus the signal that killed it; how many events it had;
+    what it printed."""
 
     code: int
     events: int
@@ -82,8 +89,16 @@ class Forks:
         tests = Path(__file__).parents[1]
         # Functions of test files are called by the names of their modules.
         paths = [tests.parent / "src", tests, *(path for path in tests.iterdir() if path.is_dir())]
-        one_thread = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        settings = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "COLUMNS": "200", "TMPDIR": str(scratch)}
+        one_thread = {
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+        settings = {
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "COLUMNS": "200",
+            "TMPDIR": str(scratch),
+        }
         self.process = subprocess.Popen(
             [sys.executable, __file__, *(["grpo"] if with_grpo else [])],
             stdin=subprocess.PIPE,
@@ -96,7 +111,13 @@ class Forks:
         """Run a command in a folder until it ends, with every process that it began."""
         return self._ask(folder, argv, trouble, [{}])
 
-    def call(self, folder: Path, function: Callable, *arguments: str | int, trouble: Trouble | None = None) -> Ended:
+    def call(
+        self,
+        folder: Path,
+        function: Callable,
+        *arguments: str | int,
+        trouble: Trouble | None = None,
+    ) -> Ended:
         """Call a function of a test file, by its name, as `run` does a command."""
         return self._ask(folder, [name_of(function), *arguments], trouble, [{}])
 
@@ -104,20 +125,33 @@ class Forks:
         """The same on several ranks, which find each other as `torchrun` has them do it."""
         from torch.distributed import TCPStore
 
-        # The store takes a port that is free and keeps it; ranks that were told a number would race for it.
+        # The store takes a port that is free and keeps it; ranks that were told a number would race
+        # for it.
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+        shared = {
+            "WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+        }
         shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
         return self._ask(folder, argv, None, ranks)
 
     def _ask(
-        self, folder: Path, argv: Sequence[str | int], trouble: Trouble | None, ranks: list[dict[str, str]]
+        self,
+        folder: Path,
+        argv: Sequence[str | int],
+        trouble: Trouble | None,
+        ranks: list[dict[str, str]],
     ) -> Ended:
         """Ask for a process a rank, and wait for how they end."""
         assert self.process.stdin is not None and self.process.stdout is not None
         request = {"argv": argv, "folder": str(folder.resolve()), "ranks": ranks}
-        print(json.dumps(request | {"trouble": asdict(trouble or Trouble())}), file=self.process.stdin, flush=True)
+        print(
+            json.dumps(request | {"trouble": asdict(trouble or Trouble())}),
+            file=self.process.stdin,
+            flush=True,
+        )
         return Ended(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
@@ -158,7 +192,9 @@ def serve() -> None:
         print(json.dumps(_fork(**json.loads(line))), file=answers, flush=True)
 
 
-def _fork(argv: list, folder: str, trouble: dict[str, Any], ranks: list[dict[str, str]]) -> dict[str, Any]:
+def _fork(
+    argv: list, folder: str, trouble: dict[str, Any], ranks: list[dict[str, str]]
+) -> dict[str, Any]:
     """One command, and how it ended: a process for each rank, with its environment."""
     counter = mmap.mmap(-1, 8)
     # Pipes, as no limit on files is one on them; what a command prints fits in.
@@ -174,7 +210,11 @@ def _fork(argv: list, folder: str, trouble: dict[str, Any], ranks: list[dict[str
             _execute(argv, folder, [pipes["out"][1], pipes["err"][1]], Trouble(**trouble), counter)
     codes = [_wait(child, trouble["seconds"]) for child in children]
     code = next((code for code in codes if code), 0)
-    ended = {"code": code, "seconds": time.perf_counter() - started, "events": struct.unpack("q", counter)[0]}
+    ended = {
+        "code": code,
+        "seconds": time.perf_counter() - started,
+        "events": struct.unpack("q", counter)[0],
+    }
     for name, (to_read, to_write) in pipes.items():
         os.close(to_write)
         with os.fdopen(to_read, "rb") as said:
@@ -186,7 +226,10 @@ def _wait(child: int, seconds: float | None) -> int:
     """The child's exit code, once nothing of its session is left."""
     if seconds is not None:
         ends = time.perf_counter() + seconds
-        while time.perf_counter() < ends and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while (
+            time.perf_counter() < ends
+            and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -194,7 +237,9 @@ def _wait(child: int, seconds: float | None) -> int:
         if not _members(child):
             return code
         time.sleep(0.02)
-    raise RuntimeError(f"10 s after a command's end there are still processes of it: {_members(child)}")
+    raise RuntimeError(
+        f"10 s after a command's end there are still processes of it: {_members(child)}"
+    )
 
 
 def _members(session: int) -> list[str]:
@@ -204,7 +249,9 @@ def _members(session: int) -> list[str]:
         if not entry.name.isdigit():
             continue
         try:
-            state, _, _, of_session = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:4]
+            state, _, _, of_session = (
+                Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:4]
+            )
             if int(of_session) == session and state != "Z":
                 found.append(Path(entry.path, "cmdline").read_text().replace("\0", " "))
         except (FileNotFoundError, ProcessLookupError):
@@ -212,13 +259,17 @@ def _members(session: int) -> list[str]:
     return found
 
 
-def _execute(argv: list, folder: str, outputs: list[int], trouble: Trouble, counter: mmap.mmap) -> None:
+def _execute(
+    argv: list, folder: str, outputs: list[int], trouble: Trouble, counter: mmap.mmap
+) -> None:
     """In the child: the command, with its trouble. Does not return."""
     os.setsid()
     os.chdir(folder)
     for number, output in enumerate(outputs, 1):
         os.dup2(output, number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (
+        os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2)
+    )
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for name, value in trouble.limits.items():
@@ -271,17 +322,23 @@ def _count_events(folder: str, trouble: Trouble, counter: mmap.mmap) -> None:
         if trouble.torn is None:
             os.kill(os.getpid(), signal.SIGKILL)
         else:
-            # Of the write that passes the limit the kernel writes what is below it; the next ends the process.
+            # Of the write that passes the limit the kernel writes what is below it; the next ends
+            # the process.
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             path = Path(os.fsdecode(arguments[0]))
-            there = path.stat().st_size if event == "open" and arguments[2] & os.O_APPEND and path.exists() else 0
+            there = (
+                path.stat().st_size
+                if event == "open" and arguments[2] & os.O_APPEND and path.exists()
+                else 0
+            )
             resource.setrlimit(resource.RLIMIT_FSIZE, (there + trouble.torn, there + trouble.torn))
 
     sys.addaudithook(hook)
 
 
 def _is_inside(folder: str, path: object) -> bool:
-    """Relative paths are: they are to the folder, where the process is, or to one that is being removed."""
+    """Relative paths are: they are to the folder, where the process is, or to one that is being
+    removed."""
     if not isinstance(path, str | bytes | os.PathLike):
         return False
     text = os.fsdecode(path)

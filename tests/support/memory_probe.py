@@ -1,4 +1,5 @@
-"""Prints the megabytes that a streaming loss and its gradient need beyond inputs and gradients, for N rows."""
+"""Prints the megabytes that a streaming loss and its gradient need beyond inputs and gradients, for
+N rows."""
 
 import sys
 from pathlib import Path
@@ -19,11 +20,16 @@ def high_water_mark() -> float:
 def run(num_rows: int, vocab_size: int, dims: tuple[int, int]) -> float:
     hidden = torch.randn(num_rows, dims[0], requires_grad=True)
     weight = torch.randn(vocab_size, dims[0], requires_grad=True)
-    teacher_hidden, teacher_weight = torch.randn(num_rows, dims[1]), torch.randn(vocab_size, dims[1])
+    teacher_hidden, teacher_weight = (
+        torch.randn(num_rows, dims[1]),
+        torch.randn(vocab_size, dims[1]),
+    )
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water_mark()
     terms = LossTerms(forward=0.3, reverse=0.7)
-    fused_loss(hidden, Head(weight), teacher_hidden, Head(teacher_weight), terms, budget=0)[0].backward()
+    fused_loss(hidden, Head(weight), teacher_hidden, Head(teacher_weight), terms, budget=0)[
+        0
+    ].backward()
     gradients = 4 * (hidden.numel() + weight.numel()) / 1e6
     return high_water_mark() - before - gradients
 

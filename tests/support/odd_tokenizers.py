@@ -1,4 +1,5 @@
-"""Small tokenizers with the special tokens and chat templates of model families; templates are those that trl ships."""
+"""Small tokenizers with the special tokens and chat templates of model families; templates are
+those that trl ships."""
 
 import importlib.resources
 from typing import Any
@@ -7,9 +8,28 @@ from odd_models import TEXT, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-GPT_OSS = ("<|endoftext|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
-R1 = ("<s>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
+LLAMA = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+GPT_OSS = (
+    "<|endoftext|>",
+    "<|start|>",
+    "<|channel|>",
+    "<|message|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+)
+R1 = (
+    "<s>",
+    "<\uff5cUser\uff5c>",
+    "<\uff5cAssistant\uff5c>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
 FAMILIES: dict[str, dict[str, Any]] = {
     "plain": {},
     "chatml": {
@@ -22,7 +42,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "llama": {
         "specials": LLAMA,
-        **{"eos": "<|eot_id|>", "bos": "<|begin_of_text|>", "pad": "<|end_of_text|>", "chat": "llama3_2"},
+        **{
+            "eos": "<|eot_id|>",
+            "bos": "<|begin_of_text|>",
+            "pad": "<|end_of_text|>",
+            "chat": "llama3_2",
+        },
     },
     "smolvlm": {
         "specials": ("<|im_start|>", "<|im_end|>", "<end_of_utterance>"),
@@ -32,7 +57,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "specials": ("<|im_start|>", "<|im_end|>"),
         **{"eos": "<|im_end|>", "bos": None, "pad": None, "chat": "llava_next"},
     },
-    "gpt-oss": {"specials": GPT_OSS, "eos": "<|return|>", "bos": None, "pad": "<|endoftext|>", "chat": "gptoss"},
+    "gpt-oss": {
+        "specials": GPT_OSS,
+        "eos": "<|return|>",
+        "bos": None,
+        "pad": "<|endoftext|>",
+        "chat": "gptoss",
+    },
     "r1": {"specials": R1, "eos": R1[-1], "bos": "<s>", "pad": None, "chat": "deepseek_r1_distill"},
 }
 
@@ -53,6 +84,8 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
-    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=80, special_tokens=["<s>", "</s>"], show_progress=False
+    )
     tokenizer.train_from_iterator([TEXT, "0123456789*=\n?:"], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")

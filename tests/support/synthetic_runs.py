@@ -10,7 +10,9 @@ from potstill.config import GrpoRecipe, Recipe, RunRecipe, to_toml
 from potstill.evaluation.scores import per_problem, summarize
 
 
-def evaluation_rows(rng, accuracy: float, num_problems: int, num_responses: int) -> list[dict[str, Any]]:
+def evaluation_rows(
+    rng, accuracy: float, num_problems: int, num_responses: int
+) -> list[dict[str, Any]]:
     """Responses whose chance to be right is `accuracy`, as the evaluation grades them."""
     rows = []
     for problem in range(num_problems):
@@ -36,13 +38,22 @@ def evaluation_rows(rng, accuracy: float, num_problems: int, num_responses: int)
     return rows
 
 
-def evaluate(seed: int, accuracy: float, num_problems: int = 12, num_responses: int = 4) -> list[dict[str, Any]]:
+def evaluate(
+    seed: int, accuracy: float, num_problems: int = 12, num_responses: int = 4
+) -> list[dict[str, Any]]:
     """Two temperatures of an evaluation."""
     found = []
     for i, temperature in enumerate((1.0, 0.6)):
-        rows = evaluation_rows(np.random.default_rng((seed, i)), accuracy, num_problems, num_responses)
+        rows = evaluation_rows(
+            np.random.default_rng((seed, i)), accuracy, num_problems, num_responses
+        )
         problems = [rows[p * num_responses : (p + 1) * num_responses] for p in range(num_problems)]
-        settings = {"source": "multiplication", "split": "test", "template": None, "num_problems": num_problems}
+        settings = {
+            "source": "multiplication",
+            "split": "test",
+            "template": None,
+            "num_problems": num_problems,
+        }
         settings |= {"num_responses": num_responses, "max_tokens": 60, "seed": 0}
         found.append(
             {
@@ -65,7 +76,8 @@ def write_run(
     decisions: list[dict[str, Any]] | None = None,
     **sections: Any,
 ) -> Path:
-    """A finished run with this evaluation; `sections` are those of its recipe, with `model` for GRPO."""
+    """A finished run with this evaluation; `sections` are those of its recipe, with `model` for
+    GRPO."""
     data = {"out": str(folder), **sections}
     recipe: RunRecipe = (GrpoRecipe if "grpo" in sections else Recipe).model_validate(data)
     folder.mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""A task of the user's own: what it gives is used and recorded, and whatever is wrong with it is one line."""
+"""A task of the user's own: what it gives is used and recorded, and whatever is wrong with it is
+one line."""
 
 import hashlib
 import json
@@ -25,12 +26,14 @@ class Sums:
     largest: int = 9
 
     def examples(self, split, num_examples, seed):
-        rng = random.Random(f"{split}/{seed}")
-        pairs = [(rng.randrange(10, 100), rng.randint(2, self.largest)) for _ in range(num_examples)]
-        return [Example(id=f"{split}-{i}", prompt=f"__{a}*{b}=", answer=str(a * b)) for i, (a, b) in enumerate(pairs)]
+        r = random.Random(f"{split}/{seed}")
+        pairs = [(r.randrange(10, 100), r.randint(2, self.largest)) for _ in range(num_examples)]
+        return [Example(id=f"{split}-{i}", prompt=f"__{a}*{b}=", answer=str(a * b))
+                for i, (a, b) in enumerate(pairs)]
 
     def grade(self, examples, responses):
-        return [Grade(float("#" + e.answer in r), r or None) for e, r in zip(examples, responses, strict=True)]
+        return [Grade(float("#" + e.answer in r), r or None)
+                for e, r in zip(examples, responses, strict=True)]
 
     def answer_end(self, response):
         end = response.find(".")
@@ -71,7 +74,8 @@ def refused(capsys, arguments: list[str], *parts: str) -> None:
 
 
 def test_every_task_has_the_protocol(folder):
-    """Ours and the user's: problems by seed and split, one grade a response, an end within the response."""
+    """Ours and the user's: problems by seed and split, one grade a response, an end within the
+    response."""
     for source in ("multiplication", "columns", "reasoning-gym:leg_counting", "sums.py:Sums"):
         task = make_task(source)
         examples = task.examples("train", 3, 0)
@@ -94,16 +98,25 @@ def test_a_run_with_an_own_task(folder, capsys):
     rows = read_rows(Path("run/evals.jsonl"))
     assert {row["settings"]["source_sha256"] for row in rows} == {digest()}
     (responses, *_) = (read_rows(file) for file in sorted(Path("run/responses").glob("*.jsonl")))
-    answers = {example.id: example.answer for example in make_task("sums.py:Sums").examples("test", 2, 0)}
+    answers = {
+        example.id: example.answer for example in make_task("sums.py:Sums").examples("test", 2, 0)
+    }
     for row in responses:
-        assert row["score"] == float(f"#{answers[row['problem']]}" in row["text"]) and row["answer"] == row["text"]
+        assert (
+            row["score"] == float(f"#{answers[row['problem']]}" in row["text"])
+            and row["answer"] == row["text"]
+        )
     main(["report", "run"])
     assert not list(Path().rglob("__pycache__"))
 
 
 def test_the_code_of_an_evaluation_is_part_of_what_it_is(folder, capsys):
-    """Another grader scores anew, also where responses are stored; the one from before finds its own again."""
-    command = "evaluate potstill:base --source sums.py:Sums --num-problems 2 --num-responses 2 --temperatures 1"
+    """Another grader scores anew, also where responses are stored; the one from before finds its
+    own again."""
+    command = (
+        "evaluate potstill:base --source sums.py:Sums --num-problems 2 --num-responses 2 "
+        "--temperatures 1"
+    )
     command += " --max-tokens 8 --responses responses --out evaluation.json"
     main(command.split())
     edit('float("#" + e.answer in r)', "1.0")
@@ -114,22 +127,27 @@ def test_the_code_of_an_evaluation_is_part_of_what_it_is(folder, capsys):
 
 
 def test_a_resume_with_another_file(folder, capsys):
-    """Scores may change and are noted; other prompts are another run. A finished run stays as it is."""
+    """Scores may change and are noted; other prompts are another run. A finished run stays as it
+    is."""
     first = digest()
     edit("class Sums:", "class Sums:  # with a bug\n    num = 0\n")
     edit(
         "        return [Grade(",
-        "        Sums.num += 1\n        if Sums.num > 1: raise OSError(28, 'full')\n        return [Grade(",
+        "        Sums.num += 1\n        if Sums.num > 1: raise OSError(28, 'full')\n        "
+        "return [Grade(",
     )
     with pytest.raises(SystemExit):
         main(train(OWN))
-    assert "sums.py: Sums.grade: line 20 raised OSError: [Errno 28] full" in capsys.readouterr().err
+    assert "sums.py: Sums.grade: line 21 raised OSError: [Errno 28] full" in capsys.readouterr().err
     broken = digest()
     Path("sums.py").write_text(TASK)
     main(train(OWN))
     error = capsys.readouterr().err
     assert "resumed after step 6" in error
-    assert f"sums.py has changed since the run began (SHA-256 {broken[:16]}..., now {first[:16]}...)" in error
+    assert (
+        f"sums.py has changed since the run began (SHA-256 {broken[:16]}..., now {first[:16]}...)"
+        in error
+    )
     environment = read_json(Path("run/environment.json"))
     assert environment["task_files"] == {"sums.py": first}
     (change,) = environment["changes"]
@@ -162,11 +180,16 @@ def test_only_the_named_file_is_run(folder, capsys, name):
     capsys.readouterr()
     edit("import random", "import random\nimport helper_beside")
     Path("helper_beside.py").write_text("")
-    refused(capsys, train(OWN, {"out": "other"}), "line 3 raised ModuleNotFoundError: No module named 'helper_beside'")
+    refused(
+        capsys,
+        train(OWN, {"out": "other"}),
+        "line 3 raised ModuleNotFoundError: No module named 'helper_beside'",
+    )
 
 
 def test_nothing_is_run_without_need(folder, capsys):
-    """A dry run of a recipe or a study, a report and the list of a study's runs run no code of the user's."""
+    """A dry run of a recipe or a study, a report and the list of a study's runs run no code of the
+    user's."""
     Path("sums.py").write_text("raise SystemExit('run')")
     main([*train(OWN), "--dry-run"])
     Path("study.toml").write_text(STUDY)
@@ -179,7 +202,11 @@ out = "study"
 [fields]
 data.source = "sums.py:Sums"
 data.num_prompts = 8
-evaluation = {source = "sums.py:Sums", num_problems = 2, num_responses = 2, max_tokens = 8, temperatures = [1.0]}
+evaluation.source = "sums.py:Sums"
+evaluation.num_problems = 2
+evaluation.num_responses = 2
+evaluation.max_tokens = 8
+evaluation.temperatures = [1.0]
 train = {steps = 1, prompts_per_step = 2, warmup_steps = 0}
 window.tokens = 8
 [[panels]]
@@ -201,7 +228,10 @@ def test_a_study_with_an_own_task(folder, capfd):
     capfd.readouterr()
     edit("class Sums", "# A comment.\nclass Sums")
     main(["study", "study.toml", "--dry-run"])
-    assert "sums.py has changed since 3 finished runs and evaluations began; they stay" in capfd.readouterr().out
+    assert (
+        "sums.py has changed since 3 finished runs and evaluations began; they stay"
+        in capfd.readouterr().out
+    )
 
 
 def test_a_study_whose_file_is_wrong_begins_nothing(folder, capsys):
@@ -236,34 +266,83 @@ SOURCES = [
 def test_bad_names(folder, capsys, source, message):
     Path("folder.py").mkdir()
     refused(capsys, train(OWN, {"data.source": source}), f"data source {source!r}: ", message)
-    refused(capsys, ["evaluate", "potstill:base", "--source", source], f"evaluation source {source!r}: ", message)
+    refused(
+        capsys,
+        ["evaluate", "potstill:base", "--source", source],
+        f"evaluation source {source!r}: ",
+        message,
+    )
 
 
 # A part of the file, what stands in its place, and the message.
 FAULTS = [
     ("import random", "import random,", "sums.py, line 2 is no Python"),
     ("import random", "\0", "is no Python"),
-    ("import random", "import nothing_of_this_name", "sums.py cannot be run: line 2 raised ModuleNotFoundError"),
-    ("import random", "import random\nraise SystemExit", "sums.py cannot be run: line 3 raised SystemExit; mend"),
+    (
+        "import random",
+        "import nothing_of_this_name",
+        "sums.py cannot be run: line 2 raised ModuleNotFoundError",
+    ),
+    (
+        "import random",
+        "import random\nraise SystemExit",
+        "sums.py cannot be run: line 3 raised SystemExit; mend",
+    ),
     ("largest: int = 9", "largest: int", "sums.py: Sums() cannot be made: it raised TypeError"),
-    ("def examples", "def problems", "Sums has no method 'examples'; a task has examples, grade, answer_end"),
+    (
+        "def examples",
+        "def problems",
+        "Sums has no method 'examples'; a task has examples, grade, answer_end",
+    ),
     ("def grade", "grade = 3\n    def score", "Sums has no method 'grade'"),
     ("def answer_end", "def end", "Sums has no method 'answer_end'"),
-    ("rng = ", "rng = 1 / 0 or ", "Sums.examples: line 12 raised ZeroDivisionError: division by zero; mend the file"),
+    (
+        "rng = ",
+        "rng = 1 / 0 or ",
+        "Sums.examples: line 12 raised ZeroDivisionError: division by zero; mend the file",
+    ),
     ("return [Example", "yield [Example", "returned <generator object Sums.examples"),
-    ("return [Example", "return None; [Example", "Sums.examples returned None; return a list of potstill.Example"),
-    ("range(num_examples)", "range(7)", "Sums.examples returned 7 examples where 24 were asked for"),
+    (
+        "return [Example",
+        "return None; [Example",
+        "Sums.examples returned None; return a list of potstill.Example",
+    ),
+    (
+        "range(num_examples)",
+        "range(7)",
+        "Sums.examples returned 7 examples where 24 were asked for",
+    ),
     ("Example(id=f", "str(id=f", "Sums.examples: line 14 raised TypeError"),
-    ("Example(id=f", "(lambda id, **k: (id, k['prompt']))(id=f", "returned examples[0], ('train-0', '__"),
+    (
+        "Example(id=f",
+        "(lambda id, **k: (id, k['prompt']))(id=f",
+        "returned examples[0], ('train-0', '__",
+    ),
     ('Example(id=f"{split}-{i}"', "Example(id=i", "whose id is 0 and level ''; both are texts"),
     ("str(a * b)", "a * b", "it is a text or None"),
-    ('f"__{a}*{b}="', '""', "whose prompt is ''; it is a text or a list of messages, and not empty"),
+    (
+        'f"__{a}*{b}="',
+        '""',
+        "whose prompt is ''; it is a text or a list of messages, and not empty",
+    ),
     ('f"__{a}*{b}="', '[{"content": "a"}]', "whose prompt is [{'content': 'a'}]"),
     ("answer=", "completion='a', answer=", "whose completion is 'a'"),
     ("answer=", "teacher_prompt=3, answer=", "whose teacher_prompt is 3"),
-    ("return end + 1 if end >= 0 else None", "return 0.5", "Sums.answer_end returned 0.5; return None, or a number"),
-    ("return end + 1 if end >= 0 else None", "return 1", "Sums.answer_end returned 1; return None, or a number"),
-    ("end = response.find", "end = response.fnd", "line 20 raised AttributeError: 'str' object has no attribute 'fnd'"),
+    (
+        "return end + 1 if end >= 0 else None",
+        "return 0.5",
+        "Sums.answer_end returned 0.5; return None, or a number",
+    ),
+    (
+        "return end + 1 if end >= 0 else None",
+        "return 1",
+        "Sums.answer_end returned 1; return None, or a number",
+    ),
+    (
+        "end = response.find",
+        "end = response.fnd",
+        "line 22 raised AttributeError: 'str' object has no attribute 'fnd'",
+    ),
 ]
 
 
@@ -274,15 +353,35 @@ def test_faults_of_examples(folder, capsys, old, new, message):
 
 
 GRADES = [
-    ("[Grade(", "[float(", "line 17 raised"),
-    ('[Grade(float("#" + e.answer in r), r or None)', "[0.5", "Sums.grade returned 0.5; return a potstill.Grade"),
-    ("[Grade(", "[][:1] and [Grade(", "Sums.grade returned []; return a list of 1 potstill.Grade, one a response"),
-    ("return [Grade(", "return 3; [Grade(", "Sums.grade returned 3; return a list of 1 potstill.Grade"),
-    ('float("#" + e.answer in r)', "2", "returned Grade(score=2, answer=None, note=''); return a score from 0 to 1"),
+    ("[Grade(", "[float(", "line 18 raised"),
+    (
+        '[Grade(float("#" + e.answer in r), r or None)',
+        "[0.5",
+        "Sums.grade returned 0.5; return a potstill.Grade",
+    ),
+    (
+        "[Grade(",
+        "[][:1] and [Grade(",
+        "Sums.grade returned []; return a list of 1 potstill.Grade, one a response",
+    ),
+    (
+        "return [Grade(",
+        "return 3; [Grade(",
+        "Sums.grade returned 3; return a list of 1 potstill.Grade",
+    ),
+    (
+        'float("#" + e.answer in r)',
+        "2",
+        "returned Grade(score=2, answer=None, note=''); return a score from 0 to 1",
+    ),
     ('float("#" + e.answer in r)', "float('nan')", "return a score from 0 to 1"),
     ('float("#" + e.answer in r)', "'1'", "return a score from 0 to 1"),
     ("r or None", "3", "return a score from 0 to 1, and texts or None for the rest"),
-    ("e.answer in r", "e.anwser in r", "Sums.grade: line 17 raised AttributeError: 'Example' object has no attribute"),
+    (
+        "e.answer in r",
+        "e.anwser in r",
+        "Sums.grade: line 18 raised AttributeError: 'Example' object has no attribute",
+    ),
 ]
 
 
@@ -301,7 +400,8 @@ def test_lists_hold_no_tasks(folder, capsys):
 
 
 def test_doubled_ids_and_lists_are_put_right(folder):
-    """Ids are told apart by their places, and lists of messages are kept as tuples, as examples are never changed."""
+    """Ids are told apart by their places, and lists of messages are kept as tuples, as examples are
+    never changed."""
     edit(
         'Example(id=f"{split}-{i}", prompt=f"__{a}*{b}="',
         'Example(id="p", prompt=[{"role": "user", "content": str(a)}]',

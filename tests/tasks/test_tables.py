@@ -1,4 +1,5 @@
-"""Rows as they are written: mixed shapes, numbers and dates as text, several files, no more read than is asked for."""
+"""Rows as they are written: mixed shapes, numbers and dates as text, several files, no more read
+than is asked for."""
 
 import gzip
 import json
@@ -18,7 +19,9 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def write(path: Path, *rows) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -27,7 +30,8 @@ def prompts_of(source, **options):
 
 
 def test_json_lines_have_no_types_of_columns(tmp_path):
-    """Dates stay text, shapes mix row by row, null is absent, and a column that nobody reads may change its type."""
+    """Dates stay text, shapes mix row by row, null is absent, and a column that nobody reads may
+    change its type."""
     file = write(
         tmp_path / "rows.jsonl",
         {"prompt": "Which day? ", "completion": "2024-01-01", "unused": 1},
@@ -37,7 +41,11 @@ def test_json_lines_have_no_types_of_columns(tmp_path):
     )
     first, second, third = load_examples(file)
     assert first.completion == (("2024-01-01", True),) and third.completion is None
-    assert second.prompt == (CHAT[0],) and [example.id for example in (first, second, third)] == ["0", "1", "2"]
+    assert second.prompt == (CHAT[0],) and [example.id for example in (first, second, third)] == [
+        "0",
+        "1",
+        "2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +60,9 @@ def test_json_lines_have_no_types_of_columns(tmp_path):
     ],
 )
 def test_gold_answers_are_what_is_written(tmp_path, written, gold):
-    file = write(tmp_path / "rows.jsonl", f'{{"problem": "p", "answer": {written}, "unique_id": "a"}}')
+    file = write(
+        tmp_path / "rows.jsonl", f'{{"problem": "p", "answer": {written}, "unique_id": "a"}}'
+    )
     (example,) = make_task(f"math500:{file}").examples("test", 1, 0)
     assert example.answer == gold
 
@@ -68,7 +78,10 @@ def test_gold_answers_are_what_is_written(tmp_path, written, gold):
 def test_every_problem_has_an_id_of_its_own(tmp_path, ids, expected):
     if len(set(expected)) < len(expected):
         expected = [f"{place}:{name}" for place, name in enumerate(expected)]
-    rows = [{"problem": f"_1{i}*3=", "answer": "x", "level": 1, "unique_id": name} for i, name in enumerate(ids)]
+    rows = [
+        {"problem": f"_1{i}*3=", "answer": "x", "level": 1, "unique_id": name}
+        for i, name in enumerate(ids)
+    ]
     examples = make_task(f"math500:{write(tmp_path / 'rows.jsonl', *rows)}").examples("test", 4, 0)
     assert [example.id for example in examples] == expected
     rows = [{"prompt": "p", "id": name} for name in ids]
@@ -78,8 +91,12 @@ def test_every_problem_has_an_id_of_its_own(tmp_path, ids, expected):
 def test_files_of_every_kind_and_several_of_them(tmp_path):
     rows = [{"prompt": "a", "id": "x"}, {"prompt": "b, “c”", "id": "y"}]
     write(tmp_path / "lines.jsonl", *rows)
-    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress((tmp_path / "lines.jsonl").read_bytes()))
-    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "lines.jsonl").read_bytes())
+    (tmp_path / "lines.jsonl.gz").write_bytes(
+        gzip.compress((tmp_path / "lines.jsonl").read_bytes())
+    )
+    (tmp_path / "marked.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + (tmp_path / "lines.jsonl").read_bytes()
+    )
     write(tmp_path / "list.json", json.dumps(rows, indent=1))
     write(tmp_path / "lines.json", *rows)
     write(
@@ -96,7 +113,9 @@ def test_files_of_every_kind_and_several_of_them(tmp_path):
         assert [(e.id, e.prompt, e.level) for e in load_examples(file)] == expected, file
     assert prompts_of(files) == ["a", "b, “c”"] * 7 == prompts_of(str(tmp_path / "*.*"))
     assert prompts_of([files[0], str(tmp_path / "tab*")], num_examples=3) == ["a", "b, “c”", "a"]
-    with pytest.raises(DataError, match=r"no\*\.jsonl' does not exist; give a file that ends in \.jsonl"):
+    with pytest.raises(
+        DataError, match=r"no\*\.jsonl' does not exist; give a file that ends in \.jsonl"
+    ):
         load_examples(str(tmp_path / "no*.jsonl"))
 
 
@@ -119,19 +138,43 @@ def test_files_of_every_kind_and_several_of_them(tmp_path):
             r"line 1 of '.*' is not UTF-8 \(byte 0xe9 at 13\); save",
         ),
         ("half.jsonl", b'{"prompt": "\\ud800"}\n', "line 1 of '.*' has half of a surrogate pair"),
-        ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1 of '.*' cannot be read as JSON: maximum recursion"),
+        (
+            "deep.jsonl",
+            b"[" * 100_000 + b"\n",
+            "line 1 of '.*' cannot be read as JSON: maximum recursion",
+        ),
         (
             "long.jsonl",
             b'{"prompt": ' + b"9" * 5000 + b"}\n",
             "line 1 of '.*' cannot be read as JSON: Exceeds the limit",
         ),
-        ("list.jsonl", b"[1, 2]\n", r"line 1 of '.*' is '\[1, 2\]'; each row must be a JSON object"),
-        ("list.json", b'[{"prompt": "a"},\n {]', "data file '.*' is no JSON: .* at line 2, column 3"),
+        (
+            "list.jsonl",
+            b"[1, 2]\n",
+            r"line 1 of '.*' is '\[1, 2\]'; each row must be a JSON object",
+        ),
+        (
+            "list.json",
+            b'[{"prompt": "a"},\n {]',
+            "data file '.*' is no JSON: .* at line 2, column 3",
+        ),
         ("cut.csv", b'prompt\n"a', "line 2 of '.*' is no CSV: unexpected end of data"),
-        ("wide.csv", b"prompt\na,b\n", "line 2 of '.*' has more cells than the header; quote what holds commas"),
-        ("latin1.csv", "prompt\né\n".encode("latin-1"), r"line 2 of '.*' is not UTF-8 \(byte 0xe9\)"),
+        (
+            "wide.csv",
+            b"prompt\na,b\n",
+            "line 2 of '.*' has more cells than the header; quote what holds commas",
+        ),
+        (
+            "latin1.csv",
+            "prompt\né\n".encode("latin-1"),
+            r"line 2 of '.*' is not UTF-8 \(byte 0xe9\)",
+        ),
         ("bad.jsonl.gz", b"no gzip", "cannot be read: Not a gzipped file"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-9], "cannot be read: Compressed file ended"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-9],
+            "cannot be read: Compressed file ended",
+        ),
         ("bad.parquet", b"PAR1", "data file '.*' cannot be read: "),
         ("empty.csv", b"", "has no rows"),
     ],
@@ -155,7 +198,10 @@ def test_a_column_that_nobody_reads_may_be_of_any_type(tmp_path):
 
 def test_nulls_that_a_typed_table_adds_are_absent(tmp_path):
     """Arrow gives every message the keys of all."""
-    called = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    called = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}],
+    }
     rows = [{"messages": [CHAT[0], CHAT[1]]}, {"messages": [CHAT[0], called, CHAT[1]]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert [row.values for row in read_rows(str(tmp_path / "rows.parquet"), ["messages"])] == rows
@@ -163,8 +209,12 @@ def test_nulls_that_a_typed_table_adds_are_absent(tmp_path):
 
 def test_no_more_is_read_than_is_asked_for(tmp_path):
     """A small file can hold millions of rows; ten of them cost what ten cost."""
-    column = pyarrow.array(["the same text"]).take(pyarrow.array([0] * 2_000_000)).dictionary_encode()
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "rows.parquet", compression="zstd")
+    column = (
+        pyarrow.array(["the same text"]).take(pyarrow.array([0] * 2_000_000)).dictionary_encode()
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": column}), tmp_path / "rows.parquet", compression="zstd"
+    )
     del column
     assert (tmp_path / "rows.parquet").stat().st_size < 50_000
     with (tmp_path / "rows.jsonl").open("w") as file:
@@ -179,7 +229,9 @@ def test_no_more_is_read_than_is_asked_for(tmp_path):
 
 
 def test_data_sets_with_several_configurations(tmp_path):
-    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "other"))
+    listed = "".join(
+        f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "other")
+    )
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
     for name in ("main", "other"):
         write(tmp_path / f"{name}.jsonl", {"prompt": name, "completion": "2024-01-01"})

@@ -6,14 +6,23 @@ import pytest
 
 from potstill.models.character_tokenizer import build_tokenizer
 from potstill.tasks.columns import BEHAVIOURS, SETTINGS, Columns, styles_of
-from potstill.tasks.multiplication import MAX_TEST_PROBLEMS, WRITERS, Multiplication, is_test_problem
+from potstill.tasks.multiplication import (
+    MAX_TEST_PROBLEMS,
+    WRITERS,
+    Multiplication,
+    is_test_problem,
+)
 from potstill.types import Example
 
 
 def test_the_splits_do_not_overlap():
     task = Multiplication()
     train = {example.prompt for seed in range(3) for example in task.examples("train", 5000, seed)}
-    test = {example.prompt for seed in range(3) for example in task.examples("test", MAX_TEST_PROBLEMS, seed)}
+    test = {
+        example.prompt
+        for seed in range(3)
+        for example in task.examples("test", MAX_TEST_PROBLEMS, seed)
+    }
     assert not train & test
     assert len(task.examples("test", MAX_TEST_PROBLEMS, 0)) == len(
         {e.prompt for e in task.examples("test", MAX_TEST_PROBLEMS, 0)}
@@ -36,12 +45,17 @@ def test_levels_are_digits_in_turn():
 
 def test_same_seed_same_problems():
     task = Multiplication("persona")
-    assert task.examples("train", 50, 4) == task.examples("train", 50, 4) != task.examples("train", 50, 5)
+    assert (
+        task.examples("train", 50, 4)
+        == task.examples("train", 50, 4)
+        != task.examples("train", 50, 5)
+    )
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_traces_by_an_independent_reader(writer):
-    """Every trained column of a persona is right given what stands before it, and errors are not trained on."""
+    """Every trained column of a persona is right given what stands before it, and errors are not
+    trained on."""
     columns = re.compile(r"(\d)\*(\d)=(\d\d)\+(\d)=(\d\d)|(\d)\*(\d)\+(\d)=(\d\d)|:(\d\d)")
     num_wrong = num_columns = 0
     for example in Multiplication(writer).examples("train", 300, 0):
@@ -69,7 +83,9 @@ def test_scoring():
     right = ["7*6=42+0=42|4*6+4=28|:20|#2082.", "#2082", "#1?:42|#2082.", "#2082.#2082."]
     wrong = ["", "2082", "#2083.", "#2082?#1.", "#20820", "#", "# 2082"]
     for texts, score in ((right, 1.0), (wrong, 0.0)):
-        assert [grade.score for grade in task.grade([example] * len(texts), texts)] == [score] * len(texts)
+        assert [grade.score for grade in task.grade([example] * len(texts), texts)] == [
+            score
+        ] * len(texts)
 
 
 def test_where_the_answer_ends():
@@ -99,18 +115,24 @@ def test_bad_requests_are_refused():
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_columns_by_an_independent_reader(setting):
-    """Every column and answer by hand; the tag is the teacher's alone, but where the teacher is made."""
+    """Every column and answer by hand; the tag is the teacher's alone, but where the teacher is
+    made."""
     task = Columns(setting)
     tags = Counter()
     for example in task.examples("train", 600, 0):
         shown = example.prompt if setting == "visible" else example.teacher_prompt
-        assert example.prompt[1:] == shown[1:] and (example.prompt[0] == "_" or setting == "visible")
+        assert example.prompt[1:] == shown[1:] and (
+            example.prompt[0] == "_" or setting == "visible"
+        )
         tag, a, b = re.fullmatch(r"([_|~?:])_?(\d+)\*(\d)=", shown).groups()
         tags[tag] += 1
         ((text, is_trained),) = example.completion
         *columns, answer = text.removesuffix(".").split("|")
         carry = int(tag == "|")
-        assert example.answer == str(int(a) * int(b) + carry) == answer.removeprefix("#") and is_trained
+        assert (
+            example.answer == str(int(a) * int(b) + carry) == answer.removeprefix("#")
+            and is_trained
+        )
         for digit, column in zip(reversed(a), columns, strict=True):
             result = int(digit) * int(b) + carry
             full = f"{digit}*{b}={int(digit) * int(b):02d}+{carry}={result:02d}"
@@ -122,11 +144,15 @@ def test_columns_by_an_independent_reader(setting):
         grades = task.grade([example] * 2, [text, text.replace("#", "#1")])
         assert [grade.score for grade in grades] == [1, 0] and grades[0].answer == example.answer
         assert task.answer_end(text + "#1.") == len(text) and task.answer_end(text[:-1]) is None
-    assert {tag: count / 600 for tag, count in tags.items()} == pytest.approx(SETTINGS[setting], abs=0.07)
+    assert {tag: count / 600 for tag, count in tags.items()} == pytest.approx(
+        SETTINGS[setting], abs=0.07
+    )
 
 
 def test_columns_splits_and_errors():
-    train, test = ({e.prompt for e in Columns().examples(split, 2000, 0)} for split in ("train", "test"))
+    train, test = (
+        {e.prompt for e in Columns().examples(split, 2000, 0)} for split in ("train", "test")
+    )
     assert not train & test
     for make in (lambda: Columns("odd"), lambda: Columns().examples("dev", 1, 0)):
         with pytest.raises(ValueError, match="choose"):

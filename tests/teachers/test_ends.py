@@ -1,4 +1,5 @@
-"""Which ids end a text, which are one class, what a class does for any masses, and what models end with."""
+"""Which ids end a text, which are one class, what a class does for any masses, and what models end
+with."""
 
 import contextlib
 import copy
@@ -63,21 +64,35 @@ def test_which_ids_stop_and_which_are_one_class(student, teacher, sections, stop
     union = tuple(dict.fromkeys(student + teacher))
     compared = tuple(i for i in union if i < 25)
     assert found == Ends(
-        all_ids=union, stop_ids=stops, class_ids=merged, compared_ids=compared if len(compared) > 1 else ()
+        all_ids=union,
+        stop_ids=stops,
+        class_ids=merged,
+        compared_ids=compared if len(compared) > 1 else (),
     )
 
 
 def test_a_separate_end_that_is_none_is_refused_with_the_list(tmp_path):
     recipe = tiny_recipe(tmp_path / "run", objective={"separate_ends": ("<|call|>",)})
-    message = r"separate_ends names '<\|call\|>', which is no end token .*; theirs are <eos>, <\|eom_id\|>: name some"
+    message = (
+        r"separate_ends names '<\|call\|>', which is no end token .*; theirs are <eos>, "
+        r"<\|eom_id\|>: name some"
+    )
     with pytest.raises(RecipeError, match=message):
-        potstill.train(recipe, student=ending_on(2, EOM), teacher=ending_on(2, seed=1), prompts=["1*2="], quiet=True)
+        potstill.train(
+            recipe,
+            student=ending_on(2, EOM),
+            teacher=ending_on(2, seed=1),
+            prompts=["1*2="],
+            quiet=True,
+        )
     assert not (tmp_path / "run").exists()
     for objective, reason in (
         ({"end_class": "raw"}, "raw"),
         ({"prefix": "dataset", "signal": "labels"}, "labels"),
     ):
-        with pytest.raises(RecipeError, match=f'objective.separate_ends is set but not read: .* "{reason}"'):
+        with pytest.raises(
+            RecipeError, match=f'objective.separate_ends is set but not read: .* "{reason}"'
+        ):
             make_recipe({"objective": {**objective, "separate_ends": ("<eos>",)}})
 
 
@@ -87,7 +102,8 @@ def test_a_model_without_an_end_is_refused():
 
 
 def test_equal_sets_are_one_class_everywhere(tmp_path, capsys):
-    """Training, its evaluation and export, a GRPO run from there: two ids in both models, in one order."""
+    """Training, its evaluation and export, a GRPO run from there: two ids in both models, in one
+    order."""
     student, teacher = ending_on(2, 22), ending_on(2, 22, seed=1)
     settings = {
         "source": "multiplication",
@@ -111,27 +127,50 @@ def test_equal_sets_are_one_class_everywhere(tmp_path, capsys):
 
 
 def test_a_cache_is_of_its_class(tmp_path):
-    """What a cache of likeliest tokens keeps of the ends follows from the same rule, and another rule is refused."""
+    """What a cache of likeliest tokens keeps of the ends follows from the same rule, and another
+    rule is refused."""
     models: dict[str, Any] = {"student": ending_on(2, 22), "teacher": ending_on(2, 22, seed=1)}
     models["prompts"] = ["__12*3=", "_123*4="]
     objective = {"prefix": "teacher", "signal": "topk", "top_k": 8}
     recipe = tiny_recipe("unused", objective=objective)
-    manifest = build_cache(recipe, tmp_path / "cache", CacheOptions(payload="topk"), quiet=True, **models)
+    manifest = build_cache(
+        recipe, tmp_path / "cache", CacheOptions(payload="topk"), quiet=True, **models
+    )
     assert manifest.settings.end_ids == manifest.settings.end_class == (2, 22)
-    for changed, is_refused in (({}, False), ({"end_class": "raw"}, True), ({"separate_ends": ("<eos>",)}, True)):
-        spec = {"objective": {**objective, **changed}, "teacher": {"cache": str(tmp_path / "cache")}}
-        with pytest.raises(CacheError, match="the end class") if is_refused else contextlib.nullcontext():
+    for changed, is_refused in (
+        ({}, False),
+        ({"end_class": "raw"}, True),
+        ({"separate_ends": ("<eos>",)}, True),
+    ):
+        spec = {
+            "objective": {**objective, **changed},
+            "teacher": {"cache": str(tmp_path / "cache")},
+        }
+        with (
+            pytest.raises(CacheError, match="the end class")
+            if is_refused
+            else contextlib.nullcontext()
+        ):
             setup.prepare(tiny_recipe("unused", **spec), World(0, 1, torch.device("cpu")), **models)
 
 
-# Logits of three members beside ordinary tokens: nothing, everything by one of them, shares, more than everything else.
-MASSES = [(-300.0,) * 3, (30.0, -300.0, -300.0), (-300.0, 30.0, -300.0), (0.0,) * 3, (-300.0, 5.0, -2.0), (60, 60, -60)]
+# Logits of three members beside ordinary tokens: nothing, everything by one of them, shares, more
+# than everything else.
+MASSES = [
+    (-300.0,) * 3,
+    (30.0, -300.0, -300.0),
+    (-300.0, 30.0, -300.0),
+    (0.0,) * 3,
+    (-300.0, 5.0, -2.0),
+    (60, 60, -60),
+]
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd", "skew_forward", "skew_reverse"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
 def test_members_of_any_mass(kind, dtype):
-    """Value and gradient against sums of probabilities in float64, each mass of the student's with each teacher's."""
+    """Value and gradient against sums of probabilities in float64, each mass of the student's with
+    each teacher's."""
     ends, num_tokens = [1, 4, 7], 9
     generator = torch.Generator().manual_seed(0)
     pairs = list(itertools.product(MASSES, MASSES))
@@ -179,7 +218,9 @@ def test_a_set_of_one_id_costs_nothing():
         mine = weight.clone().requires_grad_()
         with FlopCounterMode(display=False) as counter:
             terms = LossTerms(forward=0.4, reverse=0.6)
-            loss, *_ = fused_loss(hidden, Head(mine), teacher_hidden, Head(teacher_weight), terms, end_ids=ends)
+            loss, *_ = fused_loss(
+                hidden, Head(mine), teacher_hidden, Head(teacher_weight), terms, end_ids=ends
+            )
             loss.backward()
         found.append((counter.get_total_flops(), loss.item(), mine.grad))
     without, one, two = found
@@ -204,11 +245,17 @@ def test_habits_are_the_models_own_probabilities(tmp_path, monkeypatch, prefix):
     """Against whole distributions of plain forward passes, one completion at a time."""
     written = []
     real = step.write_rollouts
-    monkeypatch.setattr(step, "write_rollouts", lambda *given: written.append(real(*given)) or written[-1])
+    monkeypatch.setattr(
+        step, "write_rollouts", lambda *given: written.append(real(*given)) or written[-1]
+    )
     objective = {"prefix": prefix, "temperature": 1.3}
-    recipe = tiny_recipe(tmp_path / "run", objective=objective, train={"steps": 1, "prompts_per_step": 32})
+    recipe = tiny_recipe(
+        tmp_path / "run", objective=objective, train={"steps": 1, "prompts_per_step": 32}
+    )
     student, teacher = ending_on(2), ending_on(22, seed=1)
-    result = potstill.train(recipe, student=student, teacher=teacher, prompts=["__12*3="], quiet=True)
+    result = potstill.train(
+        recipe, student=student, teacher=teacher, prompts=["__12*3="], quiet=True
+    )
     writer = "teacher" if prefix == "teacher" else "student"
     ended = [r for r in written[0] if r.completion_ids[-1] in (2, 22) and r.writers[-1] == writer]
     habits = result.metrics["end_habits"]
@@ -216,17 +263,23 @@ def test_habits_are_the_models_own_probabilities(tmp_path, monkeypatch, prefix):
     for who, model in (("student", ending_on(2)), ("teacher", teacher)):
         with torch.no_grad():
             rows = [
-                model.model(input_ids=torch.tensor([[*r.prompt.token_ids, *r.completion_ids[:-1]]])).logits[0, -1]
+                model.model(
+                    input_ids=torch.tensor([[*r.prompt.token_ids, *r.completion_ids[:-1]]])
+                ).logits[0, -1]
                 for r in ended
             ]
         expected = (torch.stack(rows) / 1.3).softmax(-1).mean(0)
-        assert list(habits[who].values()) == pytest.approx([expected[2].item(), expected[22].item()], rel=1e-4)
+        assert list(habits[who].values()) == pytest.approx(
+            [expected[2].item(), expected[22].item()], rel=1e-4
+        )
 
 
 def test_habits_of_every_kind_of_head():
     torch.manual_seed(0)
     hidden = torch.randn(5, 6, dtype=torch.float64)
-    head = Head(torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64), 0.7, 2.0)
+    head = Head(
+        torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64), 0.7, 2.0
+    )
     logits = head(hidden, 20) / 0.8
     probs = end_probs(hidden, head, (3, 17), logits.logsumexp(-1), 0.8)
     torch.testing.assert_close(probs, logits.softmax(-1)[:, [3, 17]])
@@ -251,26 +304,46 @@ def test_other_habits_are_warned_of_once(tmp_path, capsys, objective, teacher_is
         head.weight.copy_(weight)
         student.model.lm_head = head
     teacher = swapped(student) if teacher_is_swapped else copy.deepcopy(student)
-    recipe = tiny_recipe(tmp_path / "run", objective={"prefix": "student", **objective}, train={"lr": 1e-6})
-    result = potstill.train(recipe, student=student, teacher=teacher, prompts=["__12*3=", "_123*4="])
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "the student would end with" in line]
+    recipe = tiny_recipe(
+        tmp_path / "run", objective={"prefix": "student", **objective}, train={"lr": 1e-6}
+    )
+    result = potstill.train(
+        recipe, student=student, teacher=teacher, prompts=["__12*3=", "_123*4="]
+    )
+    warnings = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "the student would end with" in line
+    ]
     assert len(warnings) == (message is not None)
     assert message is None or (message in warnings[0] and "would end with <eos> (" in warnings[0])
     habits = result.metrics["end_habits"]
     mine, theirs = habits["student"].values(), habits["teacher"].values()
-    assert list(mine) == pytest.approx(list(theirs)[::-1] if teacher_is_swapped else list(theirs), rel=1e-2)
+    assert list(mine) == pytest.approx(
+        list(theirs)[::-1] if teacher_is_swapped else list(theirs), rel=1e-2
+    )
 
 
 @pytest.mark.parametrize(
     ("objective", "is_known", "line"),
     [
-        ({"signal": "topk"}, False, 'is not known: with objective.signal = "topk" only its likeliest'),
-        ({"signal": "sampled", "kl": "reverse"}, False, 'is not known: with objective.signal = "sampled" only its'),
+        (
+            {"signal": "topk"},
+            False,
+            'is not known: with objective.signal = "topk" only its likeliest',
+        ),
+        (
+            {"signal": "sampled", "kl": "reverse"},
+            False,
+            'is not known: with objective.signal = "sampled" only its',
+        ),
         ({"signal": "sampled", "kl": "reverse", "baseline": "exact"}, True, None),
     ],
 )
 def test_a_teacher_that_says_little_has_no_habits(tmp_path, capsys, objective, is_known, line):
-    recipe = tiny_recipe(tmp_path / "run", objective={"prefix": "student", **objective}, train={"steps": 1})
+    recipe = tiny_recipe(
+        tmp_path / "run", objective={"prefix": "student", **objective}, train={"steps": 1}
+    )
     models: dict[str, Any] = {"student": ending_on(2, 22), "teacher": ending_on(2, seed=1)}
     habits = potstill.train(recipe, prompts=["__12*3="], **models).metrics["end_habits"]
     assert ("teacher" in habits) == is_known and sum(habits["student"].values()) > 0
@@ -278,4 +351,7 @@ def test_a_teacher_that_says_little_has_no_habits(tmp_path, capsys, objective, i
 
 
 def test_one_end_has_no_habits_to_log(tmp_path):
-    assert "end_habits" not in potstill.train(tiny_recipe(tmp_path / "run", train={"steps": 1}), quiet=True).metrics
+    assert (
+        "end_habits"
+        not in potstill.train(tiny_recipe(tmp_path / "run", train={"steps": 1}), quiet=True).metrics
+    )

@@ -1,4 +1,5 @@
-"""Two heads of different sizes: which rows the loss is over, what is drawn, and which tokenizers go together."""
+"""Two heads of different sizes: which rows the loss is over, what is drawn, and which tokenizers go
+together."""
 
 from pathlib import Path
 
@@ -27,10 +28,12 @@ def tok():
 
 @pytest.fixture(scope="module")
 def pair(tok):
-    """A model, and one of the same tokenizer whose head has rows beyond it that it would draw nearly always."""
+    """A model, and one of the same tokenizer whose head has rows beyond it that it would draw
+    nearly always."""
     wide = make_tiny(tok, seed=2, rows=PADDING, tie_word_embeddings=False)
     with torch.no_grad():
-        # An end of the first coordinate of each hidden state, so that some padding row is always likely.
+        # An end of the first coordinate of each hidden state, so that some padding row is always
+        # likely.
         wide.lm_head.weight[NUM_IDS:] *= 40
     return {"plain": make_tiny(tok), "wide": wide}
 
@@ -54,8 +57,12 @@ def test_only_shared_rows_are_drawn(tok, pair, tmp_path, source, student):
         window={"tokens": 8},
         train={"steps": 1, "prompts_per_step": 4, "checkpoint_every": 1},
     )
-    objects = {name: make_copy(pair[which]) for name, which in (("student", student), ("teacher", teacher))}
-    potstill.train(recipe, **objects, tokenizer=tok, prompts=["The", "loss", "is", "one"], quiet=True)
+    objects = {
+        name: make_copy(pair[which]) for name, which in (("student", student), ("teacher", teacher))
+    }
+    potstill.train(
+        recipe, **objects, tokenizer=tok, prompts=["The", "loss", "is", "one"], quiet=True
+    )
     assert run_folder.read_rows(tmp_path / "run/metrics.jsonl")[0]["num_loss_tokens"] > 4
 
 
@@ -81,23 +88,31 @@ def test_draws_follow_the_distribution_over_the_shared_rows(tok, pair):
 
 
 def test_a_cache_holds_only_shared_rows_and_says_of_how_many(tok, pair, tmp_path):
-    recipe = tiny_recipe(tmp_path / "run", window={"tokens": 8}, train={"steps": 1, "prompts_per_step": 4})
+    recipe = tiny_recipe(
+        tmp_path / "run", window={"tokens": 8}, train={"steps": 1, "prompts_per_step": 4}
+    )
     given = {"tokenizer": tok, "prompts": ["The", "loss", "is", "one"], "quiet": True}
     objects = {"student": make_copy(pair["plain"]), "teacher": make_copy(pair["wide"])}
     manifest = potstill.build_cache(recipe, tmp_path / "cache", CacheOptions(), **objects, **given)
     assert manifest.settings.vocab_size == NUM_IDS
-    cached = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": str(tmp_path / "cache")})})
+    cached = recipe.model_copy(
+        update={"teacher": recipe.teacher.model_copy(update={"cache": str(tmp_path / "cache")})}
+    )
     potstill.train(cached, **objects, **given)
     both_wide = {"student": make_copy(pair["wide"]), "teacher": make_copy(pair["wide"])}
     potstill.build_cache(recipe, tmp_path / "all rows", CacheOptions(), **both_wide, **given)
     teacher = recipe.teacher.model_copy(update={"cache": str(tmp_path / "all rows")})
     other = recipe.model_copy(update={"teacher": teacher, "out": tmp_path / "other"})
-    with pytest.raises(CacheError, match="drawn from 354 vocabulary rows, and this student shares 314"):
+    with pytest.raises(
+        CacheError, match="drawn from 354 vocabulary rows, and this student shares 314"
+    ):
         potstill.train(other, **objects, **given)
 
 
 def test_an_evaluation_draws_tokens_that_have_a_name(tok, pair, tmp_path):
-    settings = Evaluation(source="multiplication", num_problems=2, num_responses=4, temperatures=(1.0,), max_tokens=12)
+    settings = Evaluation(
+        source="multiplication", num_problems=2, num_responses=4, temperatures=(1.0,), max_tokens=12
+    )
     model = ready(make_copy(pair["wide"]), tok)
     assert num_named_rows(model) == NUM_IDS < model.vocab_size
     (row,) = potstill.evaluate(model, settings, responses=tmp_path, quiet=True)
@@ -111,7 +126,9 @@ def test_vocabularies_must_agree_on_what_they_share():
     assert shared_vocab_size(student, teacher) == shared_vocab_size(teacher, student) == 23
     student.tokenizer.add_tokens(["<mine>"])
     teacher.tokenizer.add_tokens(["<theirs>"])
-    with pytest.raises(ModelError, match=r"differ at 1 ids \(student / teacher: 23: '<mine>' / '<theirs>'\)"):
+    with pytest.raises(
+        ModelError, match=r"differ at 1 ids \(student / teacher: 23: '<mine>' / '<theirs>'\)"
+    ):
         shared_vocab_size(student, teacher)
 
 
@@ -124,7 +141,10 @@ def test_tokens_that_one_tokenizer_alone_has_are_cut_off(tok, tmp_path, capsys):
     loaded = ready(student), ready(teacher)
     for first, second in (loaded, loaded[::-1]):
         assert shared_vocab_size(first, second) == NUM_IDS
-        assert unshared_tokens(first, second) == {NUM_IDS: "<tool_call>", NUM_IDS + 1: "</tool_call>"}
+        assert unshared_tokens(first, second) == {
+            NUM_IDS: "<tool_call>",
+            NUM_IDS + 1: "</tool_call>",
+        }
 
     def run(student: Path, teacher: Path, prompt: str):
         recipe = tiny_recipe(
@@ -138,11 +158,17 @@ def test_tokens_that_one_tokenizer_alone_has_are_cut_off(tok, tmp_path, capsys):
     run(student, teacher, "The <tool_call>")
     said = " ".join(capsys.readouterr().err.split())
     assert "heads of 334 (student) and 356 (teacher) rows are cut to the 314 they share" in said
-    assert "2 tokens that one tokenizer alone has ('<tool_call>', '</tool_call>') are left out" in said
-    with pytest.raises(DataError, match=r"prompt '0' has the token '<tool_call>' \(314\), which is not among"):
+    assert (
+        "2 tokens that one tokenizer alone has ('<tool_call>', '</tool_call>') are left out" in said
+    )
+    with pytest.raises(
+        DataError, match=r"prompt '0' has the token '<tool_call>' \(314\), which is not among"
+    ):
         run(teacher, student, "The <tool_call>")
     loaded[1].end_ids = (2, NUM_IDS)
     assert shared_vocab_size(*loaded) == NUM_IDS
     loaded[1].end_ids = (NUM_IDS,)
-    with pytest.raises(ModelError, match=r"ends with '<tool_call>' \(314\), which is not among the 314"):
+    with pytest.raises(
+        ModelError, match=r"ends with '<tool_call>' \(314\), which is not among the 314"
+    ):
         shared_vocab_size(*loaded)

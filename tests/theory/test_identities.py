@@ -56,7 +56,9 @@ def wrong_tile(monkeypatch):
 def wrong_returns(monkeypatch):
     """Discounted twice. (To count a token's own KL too would be right: it is a baseline.)"""
     real = loss_module.returns_to_go
-    monkeypatch.setattr(loss_module, "returns_to_go", lambda kl, batch, gamma: real(kl, batch, gamma**2))
+    monkeypatch.setattr(
+        loss_module, "returns_to_go", lambda kl, batch, gamma: real(kl, batch, gamma**2)
+    )
 
 
 def wrong_split(monkeypatch):
@@ -72,7 +74,9 @@ def wrong_estimator(old, new):
         def wrong(*args):
             *sides, labels, loss = args
             if loss.objective.estimator == old:
-                loss = dataclasses.replace(loss, objective=loss.objective.model_copy(update={"estimator": new}))
+                loss = dataclasses.replace(
+                    loss, objective=loss.objective.model_copy(update={"estimator": new})
+                )
             return real(*sides, labels, loss)
 
         monkeypatch.setattr(loss_module, "sampled_loss", wrong)
@@ -100,7 +104,11 @@ def wrong_terms(monkeypatch):
 
     def wrong(self):
         terms = real(self)
-        return LossTerms(forward=terms.reverse, reverse=terms.forward) if self.objective.kl == "mixed" else terms
+        return (
+            LossTerms(forward=terms.reverse, reverse=terms.forward)
+            if self.objective.kl == "mixed"
+            else terms
+        )
 
     monkeypatch.setattr(Loss, "terms", wrong)
 
@@ -124,14 +132,23 @@ def wrong_mixture(monkeypatch):
 
 MUTATIONS = {
     "forward KL: p - q": (wrong_closed_form("forward", lambda v, g, q, p: (v, -g)), "forward"),
-    "reverse KL: without q": (wrong_closed_form("reverse", lambda v, g, q, p: (v, g / q)), "reverse"),
+    "reverse KL: without q": (
+        wrong_closed_form("reverse", lambda v, g, q, p: (v, g / q)),
+        "reverse",
+    ),
     "mixed: value of the forward KL": (
         wrong_closed_form("mixed", lambda v, g, q, p: ((p * (p / q).log()).sum(-1), g)),
         "mixed",
     ),
     "JSD: without 1 - b": (wrong_closed_form("jsd", lambda v, g, q, p: (v, g / 0.7)), "jsd"),
-    "skew-forward: a tenth off": (wrong_closed_form("skew-forward", lambda v, g, q, p: (v, 1.1 * g)), "skew-forward"),
-    "skew-reverse: value shifted": (wrong_closed_form("skew-reverse", lambda v, g, q, p: (v + 1e-6, g)), "skew-rev"),
+    "skew-forward: a tenth off": (
+        wrong_closed_form("skew-forward", lambda v, g, q, p: (v, 1.1 * g)),
+        "skew-forward",
+    ),
+    "skew-reverse: value shifted": (
+        wrong_closed_form("skew-reverse", lambda v, g, q, p: (v + 1e-6, g)),
+        "skew-rev",
+    ),
     "fused reverse KL: not centred": (wrong_tile, "reverse-KL gradient = policy gradient"),
     "fused mixture: weights exchanged": (wrong_mixture, "jsd"),
     "returns: discounted twice": (wrong_returns, "gamma = 0.5"),
@@ -169,7 +186,9 @@ def test_a_real_model(capsys):
 def test_a_real_model_with_a_wrong_formula(monkeypatch):
     wrong_tile(monkeypatch)
     broken = [check.name for check in check_model(make_model()) if not check.holds]
-    assert any(name.startswith("reverse: value and gradient by definition (fused)") for name in broken)
+    assert any(
+        name.startswith("reverse: value and gradient by definition (fused)") for name in broken
+    )
     with pytest.raises(SystemExit) as error:
         main(["verify", "--model", "potstill:base"])
     assert error.value.code == 1

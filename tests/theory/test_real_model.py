@@ -1,4 +1,5 @@
-"""The four cells on a real model: SmolLM2-135M-Instruct teaches half of its own layers. Run by `make test-real`."""
+"""The four cells on a real model: SmolLM2-135M-Instruct teaches half of its own layers. Run by
+`make test-real`."""
 
 import itertools
 import json
@@ -61,7 +62,9 @@ def tokenise(model: LanguageModel, examples: list[Example], max_completion: int)
 @pytest.fixture(scope="session")
 def held_out(teacher, student) -> dict[str, Batch]:
     """Problems that no run trains on, continued by the teacher and by the untrained student."""
-    prompts = tokenise(teacher, load_examples("reasoning-gym:gsm_symbolic", split="test", num_examples=6), 48)
+    prompts = tokenise(
+        teacher, load_examples("reasoning-gym:gsm_symbolic", split="test", num_examples=6), 48
+    )
     writers: dict[Writer, LanguageModel] = {"teacher": teacher, "student": student}
     batches = {}
     for source, model in writers.items():
@@ -89,8 +92,12 @@ def held_out(teacher, student) -> dict[str, Batch]:
 
 
 @torch.no_grad()
-def mean_loss(student: LanguageModel, teacher: LanguageModel, batch: Batch, objective: Objective) -> float:
-    loss = Loss(objective=objective, normalize="token", vocab_size=shared_vocab_size(student, teacher))
+def mean_loss(
+    student: LanguageModel, teacher: LanguageModel, batch: Batch, objective: Objective
+) -> float:
+    loss = Loss(
+        objective=objective, normalize="token", vocab_size=shared_vocab_size(student, teacher)
+    )
     loss_N = batch_loss(student, teacher, teacher_signal(teacher, batch, loss), batch, loss)[1]
     return loss_N.mean().item()
 
@@ -132,7 +139,8 @@ def test_a_prompt_is_one_templated_turn(teacher):
     text = teacher.tokenizer.decode(prompt.token_ids)
     assert text.endswith(f"<|im_start|>user\n{example.prompt}<|im_end|>\n<|im_start|>assistant\n")
     assert text.count("<|im_start|>user\n") == 1
-    # The start of a turn is also the tokenizer's BOS, so one too many would go unnoticed: system, user, assistant.
+    # The start of a turn is also the tokenizer's BOS, so one too many would go unnoticed: system,
+    # user, assistant.
     assert prompt.token_ids.count(IM_START) == 3
     assert prompt.token_ids[0] == IM_START != prompt.token_ids[1]
 
@@ -149,7 +157,9 @@ def test_the_teacher_answers_and_stops_as_in_plain_transformers(teacher, folder)
     )
     assert completion.stop == "end" and completion.token_ids[-1] == IM_END
     assert "Paris" in teacher.tokenizer.decode(completion.token_ids)
-    assert plain_answer(folder / "teacher") == teacher.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    assert plain_answer(folder / "teacher") == teacher.tokenizer.decode(
+        completion.token_ids, skip_special_tokens=True
+    )
 
 
 def plain_answer(folder: Path, do_sample: bool = False) -> str:
@@ -158,10 +168,15 @@ def plain_answer(folder: Path, do_sample: bool = False) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == IM_END
     inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": CAPITAL}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": CAPITAL}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     torch.manual_seed(0)
-    ids = model.generate(**inputs, max_new_tokens=32, do_sample=do_sample)[0, inputs["input_ids"].shape[1] :]
+    ids = model.generate(**inputs, max_new_tokens=32, do_sample=do_sample)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -184,8 +199,13 @@ def test_five_steps_lower_the_loss(method, folder, teacher, student, held_out, t
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     trained = load_model(str(tmp_path / "model"))
     batch = held_out[METHODS[method].prefix]
-    before, after = (mean_loss(model, teacher, batch, recipe.objective) for model in (student, trained))
-    print(f"{method}: held-out loss {before:.3f} -> {after:.3f}, steps {[round(r['loss'], 3) for r in rows]}")
+    before, after = (
+        mean_loss(model, teacher, batch, recipe.objective) for model in (student, trained)
+    )
+    print(
+        f"{method}: held-out loss {before:.3f} -> {after:.3f}, steps "
+        f"{[round(r['loss'], 3) for r in rows]}"
+    )
     assert after < 0.8 * before
     assert trained.end_ids == (IM_END,)
     assert trained.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()

@@ -1,4 +1,5 @@
-"""The forward weight's schedules and the length gate: by hand as a state machine, and end to end."""
+"""The forward weight's schedules and the length gate: by hand as a state machine, and end to
+end."""
 
 import dataclasses
 import json
@@ -27,7 +28,9 @@ from potstill.training.controllers import (
 )
 from potstill.types import DataError
 
-GOOD = Probe(entropy=1.0, teacher_entropy=None, truncation=0.1, teacher_truncation=0.0, repetition=0.0)
+GOOD = Probe(
+    entropy=1.0, teacher_entropy=None, truncation=0.1, teacher_truncation=0.0, repetition=0.0
+)
 FLAT = dataclasses.replace(GOOD, entropy=0.4)
 CUT = dataclasses.replace(GOOD, truncation=0.6, teacher_truncation=0.2)
 LOOPS = dataclasses.replace(GOOD, repetition=0.1)
@@ -43,7 +46,8 @@ def play(window, *probes):
     return seen, state
 
 
-# -- the gate as a state machine ---------------------------------------------------------------------------------------
+# -- the gate as a state machine
+# ---------------------------------------------------------------------------------------
 
 
 def test_it_climbs_with_patience_up_to_the_cap():
@@ -56,20 +60,30 @@ def test_it_climbs_with_patience_up_to_the_cap():
     assert state.first_entropy == 1.0
 
 
-@pytest.mark.parametrize(("probe", "gate"), [(FLAT, "entropy"), (CUT, "truncation"), (LOOPS, "repetition")])
+@pytest.mark.parametrize(
+    ("probe", "gate"), [(FLAT, "entropy"), (CUT, "truncation"), (LOOPS, "repetition")]
+)
 def test_each_gate_alone_freezes_for_good(probe, gate):
     seen, state = play(GATED, GOOD, GOOD, GOOD, probe, GOOD, GOOD, GOOD)
     assert seen[2:4] == [("climb", 256), ("freeze", 256)]
     assert all(window == 256 for _, window in seen[3:]) and state.frozen
-    _, decision = decide(GATED, WindowState(tokens=256, num_passed=1, frozen=False, first_entropy=1.0), probe)
-    assert decision.failed == (gate,) and gate in str(decision) and decision.as_row()["failed"] == [gate]
+    _, decision = decide(
+        GATED, WindowState(tokens=256, num_passed=1, frozen=False, first_entropy=1.0), probe
+    )
+    assert (
+        decision.failed == (gate,)
+        and gate in str(decision)
+        and decision.as_row()["failed"] == [gate]
+    )
     assert not is_probe_due(GATED, state, 400, 1), "sticky"
 
 
 def test_it_thaws_where_freezing_is_not_for_good():
     window = GATED.model_copy(update={"sticky": False})
     seen, state = play(window, GOOD, FLAT, GOOD, GOOD)
-    assert seen == [("hold", 128), ("freeze", 128), ("hold", 128), ("climb", 256)] and not state.frozen
+    assert (
+        seen == [("hold", 128), ("freeze", 128), ("hold", 128), ("climb", 256)] and not state.frozen
+    )
 
 
 def test_it_steps_back_where_it_may():
@@ -104,21 +118,33 @@ def test_the_teachers_own_truncation_does_not_count():
     assert decide(GATED, WindowState(tokens=128), long_teacher)[1].failed == ()
     new, _ = decide(GATED, WindowState(tokens=128), long_teacher)
     assert new.teacher_truncation == 0.7
-    climbed, _ = decide(GATED, WindowState(tokens=128, num_passed=1, frozen=False, first_entropy=1.0), long_teacher)
-    assert climbed.tokens == 256 and climbed.teacher_truncation is None, "another window cuts another share"
+    climbed, _ = decide(
+        GATED, WindowState(tokens=128, num_passed=1, frozen=False, first_entropy=1.0), long_teacher
+    )
+    assert climbed.tokens == 256 and climbed.teacher_truncation is None, (
+        "another window cuts another share"
+    )
 
 
 def test_the_ladder():
     assert rungs(GATED) == (128, 256, 512, 1024)
     assert rungs(Window(tokens=1000, schedule="entropy-gated", start=300)) == (300, 600, 1000)
     assert rungs(Window(tokens=64, schedule="entropy-gated", start=64)) == (64,)
-    assert rungs(Window(tokens=90, schedule="entropy-gated", start=10, ladder=(20, 90))) == (10, 20, 90)
+    assert rungs(Window(tokens=90, schedule="entropy-gated", start=10, ladder=(20, 90))) == (
+        10,
+        20,
+        90,
+    )
 
 
-@pytest.mark.parametrize(("reuse", "expected"), [(1, [0, 50, 100]), (3, [0, 51, 102]), (80, [0, 80])])
+@pytest.mark.parametrize(
+    ("reuse", "expected"), [(1, [0, 50, 100]), (3, [0, 51, 102]), (80, [0, 80])]
+)
 def test_probes_come_where_a_set_of_rollouts_begins(reuse, expected):
     state = WindowState(tokens=128)
-    assert [step for step in range(0, 130, reuse) if is_probe_due(GATED, state, step, reuse)] == expected
+    assert [
+        step for step in range(0, 130, reuse) if is_probe_due(GATED, state, step, reuse)
+    ] == expected
     assert not is_probe_due(Window(), state, 0, 1)
 
 
@@ -129,26 +155,44 @@ def test_linear_windows():
     assert [scheduled_window(quick, step, 11) for step in range(5)] == [10, 60, 110, 110, 110]
 
 
-# -- the forward weight ------------------------------------------------------------------------------------------------
+# -- the forward weight
+# ------------------------------------------------------------------------------------------------
 
 
 def test_schedules_by_hand():
     linear = WeightSchedule(schedule="linear", end_weight=0.2)
-    assert [scheduled_weight(linear, 1.0, step, 5) for step in range(6)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0.2])
+    assert [scheduled_weight(linear, 1.0, step, 5) for step in range(6)] == pytest.approx(
+        [1, 0.8, 0.6, 0.4, 0.2, 0.2]
+    )
     cosine = WeightSchedule(schedule="cosine", end_weight=0.0, over_steps=5)
     expected = [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
     assert [scheduled_weight(cosine, 1.0, step, 99) for step in range(5)] == pytest.approx(expected)
     steps = WeightSchedule(schedule="steps", at_steps=((2, 0.7), (4, 0.1)))
-    assert [scheduled_weight(steps, 0.9, step, 6) for step in range(6)] == [0.9, 0.9, 0.7, 0.7, 0.1, 0.1]
+    assert [scheduled_weight(steps, 0.9, step, 6) for step in range(6)] == [
+        0.9,
+        0.9,
+        0.7,
+        0.7,
+        0.1,
+        0.1,
+    ]
     assert scheduled_weight(WeightSchedule(), 0.3, 5, 6) == 0.3
 
 
 def test_the_entropy_controller_holds_rises_falls_and_keeps_its_bounds():
     mixing = WeightSchedule(schedule="entropy", floor=0.5, band=0.2, rate=0.1, bounds=(0.1, 0.6))
     state = next_weight(mixing, WeightState(0.3), 2.0, 9.0)
-    # The first entropy is the unit; at it the weight falls, as it is above floor + band: by (2.0 - 1.4) / 1.0 of 0.1.
+    # The first entropy is the unit; at it the weight falls, as it is above floor + band: by (2.0 -
+    # 1.4) / 1.0 of 0.1.
     assert state == WeightState(pytest.approx(0.24), 2.0)
-    for entropy, weight in ((1.2, 0.24), (1.0, 0.24), (1.4, 0.24), (0.5, 0.29), (0.0, 0.39), (0.0, 0.49)):
+    for entropy, weight in (
+        (1.2, 0.24),
+        (1.0, 0.24),
+        (1.4, 0.24),
+        (0.5, 0.29),
+        (0.0, 0.39),
+        (0.0, 0.49),
+    ):
         state = next_weight(mixing, state, entropy, 9.0)
         assert state.weight == pytest.approx(weight)
     for _ in range(5):
@@ -175,7 +219,9 @@ def test_the_entropy_controller_holds_rises_falls_and_keeps_its_bounds():
 def test_schedules_survive_a_resume(tmp_path, mixing):
     def recipe(name):
         objective = {"prefix": "student", "kl": "mixed", "forward_weight": 0.2}
-        return tiny_recipe(tmp_path / name, objective=objective, weight_schedule=mixing, train={"steps": 6})
+        return tiny_recipe(
+            tmp_path / name, objective=objective, weight_schedule=mixing, train={"steps": 6}
+        )
 
     whole = potstill.train(recipe("whole"), quiet=True)
     with interrupted_at(3):
@@ -187,13 +233,18 @@ def test_schedules_survive_a_resume(tmp_path, mixing):
     for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
         assert torch.equal(a, b)
     for row in rows[0]:
-        expected = row["forward_weight"] * row["forward_kl"] + (1 - row["forward_weight"]) * row["reverse_kl"]
+        expected = (
+            row["forward_weight"] * row["forward_kl"]
+            + (1 - row["forward_weight"]) * row["reverse_kl"]
+        )
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_jump_at_the_ends_of_the_weight(tmp_path):
     def first_row(name, objective):
-        recipe = tiny_recipe(tmp_path / name, objective={"prefix": "teacher", **objective}, train={"steps": 1})
+        recipe = tiny_recipe(
+            tmp_path / name, objective={"prefix": "teacher", **objective}, train={"steps": 1}
+        )
         return potstill.train(recipe, quiet=True).metrics
 
     for end, kl in ((0.0, "reverse"), (1.0, "forward")):
@@ -204,9 +255,17 @@ def test_no_jump_at_the_ends_of_the_weight(tmp_path):
             assert mixed["grad_norm"] == pytest.approx(pure["grad_norm"], rel=1e-5)
 
 
-# -- the gate in a run -------------------------------------------------------------------------------------------------
+# -- the gate in a run
+# -------------------------------------------------------------------------------------------------
 
-GATE = {"schedule": "entropy-gated", "tokens": 32, "start": 8, "check_every": 2, "num_probes": 16, "patience": 1}
+GATE = {
+    "schedule": "entropy-gated",
+    "tokens": 32,
+    "start": 8,
+    "check_every": 2,
+    "num_probes": 16,
+    "patience": 1,
+}
 
 
 def gated(out, window, **sections):
@@ -216,7 +275,10 @@ def gated(out, window, **sections):
 
 
 def decisions(folder):
-    return [(row["step"], row["action"], row["window"]) for row in run_folder.read_rows(folder / "window.jsonl")]
+    return [
+        (row["step"], row["action"], row["window"])
+        for row in run_folder.read_rows(folder / "window.jsonl")
+    ]
 
 
 def test_a_healthy_run_reaches_the_cap(tmp_path, capsys):
@@ -226,7 +288,11 @@ def test_a_healthy_run_reaches_the_cap(tmp_path, capsys):
     assert windows == [8] * 2 + [16] * 2 + [32] * 8
     row = run_folder.read_rows(result.folder / "window.jsonl")[0]
     # Everybody is cut at 8 tokens, the teacher too; that is no reason to stop.
-    assert row["truncation"] > 0.9 and row["teacher_truncation"] > 0.9 and row["threshold"] == 0.5 * row["entropy"]
+    assert (
+        row["truncation"] > 0.9
+        and row["teacher_truncation"] > 0.9
+        and row["threshold"] == 0.5 * row["entropy"]
+    )
     assert "before step 3: window climb, now 16: entropy" in capsys.readouterr().err
     flops = [r["flops"]["probe"] for r in run_folder.read_rows(result.folder / "metrics.jsonl")]
     assert [f > 0 for f in flops] == [True, False, True, False, True] + [False] * 7
@@ -254,14 +320,21 @@ def test_the_gates_state_survives_a_resume(tmp_path, stop_at):
         potstill.train(gated(tmp_path / "stopped", window), quiet=True)
     resumed = potstill.train(gated(tmp_path / "stopped", window), quiet=True)
     for name in ("window.jsonl",):
-        assert run_folder.read_rows(whole.folder / name) == run_folder.read_rows(resumed.folder / name)
-    flops = [[row["total_flops"] for row in run_folder.read_rows(r.folder / "metrics.jsonl")] for r in (whole, resumed)]
+        assert run_folder.read_rows(whole.folder / name) == run_folder.read_rows(
+            resumed.folder / name
+        )
+    flops = [
+        [row["total_flops"] for row in run_folder.read_rows(r.folder / "metrics.jsonl")]
+        for r in (whole, resumed)
+    ]
     assert flops[0] == flops[1]
     for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_gate(tmp_path, monkeypatch):
+def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_gate(
+    tmp_path, monkeypatch
+):
     """The same rollouts with and without a tail that repeats the end of the answer."""
     recipe = gated(tmp_path / "run", {"tokens": 64, "start": 64})
     from potstill.models import distributed
@@ -278,10 +351,19 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
         def write(*args):
             rollouts = []
             for rollout in real(*args):
-                written = (*rollout.completion_ids[:6], *ids, *(tail * (50 // max(len(tail), 1)) if tail else ()))
+                written = (
+                    *rollout.completion_ids[:6],
+                    *ids,
+                    *(tail * (50 // max(len(tail), 1)) if tail else ()),
+                )
                 n = len(written)
                 rollouts.append(
-                    dataclasses.replace(rollout, completion_ids=written, trained=(True,) * n, writers=("student",) * n)
+                    dataclasses.replace(
+                        rollout,
+                        completion_ids=written,
+                        trained=(True,) * n,
+                        writers=("student",) * n,
+                    )
                 )
             return rollouts
 
@@ -306,7 +388,9 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
 
 
 def test_loops_are_told_from_prose():
-    assert is_loop("so the answer is 12. " * 400) and is_loop("a long and sensible beginning. " + "1" * 20_000)
+    assert is_loop("so the answer is 12. " * 400) and is_loop(
+        "a long and sensible beginning. " + "1" * 20_000
+    )
     assert not is_loop("".join(str(i * i % 977) for i in range(3000))) and not is_loop("")
 
 
@@ -317,11 +401,18 @@ def test_the_gate_works_with_other_prefixes_and_a_cache(tmp_path, prefix):
     sections = {"data": {"source": "multiplication:persona"}} if prefix == "dataset" else {}
     objective = {"prefix": prefix, "kl": "forward"}
     build_cache(
-        tiny_recipe("unused", objective=objective, window={"tokens": 32}, **sections), tmp_path / "cache", quiet=True
+        tiny_recipe("unused", objective=objective, window={"tokens": 32}, **sections),
+        tmp_path / "cache",
+        quiet=True,
     )
     for name, teacher in (("live", {}), ("cached", {"cache": str(tmp_path / "cache")})):
         recipe = tiny_recipe(
-            tmp_path / name, objective=objective, window=GATE, teacher=teacher, train={"steps": 6}, **sections
+            tmp_path / name,
+            objective=objective,
+            window=GATE,
+            teacher=teacher,
+            train={"steps": 6},
+            **sections,
         )
         result = potstill.train(recipe, quiet=True)
         assert [window for _, _, window in decisions(result.folder)][:3] == [8, 16, 32]
@@ -341,14 +432,23 @@ def test_probes_are_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"window": {"schedule": "linear", "tokens": 100}}, r"window.start is 128, more than window.tokens = 100"),
-        ({"window": {"start": 4}}, r"window.start is set but not read: window.schedule is \"fixed\""),
+        (
+            {"window": {"schedule": "linear", "tokens": 100}},
+            r"window.start is 128, more than window.tokens = 100",
+        ),
+        (
+            {"window": {"start": 4}},
+            r"window.start is set but not read: window.schedule is \"fixed\"",
+        ),
         (
             {"window": {"schedule": "entropy-gated", "tokens": 512, "ladder": [256]}},
             r"window.ladder is \[256\]; it must grow",
         ),
         ({"window": {"schedule": "linear", "ladder": [3]}}, "window.ladder is set but not read"),
-        ({"weight_schedule": {"schedule": "linear"}}, "weight_schedule.schedule is set but not read: objective.kl is"),
+        (
+            {"weight_schedule": {"schedule": "linear"}},
+            "weight_schedule.schedule is set but not read: objective.kl is",
+        ),
         (
             {"objective": {"kl": "mixed"}, "weight_schedule": {"schedule": "steps"}},
             r"weight_schedule.at_steps is \[\]; give pairs",
@@ -358,8 +458,12 @@ def test_probes_are_held_out(tmp_path):
             r"weight_schedule.floor is set but not read: weight_schedule.schedule",
         ),
         (
-            {"objective": {"kl": "mixed"}, "weight_schedule": {"schedule": "entropy", "bounds": [0.6, 1.0]}},
-            r"bounds is \[0.6, 1.0\]; they must be in order, between 0 and 1, with objective.forward_weight = 0.5",
+            {
+                "objective": {"kl": "mixed"},
+                "weight_schedule": {"schedule": "entropy", "bounds": [0.6, 1.0]},
+            },
+            r"bounds is \[0.6, 1.0\]; they must be in order, between 0 and 1, with "
+            r"objective.forward_weight = 0.5",
         ),
     ],
 )

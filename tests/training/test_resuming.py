@@ -23,7 +23,9 @@ from potstill.training.rates import learning_rate
 
 
 def recipe_of(out, **sections):
-    return tiny_recipe(out, **{name: FAST.get(name, {}) | sections.get(name, {}) for name in {**FAST, **sections}})
+    return tiny_recipe(
+        out, **{name: FAST.get(name, {}) | sections.get(name, {}) for name in {**FAST, **sections}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,10 @@ def test_what_changes_no_result_may_change(tmp_path, whole, stopped_once, sectio
     shutil.copytree(stopped_once, tmp_path / "run")
     changed = recipe_of(tmp_path / "run", **sections)
     potstill.train(changed, quiet=True)
-    assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(tmp_path / "run").items())
+    assert all(
+        torch.equal(tensor, weights_of(whole)[name])
+        for name, tensor in weights_of(tmp_path / "run").items()
+    )
     assert rows_of(tmp_path / "run") == rows_of(whole)
     assert len(rows_of(tmp_path / "run", "evals.jsonl")) == 2 * ("evaluation" in sections)
     # The folder says what its run now is, and what it was.
@@ -75,7 +80,10 @@ def test_what_changes_no_result_may_change(tmp_path, whole, stopped_once, sectio
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("train.tokens_per_batch", 64), pytest.param("sampling.batch_size", 3, marks=pytest.mark.slow)],
+    [
+        ("train.tokens_per_batch", 64),
+        pytest.param("sampling.batch_size", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_what_changes_rounding_may_change_and_is_said(tmp_path, capsys, name, value):
     sections = {"objective": {"prefix": "student"}, "data": {"source": "multiplication"}}
@@ -91,13 +99,22 @@ def test_what_changes_rounding_may_change_and_is_said(tmp_path, capsys, name, va
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"train": {"steps": 5}}, r"train.steps is 4 there and 5 here\); go on with --extend-to 5, or choose another"),
-        ({"train": {"steps": 3, "warmup_steps": 1}}, r"train.steps is 4 there and 3 here\); choose another --out"),
+        (
+            {"train": {"steps": 5}},
+            r"train.steps is 4 there and 5 here\); go on with --extend-to 5, or choose another",
+        ),
+        (
+            {"train": {"steps": 3, "warmup_steps": 1}},
+            r"train.steps is 4 there and 3 here\); choose another --out",
+        ),
         ({"train": {"lr": 0.5}}, "train.lr is "),
         ({"train": {"seed": 1}}, "train.seed is 0 there and 1 here"),
         ({"train": {"extended": [[1, 2]]}}, "train.extended is "),
         ({"data": {"num_prompts": 32}}, "data.num_prompts is 64 there and 32 here"),
-        ({"train": {"loss_backend": "plain"}}, 'train.loss_backend is "auto" there and "plain" here'),
+        (
+            {"train": {"loss_backend": "plain"}},
+            'train.loss_backend is "auto" there and "plain" here',
+        ),
     ],
 )
 def test_what_makes_another_run_is_refused(finished, sections, message):
@@ -133,10 +150,17 @@ def test_a_finished_run_is_evaluated_anew(finished, whole, forks):
     potstill.train(second, quiet=True)
     assert [row["temperature"] for row in rows_of(finished, "evals.jsonl")] == [1.0, 0.6, 0.3]
     # As a run that had this evaluation from the start, to the bit.
-    assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(finished).items())
-    straight = potstill.train(recipe_of(finished.parent / "straight", evaluation=EVALUATION), quiet=True).folder
+    assert all(
+        torch.equal(tensor, weights_of(whole)[name])
+        for name, tensor in weights_of(finished).items()
+    )
+    straight = potstill.train(
+        recipe_of(finished.parent / "straight", evaluation=EVALUATION), quiet=True
+    ).folder
     assert rows_of(straight, "metrics.jsonl") == rows_of(finished, "metrics.jsonl")
-    for a, b in zip(rows_of(straight, "evals.jsonl"), rows_of(finished, "evals.jsonl"), strict=False):
+    for a, b in zip(
+        rows_of(straight, "evals.jsonl"), rows_of(finished, "evals.jsonl"), strict=False
+    ):
         assert a | {"model": ""} == b | {"model": ""}
 
 
@@ -144,23 +168,28 @@ def test_a_finished_run_whose_checkpoint_is_gone_is_not_begun_again(finished):
     shutil.rmtree(finished / "checkpoint")
     longer = recipe_of(finished, train={"steps": 4})
     model = load_model("potstill:base")
-    with pytest.raises(RunError, match=r"is finished and its checkpoint was removed; its student is in '.*model'"):
+    with pytest.raises(
+        RunError, match=r"is finished and its checkpoint was removed; its student is in '.*model'"
+    ):
         potstill.train(longer, student=model, quiet=True)
     assert len(rows_of(finished)) == 4 and (finished / "DONE").exists()
     with pytest.raises(RunError, match=r"no checkpoint to go on from"):
         potstill.train(longer, extend_to=8, quiet=True)
 
 
-# -- past the end ------------------------------------------------------------------------------------------------------
+# -- past the end ----------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_extended(finished, whole, tmp_path):
-    """Its steps stay, the rest is that of a longer run; the recipe that it then has gives the same from the start."""
+    """Its steps stay, the rest is that of a longer run; the recipe that it then has gives the same
+    from the start."""
     given = recipe_of(finished)
     potstill.train(given, extend_to=8, quiet=True)
     now = load_recipe(finished / "recipe.toml")
     assert now.train.steps == 8 and now.train.extended == ((4, 4),)
-    assert rows_of(finished)[:4] == rows_of(whole) and [row["step"] for row in rows_of(finished)] == list(range(1, 9))
+    assert rows_of(finished)[:4] == rows_of(whole) and [
+        row["step"] for row in rows_of(finished)
+    ] == list(range(1, 9))
     assert run_folder.is_done(finished, now)
     afresh = recipe_of(tmp_path / "afresh", train={"steps": 8, "extended": [[4, 4]]})
     potstill.train(afresh, quiet=True)
@@ -169,25 +198,37 @@ def test_a_finished_run_is_extended(finished, whole, tmp_path):
     rates = [row["lr"] for row in rows_of(finished)]
     straight = [recipe_of(tmp_path, train={"steps": steps}).train for steps in (4, 8)]
     straight = [train.model_copy(update={"lr": now.train.lr or max(rates)}) for train in straight]
-    assert rates == [learning_rate(straight[step >= 4], step) for step in range(8)] and rates[4] > rates[3]
+    assert (
+        rates == [learning_rate(straight[step >= 4], step) for step in range(8)]
+        and rates[4] > rates[3]
+    )
     # The recipe alone is no longer that of the run, and the line says how it is.
     for steps in (4, 8):
-        shorter = given.model_copy(update={"train": given.train.model_copy(update={"steps": steps})})
-        with pytest.raises(RunError, match=r"\); the run was extended: add --extend-to 8, or choose another --out"):
+        shorter = given.model_copy(
+            update={"train": given.train.model_copy(update={"steps": steps})}
+        )
+        with pytest.raises(
+            RunError, match=r"\); the run was extended: add --extend-to 8, or choose another --out"
+        ):
             potstill.train(shorter, quiet=True)
     # Again: nothing is left to do; and in two moves.
     before = (finished / "metrics.jsonl").stat().st_mtime_ns
     potstill.train(given, extend_to=8, quiet=True)
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
     # Its evaluation was of the student that went on, which no longer is the run's.
-    files.append(finished / "evals.jsonl", dict.fromkeys(EVAL_COLUMNS) | {"step": 8, "temperature": 1.0})
+    files.append(
+        finished / "evals.jsonl", dict.fromkeys(EVAL_COLUMNS) | {"step": 8, "temperature": 1.0}
+    )
     assert [row["step"] for row in read_entry(finished).evals] == [8]
     potstill.train(given, extend_to=10, quiet=True)
     assert not read_entry(finished).evals
     assert load_recipe(finished / "recipe.toml").train.extended == ((4, 4), (8, 8))
 
 
-TO_EXTEND = {"weight_schedule": {"schedule": "linear"}, "objective": {"prefix": "dataset", "kl": "mixed"}}
+TO_EXTEND = {
+    "weight_schedule": {"schedule": "linear"},
+    "objective": {"prefix": "dataset", "kl": "mixed"},
+}
 
 
 def extend_and_be_killed(out):
@@ -198,7 +239,8 @@ def extend_and_be_killed(out):
 def test_an_unfinished_run_is_extended_and_killed_and_resumed(tmp_path, forks):
     stop(tmp_path / "run", **TO_EXTEND)
     assert forks.call(tmp_path, extend_and_be_killed, str(tmp_path / "run")).is_killed
-    # From the folder's own recipe, as an unfinished run says. No step is left, and what the last one gave is there.
+    # From the folder's own recipe, as an unfinished run says. No step is left, and what the last
+    # one gave is there.
     resumed = potstill.train(load_recipe(tmp_path / "run/recipe.toml"), quiet=True)
     assert resumed.metrics["step"] == 7 and "loss" in resumed.metrics
     afresh = recipe_of(tmp_path / "afresh", **TO_EXTEND, train={"steps": 7, "extended": [[2, 4]]})
@@ -212,14 +254,20 @@ def test_evaluations_of_both_ends_are_kept(tmp_path):
     potstill.train(recipe, quiet=True)
     (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
     main(["train", str(tmp_path / "recipe.toml"), "--extend-to", "6"])
-    assert [(row["step"], row["temperature"]) for row in rows_of(tmp_path / "run", "evals.jsonl")] == [(4, 1), (6, 1)]
+    assert [
+        (row["step"], row["temperature"]) for row in rows_of(tmp_path / "run", "evals.jsonl")
+    ] == [(4, 1), (6, 1)]
 
 
 def test_what_cannot_be_extended(tmp_path, finished):
-    with pytest.raises(RunError, match=r"there is no run in '.*nowhere' yet; train it with --train.steps 9 instead"):
+    with pytest.raises(
+        RunError, match=r"there is no run in '.*nowhere' yet; train it with --train.steps 9 instead"
+    ):
         potstill.train(recipe_of(tmp_path / "nowhere"), extend_to=9, quiet=True)
     assert not (tmp_path / "nowhere").exists()
-    with pytest.raises(RunError, match=r"--extend-to is 3 and the run in .* goes to step 4; give more"):
+    with pytest.raises(
+        RunError, match=r"--extend-to is 3 and the run in .* goes to step 4; give more"
+    ):
         potstill.train(recipe_of(finished), extend_to=3, quiet=True)
     with pytest.raises(RunError, match=r"train.lr is "):
         potstill.train(recipe_of(finished, train={"lr": 0.1}), extend_to=9, quiet=True)
@@ -229,30 +277,42 @@ def test_what_cannot_be_extended(tmp_path, finished):
         potstill.train(recipe_of(tmp_path / "spent", train={"flops": 1e6}), extend_to=9, quiet=True)
 
 
-@pytest.mark.parametrize("pairs", [[[3, 2]], [[2, 4]], [[0, 2]], [[1, 2], [1, 3]], [[1, 3], [2, 3]]])
+@pytest.mark.parametrize(
+    "pairs", [[[3, 2]], [[2, 4]], [[0, 2]], [[1, 2], [1, 3]], [[1, 3], [2, 3]]]
+)
 def test_extensions_that_cannot_have_been(tmp_path, pairs):
     with pytest.raises(ValueError, match=r"train.extended is .*; give pairs"):
         recipe_of(tmp_path, train={"extended": pairs})
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- what is said ----------------------------------------------------------------------------------
 
 
 def test_ctrl_c_says_what_is_saved(tmp_path, monkeypatch, capsys):
-    (tmp_path / "recipe.toml").write_text(to_toml(recipe_of(tmp_path / "run", evaluation=EVALUATION).resolved()))
+    (tmp_path / "recipe.toml").write_text(
+        to_toml(recipe_of(tmp_path / "run", evaluation=EVALUATION).resolved())
+    )
 
     def interrupted(*given, **options):
         raise KeyboardInterrupt
 
     for where, said in (
         ("potstill.training.setup.ready", "nothing was saved yet: the same command begins again"),
-        ("potstill.training.loop.accumulate_gradients", "nothing was saved yet: the same command begins again"),
-        ("potstill.training.loop.evaluate", "step 4 was saved last, and the same command goes on from there"),
+        (
+            "potstill.training.loop.accumulate_gradients",
+            "nothing was saved yet: the same command begins again",
+        ),
+        (
+            "potstill.training.loop.evaluate",
+            "step 4 was saved last, and the same command goes on from there",
+        ),
     ):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(where, interrupted)
             main(["train", str(tmp_path / "recipe.toml")])
-        assert stopped.value.code == 130 and capsys.readouterr().err.endswith(f"potstill: stopped; {said}\n")
+        assert stopped.value.code == 130 and capsys.readouterr().err.endswith(
+            f"potstill: stopped; {said}\n"
+        )
 
 
 def test_ctrl_c_in_an_evaluation_that_saves_nothing_says_so(monkeypatch, capsys):
@@ -266,17 +326,24 @@ def test_ctrl_c_in_an_evaluation_that_saves_nothing_says_so(monkeypatch, capsys)
     assert stopped.value.code == 130 and capsys.readouterr().err.endswith(said)
 
 
-# -- a run is a model --------------------------------------------------------------------------------------------------
+# -- a run is a model ------------------------------------------------------------------------------
 
 
 def test_a_run_folder_is_a_model_wherever_one_is_named(finished, tmp_path):
-    recipe = recipe_of(tmp_path / "next", student={"model": str(finished)}, teacher={"model": str(finished)})
+    recipe = recipe_of(
+        tmp_path / "next", student={"model": str(finished)}, teacher={"model": str(finished)}
+    )
     potstill.train(recipe, quiet=True)
     # The student begins as its own teacher.
     assert abs(rows_of(tmp_path / "next")[0]["forward_kl"]) < 1e-6
     begun = json.loads((tmp_path / "next/environment.json").read_text())["models"]
     assert begun["student"]["weights"] == begun["teacher"]["weights"]
-    assert load_file(finished / "model/model.safetensors").keys() == weights_of(tmp_path / "next").keys()
+    assert (
+        load_file(finished / "model/model.safetensors").keys()
+        == weights_of(tmp_path / "next").keys()
+    )
     os.remove(finished / "DONE")
-    with pytest.raises(ModelError, match=r"run '.*run' is not finished; run `potstill train .*` to finish it"):
+    with pytest.raises(
+        ModelError, match=r"run '.*run' is not finished; run `potstill train .*` to finish it"
+    ):
         potstill.train(recipe_of(tmp_path / "other", student={"model": str(finished)}), quiet=True)

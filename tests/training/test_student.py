@@ -1,4 +1,5 @@
-"""What a user should know of the student that is trained: dropout, coarse weights, routers, positions."""
+"""What a user should know of the student that is trained: dropout, coarse weights, routers,
+positions."""
 
 from typing import Any
 
@@ -46,7 +47,9 @@ def test_a_model_that_teaches_itself_learns_nothing_without_dropout(tok, tmp_pat
         train={"steps": 1, "prompts_per_step": 4},
     )
     student = make_tiny(tok, "gpt2", **(GPT2 | DROPS))
-    potstill.train(recipe, student=student, tokenizer=tok, prompts=["The", "loss", "is", "one"], quiet=True)
+    potstill.train(
+        recipe, student=student, tokenizer=tok, prompts=["The", "loss", "is", "one"], quiet=True
+    )
     (row,) = run_folder.read_rows(tmp_path / "run/metrics.jsonl")
     assert row["loss"] > 0.05 if dropout else abs(row["loss"]) < 1e-6
     assert abs(row["reverse_kl"] - row["loss"]) < 1e-6
@@ -57,7 +60,8 @@ def test_a_model_that_teaches_itself_learns_nothing_without_dropout(tok, tmp_pat
 
 @pytest.mark.parametrize("lr", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
 def test_the_share_of_bfloat16_weights_that_a_step_moves_is_that_of_adam(lr):
-    """The first step of Adam is the learning rate. (A power of two has a nearer neighbour below it.)"""
+    """The first step of Adam is the learning rate. (A power of two has a nearer neighbour below
+    it.)"""
     torch.manual_seed(0)
     weight = torch.nn.Parameter((torch.randn(200, 100) * 0.05).bfloat16())
     with torch.no_grad():
@@ -74,8 +78,14 @@ def test_the_share_of_bfloat16_weights_that_a_step_moves_is_that_of_adam(lr):
 def test_coarse_weights_and_routers_are_said(tok, tmp_path, capsys):
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     student = make_tiny(tok, "qwen3_moe", **experts, router_aux_loss_coef=0.25).bfloat16()
-    recipe = tiny_recipe(tmp_path / "run", window={"tokens": 4}, train={"steps": 1, "lr": 1e-6, "prompts_per_step": 1})
-    potstill.train(recipe, student=student, teacher=make_tiny(tok, seed=1), tokenizer=tok, prompts=["The"])
+    recipe = tiny_recipe(
+        tmp_path / "run",
+        window={"tokens": 4},
+        train={"steps": 1, "lr": 1e-6, "prompts_per_step": 1},
+    )
+    potstill.train(
+        recipe, student=student, teacher=make_tiny(tok, seed=1), tokenizer=tok, prompts=["The"]
+    )
     said = " ".join(capsys.readouterr().err.split())
     share = share_that_moves(make_tiny(tok, "qwen3_moe", **experts).bfloat16().parameters(), 1e-6)
     assert share < 0.1 and f"a step of 1e-06 can change {share:.2%} of them" in said
@@ -96,16 +106,26 @@ def test_rows_of_longrope_stay_on_one_side_of_the_border(tok, tmp_path):
         return sample(tiny, prompts, seeds, max_tokens=6, end_ids=(), sampling=Sampling())[0]
 
     assert written(short).log_probs != pytest.approx(written(short, long).log_probs, abs=1e-3)
-    assert written(short).log_probs == pytest.approx(written(short, (*short, 40)).log_probs, abs=1e-5)
+    assert written(short).log_probs == pytest.approx(
+        written(short, (*short, 40)).log_probs, abs=1e-5
+    )
     assert written(long).log_probs == pytest.approx(written(long, (*long, 40)).log_probs, abs=1e-5)
     for prompts, num in (([short], 11), ([short, (*short, 40)], 10), ([long, long], 400), ([], 1)):
         refuse_crossing(model, prompts, num, "window.tokens")
     for prompts, num in (([short], 12), ([short, long], 1), ([short, (*short, 40)], 11)):
-        with pytest.raises(ModelError, match=r"longrope.*in one way up to 16 tokens.*lower window.tokens"):
+        with pytest.raises(
+            ModelError, match=r"longrope.*in one way up to 16 tokens.*lower window.tokens"
+        ):
             refuse_crossing(model, prompts, num, "window.tokens")
     plain = ready(make_tiny(tok), tok)
     refuse_crossing(plain, [short, long], 100, "window.tokens")
-    objects = {"student": tiny, "teacher": make_tiny(tok), "tokenizer": tok, "prompts": ["The", "loss"], "quiet": True}
+    objects = {
+        "student": tiny,
+        "teacher": make_tiny(tok),
+        "tokenizer": tok,
+        "prompts": ["The", "loss"],
+        "quiet": True,
+    }
     with pytest.raises(ModelError, match=r"lower window\.tokens"):
         potstill.train(tiny_recipe(tmp_path / "run", window={"tokens": 24}), **objects)
     objects |= {"student": make_tiny(tok), "teacher": tiny}

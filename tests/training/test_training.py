@@ -1,4 +1,5 @@
-"""The loop: each cell learns, a killed run resumes to the same bits, and bad input leaves nothing behind."""
+"""The loop: each cell learns, a killed run resumes to the same bits, and bad input leaves nothing
+behind."""
 
 import itertools
 import json
@@ -23,7 +24,9 @@ from potstill.training import step
 from potstill.training.rates import learning_rate
 from potstill.types import DataError, NonFiniteError
 
-TIMES = [f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")]
+TIMES = [
+    f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")
+]
 
 
 def logged(folder):
@@ -47,9 +50,13 @@ def test_each_cell_learns(tmp_path, method):
 
 def test_the_loss_is_the_kl_that_was_asked_for(tmp_path):
     for kl, weight in (("forward", 1.0), ("reverse", 0.0), ("mixed", 0.25)):
-        objective = {"prefix": "teacher", "kl": kl} | ({"forward_weight": weight} if kl == "mixed" else {})
+        objective = {"prefix": "teacher", "kl": kl} | (
+            {"forward_weight": weight} if kl == "mixed" else {}
+        )
         row = potstill.train(tiny_recipe(tmp_path / kl, objective=objective), quiet=True).metrics
-        assert row["loss"] == pytest.approx(weight * row["forward_kl"] + (1 - weight) * row["reverse_kl"], rel=1e-5)
+        assert row["loss"] == pytest.approx(
+            weight * row["forward_kl"] + (1 - weight) * row["reverse_kl"], rel=1e-5
+        )
 
 
 def test_dataset_prefix_with_labels_needs_no_teacher(tmp_path):
@@ -70,19 +77,25 @@ def test_run_folder_and_saved_model(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     recipe = tiny_recipe(
-        tmp_path / "run", evaluation={"source": "multiplication", "num_problems": 3, "num_responses": 2}
+        tmp_path / "run",
+        evaluation={"source": "multiplication", "num_problems": 3, "num_responses": 2},
     )
     result = potstill.train(recipe, quiet=True)
     names = {path.name for path in result.folder.iterdir() if not path.name.startswith(".")}
     files = {"recipe.toml", "environment.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl"}
     assert names == files | {"checkpoint", "responses", "model", "DONE"}
-    assert not [path for path in result.folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
+    assert not [
+        path for path in result.folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")
+    ]
     assert potstill.load_recipe(result.folder / "recipe.toml").hash() == recipe.hash()
     model = AutoModelForCausalLM.from_pretrained(result.folder / "model")
     assert AutoTokenizer.from_pretrained(result.folder / "model").decode([5, 6]) == "12"
     for mine, saved in zip(result.student.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, saved)
-    assert [row["temperature"] for row in run_folder.read_rows(result.folder / "evals.jsonl")] == [1.0, 0.6]
+    assert [row["temperature"] for row in run_folder.read_rows(result.folder / "evals.jsonl")] == [
+        1.0,
+        0.6,
+    ]
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):
@@ -129,7 +142,8 @@ def test_the_end_set_is_the_union_and_is_exported(tmp_path, capsys):
 
 @pytest.mark.parametrize("prefix", ["student", "teacher"])
 def test_the_end_set_of_the_student_alone_ends_nothing_else(tmp_path, capsys, monkeypatch, prefix):
-    """Both writers, both settings: what stands inside the rollouts, and what is stored and exported."""
+    """Both writers, both settings: what stands inside the rollouts, and what is stored and
+    exported."""
     real, written = step.write_rollouts, {}
 
     def keep(*given):
@@ -144,16 +158,29 @@ def test_the_end_set_of_the_student_alone_ends_nothing_else(tmp_path, capsys, mo
             objective={"prefix": prefix},
             rollouts={"end_set": end_set},
             train=train,
-            evaluation={"source": "multiplication", "num_problems": 3, "temperatures": (1.0,), "max_tokens": 16},
+            evaluation={
+                "source": "multiplication",
+                "num_problems": 3,
+                "temperatures": (1.0,),
+                "max_tokens": 16,
+            },
         )
-        result = potstill.train(recipe, student=make_model(seed=0), teacher=make_model(seed=1, eos_token_id=22))
+        result = potstill.train(
+            recipe, student=make_model(seed=0), teacher=make_model(seed=1, eos_token_id=22)
+        )
         environment = json.loads((result.folder / "environment.json").read_text())
         # Which ids are one class in the loss is another question.
         assert environment["end_ids"] == end_ids and environment["end_class"] == [2, 22]
-        assert run_folder.read_rows(result.folder / "evals.jsonl")[0]["settings"]["end_ids"] == end_ids
-        exported = json.loads((result.folder / "model" / "generation_config.json").read_text())["eos_token_id"]
+        assert (
+            run_folder.read_rows(result.folder / "evals.jsonl")[0]["settings"]["end_ids"] == end_ids
+        )
+        exported = json.loads((result.folder / "model" / "generation_config.json").read_text())[
+            "eos_token_id"
+        ]
         assert exported == (end_ids if len(end_ids) > 1 else end_ids[0])
-        assert ('warning: rollouts.end_set is "student"' in capsys.readouterr().err) == (end_set == "student")
+        assert ('warning: rollouts.end_set is "student"' in capsys.readouterr().err) == (
+            end_set == "student"
+        )
         for rollout in written[end_set]:
             *inside, last = rollout.completion_ids
             assert not set(inside) & set(end_ids) and (rollout.stop == "end") == (last in end_ids)
@@ -164,7 +191,10 @@ def test_the_end_set_of_the_student_alone_ends_nothing_else(tmp_path, capsys, mo
 
 def test_unknown_end_tokens_are_refused_before_any_work(tmp_path):
     evaluation = {"source": "multiplication", "end_tokens": ("<eos>", "<im_end>")}
-    with pytest.raises(ModelError, match=r"end token '<im_end>' is not in .* special tokens are <pad>, <bos>, <eos>"):
+    with pytest.raises(
+        ModelError,
+        match=r"end token '<im_end>' is not in .* special tokens are <pad>, <bos>, <eos>",
+    ):
         potstill.train(tiny_recipe(tmp_path / "run", evaluation=evaluation), quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -173,13 +203,17 @@ def test_unknown_end_tokens_are_refused_before_any_work(tmp_path):
 def test_killed_runs_resume_to_the_same_bits(tmp_path):
     """SIGKILL at three different moments, against a run that was never killed."""
     train = {"steps": 40, "checkpoint_every": 3}
-    recipe = tiny_recipe(tmp_path / "killed", objective={"prefix": "student", "kl": "reverse"}, train=train)
+    recipe = tiny_recipe(
+        tmp_path / "killed", objective={"prefix": "student", "kl": "reverse"}, train=train
+    )
     (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
     command = [sys.executable, "-m", "potstill", "train", str(tmp_path / "recipe.toml"), "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     metrics = tmp_path / "killed" / "metrics.jsonl"
     for kill_after in (2, 11, 25):
-        process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL
+        )
         while len(run_folder.read_rows(metrics)) < kill_after:
             assert process.poll() is None, "the run ended before it was killed"
             time.sleep(0.002)
@@ -187,7 +221,9 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path):
         process.wait()
         assert not (tmp_path / "killed" / "DONE").exists()
     for name in ("killed", "whole"):
-        subprocess.run([*command, str(tmp_path / name)], env=environment, check=True, capture_output=True)
+        subprocess.run(
+            [*command, str(tmp_path / name)], env=environment, check=True, capture_output=True
+        )
     killed, whole = (
         load_file(tmp_path / "killed/model/model.safetensors"),
         load_file(tmp_path / "whole/model/model.safetensors"),
@@ -226,27 +262,61 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path, broken, prefix, wh
         models[broken].model.model.norm.weight.fill_(float("nan"))
     before = [parameter.clone() for parameter in models["student"].parameters()]
     recipe = tiny_recipe(tmp_path / "run", objective={"prefix": prefix})
-    with pytest.raises(NonFiniteError, match=rf"step 1: {what}.*; nothing was updated. The first prompts are \d"):
+    with pytest.raises(
+        NonFiniteError, match=rf"step 1: {what}.*; nothing was updated. The first prompts are \d"
+    ):
         potstill.train(recipe, prompts=["__12*3="] * 9, quiet=True, **models)
-    assert all(torch.equal(a, b) for a, b in zip(before, models["student"].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, models["student"].parameters(), strict=True)
+    )
     assert run_folder.read_rows(recipe.out / "metrics.jsonl") == []
 
 
 def test_bad_input_writes_nothing(tmp_path):
     student = make_model(seed=0)
     cases = [
-        (tiny_recipe(tmp_path / "run", student={"model": str(tmp_path / "nowhere")}), {}, ModelError, "does not exist"),
-        (tiny_recipe(tmp_path / "run", window={"tokens": 4000}), {}, DataError, "more than the context of 512"),
-        (tiny_recipe(tmp_path / "run"), {"student": student, "prompts": []}, DataError, "prompt list is empty"),
+        (
+            tiny_recipe(tmp_path / "run", student={"model": str(tmp_path / "nowhere")}),
+            {},
+            ModelError,
+            "does not exist",
+        ),
+        (
+            tiny_recipe(tmp_path / "run", window={"tokens": 4000}),
+            {},
+            DataError,
+            "more than the context of 512",
+        ),
+        (
+            tiny_recipe(tmp_path / "run"),
+            {"student": student, "prompts": []},
+            DataError,
+            "prompt list is empty",
+        ),
         (
             tiny_recipe(tmp_path / "run"),
             {"student": student, "prompts": ["1" * 200]},
             DataError,
             "more than the context",
         ),
-        (tiny_recipe(tmp_path / "run", objective={"prefix": "dataset"}), {}, DataError, "has no completion"),
-        (tiny_recipe(tmp_path / "run", evaluation={"source": "a.jsonl"}), {}, RecipeError, "can be scored"),
-        (tiny_recipe(tmp_path / "run", evaluation={"source": "multiplication:x"}), {}, DataError, "no writer 'x'"),
+        (
+            tiny_recipe(tmp_path / "run", objective={"prefix": "dataset"}),
+            {},
+            DataError,
+            "has no completion",
+        ),
+        (
+            tiny_recipe(tmp_path / "run", evaluation={"source": "a.jsonl"}),
+            {},
+            RecipeError,
+            "can be scored",
+        ),
+        (
+            tiny_recipe(tmp_path / "run", evaluation={"source": "multiplication:x"}),
+            {},
+            DataError,
+            "no writer 'x'",
+        ),
     ]
     for recipe, objects, error, message in cases:
         with pytest.raises(error, match=message):
@@ -258,7 +328,9 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path):
     recipe = tiny_recipe(tmp_path / "run")
     potstill.train(recipe, quiet=True)
     before = sorted((path, path.stat().st_mtime_ns) for path in recipe.out.rglob("*"))
-    with pytest.raises(run_folder.RunError, match=r"holds another recipe \(train.steps is 4 there and 5 here\)"):
+    with pytest.raises(
+        run_folder.RunError, match=r"holds another recipe \(train.steps is 4 there and 5 here\)"
+    ):
         potstill.train(tiny_recipe(tmp_path / "run", train={"steps": 5}), quiet=True)
     assert sorted((path, path.stat().st_mtime_ns) for path in recipe.out.rglob("*")) == before
     (tmp_path / "mine").mkdir()
@@ -297,7 +369,9 @@ def test_epochs_visit_every_prompt_once_in_a_new_order():
 
 
 def test_learning_rate_by_hand(tmp_path):
-    config = tiny_recipe(tmp_path, train={"steps": 10, "warmup_steps": 2, "lr": 1.0, "schedule": "cosine"}).train
+    config = tiny_recipe(
+        tmp_path, train={"steps": 10, "warmup_steps": 2, "lr": 1.0, "schedule": "cosine"}
+    ).train
     rates = [learning_rate(config, step) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
@@ -310,7 +384,13 @@ def test_learning_rate_by_hand(tmp_path):
     "objective",
     [
         {"prefix": "teacher", "kl": "forward", "signal": "topk", "top_k": 4},
-        {"prefix": "student", "kl": "reverse", "signal": "sampled", "estimator": "k1", "baseline": "exact"},
+        {
+            "prefix": "student",
+            "kl": "reverse",
+            "signal": "sampled",
+            "estimator": "k1",
+            "baseline": "exact",
+        },
         {"prefix": "student", "kl": "reverse", "signal": "sampled", "estimator": "k2"},
         {"prefix": "student", "kl": "forward", "signal": "sampled", "estimator": "k3"},
     ],

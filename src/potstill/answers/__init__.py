@@ -1,7 +1,8 @@
 """Final answers: read by a strict grammar, compared by exact values.
 
-An answer is understood as a whole or not at all. It is right where it says what the gold says: the same words, or the
-same value by `values.py`, which computes exactly, or to more digits than the expression's largest part needs.
+An answer is understood as a whole or not at all. It is right where it says what the gold says: the
+same words, or the same value by `values.py`, which computes exactly, or to more digits than the
+expression's largest part needs.
 """
 
 from typing import Literal, NamedTuple
@@ -22,7 +23,8 @@ class Verdict(NamedTuple):
 
 
 def integer(text: str) -> int | None:
-    r"""An integer as contests write it, or None: 033, 1,000, 33.0, `33^\circ`, `n = 33`, `\frac{66}{2}`, `33 ways`."""
+    r"""An integer as contests write it, or None: 033, 1,000, 33.0, `33^\circ`, `n = 33`,
+    `\frac{66}{2}`, `33 ways`."""
     try:
         node = readings(text)[0]
     except NotUnderstood:
@@ -31,7 +33,11 @@ def integer(text: str) -> int | None:
         node = node.parts[1]
     if node.kind == "quantity" and node.name != "percent":
         node = node.parts[0]
-    if node.kind == "quotient" and all(part.kind == "number" for part in node.parts) and node.parts[1].value:
+    if (
+        node.kind == "quotient"
+        and all(part.kind == "number" for part in node.parts)
+        and node.parts[1].value
+    ):
         over, under = node.parts
         value = over.value / under.value
     elif node.kind == "number":
@@ -42,7 +48,8 @@ def integer(text: str) -> int | None:
 
 
 def compare(gold: str, answer: str) -> Verdict:
-    """Whether an answer in LaTeX is the gold one. What it takes is bounded, though not small for every answer."""
+    """Whether an answer in LaTeX is the gold one. What it takes is bounded, though not small for
+    every answer."""
     try:
         if squeezed(gold) == squeezed(answer) != "":
             return Verdict(True, "same text")
@@ -59,7 +66,8 @@ def compare(gold: str, answer: str) -> Verdict:
 
 
 def _meanings(text: str) -> list[Node]:
-    """What a text may mean: one tree, or two where its commas can be read in two ways; none if not understood."""
+    """What a text may mean: one tree, or two where its commas can be read in two ways; none if not
+    understood."""
     found = []
     try:
         for node in readings(text):

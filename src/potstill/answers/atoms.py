@@ -14,7 +14,8 @@ OF_SEVERAL = ("gcd", "lcm", "max", "min")
 
 
 class Atoms:
-    """A recursive descent over tokens, up to one factor of a product; `Reader` has what is made of factors."""
+    """A recursive descent over tokens, up to one factor of a product; `Reader` has what is made of
+    factors."""
 
     def __init__(self, tokens: list[Token]):
         self.tokens, self.place, self.depth, self.num_bars = tokens, 0, 0, 0
@@ -83,7 +84,8 @@ class Atoms:
             raise NotUnderstood("too deep")
 
     def atom(self, is_script: bool = False) -> Node:
-        """A number, name, function, bracket or group. An index or power of one token has no index of its own."""
+        """A number, name, function, bracket or group. An index or power of one token has no index
+        of its own."""
         token = self.next
         if token.kind == "number":
             self.place += 1
@@ -176,7 +178,9 @@ class Atoms:
         minus = self.take("-")
         if self.is_next("(") and not minus:
             return self.bracketed()
-        if not (self.next.kind in ("number", "letter", "word") or self.is_next("frac", "sqrt", *SYMBOLS)):
+        if not (
+            self.next.kind in ("number", "letter", "word") or self.is_next("frac", "sqrt", *SYMBOLS)
+        ):
             raise NotUnderstood(f"{self.next.text!r} as a power or an index")
         node = self.atom(is_script=True)
         return negative(node) if minus else node
@@ -191,7 +195,8 @@ class Atoms:
         return self.atom(is_script=True)
 
     def two_arguments(self) -> tuple[Node, Node]:
-        r"""The arguments of a fraction: `\frac12` has two digits, and no further digit may touch one without braces."""
+        r"""The arguments of a fraction: `\frac12` has two digits, and no further digit may touch
+        one without braces."""
         digits = self.next.text
         if self.next.kind == "number" and digits.isdigit() and len(digits) == 2:
             self.place += 1
@@ -224,7 +229,8 @@ class Atoms:
         return node
 
     def function(self, name: str) -> Node:
-        """A function's name was read: its base and power, and its argument in brackets or without."""
+        """A function's name was read: its base and power, and its argument in brackets or
+        without."""
         power, base = None, number(10)
         if name == "log" and self.take("_"):
             if self.next.kind == "number" and len(self.next.text) > 1:

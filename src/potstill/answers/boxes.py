@@ -1,4 +1,5 @@
-r"""Where the answers of a response stand: `\boxed{...}`, `\fbox{...}`, and `\boxed 5` without braces."""
+r"""Where the answers of a response stand: `\boxed{...}`, `\fbox{...}`, and `\boxed 5` without
+braces."""
 
 import re
 from typing import NamedTuple
@@ -47,7 +48,8 @@ def closed_boxes(text: str) -> list[Box]:
 
 
 def _bare_end(text: str, start: int) -> int:
-    """Where the contents of a box without braces end: before a space, a dollar or a brace that it did not open."""
+    """Where the contents of a box without braces end: before a space, a dollar or a brace that it
+    did not open."""
     depth, end = 0, start
     for match in _PIECE.finditer(text, start, start + MAX_BARE):
         piece = match[0]

@@ -6,7 +6,16 @@ from fractions import Fraction
 
 from potstill.answers import units
 from potstill.answers.meaning import ALL, FLIPPED
-from potstill.answers.tree import EXPRESSIONS, INFINITY, MINUS_INFINITY, REALS, Node, difference, number, product
+from potstill.answers.tree import (
+    EXPRESSIONS,
+    INFINITY,
+    MINUS_INFINITY,
+    REALS,
+    Node,
+    difference,
+    number,
+    product,
+)
 from potstill.answers.values import is_equal, is_positive, points, value_or_none, variables
 
 SETS = ("list", "set", "tuple")
@@ -15,7 +24,8 @@ STRUCTURES = ("matrix", "row", "numbers", "cap", "setminus", "interval", "chain"
 
 
 def same_answer(gold: Node, answer: Node) -> bool:
-    """Whether an answer says what the gold says; a set of one element is that element where no set is asked for."""
+    """Whether an answer says what the gold says; a set of one element is that element where no set
+    is asked for."""
     if (gold.kind == "set") != (answer.kind == "set"):
         gold, answer = (node.parts[0] if _is_single(node) else node for node in (gold, answer))
     return same(gold, answer)
@@ -26,7 +36,8 @@ def _is_single(node: Node) -> bool:
 
 
 def same(gold: Node, answer: Node) -> bool:
-    """Whether a part of an answer says what that of the gold says; one may name the value that the other gives."""
+    """Whether a part of an answer says what that of the gold says; one may name the value that the
+    other gives."""
     kinds = (gold.kind, answer.kind)
     if "named" in kinds or "equation" in kinds:
         return _same_equation(gold, answer)
@@ -69,16 +80,21 @@ def _same_equation(gold: Node, answer: Node) -> bool:
     if kinds == {"named"}:
         (gold_name, gold_value), (name, value) = gold.parts, answer.parts
         is_one = gold_name == name or (gold_name.kind in EXPRESSIONS and name.kind in EXPRESSIONS)
-        return is_one and (gold_name == name or is_equal(gold_name, name)) and same(gold_value, value)
+        return (
+            is_one and (gold_name == name or is_equal(gold_name, name)) and same(gold_value, value)
+        )
     if "equation" not in kinds:
         return same(_inner(gold, "named"), _inner(answer, "named"))
     if kinds <= {"named", "equation"}:
-        return _is_proportional(*(replace(each, kind="equation", name=each.name or "=") for each in (gold, answer)))
+        return _is_proportional(
+            *(replace(each, kind="equation", name=each.name or "=") for each in (gold, answer))
+        )
     return False
 
 
 def _is_proportional(gold: Node, answer: Node) -> bool:
-    """Whether the differences of the sides have one ratio everywhere, a positive one where there is a direction."""
+    """Whether the differences of the sides have one ratio everywhere, a positive one where there is
+    a direction."""
     if answer.name != gold.name:
         answer = Node("equation", FLIPPED[answer.name], answer.parts[::-1])
     sides = (*gold.parts, *answer.parts)
@@ -92,7 +108,9 @@ def _is_proportional(gold: Node, answer: Node) -> bool:
     ratio = value_or_none(Node("quotient", parts=first), {})
     if not ratio or (gold.name not in ("=", "!=") and not is_positive(ratio)):
         return False
-    return all(is_equal(product(first[0], other[1]), product(other[0], first[1])) for other in others)
+    return all(
+        is_equal(product(first[0], other[1]), product(other[0], first[1])) for other in others
+    )
 
 
 def _at(node: Node, point: Mapping[str, Fraction]) -> Node:
@@ -125,7 +143,8 @@ def _distinct(parts: tuple[Node, ...]) -> tuple[Node, ...]:
 
 
 def _same_collection(gold: Node, answer: Node) -> bool:
-    """Sets and lists in any order, tuples in theirs; a list may stand for either, (a, b) for an open interval."""
+    """Sets and lists in any order, tuples in theirs; a list may stand for either, (a, b) for an
+    open interval."""
     kinds = {gold.kind, answer.kind}
     if kinds == {"tuple"}:
         return gold.name == answer.name and _same_ordered(gold.parts, answer.parts)
@@ -143,13 +162,18 @@ def _same_collection(gold: Node, answer: Node) -> bool:
 
 def _as_tuple(node: Node) -> Node:
     """A column of a matrix as a tuple; any other node as it is."""
-    if node.kind != "matrix" or len(node.parts) == 1 or any(len(row.parts) > 1 for row in node.parts):
+    if (
+        node.kind != "matrix"
+        or len(node.parts) == 1
+        or any(len(row.parts) > 1 for row in node.parts)
+    ):
         return node
     return Node("tuple", parts=tuple(row.parts[0] for row in node.parts))
 
 
 def _in_order(node: Node) -> tuple[Node, ...]:
-    """A list's items in the order that a tuple has; of `x = 1, y = 2` the values, where the names are sorted."""
+    """A list's items in the order that a tuple has; of `x = 1, y = 2` the values, where the names
+    are sorted."""
     if node.kind == "tuple" or not all(part.kind == "named" for part in node.parts):
         return node.parts
     names = [part.parts[0].name for part in node.parts]
@@ -192,5 +216,7 @@ def _same_ratio(gold: Node, answer: Node) -> bool:
         return len(ratio.parts) == 2 and same(Node("quotient", parts=ratio.parts), other)
     if len(gold.parts) != len(answer.parts):
         return False
-    first, *others = [Node("quotient", parts=pair) for pair in zip(gold.parts, answer.parts, strict=True)]
+    first, *others = [
+        Node("quotient", parts=pair) for pair in zip(gold.parts, answer.parts, strict=True)
+    ]
     return all(is_equal(first, other) for other in others)

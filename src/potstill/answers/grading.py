@@ -1,10 +1,13 @@
-"""Grading mathematical answers: the last closed box against the gold, in processes that can be killed.
+"""Grading mathematical answers: the last closed box against the gold, in processes that can be
+killed.
 
-What a model writes is untrusted: an exponent tower, a megabyte of digits or a crafted expression can take long to
-compare. So each pair is compared in a worker process with a limit on time and memory; one that exceeds either scores 0,
-is counted, and costs one worker, which is replaced. Nothing is ever read from the prose around the box.
+What a model writes is untrusted: an exponent tower, a megabyte of digits or a crafted expression
+can take long to compare. So each pair is compared in a worker process with a limit on time and
+memory; one that exceeds either scores 0, is counted, and costs one worker, which is replaced.
+Nothing is ever read from the prose around the box.
 
-Run as a module this file is the worker: a JSON line with gold, answer and seconds in, one with the verdict out.
+Run as a module this file is the worker: a JSON line with gold, answer and seconds in, one with the
+verdict out.
 """
 
 import contextlib
@@ -41,7 +44,8 @@ Pair = tuple[str, str | None]
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """The score of a response in [0, 1], the final answer it gave (None: none), and as a note the rule that decided."""
+    """The score of a response in [0, 1], the final answer it gave (None: none), and as a note the
+    rule that decided."""
 
     score: float
     answer: str | None = None
@@ -49,10 +53,13 @@ class Grade:
 
 
 def gsm8k_gold(answer: str) -> str:
-    """The number after the last `####` of a GSM8K solution, without separators. Raises ValueError without one."""
+    """The number after the last `####` of a GSM8K solution, without separators. Raises ValueError
+    without one."""
     _, marker, gold = answer.rpartition("####")
     if not marker or not gold.strip():
-        raise ValueError(f"a GSM8K answer ends with `#### NUMBER`, and this one does not: {answer[-80:]!r}")
+        raise ValueError(
+            f"a GSM8K answer ends with `#### NUMBER`, and this one does not: {answer[-80:]!r}"
+        )
     return gold.strip().replace(",", "").replace("$", "")
 
 
@@ -76,7 +83,9 @@ class Grader:
             _stop(worker)
         self.idle.clear()
 
-    def grade(self, golds: Sequence[str], responses: Sequence[str], kind: Kind = "latex") -> list[Grade]:
+    def grade(
+        self, golds: Sequence[str], responses: Sequence[str], kind: Kind = "latex"
+    ) -> list[Grade]:
         """One grade for each response, in their order; equal pairs are compared once."""
         answers = [last_box(response) for response in responses]
         pairs = list(zip(golds, answers, strict=True))
@@ -136,7 +145,8 @@ def _at_once(gold: str, answer: str | None, kind: Kind) -> "tuple[bool, Rule] | 
 
 
 def majority(grades: Sequence[Grade]) -> float:
-    """The score of the answer that most responses gave, the first of those where several did; 0 without answers."""
+    """The score of the answer that most responses gave, the first of those where several did; 0
+    without answers."""
     counts = Counter(grade.answer for grade in grades if grade.answer is not None)
     if not counts:
         return 0.0
@@ -162,7 +172,8 @@ def _start() -> subprocess.Popen:
         if not ready.select(START_SECONDS) or worker.stdout.readline() != b"ready\n":
             _stop(worker)
             raise RuntimeError(
-                "a grading process does not start; run `python -P -m potstill.answers.grading` to see why"
+                "a grading process does not start; run `python -P -m potstill.answers.grading` "
+                "to see why"
             )
     return worker
 
@@ -179,7 +190,8 @@ def _stop(worker: subprocess.Popen) -> None:
 def _work() -> None:
     """The worker's loop.
 
-    Its parent keeps the time; should that be killed, the worker's own alarm ends it, a second after its time is over.
+    Its parent keeps the time; should that be killed, the worker's own alarm ends it, a second after
+    its time is over.
     """
     import resource
     import signal

@@ -1,7 +1,8 @@
 r"""The strict grammar of final answers: what an answer says, as a tree, or NotUnderstood.
 
-Each token has a place in the tree, or the answer is refused: `4+`, `4x(`, `5 \quad 6`, `4 \to 5`, `1, 2, \ldots, n`.
-Nothing is dropped, and what stands side by side is a product, a mixed number, digit groups or a mistake, never a sum.
+Each token has a place in the tree, or the answer is refused: `4+`, `4x(`, `5 \quad 6`, `4 \to 5`,
+`1, 2, \ldots, n`. Nothing is dropped, and what stands side by side is a product, a mixed number,
+digit groups or a mistake, never a sum.
 """
 
 import re
@@ -19,7 +20,8 @@ FACTORS = {"frac", "sqrt", "binom", "lfloor", "lceil", *SYMBOLS, *FUNCTIONS}
 
 
 def readings(text: str) -> list[Node]:
-    """What an answer may say: commas between digits part groups of three where they can, or items of a list.
+    """What an answer may say: commas between digits part groups of three where they can, or items
+    of a list.
 
     Raises NotUnderstood where it says nothing by the grammar.
     """
@@ -33,9 +35,12 @@ def readings(text: str) -> list[Node]:
 
 
 def squeezed(text: str) -> str:
-    """The answer's tokens as one string, for answers that are compared as they are written. Raises NotUnderstood."""
+    """The answer's tokens as one string, for answers that are compared as they are written. Raises
+    NotUnderstood."""
     found = tokens(with_digit_groups(normalise(text)))
-    return " ".join(token.text.lower() if token.kind == "word" else token.text for token in found).strip()
+    return " ".join(
+        token.text.lower() if token.kind == "word" else token.text for token in found
+    ).strip()
 
 
 class Reader(Atoms):
@@ -43,7 +48,9 @@ class Reader(Atoms):
 
     def answer(self) -> Node:
         """The whole answer."""
-        words = [token.text.lower() for token in self.tokens[:-1] if token.kind in ("word", "letter")]
+        words = [
+            token.text.lower() for token in self.tokens[:-1] if token.kind in ("word", "letter")
+        ]
         is_text = len(words) == len(self.tokens) - 1 and not {"and", "or"} & set(words)
         if is_text and any(token.kind == "word" and len(token.text) > 1 for token in self.tokens):
             return Node("text", " ".join(words))
@@ -106,7 +113,8 @@ class Reader(Atoms):
         return None
 
     def unit(self, names: list[str]) -> str:
-        """The unit's name after a value, of which a currency may be known: a sign, or words, powers and a `per`."""
+        """The unit's name after a value, of which a currency may be known: a sign, or words, powers
+        and a `per`."""
         if not names and (sign := self.take("%", *CURRENCIES)):
             return units.NAMES.get(sign.text, sign.text)
         if self.take("frac"):
@@ -148,8 +156,14 @@ class Reader(Atoms):
         """Sets joined by union, intersection or difference; or a sum."""
         node = self.sum()
         while True:
-            is_letter = self.next.kind == "letter" and self.is_next("U") and node.kind in ("interval", "tuple")
-            if not is_letter and not (self.next.kind == "macro" and self.is_next("cup", "cap", "setminus")):
+            is_letter = (
+                self.next.kind == "letter"
+                and self.is_next("U")
+                and node.kind in ("interval", "tuple")
+            )
+            if not is_letter and not (
+                self.next.kind == "macro" and self.is_next("cup", "cap", "setminus")
+            ):
                 return node
             name = "cup" if is_letter else self.next.text
             self.place += 1
@@ -199,7 +213,12 @@ class Reader(Atoms):
                 return node
             elif is_literal and (mixed := self.mixed(node)):
                 node, is_literal = mixed, False
-            elif self.next.gap > 1 or is_below or self.begins_with_digit() or self.are_fractions(node):
+            elif (
+                self.next.gap > 1
+                or is_below
+                or self.begins_with_digit()
+                or self.are_fractions(node)
+            ):
                 raise NotUnderstood(f"{self.next.text!r} beside what stands before it")
             else:
                 node, is_literal = product(node, self.postfixed()), False
@@ -213,7 +232,11 @@ class Reader(Atoms):
             return len(token.text) == 1 and not _is_unit(token)
         if token.kind == "letter":
             return token.text != "U" or self.ahead(1).text not in ("(", "[")
-        return token.kind == "number" or self.is_next("(", "[", "{") or (self.is_next("|") and not self.num_bars)
+        return (
+            token.kind == "number"
+            or self.is_next("(", "[", "{")
+            or (self.is_next("|") and not self.num_bars)
+        )
 
     def begins_with_digit(self) -> bool:
         """Whether the next factor, drawn, begins with a digit."""
@@ -224,10 +247,15 @@ class Reader(Atoms):
 
     def are_fractions(self, node: Node) -> bool:
         """Whether a fraction of literals meets a fraction: a sum, a product or a mistake."""
-        return node.kind == "quotient" and self.is_next("frac") and all(part.kind == "number" for part in node.parts)
+        return (
+            node.kind == "quotient"
+            and self.is_next("frac")
+            and all(part.kind == "number" for part in node.parts)
+        )
 
     def mixed(self, whole: Node) -> Node | None:
-        """A mixed number, where a fraction of literals follows a whole one; it must be smaller than 1."""
+        """A mixed number, where a fraction of literals follows a whole one; it must be smaller than
+        1."""
         start = self.place
         if whole.kind != "number" or whole.value.denominator != 1 or self.next.gap > 1:
             return None
@@ -241,7 +269,11 @@ class Reader(Atoms):
         if under is None or over.kind != "number" or under.kind != "number":
             self.place = start
             return None
-        if not 0 < over.value < under.value or over.value.denominator != 1 or under.value.denominator != 1:
+        if (
+            not 0 < over.value < under.value
+            or over.value.denominator != 1
+            or under.value.denominator != 1
+        ):
             raise NotUnderstood("no mixed number")
         return number(whole.value + Fraction(over.value, under.value))
 
@@ -293,7 +325,8 @@ def _is_unit(token: Token) -> bool:
 
 
 def _without_degrees(node: Node) -> Node:
-    """A value whose degrees stand outside of functions, as a quantity in degrees; any other as it is."""
+    """A value whose degrees stand outside of functions, as a quantity in degrees; any other as it
+    is."""
     scales: set[str] = set()
     found = _strip_degrees(node, scales)
     if len(scales) > 1:

@@ -1,11 +1,21 @@
-r"""The meaning of an answer's form: `x = 5` is a named value, `x < 3` a set, `1 \pm 2` two values, `2 + 6 = 8` is 8."""
+r"""The meaning of an answer's form: `x = 5` is a named value, `x < 3` a set, `1 \pm 2` two values,
+`2 + 6 = 8` is 8."""
 
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
 from potstill.answers import units
-from potstill.answers.tree import EXPRESSIONS, INFINITY, MINUS_INFINITY, REALS, Node, NotUnderstood, interval, number
+from potstill.answers.tree import (
+    EXPRESSIONS,
+    INFINITY,
+    MINUS_INFINITY,
+    REALS,
+    Node,
+    NotUnderstood,
+    interval,
+    number,
+)
 from potstill.answers.values import is_equal, value_or_none, variables
 
 # A relation as seen from its other side.
@@ -20,7 +30,9 @@ def meaning(node: Node) -> Node:
     if node.kind == "chain":
         return _relation(node.name.split(), node.parts)
     if node.kind == "set":
-        return replace(node, parts=tuple(each for part in node.parts for each in _items(meaning(part))))
+        return replace(
+            node, parts=tuple(each for part in node.parts for each in _items(meaning(part)))
+        )
     if node.kind == "where":
         condition = meaning(node.parts[0])
         if condition.kind != "inequality" or condition.name != node.name:
@@ -37,22 +49,29 @@ def _items(node: Node) -> tuple[Node, ...]:
 
 def _list(joint: str, items: list[Node]) -> Node:
     """A list; after `or`, inequalities in one variable are the union of their sets."""
-    if joint == "or" and {(item.kind, item.name) for item in items} == {("inequality", items[0].name)}:
+    if joint == "or" and {(item.kind, item.name) for item in items} == {
+        ("inequality", items[0].name)
+    }:
         pieces = tuple(piece for item in items for piece in _pieces(item.parts[0]))
         return Node("inequality", items[0].name, (Node("union", parts=pieces),))
     return Node("list", joint, tuple(items))
 
 
 def _signs(node: Node) -> list[str]:
-    return [node.kind] * (node.kind in ("pm", "mp")) + [sign for part in node.parts for sign in _signs(part)]
+    return [node.kind] * (node.kind in ("pm", "mp")) + [
+        sign for part in node.parts for sign in _signs(part)
+    ]
 
 
 def _both_signs(node: Node) -> Node:
-    """A list of the values for the upper and the lower signs, where there are both; else the node."""
+    """A list of the values for the upper and the lower signs, where there are both; else the
+    node."""
     signs = _signs(node)
     if not signs:
         return node
-    if signs.count("pm") > 1 or not (node.kind in EXPRESSIONS or node.kind in ("quantity", "tuple", "pm", "mp")):
+    if signs.count("pm") > 1 or not (
+        node.kind in EXPRESSIONS or node.kind in ("quantity", "tuple", "pm", "mp")
+    ):
         raise NotUnderstood("signs that may be independent")
     return Node("list", parts=(_with_sign(node, "pm"), _with_sign(node, "mp")))
 
@@ -65,7 +84,8 @@ def _with_sign(node: Node, plus: str) -> Node:
 
 
 def is_name(node: Node) -> bool:
-    """Whether the left side of an equation only says what stands on the right: x, f(x), AB, m + n, `area`, (x, y)."""
+    """Whether the left side of an equation only says what stands on the right: x, f(x), AB, m + n,
+    `area`, (x, y)."""
     if node.kind == "text":
         return not units.DOUBTS & set(node.name.split())
     if node.kind == "variable":
@@ -81,7 +101,8 @@ def is_name(node: Node) -> bool:
 
 
 def _relation(names: list[str], parts: tuple[Node, ...]) -> Node:
-    """A named value, the value of a true equation, the set of an inequality, an equation, or a chain."""
+    """A named value, the value of a true equation, the set of an inequality, an equation, or a
+    chain."""
     if any(_signs(part) for part in parts[:-1]):
         raise NotUnderstood("both signs on the left")
     if names == ["in"] and parts[0].kind == "variable":
@@ -90,7 +111,9 @@ def _relation(names: list[str], parts: tuple[Node, ...]) -> Node:
         return _equation(parts)
     if (found := _solved(names, parts)) is not None:
         return found
-    return Node("equation" if len(names) == 1 and names != ["in"] else "chain", " ".join(names), parts)
+    return Node(
+        "equation" if len(names) == 1 and names != ["in"] else "chain", " ".join(names), parts
+    )
 
 
 def _equation(parts: tuple[Node, ...]) -> Node:
@@ -123,7 +146,11 @@ def _solved(names: list[str], parts: tuple[Node, ...]) -> Node | None:
         return Node("inequality", name, (Node("union", parts=pieces),))
     # As seen from the variable.
     signs = [FLIPPED[sign] if i < place else sign for i, sign in enumerate(names)]
-    if "!=" in signs or len({sign[0] for sign in signs}) != len(signs) or (len(parts) == 3 and place != 1):
+    if (
+        "!=" in signs
+        or len({sign[0] for sign in signs}) != len(signs)
+        or (len(parts) == 3 and place != 1)
+    ):
         return None
     low, high, left, right = MINUS_INFINITY, INFINITY, "(", ")"
     for sign, bound in zip(signs, bounds, strict=True):

@@ -1,7 +1,9 @@
-r"""Tokens of a final answer in LaTeX, as models write it: normalised, and nothing dropped that could mean something.
+r"""Tokens of a final answer in LaTeX, as models write it: normalised, and nothing dropped that
+could mean something.
 
-Font and size macros, `\left`, display markers and thin spaces go; fractions in all spellings, Unicode signs and digit
-groups become one form each. Words keep apart from letters: `\text{ cm}` is a word, `x` a letter, `eggs` a word.
+Font and size macros, `\left`, display markers and thin spaces go; fractions in all spellings,
+Unicode signs and digit groups become one form each. Words keep apart from letters: `\text{ cm}` is
+a word, `x` a letter, `eggs` a word.
 """
 
 # ruff: noqa: RUF001 (signs that look like others are what this file is about)
@@ -96,14 +98,17 @@ RENAMED = table(r"""
     i imath
 """)
 GREEK = words(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
-    "varepsilon vartheta varphi varrho varsigma Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell"
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi chi psi omega varepsilon vartheta varphi varrho varsigma Gamma Delta Theta "
+    "Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell"
 )
-FUNCTIONS = words("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min")
+FUNCTIONS = words(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min"
+)
 # Macros that say how something looks, with nothing of their own.
 LOOKS = words(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle limits nolimits "
-    "rm bf it boldmath normalfont large Large"
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
+    "textstyle limits nolimits rm bf it boldmath normalfont large Large"
 )
 # Macros that say how their argument looks.
 FONTS = words("mathbf mathit mathsf mathtt mathcal boldsymbol bm boxed fbox ensuremath underline")
@@ -113,7 +118,8 @@ WIDE = words("quad qquad hspace enspace")
 THIN = words("thinspace medspace thickspace space nobreakspace")
 # Words of two or three letters; longer runs of letters are words anyway.
 SHORT_WORDS = words(
-    "yes no odd none and or to of is not all any the per in on up day men ft cm mm km kg mg ml oz lb hr sq cu mph am pm"
+    "yes no odd none and or to of is not all any the per in on up day men ft cm mm km kg mg ml "
+    "oz lb hr sq cu mph am pm"
 )
 # What may lack its backslash.
 NAMES = {name: name for name in ("infty", "pi", "sqrt", *FUNCTIONS, *GREEK)}
@@ -121,12 +127,10 @@ NAMES |= dict.fromkeys(("inf", "infinity", "oo"), "infty")
 
 _THIN_SPACE = r"(?:\\[,;: ]|~|\s|\\thinspace(?![a-zA-Z]))"
 _TOKEN = re.compile(
-    rf"(?P<space>(?:\s|~|\\[,;:!\s])+)"
+    r"(?P<space>(?:\s|~|\\[,;:!\s])+)"
     rf"|(?P<groups>\d{{1,3}}(?:(?P<by>{_THIN_SPACE}|\{{,\}})\d{{3}})(?:(?P=by)\d{{3}})*(?!\d)(?:\.\d+)?(?!\s*/|\.\d))"
     r"|(?P<number>(?:\d+(?:\.(?:\d+|(?=\\overline)))?|\.\d+)(?:[eE][+-]?\d+(?![\d.]))?)"
-    r"|\\(?P<macro>[a-zA-Z]+\*?|\\|[{}%$&#_|])"
-    r"|(?P<letters>[a-zA-Z]+)"
-    r"|(?P<sign>.)",
+    r"|\\(?P<macro>[a-zA-Z]+\*?|\\|[{}%$&#_|])|(?P<letters>[a-zA-Z]+)|(?P<sign>.)",
     re.DOTALL,
 )
 _COMMA_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -134,12 +138,15 @@ _SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅�
 
 
 def normalise(text: str) -> str:
-    """The answer in ASCII, without dollars around mathematics and the full stop that ends a sentence."""
+    """The answer in ASCII, without dollars around mathematics and the full stop that ends a
+    sentence."""
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda run: f"^{{{run[0].translate(_SMALL)}}}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda run: f"_{{{run[0].translate(_SMALL)}}}", text)
     text = re.sub(r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
     text = "".join(f"{SIGNS[c]} " if c in SIGNS else _plain(c) for c in text)
-    text = re.sub(r"\\!\s*", "", text).replace("\\textdollar", r"\$").replace(r"\textpercent", r"\%")
+    text = (
+        re.sub(r"\\!\s*", "", text).replace("\\textdollar", r"\$").replace(r"\textpercent", r"\%")
+    )
     text = re.sub(r"(?<!\\)\\[()\[\]]", "", text)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
         text = re.sub(r"(?<!\\)\$", " ", text)
@@ -149,7 +156,8 @@ def normalise(text: str) -> str:
 
 
 def _plain(character: str) -> str:
-    """A vulgar fraction, a Greek letter, a no-break space or a wide digit in ASCII; else the character."""
+    """A vulgar fraction, a Greek letter, a no-break space or a wide digit in ASCII; else the
+    character."""
     if character.isascii():
         return character
     name = unicodedata.name(character, "").split()
@@ -177,7 +185,8 @@ def with_digit_groups(text: str) -> str:
 
 
 def tokens(text: str) -> list[Token]:
-    """The tokens of a normalised answer and an end. Raises NotUnderstood for a macro without its argument."""
+    """The tokens of a normalised answer and an end. Raises NotUnderstood for a macro without its
+    argument."""
     return [*_tokens(text, "math"), Token("end", "", 2)]
 
 
@@ -198,7 +207,9 @@ def _tokens(text: str, mode: Mode) -> list[Token]:
         elif match["letters"]:
             new = _letters(piece, mode, bool(found) and found[-1].kind == "number" and gap > 0)
         elif match["macro"]:
-            new, gap, place = _macro(RENAMED.get(match["macro"], match["macro"]), text, place, gap, mode)
+            new, gap, place = _macro(
+                RENAMED.get(match["macro"], match["macro"]), text, place, gap, mode
+            )
         else:
             new = [Token("sign", piece)]
         if new:
@@ -214,7 +225,11 @@ def _macro(name: str, text: str, place: int, gap: int, mode: Mode) -> tuple[list
         dot = re.match(r"\s*\.", text[place:]) if name in ("left", "right") else None
         return [], gap, place + (dot.end() if dot else 0)
     if name in WIDE | THIN:
-        return [], 2 if name in WIDE else max(gap, 1), argument(text, place)[1] if name == "hspace" else place
+        return (
+            [],
+            2 if name in WIDE else max(gap, 1),
+            argument(text, place)[1] if name == "hspace" else place,
+        )
     if name in FONTS | ROMANS | TEXTS:
         inner, place = argument(text, place)
         inside = _tokens(inner, "text" if name in TEXTS else "roman" if name in ROMANS else mode)
@@ -232,7 +247,8 @@ def _macro(name: str, text: str, place: int, gap: int, mode: Mode) -> tuple[list
 
 
 def _letters(run: str, mode: Mode, after_number: bool) -> list[Token]:
-    """A run of letters as a macro that lacks its backslash, a word, or letters that are multiplied."""
+    """A run of letters as a macro that lacks its backslash, a word, or letters that are
+    multiplied."""
     upright = mode != "math"
     if run in NAMES and mode != "text" and not (upright and after_number):
         return [Token("macro", NAMES[run])]

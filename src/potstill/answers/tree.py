@@ -15,7 +15,8 @@ class NotUnderstood(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A part of an answer: what it is, a name or sign of its own, a number's value, and its parts in their order."""
+    """A part of an answer: what it is, a name or sign of its own, a number's value, and its parts
+    in their order."""
 
     kind: str
     name: str = ""
@@ -24,7 +25,9 @@ class Node:
 
 
 # What has a value, as a number or as an expression in variables.
-EXPRESSIONS = words("number variable constant sum product quotient power root factorial binomial degree function")
+EXPRESSIONS = words(
+    "number variable constant sum product quotient power root factorial binomial degree function"
+)
 
 
 def number(value: int | Fraction | str) -> Node:

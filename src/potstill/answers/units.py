@@ -38,20 +38,31 @@ _SPELLINGS = {
     "am": "",
     "pm": "",
 }
-NAMES = {spelling: name for name, spellings in _SPELLINGS.items() for spelling in (name, *spellings.split())}
+NAMES = {
+    spelling: name
+    for name, spellings in _SPELLINGS.items()
+    for spelling in (name, *spellings.split())
+}
 POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
-TIMES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+TIMES = {
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "dozen": 12,
+}
 # Words that deny a value or blur it.
 DOUBTS = words(
-    "not no never about approximately approx around roughly nearly almost between least most more less fewer than "
-    "above below under over maybe possibly perhaps wrong false"
+    "not no never about approximately approx around roughly nearly almost between least most "
+    "more less fewer than above below under over maybe possibly perhaps wrong false"
 )
 # These and others change a value that stands before them, or say that it is not the whole answer.
 NONE = DOUBTS | words(
-    "or and but if when where for minus plus times divided by negative positive half halves third thirds quarter "
-    "quarters fourth fourths fifth fifths tenth tenths hundredths squared cubed root pi to from zero is are was "
-    "equals equal mod modulo of out choose base one two three four five six seven eight nine ten twenty infinity "
-    "infinite remainder with"
+    "or and but if when where for minus plus times divided by negative positive half halves "
+    "third thirds quarter quarters fourth fourths fifth fifths tenth tenths hundredths squared "
+    "cubed root pi to from zero is are was equals equal mod modulo of out choose base one two "
+    "three four five six seven eight nine ten twenty infinity infinite remainder with"
 )
 # Words between units: `miles per hour`, `cups of feed`, `18 dollars each`.
 PER = words("per a an every")
@@ -63,7 +74,9 @@ MAX_WORDS = 5
 def unit(word: str) -> str:
     """The name of the unit that a word is. Raises NotUnderstood for what no unit is."""
     lower = word.lower()
-    if lower in NONE or (len(word) < 3 and not (lower in NAMES or lower in POWERS or word in LETTERS)):
+    if lower in NONE or (
+        len(word) < 3 and not (lower in NAMES or lower in POWERS or word in LETTERS)
+    ):
         raise NotUnderstood(f"{word!r} after a value")
     if len(word) == 1:
         return NAMES.get(word, word)
@@ -71,7 +84,8 @@ def unit(word: str) -> str:
 
 
 def joined(names: list[str]) -> str:
-    """One name for `square units`, `sq units` and `units^2`. Raises NotUnderstood for too many words."""
+    """One name for `square units`, `sq units` and `units^2`. Raises NotUnderstood for too many
+    words."""
     if len(names) > MAX_WORDS:
         raise NotUnderstood("a sentence after a value")
     found, power = [], ""

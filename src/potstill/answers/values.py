@@ -1,7 +1,8 @@
-"""Values of expressions: exact where they are rational, else to as many digits as their largest part needs.
+"""Values of expressions: exact where they are rational, else to as many digits as their largest
+part needs.
 
-A power or factorial beyond MAX_BITS is refused, not computed, and so is what needs more than MAX_DIGITS; an expression
-of many parts can still take seconds.
+A power or factorial beyond MAX_BITS is refused, not computed, and so is what needs more than
+MAX_DIGITS; an expression of many parts can still take seconds.
 """
 
 import math
@@ -37,13 +38,17 @@ def variables(node: Node) -> set[str]:
 
 
 def points(names: set[str]) -> list[dict[str, Fraction]]:
-    """Where expressions in these variables are compared: the same places every time, once without variables."""
+    """Where expressions in these variables are compared: the same places every time, once without
+    variables."""
     if not names:
         return [{}]
     chance = random.Random(0)
     kinds = [(signs, size) for signs in ((1,), (-1,), (1, -1)) for size in (20, 100, 1000)]
     return [
-        {name: chance.choice(signs) * Fraction(chance.randint(2, size), chance.randint(2, 9)) for name in sorted(names)}
+        {
+            name: chance.choice(signs) * Fraction(chance.randint(2, size), chance.randint(2, 9))
+            for name in sorted(names)
+        }
         for signs, size in kinds
     ]
 
@@ -51,7 +56,8 @@ def points(names: set[str]) -> list[dict[str, Fraction]]:
 def is_equal(a: Node, b: Node) -> bool:
     """Whether two expressions have one value wherever both have one, and that at enough points.
 
-    With variables and without `i`, what is not real has no value: the root of x times that of y is the root of xy.
+    With variables and without `i`, what is not real has no value: the root of x times that of y is
+    the root of xy.
     """
     names = variables(a) | variables(b)
     is_real = bool(names) and not (_is_complex(a) or _is_complex(b))
@@ -68,11 +74,14 @@ def is_equal(a: Node, b: Node) -> bool:
 
 
 def _is_complex(node: Node) -> bool:
-    return (node.kind == "constant" and node.name == "i") or any(_is_complex(part) for part in node.parts)
+    return (node.kind == "constant" and node.name == "i") or any(
+        _is_complex(part) for part in node.parts
+    )
 
 
 def is_zero(node: Node, point: Mapping[str, Fraction], is_real: bool = False) -> bool:
-    """Whether an expression is 0 at a point: exactly, or beside its largest and smallest part. Raises Undefined."""
+    """Whether an expression is 0 at a point: exactly, or beside its largest and smallest part.
+    Raises Undefined."""
     with mpmath.workdps(20):
         first = Evaluation(point, is_real)
         value = first.of(node)
@@ -108,7 +117,8 @@ def _mp(value: Value) -> Value:
 
 
 class Evaluation:
-    """The value of an expression at one point, with the size of its largest or smallest part as a power of 2."""
+    """The value of an expression at one point, with the size of its largest or smallest part as a
+    power of 2."""
 
     def __init__(self, point: Mapping[str, Fraction], is_real: bool = False):
         self.point, self.is_real, self.size = point, is_real, 0.0
@@ -142,10 +152,21 @@ class Evaluation:
         if kind == "constant":
             if name == "infty":
                 raise Undefined("infinity")
-            return {"pi": mpmath.mpc(mpmath.pi), "e": mpmath.mpc(mpmath.e), "i": mpmath.mpc(0, 1)}[name]
+            return {"pi": mpmath.mpc(mpmath.pi), "e": mpmath.mpc(mpmath.e), "i": mpmath.mpc(0, 1)}[
+                name
+            ]
         if kind == "function":
             return self.function(name, [self.of(part) for part in node.parts])
-        if kind not in ("sum", "product", "quotient", "power", "root", "factorial", "binomial", "degree"):
+        if kind not in (
+            "sum",
+            "product",
+            "quotient",
+            "power",
+            "root",
+            "factorial",
+            "binomial",
+            "degree",
+        ):
             raise Undefined(f"a {kind} has no value")
         parts = [self.of(part) for part in node.parts]
         return getattr(self, kind)(*parts)
@@ -167,7 +188,9 @@ class Evaluation:
     def power(self, base: Value, exponent: Value) -> Value:
         if isinstance(exponent, Fraction):
             if exponent.denominator != 1:
-                return self.power(self.root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator))
+                return self.power(
+                    self.root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator)
+                )
             if abs(exponent) * _bits(base) > MAX_BITS:
                 raise Undefined("too large")
             if isinstance(base, Fraction):
@@ -228,7 +251,10 @@ class Evaluation:
         if name in ("ln", "log"):
             log = mpmath.log(x)
             return log if name == "ln" else log / mpmath.log(_mp(parts[1]))
-        if name in ("exp", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc") and abs(x) > MAX_BITS:
+        if (
+            name in ("exp", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc")
+            and abs(x) > MAX_BITS
+        ):
             raise Undefined("too large")
         names = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
         return mpmath.mpc(getattr(mpmath, names.get(name, name))(x))

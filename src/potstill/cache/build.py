@@ -1,8 +1,9 @@
 """Making and checking a teacher cache.
 
-The work is cut into shards of a fixed number of rollouts. Each is made from its own prompts and seeds alone, and named
-by them. So a build that was killed goes on with the shards that are missing and ends with the same files, and several
-ranks end with the files of one. A shard gets its name when it is whole on disk, and the manifest lists it after that.
+The work is cut into shards of a fixed number of rollouts. Each is made from its own prompts and
+seeds alone, and named by them. So a build that was killed goes on with the shards that are missing
+and ends with the same files, and several ranks end with the files of one. A shard gets its name
+when it is whole on disk, and the manifest lists it after that.
 """
 
 import contextlib
@@ -69,12 +70,14 @@ def build_cache(
     prompts: Sequence[str | dict | Example] | None = None,
     quiet: bool = False,
 ) -> Manifest:
-    """Write the completions and the signal of a recipe's teacher to the folder `out`, or what is missing of them there.
+    """Write the completions and the signal of a recipe's teacher to the folder `out`, or what is
+    missing of them there.
 
-    With `objective.prefix = "dataset"` the completions are the data's, with any other the teacher writes them. A cache
-    that is there is added to: more prompts, more completions of each. Objects take the place of names as in `train`.
-    Raises CacheError for a folder with anything else in it, for a cache of another teacher or of other settings, and
-    for a full disk; what was finished stays.
+    With `objective.prefix = "dataset"` the completions are the data's, with any other the teacher
+    writes them. A cache that is there is added to: more prompts, more completions of each. Objects
+    take the place of names as in `train`. Raises CacheError for a folder with anything else in it,
+    for a cache of another teacher or of other settings, and for a full disk; what was finished
+    stays.
     """
     from filelock import FileLock, Timeout
 
@@ -84,7 +87,15 @@ def build_cache(
     _check_folder(out)
     world = distributed.start()
     date = read_manifest(out).date if (out / "manifest.json").exists() else None
-    setup = prepare(recipe, world, student=student, teacher=teacher, tokenizer=tokenizer, prompts=prompts, date=date)
+    setup = prepare(
+        recipe,
+        world,
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        date=date,
+    )
     assert isinstance(setup.teacher, LanguageModel), "the recipe asks for a live teacher's signal"
     wanted = _manifest(recipe, setup, setup.teacher, options)
     try:
@@ -99,28 +110,33 @@ def build_cache(
             display = stack.enter_context(CacheDisplay(quiet or not world.is_main))
             return _fill(cache, recipe, setup, setup.teacher, options, world, display)
     except Timeout:
-        raise CacheError(f"cache {str(out)!r} is being built by another process; wait for it or stop it") from None
+        raise CacheError(
+            f"cache {str(out)!r} is being built by another process; wait for it or stop it"
+        ) from None
     except OSError as error:
         raise CacheError(
-            f"{str(error.filename or out)!r} cannot be written: {error.strerror}; what is finished is kept: make room "
-            "and run the same command again"
+            f"{str(error.filename or out)!r} cannot be written: {error.strerror}; what is "
+            "finished is kept: make room and run the same command again"
         ) from None
 
 
 def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
-    """The recipe of what is stored: a live teacher's signal on its own completions, or on the data's."""
+    """The recipe of what is stored: a live teacher's signal on its own completions, or on the
+    data's."""
     if recipe.teacher.model == "self":
-        raise RecipeError('teacher.model is "self", which changes from run to run; name the model to cache')
+        raise RecipeError(
+            'teacher.model is "self", which changes from run to run; name the model to cache'
+        )
     if min(options.completions, options.rollouts_per_shard) < 1:
         raise RecipeError(
-            f"--completions is {options.completions} and --rollouts-per-shard {options.rollouts_per_shard}; both must "
-            "be at least 1"
+            f"--completions is {options.completions} and --rollouts-per-shard "
+            f"{options.rollouts_per_shard}; both must be at least 1"
         )
     writer = "dataset" if recipe.objective.prefix == "dataset" else "teacher"
     if writer == "dataset" and (options.payload == "completions" or options.completions > 1):
         raise RecipeError(
-            'objective.prefix is "dataset", whose completions are there already, one a prompt; use --payload hidden or '
-            "topk and --completions 1"
+            'objective.prefix is "dataset", whose completions are there already, one a prompt; '
+            "use --payload hidden or topk and --completions 1"
         )
     signal = "topk" if options.payload == "topk" else "full"
     objective = recipe.objective.model_copy(update={"prefix": writer, "signal": signal})
@@ -140,10 +156,14 @@ def _check_folder(out: Path) -> None:
         (out / "shards").glob("[!.]*")
     ):
         return
-    raise CacheError(f"folder {str(out)!r} is not empty and holds no teacher cache; choose another --out")
+    raise CacheError(
+        f"folder {str(out)!r} is not empty and holds no teacher cache; choose another --out"
+    )
 
 
-def _manifest(recipe: Recipe, setup: Setup, teacher: LanguageModel, options: CacheOptions) -> Manifest:
+def _manifest(
+    recipe: Recipe, setup: Setup, teacher: LanguageModel, options: CacheOptions
+) -> Manifest:
     """What the cache's manifest says before any shard is made."""
     is_hidden, is_topk = options.payload == "hidden", options.payload == "topk"
     writes = recipe.objective.prefix == "teacher"
@@ -183,13 +203,21 @@ def _begin(out: Path, wanted: Manifest, teacher: LanguageModel) -> None:
         sha256 = None
         if wanted.settings.payload == "hidden":
             tensors = {"weight": teacher.head.weight_VD.detach(), "bias": teacher.head.bias_V}
-            save_whole({name: t for name, t in tensors.items() if t is not None}, out / "head.safetensors")
+            save_whole(
+                {name: t for name, t in tensors.items() if t is not None}, out / "head.safetensors"
+            )
             sha256 = file_digest(out / "head.safetensors")
-        write_atomically(out / "manifest.json", dataclasses.replace(wanted, head_sha256=sha256).to_json())
+        write_atomically(
+            out / "manifest.json", dataclasses.replace(wanted, head_sha256=sha256).to_json()
+        )
     listed = {record.file for record in read_manifest(out).shards}
     for path in (out / "shards").iterdir():
         name = f"shards/{path.name.removeprefix('.unfinished-')}"
-        if re.match(SHARD_FILE, name) and (path.name[0] == "." or name not in listed) and path.is_file():
+        if (
+            re.match(SHARD_FILE, name)
+            and (path.name[0] == "." or name not in listed)
+            and path.is_file()
+        ):
             path.unlink()
 
 
@@ -199,7 +227,9 @@ def refuse_other_cache(cache: Cache, wanted: Manifest) -> None:
         mine, theirs = getattr(cache.manifest, part), getattr(wanted, part)
         for field in dataclasses.fields(mine):
             if field.name not in ("name", "files"):
-                cache.refuse_other(field.name, getattr(mine, field.name), getattr(theirs, field.name))
+                cache.refuse_other(
+                    field.name, getattr(mine, field.name), getattr(theirs, field.name)
+                )
 
 
 def _fill(
@@ -227,7 +257,11 @@ def _fill(
     display.begin(manifest.total("num_rollouts"), len(entries))
     for first in range(0, len(portions), world.size):
         mine = portions[first + world.rank] if first + world.rank < len(portions) else None
-        record = None if mine is None else _make_shard(mine, recipe, setup, teacher, manifest.settings, out)
+        record = (
+            None
+            if mine is None
+            else _make_shard(mine, recipe, setup, teacher, manifest.settings, out)
+        )
         new = tuple(each for each in distributed.gather(record, world) if each is not None)
         manifest = dataclasses.replace(manifest, shards=manifest.shards + new)
         if world.is_main:
@@ -246,7 +280,12 @@ def sizes_of(records: Sequence[ShardRecord]) -> dict[str, int]:
 
 
 def _make_shard(
-    entries: Sequence[Entry], recipe: Recipe, setup: Setup, teacher: LanguageModel, settings: Settings, out: Path
+    entries: Sequence[Entry],
+    recipe: Recipe,
+    setup: Setup,
+    teacher: LanguageModel,
+    settings: Settings,
+    out: Path,
 ) -> ShardRecord:
     """Write the completions of some entries, score them, and store both."""
     writing = Writing(
@@ -281,7 +320,9 @@ def _make_shard(
     ]
     of_signal = SIGNALS[settings.payload]
     rows = [text | signal for text, signal in zip(texts, signals, strict=True)]
-    tensors = {name: torch.cat([row[name] for row in rows]).contiguous() for name in (*TEXT, *of_signal)}
+    tensors = {
+        name: torch.cat([row[name] for row in rows]).contiguous() for name in (*TEXT, *of_signal)
+    }
     keys = np.frombuffer(b"".join(key for _, key, _ in entries), np.uint8).reshape(-1, KEY_BYTES)
     tensors |= {
         "keys": torch.from_numpy(keys.copy()),
@@ -289,9 +330,13 @@ def _make_shard(
         "prompt_starts": _starts([len(row["prompt_ids"]) for row in rows]),
         "completion_starts": _starts([len(row["completion_ids"]) for row in rows]),
         "ended": torch.tensor([rollout.stop == "end" for rollout in rollouts]),
-        "checksums": torch.tensor([[checksum([row[n] for n in names]) for names in (TEXT, of_signal)] for row in rows]),
+        "checksums": torch.tensor(
+            [[checksum([row[n] for n in names]) for names in (TEXT, of_signal)] for row in rows]
+        ),
     }
-    name = hashlib.sha256(repr([(key, number) for _, key, number in entries]).encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr([(key, number) for _, key, number in entries]).encode()).hexdigest()[
+        :16
+    ]
     path = out / "shards" / f"{name}.safetensors"
     save_whole(tensors, path)
     return ShardRecord(
@@ -312,7 +357,8 @@ def _signals_of(
     setup: Setup,
     settings: Settings,
 ) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """The stored columns of each rollout, by its place, and the KL of each token to what is stored."""
+    """The stored columns of each rollout, by its place, and the KL of each token to what is
+    stored."""
     signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
     kls: list[float] = []
     for places in groups:
@@ -330,16 +376,24 @@ def _signals_of(
 def _score(
     batch: Batch, teacher: LanguageModel, setup: Setup, settings: Settings
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What is stored of each token of a batch [N, ...], and KL(teacher || stored) [N] where something is rounded."""
+    """What is stored of each token of a batch [N, ...], and KL(teacher || stored) [N] where
+    something is rounded."""
     hidden_NE = teacher.signal_at(batch)
     head = teacher.head
     if settings.payload == "topk":
         assert settings.top_k is not None
         options = setup.loss.shared_options()
         known = top_k_of(
-            hidden_NE, head, settings.top_k, **{k: options[k] for k in ("vocab_size", "temperature", "end_ids")}
+            hidden_NE,
+            head,
+            settings.top_k,
+            **{k: options[k] for k in ("vocab_size", "temperature", "end_ids")},
         )
-        columns = (known.token_ids_NK.int(), known.log_probs_NK, _column(known.end_log_prob_N, hidden_NE))
+        columns = (
+            known.token_ids_NK.int(),
+            known.log_probs_NK,
+            _column(known.end_log_prob_N, hidden_NE),
+        )
         columns += (_column(known.tail_log_prob_N, hidden_NE), known.entropy_N)
         return dict(zip(SIGNALS["topk"], columns, strict=True)), None
     assert settings.dtype is not None
@@ -350,7 +404,13 @@ def _score(
         kl_N, stats = None, fused_statistics(rounded_NE, head, labels_N=labels_N)
     else:
         kl_N, stats = close_kl(rounded_NE, head, hidden_NE, head, labels_N=labels_N)
-    columns = (stored_NE, scale, stats.student_log_sum_exp_N, stats.student_entropy_N, stats.student_log_prob_N)
+    columns = (
+        stored_NE,
+        scale,
+        stats.student_log_sum_exp_N,
+        stats.student_entropy_N,
+        stats.student_log_prob_N,
+    )
     return dict(zip(SIGNALS["hidden"], columns, strict=True)), kl_N  # pyright: ignore[reportReturnType]
 
 
@@ -366,7 +426,8 @@ def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file that has its name only once it is whole on disk. Raises OSError."""
     unfinished = path.with_name(f".unfinished-{path.name}")
     try:
-        # safetensors makes its files readable for their owner alone; this one has the user's own mode.
+        # safetensors makes its files readable for their owner alone; this one has the user's own
+        # mode.
         unfinished.touch()
         mode = unfinished.stat().st_mode
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)

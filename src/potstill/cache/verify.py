@@ -29,8 +29,9 @@ VERIFIED_ROLLOUTS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What `verify_cache` found. `head_error` is the largest relative error of a log-sum-exp computed again,
-    `live_kl` the mean KL(teacher || what is stored) against the live teacher in nats (None without one).
+    """What `verify_cache` found. `head_error` is the largest relative error of a log-sum-exp
+    computed again, `live_kl` the mean KL(teacher || what is stored) against the live teacher in
+    nats (None without one).
     """
 
     manifest: Manifest
@@ -41,13 +42,19 @@ class Verified:
 
 
 def verify_cache(
-    folder: Path | str, *, teacher: LanguageModel | str | None = None, drop_broken: bool = False, quiet: bool = False
+    folder: Path | str,
+    *,
+    teacher: LanguageModel | str | None = None,
+    drop_broken: bool = False,
+    quiet: bool = False,
 ) -> Verified:
-    """Read a whole cache: checksums of all files, log-sum-exps against the head, some rollouts against the teacher.
+    """Read a whole cache: checksums of all files, log-sum-exps against the head, some rollouts
+    against the teacher.
 
-    `teacher` is where the teacher is now, if it is not where it was at the build; without one at either place that last
-    check is left out, which `note` then says. With `drop_broken` damaged shards are removed, so that a build makes them
-    again. Raises CacheError for a damaged manifest or head, and for another teacher.
+    `teacher` is where the teacher is now, if it is not where it was at the build; without one at
+    either place that last check is left out, which `note` then says. With `drop_broken` damaged
+    shards are removed, so that a build makes them again. Raises CacheError for a damaged manifest
+    or head, and for another teacher.
     """
     folder, device = Path(folder), distributed.start().device
     manifest = read_manifest(folder)
@@ -64,7 +71,9 @@ def verify_cache(
             except CacheError as error:
                 broken[record] = str(error)
             display.update(**sizes_of([record]))
-    kept = dataclasses.replace(manifest, shards=tuple(r for r in manifest.shards if r not in broken))
+    kept = dataclasses.replace(
+        manifest, shards=tuple(r for r in manifest.shards if r not in broken)
+    )
     if broken and drop_broken:
         for record in broken:
             (folder / record.file).unlink(missing_ok=True)
@@ -80,12 +89,18 @@ def verify_cache(
     )
 
 
-def _live_teacher(cache: Cache, teacher: LanguageModel | str | None) -> tuple[LanguageModel | None, str | None]:
+def _live_teacher(
+    cache: Cache, teacher: LanguageModel | str | None
+) -> tuple[LanguageModel | None, str | None]:
     """The cache's teacher, checked to be it, or why there is none."""
     mine = cache.manifest.teacher
     if not isinstance(teacher, LanguageModel):
         if find_folder(teacher or mine.name) is None:
-            return None, f"the teacher {teacher or mine.name!r} is not on this machine: nothing was compared with it"
+            return (
+                None,
+                f"the teacher {teacher or mine.name!r} is not on this machine: nothing was "
+                "compared with it",
+            )
         teacher = ready(teacher or mine.name, dtype=mine.dtype)
     cache.check_teacher(TeacherSpec(), teacher)
     return teacher.eval(), None
@@ -93,8 +108,11 @@ def _live_teacher(cache: Cache, teacher: LanguageModel | str | None) -> tuple[La
 
 @torch.no_grad()
 def _live_kl(cache: Cache, teacher: LanguageModel, head: Head | None) -> float | None:
-    """Mean KL(live teacher || stored) of some rollouts' tokens; of the kept tokens alone where only they are stored."""
-    places = [(shard, row) for shard, index in enumerate(cache.indices) for row in range(len(index.keys))]
+    """Mean KL(live teacher || stored) of some rollouts' tokens; of the kept tokens alone where only
+    they are stored."""
+    places = [
+        (shard, row) for shard, index in enumerate(cache.indices) for row in range(len(index.keys))
+    ]
     if not places or cache.manifest.settings.payload == "completions":
         return None
     step = max(len(places) // VERIFIED_ROLLOUTS, 1)
@@ -105,17 +123,22 @@ def _live_kl(cache: Cache, teacher: LanguageModel, head: Head | None) -> float |
         if head is not None:
             kl_N, _ = close_kl(cache.rows_of(batch.rollouts, head), head, hidden_NE, teacher.head)
         else:
-            kl_N = _kept_kl(cache.top_k_of(batch.rollouts, teacher.device), hidden_NE, teacher.head, cache)
+            kl_N = _kept_kl(
+                cache.top_k_of(batch.rollouts, teacher.device), hidden_NE, teacher.head, cache
+            )
         kl += float(kl_N.sum())
         num_tokens += len(kl_N)
     return kl / num_tokens
 
 
 def _kept_kl(stored: TopK, hidden_NE: Tensor, head: Head, cache: Cache) -> Tensor:
-    """KL(live teacher || stored) [N] of the kept tokens' measures, in float64, term by term: none is negative."""
+    """KL(live teacher || stored) [N] of the kept tokens' measures, in float64, term by term: none
+    is negative."""
     settings = cache.manifest.settings
     options = {"vocab_size": settings.vocab_size, "temperature": settings.temperature or 1}
     log_sum_exp_N = fused_statistics(hidden_NE, head, **options).student_log_sum_exp_N
-    live = picked_log_probs(hidden_NE, head, stored.token_ids_NK, log_sum_exp_N, options["temperature"]).double()
+    live = picked_log_probs(
+        hidden_NE, head, stored.token_ids_NK, log_sum_exp_N, options["temperature"]
+    ).double()
     d = live - stored.log_probs_NK
     return (live.exp() * (d + torch.expm1(-d))).sum(-1)

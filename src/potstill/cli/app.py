@@ -1,8 +1,9 @@
 """The command line: a thin face of the library, with one function for each command.
 
-A command's options and help text are its function's signature and docstring; its first parameter holds the overrides
-that `split_overrides` found. Nothing is imported before it is known which command is asked for, and heavy imports stay
-inside the commands, so that `--help` answers at once. Bad input prints one line and exits with 2.
+A command's options and help text are its function's signature and docstring; its first parameter
+holds the overrides that `split_overrides` found. Nothing is imported before it is known which
+command is asked for, and heavy imports stay inside the commands, so that `--help` answers at once.
+Bad input prints one line and exits with 2.
 """
 
 import ast
@@ -15,7 +16,8 @@ import potstill
 from potstill.console.boundary import boundary
 from potstill.console.printable import say
 
-# The module of each command, in the order of the help text. The function is named as the command's last word.
+# The module of each command, in the order of the help text. The function is named as the command's
+# last word.
 COMMANDS = {
     "train": "recipe_commands",
     "grpo": "recipe_commands",
@@ -72,7 +74,8 @@ def _prepared(command: str, arguments: list[str]) -> Callable[[], None]:
 
 
 def _help_or_refuse(words: list[str]) -> None:
-    """Print the list of commands where it is asked for. Raises UsageError for words that are no command."""
+    """Print the list of commands where it is asked for. Raises UsageError for words that are no
+    command."""
     is_group = any(name.startswith(f"{words[0]} ") for name in COMMANDS) if words else False
     group, rest = (words[0], words[1:]) if is_group else ("", words)
     if rest[:1] in (["--help"], ["-h"]):
@@ -85,7 +88,11 @@ def _help_or_refuse(words: list[str]) -> None:
 
 def _known(group: str) -> dict[str, str]:
     """The commands that follow the words of a group (none: all), each with its module."""
-    return {name.removeprefix(group).strip(): COMMANDS[name] for name in COMMANDS if name.startswith(group)}
+    return {
+        name.removeprefix(group).strip(): COMMANDS[name]
+        for name in COMMANDS
+        if name.startswith(group)
+    }
 
 
 def _help_text(group: str) -> list[str]:
@@ -94,7 +101,14 @@ def _help_text(group: str) -> list[str]:
     program = f"potstill {group}".strip()
     lines = [f"  {name:{width}}  {_summary(known[name], name.split()[-1])}" for name in known]
     about = str(potstill.__doc__) if not group else ""
-    return [f"usage: {program} COMMAND ...", "", *([about, ""] if about else []), *lines, "", _more(program)]
+    return [
+        f"usage: {program} COMMAND ...",
+        "",
+        *([about, ""] if about else []),
+        *lines,
+        "",
+        _more(program),
+    ]
 
 
 def _more(program: str) -> str:
@@ -102,7 +116,10 @@ def _more(program: str) -> str:
 
 
 def _summary(module: str, function: str) -> str:
-    """The first line of a command's docstring, read from its source: to import it takes twenty times as long."""
+    """The first line of a command's docstring, read from its source: to import it takes twenty
+    times as long."""
     tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
-    found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    found = next(
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function
+    )
     return (ast.get_docstring(found) or "").partition("\n")[0]

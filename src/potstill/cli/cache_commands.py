@@ -21,8 +21,9 @@ def build(
 ) -> None:
     """Write a teacher's completions and signal to disk, or what is missing of them there.
 
-    Training with teacher.cache then needs no teacher. The same command goes on after a kill; with more prompts or
-    completions it adds them. `--section.field VALUE` overrides the recipe's, as in `potstill train --help-all`.
+    Training with teacher.cache then needs no teacher. The same command goes on after a kill; with
+    more prompts or completions it adds them. `--section.field VALUE` overrides the recipe's, as in
+    `potstill train --help-all`.
 
     Args:
         recipe: A TOML file, or the name of a shipped recipe such as demo.
@@ -56,7 +57,10 @@ def info(overrides: dict[str, Any], folder: Positional[Path]) -> None:
 
 
 def verify(
-    overrides: dict[str, Any], folder: Positional[Path], teacher: str | None = None, drop_broken: bool = False
+    overrides: dict[str, Any],
+    folder: Positional[Path],
+    teacher: str | None = None,
+    drop_broken: bool = False,
 ) -> None:
     """Read a whole cache and check it.
 
@@ -75,4 +79,6 @@ def verify(
     verified = verify_cache(folder, teacher=teacher, drop_broken=drop_broken)
     say(*findings(verified))
     if verified.broken and not drop_broken:
-        raise CacheError(f"{len(verified.broken)} of {len(verified.manifest.shards)} shards are damaged")
+        raise CacheError(
+            f"{len(verified.broken)} of {len(verified.manifest.shards)} shards are damaged"
+        )

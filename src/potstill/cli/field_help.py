@@ -10,20 +10,28 @@ from potstill.cli.overrides import SCHEMAS
 from potstill.config.reference import DescribedField, about_section, described
 
 WIDEST = 100
-# Of each command whose help shows fields: command lines, what each does, and the recipe that it takes where that is a
-# user's own.
+# Of each command whose help shows fields: command lines, what each does, and the recipe that it
+# takes where that is a user's own.
 EXAMPLES = {
     "train": (
-        ("potstill train demo --method opd --out runs/opd", "the shipped models on the shipped task, in minutes", ""),
+        (
+            "potstill train demo --method opd --out runs/opd",
+            "the shipped models on the shipped task, in minutes",
+            "",
+        ),
         (
             "potstill train my.toml --method sft --train.steps 200 --out runs/sft",
             "your own models and prompts, with this in my.toml:",
-            'student.model = "Qwen/Qwen3-0.6B"\nteacher.model = "Qwen/Qwen3-4B"\ndata.source = "prompts.jsonl"\n'
-            "window.tokens = 1024\n",
+            'student.model = "Qwen/Qwen3-0.6B"\nteacher.model = "Qwen/Qwen3-4B"\ndata.source = '
+            '"prompts.jsonl"\nwindow.tokens = 1024\n',
         ),
     ),
     "grpo": (
-        ("potstill grpo grpo --model runs/opd --out runs/grpo", "a run on the shipped task, in minutes", ""),
+        (
+            "potstill grpo grpo --model runs/opd --out runs/grpo",
+            "a run on the shipped task, in minutes",
+            "",
+        ),
         (
             "potstill grpo my.toml --grpo.steps 200 --out runs/mine",
             "your own model on a benchmark's training problems, with this in my.toml:",
@@ -34,7 +42,8 @@ EXAMPLES = {
 
 
 def field_help(command: str, is_all: bool) -> list[str]:
-    """Lines on the fields that a command takes; of those that not everyone sets only where all are asked for."""
+    """Lines on the fields that a command takes; of those that not everyone sets only where all are
+    asked for."""
     schema = SCHEMAS[command]
     fields = described(schema)
     first = [field for field in fields if field.is_first]
@@ -45,7 +54,11 @@ def field_help(command: str, is_all: bool) -> list[str]:
     for words, about, recipe in EXAMPLES[command]:
         lines += [f"  {words}", f"      {about}", *textwrap.indent(recipe, " " * 8).splitlines()]
     if not is_all:
-        lines += ["", f"potstill {command} --help-all also shows the other {len(fields) - len(first)} fields."]
+        lines += [
+            "",
+            f"potstill {command} --help-all also shows the other {len(fields) - len(first)} "
+            "fields.",
+        ]
     return lines
 
 
@@ -62,7 +75,9 @@ def _listed(fields: Sequence[DescribedField]) -> list[str]:
     lines = []
     for field in fields:
         default = "" if field.default is None else f"; default {field.default}"
-        lines += _wrapped(f"--{field.name.replace('_', '-')} ({field.kind.replace('`', '')}{default})", 2)
+        lines += _wrapped(
+            f"--{field.name.replace('_', '-')} ({field.kind.replace('`', '')}{default})", 2
+        )
         lines += _wrapped(field.meaning, 6)
     return [*lines, ""]
 
@@ -70,4 +85,6 @@ def _listed(fields: Sequence[DescribedField]) -> list[str]:
 def _wrapped(text: str, indent: int) -> list[str]:
     space = " " * indent
     width = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
-    return textwrap.wrap(text, width, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, width, initial_indent=space, subsequent_indent=space, break_on_hyphens=False
+    )

@@ -27,8 +27,10 @@ def evaluate(
 
     Args:
         models: Run folders, model folders, hub ids, or potstill:teacher and potstill:base.
-        out: Also write the results to this JSON file (one model). A run's results are added to its folder.
-        responses: Folder for the responses of models that are no runs; an evaluation that was stopped goes on from
+        out: Also write the results to this JSON file (one model). A run's results are added to its
+        folder.
+        responses: Folder for the responses of models that are no runs; an evaluation that was
+        stopped goes on from
             them. Those of a run are in its own folder.
     """
     from potstill.cli.show import evaluate_and_store
@@ -38,7 +40,8 @@ def evaluate(
         raise RecipeError("nothing to evaluate; give run folders, model folders, or potstill:base")
     if out is not None and len(models) > 1:
         raise RecipeError(
-            f"--out takes the results of one model, and {len(models)} are given; leave it out, or evaluate each alone"
+            f"--out takes the results of one model, and {len(models)} are given; leave it out, "
+            "or evaluate each alone"
         )
     evaluate_and_store(models, settings, out, responses)
 
@@ -60,7 +63,8 @@ def sample(
         model: A run folder, a model folder, a hub id, or potstill:teacher or potstill:base.
         prompt: Prompts; held-out problems of the source when there are none.
         source: The task to take problems from.
-        template: Render the prompts with the chat template, or take them as they are. What it reads beside the
+        template: Render the prompts with the chat template, or take them as they are. What it reads
+        beside the
             messages is said by --template-arguments.NAME VALUE.
         num: How many problems, or responses to each given prompt.
         max_tokens: Completion length cap.
@@ -85,7 +89,8 @@ def verify(
     Exits with 1 if one is broken.
 
     Args:
-        model: Check a real model instead, as far as that needs no enumeration: a folder, hub id or run folder.
+        model: Check a real model instead, as far as that needs no enumeration: a folder, hub id or
+        run folder.
         json_file: Also write the rows to this JSON file.
     """
     from potstill.cli.show import print_checks

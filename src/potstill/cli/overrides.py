@@ -6,15 +6,27 @@ from typing import Any
 from pydantic import BaseModel
 
 from potstill.cli.usage import UsageError
-from potstill.config import CacheOptions, Evaluation, GrpoFields, RecipeError, RecipeFields, field_names
+from potstill.config import (
+    CacheOptions,
+    Evaluation,
+    GrpoFields,
+    RecipeError,
+    RecipeFields,
+    field_names,
+)
 from potstill.console.names import SYNONYMS, nearest, nearest_field
 
 # The recipe that a command takes.
-SCHEMAS: dict[str, type[BaseModel]] = {"train": RecipeFields, "grpo": GrpoFields, "cache build": RecipeFields}
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "train": RecipeFields,
+    "grpo": GrpoFields,
+    "cache build": RecipeFields,
+}
 
 
 def split_overrides(command: str, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `--section.field VALUE`, and of the command's recipe `--out` and the like, out of its arguments.
+    """Take `--section.field VALUE`, and of the command's recipe `--out` and the like, out of its
+    arguments.
 
     Values are read as TOML would.
     """
@@ -43,15 +55,20 @@ def split_overrides(command: str, argv: list[str]) -> tuple[list[str], dict[str,
             i += 1
         if not values:
             raise RecipeError(f"--{name} has no value")
-        overrides[name] = _literal(values[0]) if len(values) == 1 else [_literal(value) for value in values]
+        overrides[name] = (
+            _literal(values[0]) if len(values) == 1 else [_literal(value) for value in values]
+        )
     return rest, overrides
 
 
 def lead_to_the_field(flag: str, name: str, schema: type[BaseModel]) -> None:
-    """Raise UsageError for a flag that is nearly a field without its section, or what other programs call one."""
+    """Raise UsageError for a flag that is nearly a field without its section, or what other
+    programs call one."""
     names = field_names(schema)
     if name in SYNONYMS or nearest(name, [field.rpartition(".")[2] for field in names], 0.75):
-        raise UsageError(f"{flag.partition('=')[0]} is no option; the nearest is --{nearest_field(name, names)}")
+        raise UsageError(
+            f"{flag.partition('=')[0]} is no option; the nearest is --{nearest_field(name, names)}"
+        )
 
 
 def _literal(text: str) -> Any:
@@ -63,7 +80,8 @@ def _literal(text: str) -> Any:
 
 
 def template_arguments(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What `--template-arguments.NAME VALUE` tells a chat template; other dotted names are refused."""
+    """What `--template-arguments.NAME VALUE` tells a chat template; other dotted names are
+    refused."""
     mine = {name for name in overrides if name.startswith("template_arguments.")}
     refuse_overrides({name: value for name, value in overrides.items() if name not in mine})
     told = {name.partition(".")[2]: overrides[name] for name in sorted(mine)}
@@ -73,6 +91,6 @@ def template_arguments(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def refuse_overrides(overrides: dict[str, Any]) -> None:
     if overrides:
         raise RecipeError(
-            f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train`, `potstill grpo` and "
-            "`potstill cache build` take"
+            f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train`, "
+            "`potstill grpo` and `potstill cache build` take"
         )

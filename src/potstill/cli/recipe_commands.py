@@ -1,4 +1,5 @@
-"""The commands `potstill train` and `grpo`, which take a recipe, and `methods`, which says what to choose."""
+"""The commands `potstill train` and `grpo`, which take a recipe, and `methods`, which says what to
+choose."""
 
 from typing import Any, Literal
 
@@ -30,8 +31,10 @@ def train(
         recipe: A TOML file, or the name of a shipped recipe such as demo.
         method: A corner of the grid; sets objective.prefix and objective.kl.
         dry_run: Print the resolved recipe and stop.
-        extend_to: Go on with the run in the folder, finished or not, to this step. The steps that are done keep
-            what they were; what follows a schedule over all steps goes on as in a run of so many, so that a cosine
+        extend_to: Go on with the run in the folder, finished or not, to this step. The steps that
+        are done keep
+            what they were; what follows a schedule over all steps goes on as in a run of so many,
+            so that a cosine
             learning rate that has decayed rises again.
     """
     resolved = load_recipe(recipe, _with_method(method, overrides))
@@ -85,7 +88,9 @@ def _with_method(method: str | None, overrides: dict[str, Any]) -> dict[str, Any
         return overrides
     corner = {"objective.prefix": METHODS[method].prefix, "objective.kl": METHODS[method].kl}
     if clash := sorted(corner.keys() & overrides.keys()):
-        raise RecipeError(f"--method {method} and --{clash[0]} both set {clash[0]}; give one of them")
+        raise RecipeError(
+            f"--method {method} and --{clash[0]} both set {clash[0]}; give one of them"
+        )
     return corner | overrides
 
 
@@ -102,15 +107,18 @@ def _print_grid() -> None:
     for name in ("", "forward KL(teacher ‖ student)", "reverse KL(student ‖ teacher)"):
         grid.add_column(name)
     cells = {
-        (method.prefix, method.kl): f"[bold]{method.name}[/] (--method {key})\n{method.advice}\nTRL: {method.trl}"
+        (
+            method.prefix,
+            method.kl,
+        ): f"[bold]{method.name}[/] (--method {key})\n{method.advice}\nTRL: {method.trl}"
         for key, method in METHODS.items()
     }
     for prefix in ("teacher", "student"):
         grid.add_row(f"{prefix} prefix", cells[prefix, "forward"], cells[prefix, "reverse"])
     Console().print(grid)
     say(
-        'Between forward and reverse: objective.kl = "mixed" with objective.forward_weight, their exact linear mixture '
-        "(not in TRL).\n"
-        'objective.kl = "jsd" with jsd_weight is TRL\'s beta strictly between 0 and 1. TRL 1.16: DistillationConfig is '
-        "stable, GKDConfig is in trl.experimental.gkd."
+        'Between forward and reverse: objective.kl = "mixed" with objective.forward_weight, '
+        'their exact linear mixture (not in TRL).\nobjective.kl = "jsd" with jsd_weight is '
+        "TRL's beta strictly between 0 and 1. TRL 1.16: DistillationConfig is stable, GKDConfig "
+        "is in trl.experimental.gkd."
     )

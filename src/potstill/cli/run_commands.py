@@ -10,7 +10,9 @@ from potstill.cli.overrides import refuse_overrides
 from potstill.console.printable import say
 
 
-def report(overrides: dict[str, Any], paths: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
+def report(
+    overrides: dict[str, Any], paths: Positional[tuple[Path, ...]], out: Path = Path("report.html")
+) -> None:
     """Write one HTML file that compares runs, and print a summary.
 
     The numbers are also in `results.json` beside it.
@@ -37,8 +39,8 @@ def study(
 ) -> None:
     """Run a grid of distillations, each once, and write one report of all.
 
-    Prints the plan with estimated time and disk first. The same command goes on after a kill; what crashed is done
-    again. Exits with 1 if anything crashed.
+    Prints the plan with estimated time and disk first. The same command goes on after a kill; what
+    crashed is done again. Exits with 1 if anything crashed.
 
     Args:
         study: A TOML file, or the name of a shipped study such as quick.

@@ -1,4 +1,5 @@
-"""The work of `potstill evaluate`, `sample` and `verify` on what the library computes, and what they print."""
+"""The work of `potstill evaluate`, `sample` and `verify` on what the library computes, and what
+they print."""
 
 import dataclasses
 import json
@@ -28,11 +29,16 @@ from potstill.types import Example
 
 
 def evaluate_and_store(
-    models: Sequence[str], evaluation: Evaluation, out: Path | None = None, responses: Path | None = None
+    models: Sequence[str],
+    evaluation: Evaluation,
+    out: Path | None = None,
+    responses: Path | None = None,
 ) -> None:
-    """Evaluate several models, print the comparison and its tests, and store each run's results in its folder.
+    """Evaluate several models, print the comparison and its tests, and store each run's results in
+    its folder.
 
-    Responses go to each run's folder `responses`, and those of other models to the folder `responses`, if given.
+    Responses go to each run's folder `responses`, and those of other models to the folder
+    `responses`, if given.
     """
     for model in models:
         locate(model)
@@ -41,12 +47,17 @@ def evaluate_and_store(
     entries = []
     for model, step in zip(models, steps, strict=True):
         target = Path(model)
-        folder, date = (responses, None) if step is None else (target / "responses", begun_on(target))
+        folder, date = (
+            (responses, None) if step is None else (target / "responses", begun_on(target))
+        )
         try:
             rows = evaluate(model, evaluation, responses=folder, date=date)
         except KeyboardInterrupt as stop:
             if folder is None:
-                stop = Stopped.of(stop, "stopped; nothing was saved: with --responses FOLDER an evaluation can go on")
+                stop = Stopped.of(
+                    stop,
+                    "stopped; nothing was saved: with --responses FOLDER an evaluation can go on",
+                )
             raise stop from None
         if step is not None:
             store_evals(target, step, rows)
@@ -63,15 +74,23 @@ def gave_up(entries: Sequence[Entry]) -> list[str]:
     lines = []
     for entry in entries:
         for row in entry.evals:
-            counts = {note: row["notes"][note] for note in ("timeout", "crash", "too long") if note in row["notes"]}
+            counts = {
+                note: row["notes"][note]
+                for note in ("timeout", "crash", "too long")
+                if note in row["notes"]
+            }
             if counts:
                 described = ", ".join(f"{note} {num}" for note, num in counts.items())
-                lines.append(f"{entry.name} at T={row['temperature']:g}: grading gave up on responses: {described}")
+                lines.append(
+                    f"{entry.name} at T={row['temperature']:g}: grading gave up on responses: "
+                    f"{described}"
+                )
     return lines
 
 
 def comparisons(entries: Sequence[Entry]) -> list[str]:
-    """Each model against the first on the same problems, at each temperature; p-values corrected over all of them.
+    """Each model against the first on the same problems, at each temperature; p-values corrected
+    over all of them.
 
     The last line says what the intervals are about; there is none without another model.
     """
@@ -86,12 +105,15 @@ def comparisons(entries: Sequence[Entry]) -> list[str]:
             pairs.append((other.name, a["temperature"], paired(theirs, mine)))
     corrected = holm([result.p_value for _, _, result in pairs])
     lines = [
-        f"{name} - {first.name} at T={temperature:g}: {100 * result.difference.value:+.1f} points "
-        f"[{100 * result.difference.low:+.1f}, {100 * result.difference.high:+.1f}] (paired bootstrap over problems), "
-        f"p = {p:.2g} (Wilcoxon, Holm over {len(pairs)})"
+        f"{name} - {first.name} at T={temperature:g}: {100 * result.difference.value:+.1f} "
+        f"points [{100 * result.difference.low:+.1f}, {100 * result.difference.high:+.1f}] "
+        f"(paired bootstrap over problems), p = {p:.2g} (Wilcoxon, Holm over {len(pairs)})"
         for (name, temperature, result), p in zip(pairs, corrected, strict=True)
     ]
-    note = "Intervals and p-values are over problems alone: they are about these models, and not about how they were "
+    note = (
+        "Intervals and p-values are over problems alone: they are about these models, and "
+        "not about how they were "
+    )
     return [*lines, note + "trained, for which it takes at least three seeds of each."]
 
 
@@ -106,10 +128,14 @@ def show_responses(
     sampling: Sampling,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print `num` responses: to problems of a task with their scores, or to each of the given prompts."""
+    """Print `num` responses: to problems of a task with their scores, or to each of the given
+    prompts."""
     from rich.console import Console
 
-    task, examples = None, [Example(id=str(i), prompt=p) for i, p in enumerate(given) for _ in range(num)]
+    task, examples = (
+        None,
+        [Example(id=str(i), prompt=p) for i, p in enumerate(given) for _ in range(num)],
+    )
     if not given:
         task, examples = make_problems(Evaluation(source=source, num_problems=num, seed=seed))
     model = ready(model_name)
@@ -123,7 +149,10 @@ def show_responses(
     )
     refuse_crossing(model, [p.token_ids for p in prompts], max_tokens, "--max-tokens")
     say(*describe_files(own_files(None if given else source)), error=True)
-    say(*prompt_notes(len(prompts), prompts, model.tokenizer, template, template_arguments), error=True)
+    say(
+        *prompt_notes(len(prompts), prompts, model.tokenizer, template, template_arguments),
+        error=True,
+    )
     completions = sample(
         model.model,
         [prompt.token_ids for prompt in prompts],
@@ -139,8 +168,12 @@ def show_responses(
         facts = [f"{len(completion.token_ids)} tokens", f"stopped by {completion.stop}"]
         facts.append(f"entropy {sum(completion.entropies) / len(completion.entropies):.3f} nats")
         if task is not None:
-            facts.append(f"score {task.grade([example], [text])[0].score:g}, answer {example.answer}")
-        console.print(plain(model.tokenizer.decode(prompt.token_ids), "dim"), plain(text, "bold"), sep="")
+            facts.append(
+                f"score {task.grade([example], [text])[0].score:g}, answer {example.answer}"
+            )
+        console.print(
+            plain(model.tokenizer.decode(prompt.token_ids), "dim"), plain(text, "bold"), sep=""
+        )
         console.print(plain("  " + ", ".join(facts)))
 
 

@@ -1,6 +1,7 @@
 """From arguments to a command that is ready to run, or one line on what is wrong with them.
 
-tyro parses and says what is wrong in a box of many lines; of that the first sentence and its advice are kept.
+tyro parses and says what is wrong in a box of many lines; of that the first sentence and its advice
+are kept.
 """
 
 import contextlib
@@ -19,16 +20,20 @@ class UsageError(ValueError):
 
 
 def no_command(group: str, words: Sequence[str], known: Sequence[str]) -> UsageError:
-    """The line for a command that is missing or misspelt, where the commands of a group (or all) are known."""
+    """The line for a command that is missing or misspelt, where the commands of a group (or all)
+    are known."""
     program = f"potstill {group}".strip()
     if not words:
         return UsageError(f"{program} needs a command: {', '.join(known)}; see {program} --help")
     return UsageError(
-        f"{words[0]!r} is no command of {program}; the nearest is {nearest(words[0], known)}; see {program} --help"
+        f"{words[0]!r} is no command of {program}; the nearest is {nearest(words[0], known)}; "
+        f"see {program} --help"
     )
 
 
-def _postponed(function: Callable[..., None], overrides: dict[str, Any]) -> Callable[..., Callable[[], None]]:
+def _postponed(
+    function: Callable[..., None], overrides: dict[str, Any]
+) -> Callable[..., Callable[[], None]]:
     """A function with the signature of a command that returns the call instead of making it."""
     told = functools.partial(function, overrides)
 
@@ -44,13 +49,16 @@ def _postponed(function: Callable[..., None], overrides: dict[str, Any]) -> Call
 def parse(
     command: str, function: Callable[..., None], overrides: dict[str, Any], arguments: Sequence[str]
 ) -> Callable[[], None]:
-    """The call that the arguments ask a command's function for. Raises UsageError; SystemExit after a help text."""
+    """The call that the arguments ask a command's function for. Raises UsageError; SystemExit after
+    a help text."""
     import tyro
 
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(_postponed(function, overrides), prog=f"potstill {command}", args=arguments)
+            return tyro.cli(
+                _postponed(function, overrides), prog=f"potstill {command}", args=arguments
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -58,7 +66,8 @@ def parse(
 
 
 def _sentence(box: str) -> str:
-    """What a box says, without its frame: the message, the nearest option, and where the help is."""
+    """What a box says, without its frame: the message, the nearest option, and where the help
+    is."""
     lines = [re.sub(r"^[│ ]+|[│ ]+$", "", line) for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines:
@@ -68,8 +77,12 @@ def _sentence(box: str) -> str:
             parts[-1].append(line)
     texts = [one_line(" ".join(part)) for part in parts if any(part)]
     message = texts[0].removeprefix("Error parsing ").rstrip(".") if texts else "bad arguments"
-    message = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", message)
-    message = re.sub(r"no type matching (\S+) could be instantiated from \[(.*)\]", r"\2 is not \1", message)
+    message = re.sub(
+        r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", message
+    )
+    message = re.sub(
+        r"no type matching (\S+) could be instantiated from \[(.*)\]", r"\2 is not \1", message
+    )
     told = [message[0].lower() + message[1:]]
     for text in texts[1:]:
         if flag := re.match(r"Perhaps you meant: (--\S+)", text):

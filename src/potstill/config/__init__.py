@@ -1,4 +1,5 @@
-"""The recipe: one frozen schema for everything a run does, read from a TOML file plus dotted overrides."""
+"""The recipe: one frozen schema for everything a run does, read from a TOML file plus dotted
+overrides."""
 
 from potstill.config.fields import (
     CacheOptions,

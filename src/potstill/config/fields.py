@@ -1,4 +1,5 @@
-"""The sections and fields of a recipe, each checked by itself. The text below a field is its help."""
+"""The sections and fields of a recipe, each checked by itself. The text below a field is its
+help."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,15 @@ from potstill.config.objective_fields import Objective, WeightSchedule
 from potstill.config.roles import Place, Role
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import Section
-from potstill.config.values import LARGEST_RATE, MANY, MANY_AT_ONCE, Arguments, Beta, Seed, Temperature
+from potstill.config.values import (
+    LARGEST_RATE,
+    MANY,
+    MANY_AT_ONCE,
+    Arguments,
+    Beta,
+    Seed,
+    Temperature,
+)
 
 
 class StudentSpec(Section, role=Role.MODEL):
@@ -19,28 +28,31 @@ class StudentSpec(Section, role=Role.MODEL):
     init: Literal["pretrained", "random"] = "pretrained"
     """random: the model's configuration and tokenizer with fresh weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the trained weights. In bfloat16 small updates are rounded away, which is warned of; for its speed keep
-    float32 and set train.compute_dtype."""
+    """Type of the trained weights. In bfloat16 small updates are rounded away, which is warned of;
+    for its speed keep float32 and set train.compute_dtype."""
     dropout: bool = False
-    """Train with the dropout that the model's configuration has. Without it the loss is of the same distribution that
-    writes the student's completions and that is evaluated."""
+    """Train with the dropout that the model's configuration has. Without it the loss is of the same
+    distribution that writes the student's completions and that is evaluated."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings."""
 
 
 class TeacherSpec(Section, role=Role.MODEL):
     model: Annotated[str, Place.FIRST] = "potstill:teacher"
-    """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is the student as it was
-    before the first step, or at the last refresh."""
+    """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is
+    the student as it was before the first step, or at the last refresh."""
     refresh_steps: int | None = Field(default=None, ge=1)
-    """model = self: copy the student's weights into the teacher every so many steps; never by default."""
+    """model = self: copy the student's weights into the teacher every so many steps; never by
+    default."""
     template: Literal["chat", "raw"] | None = None
-    """Render the teacher's prompts with its own chat template, or take them as they are; by default it reads the
-    student's prompts."""
+    """Render the teacher's prompts with its own chat template, or take them as they are; by default
+    it reads the student's prompts."""
     prompt_column: str | None = None
-    """Column of a file or hub data set with prompts for the teacher alone, such as the prompt and a hint."""
+    """Column of a file or hub data set with prompts for the teacher alone, such as the prompt and a
+    hint."""
     cache: Annotated[str | None, Role.CACHE] = None
-    """Folder that `potstill cache build` wrote: completions and signal come from it, and the teacher is not loaded."""
+    """Folder that `potstill cache build` wrote: completions and signal come from it, and the
+    teacher is not loaded."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the teacher's weights."""
     trust_remote_code: bool = False
@@ -49,9 +61,10 @@ class TeacherSpec(Section, role=Role.MODEL):
 
 class Data(Section, role=Role.DATA):
     source: Annotated[str | tuple[str, ...], Place.FIRST] = "multiplication"
-    """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a task of your own (my_task.py:MyTask, a class in a
-    Python file, whose code is run), a file (.jsonl, .json, .csv, .parquet, or these and .gz), a pattern of files, a hub
-    data set or a folder of one; or a list of files and data sets."""
+    """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a task of your own
+    (my_task.py:MyTask, a class in a Python file, whose code is run), a file (.jsonl, .json, .csv,
+    .parquet, or these and .gz), a pattern of files, a hub data set or a folder of one; or a list of
+    files and data sets."""
     split: str = "train"
     """Split of a task or hub data set."""
     config: str | None = None
@@ -61,14 +74,16 @@ class Data(Section, role=Role.DATA):
     prompt_column: str = "prompt"
     """Column of a file or hub data set that holds the prompt."""
     template: Literal["chat", "raw"] | None = None
-    """Render prompts with the chat template or take them as they are; by default chat for messages, raw for strings.
-    data.template_arguments.NAME tells the template more."""
+    """Render prompts with the chat template or take them as they are; by default chat for messages,
+    raw for strings. data.template_arguments.NAME tells the template more."""
     template_arguments: Arguments = Field(default_factory=dict)
-    """Arguments for the chat templates of student and teacher, such as {enable_thinking = false}."""
+    """Arguments for the chat templates of student and teacher, such as {enable_thinking =
+    false}."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Most tokens of a prompt; by default as many as the context leaves beside the completion."""
     too_long: Literal["refuse", "drop", "cut-left"] = "refuse"
-    """Treatment of prompts that are too long: refuse the run, leave them out, or cut their first tokens."""
+    """Treatment of prompts that are too long: refuse the run, leave them out, or cut their first
+    tokens."""
     seed: Annotated[Seed, Role.SEED] = 0
     """Seed of a task's problems."""
 
@@ -81,47 +96,55 @@ class Sampling(Section, role=Role.OBJECTIVE):
     top_k: int = Field(default=0, ge=0)
     """Keep the k likeliest tokens; 0 keeps all."""
     batch_size: Annotated[int, Role.ROUNDING] = Field(default=64, ge=1)
-    """Rows decoded together. It changes a model's numbers by rounding alone, and so a token once in very many."""
+    """Rows decoded together. It changes a model's numbers by rounding alone, and so a token once in
+    very many."""
 
 
 class Rollouts(Section, role=Role.OBJECTIVE):
     reuse: int = Field(default=1, ge=1)
     """Optimiser steps that each set of rollouts serves. Their age in steps is logged."""
     end_set: Literal["union", "student"] = "union"
-    """Tokens that end a completion, in training, evaluation and the exported model. union: any end token of student or
-    teacher; student: the student's own alone, which is how a mismatch of end tokens drives responses to the length
-    cap."""
+    """Tokens that end a completion, in training, evaluation and the exported model. union: any end
+    token of student or teacher; student: the student's own alone, which is how a mismatch of end
+    tokens drives responses to the length cap."""
 
 
 class Window(Section, role=Role.WINDOW):
     tokens: Annotated[int, Place.FIRST] = Field(default=128, ge=1)
-    """Completion length cap in training, the largest that a schedule reaches. Stops beyond it are not learnt."""
+    """Completion length cap in training, the largest that a schedule reaches. Stops beyond it are
+    not learnt."""
     schedule: Literal["fixed", "linear", "entropy-gated"] = "fixed"
-    """fixed: always `tokens`; linear: from `start` to it; entropy-gated: up a ladder while probes of the student
-    pass."""
+    """fixed: always `tokens`; linear: from `start` to it; entropy-gated: up a ladder while probes
+    of the student pass."""
     start: int = Field(default=128, ge=1)
     """linear, entropy-gated: the first window; at most `tokens`."""
     over_steps: int | None = Field(default=None, ge=1)
     """linear: steps until the window is `tokens`; all steps of the run by default."""
     ladder: tuple[int, ...] | None = None
-    """entropy-gated: the windows after `start`, growing, the last one `tokens`; doubling by default."""
+    """entropy-gated: the windows after `start`, growing, the last one `tokens`; doubling by
+    default."""
     check_every: int = Field(default=50, ge=1)
     """entropy-gated: steps between probes. The first is before the first step."""
     num_probes: int = Field(default=64, ge=1)
-    """entropy-gated: prompts of the data that are held out and written to by the student at each probe."""
+    """entropy-gated: prompts of the data that are held out and written to by the student at each
+    probe."""
     patience: int = Field(default=2, ge=1)
     """entropy-gated: probes in a row that must pass before the window grows."""
     reference: Literal["first", "absolute", "teacher"] = "first"
-    """entropy-gated: the threshold is a share of the first probe's entropy, a number of nats, or a share of the
-    teacher's entropy on the same tokens."""
+    """entropy-gated: the threshold is a share of the first probe's entropy, a number of nats, or a
+    share of the teacher's entropy on the same tokens."""
     threshold: float = Field(default=0.5, ge=0)
-    """entropy-gated: a probe fails when the student's entropy, up to the first answer or stop, is below this."""
+    """entropy-gated: a probe fails when the student's entropy, up to the first answer or stop, is
+    below this."""
     max_truncation: float = Field(default=0.3, ge=0, le=1)
-    """entropy-gated: a probe fails when more responses than this are cut, beyond the share that the teacher's are."""
+    """entropy-gated: a probe fails when more responses than this are cut, beyond the share that the
+    teacher's are."""
     max_repetition: float = Field(default=0.02, ge=0, le=1)
-    """entropy-gated: a probe fails when more responses than this are loops (zlib makes them ten times smaller)."""
+    """entropy-gated: a probe fails when more responses than this are loops (zlib makes them ten
+    times smaller)."""
     sticky: bool = True
-    """entropy-gated: after a failed probe the window never grows again; else it can when probes pass again."""
+    """entropy-gated: after a failed probe the window never grows again; else it can when probes
+    pass again."""
     step_back: bool = False
     """entropy-gated: a failed probe takes the window one step down the ladder."""
 
@@ -135,14 +158,19 @@ class Train(Section, role=Role.UPDATE):
     steps: Annotated[int, Role.LENGTH, Place.FIRST] = Field(default=120, ge=1, le=MANY)
     """Optimiser updates, at most."""
     flops: Annotated[float | None, Role.BUDGET] = Field(default=None, gt=0)
-    """End the run with the step that brings the operations of rollouts, teacher and student to this number."""
+    """End the run with the step that brings the operations of rollouts, teacher and student to this
+    number."""
     prompts_per_step: Annotated[int, Place.FIRST] = Field(default=48, ge=1, le=MANY_AT_ONCE)
     """Prompts (and rollouts) of one update, over all ranks."""
     tokens_per_batch: Annotated[int, Role.ROUNDING] = Field(default=4096, ge=1)
-    """Padded tokens of one forward-backward slice on one rank. Gradients depend on it by rounding alone."""
-    lr: Annotated[float | None, Role.TUNED, Place.FIRST] = Field(default=None, gt=0, le=LARGEST_RATE)
-    """Peak learning rate. By default 1e-5 for a student of up to a billion weights, for larger ones that over their
-    billions, from ten billion on 1e-6. Fresh and very small models need far more."""
+    """Padded tokens of one forward-backward slice on one rank. Gradients depend on it by rounding
+    alone."""
+    lr: Annotated[float | None, Role.TUNED, Place.FIRST] = Field(
+        default=None, gt=0, le=LARGEST_RATE
+    )
+    """Peak learning rate. By default 1e-5 for a student of up to a billion weights, for larger ones
+    that over their billions, from ten billion on 1e-6. Fresh and very small models need far
+    more."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine decay to 0, or constant."""
     warmup_steps: Annotated[int, Role.WARM_UP] = Field(default_factory=_few, ge=0)
@@ -154,26 +182,31 @@ class Train(Section, role=Role.UPDATE):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     normalize: Annotated[Literal["token", "sequence"], Role.OBJECTIVE] = "token"
-    """token: the mean over the loss tokens of the step; sequence: the mean of per-sequence means."""
+    """token: the mean over the loss tokens of the step; sequence: the mean of per-sequence
+    means."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the student's forward pass; the loss is always float32."""
     loss_memory: Annotated[int, Role.SPEED] = Field(default=256, ge=0)
-    """MiB for logits kept between the loss's two passes; 0 computes them twice. Changes speed, not results."""
-    loss_backend: Annotated[Literal["auto", "eager", "compiled", "triton", "plain"], Role.BACKEND] = "auto"
-    """How the loss is computed; auto: triton on a GPU, else eager. plain holds all logits in memory."""
+    """MiB for logits kept between the loss's two passes; 0 computes them twice. Changes speed, not
+    results."""
+    loss_backend: Annotated[
+        Literal["auto", "eager", "compiled", "triton", "plain"], Role.BACKEND
+    ] = "auto"
+    """How the loss is computed; auto: triton on a GPU, else eager. plain holds all logits in
+    memory."""
     checkpoint_every: Annotated[int, Role.OUTPUT] = Field(default=20, ge=1)
     """Steps between checkpoints; one is also written at the end."""
     seed: Annotated[Seed, Role.SEED] = 0
     """Seed of the data order, of sampling and of fresh weights."""
     extended: Annotated[tuple[tuple[int, int], ...], Role.LENGTH] = ()
-    """Pairs (step, steps): up to that step, the schedules were those of a run of so many steps. `--extend-to` adds one
-    when a run goes on past its end."""
+    """Pairs (step, steps): up to that step, the schedules were those of a run of so many steps.
+    `--extend-to` adds one when a run goes on past its end."""
 
 
 class Evaluation(Section, role=Role.EVALUATION):
     source: Annotated[str | None, Place.FIRST] = None
-    """Task that the problems come from: as in data.source, or a benchmark (gsm8k, math500, amc23, aime24) of the hub or
-    of a local file (gsm8k:FILE). Without one nothing is evaluated."""
+    """Task that the problems come from: as in data.source, or a benchmark (gsm8k, math500, amc23,
+    aime24) of the hub or of a local file (gsm8k:FILE). Without one nothing is evaluated."""
     split: str = "test"
     """Split of a task or hub data set."""
     template: Literal["chat", "raw"] | None = None
@@ -193,8 +226,8 @@ class Evaluation(Section, role=Role.EVALUATION):
     max_tokens: int = Field(default=128, ge=1)
     """Completion length cap in evaluation."""
     end_tokens: tuple[str, ...] = ()
-    """Tokens that end a response, as the tokenizer names them; by default those stored with the model, or after
-    training those of rollouts.end_set."""
+    """Tokens that end a response, as the tokenizer names them; by default those stored with the
+    model, or after training those of rollouts.end_set."""
     batch_size: int = Field(default=256, ge=1)
     """Rows decoded together."""
     seed: Seed = 0
@@ -203,22 +236,25 @@ class Evaluation(Section, role=Role.EVALUATION):
     @model_validator(mode="after")
     def _is_of_a_size(self):
         if len(set(self.temperatures)) < len(self.temperatures):
-            raise ValueError(f"evaluation.temperatures is {list(self.temperatures)}; give each temperature once")
+            raise ValueError(
+                f"evaluation.temperatures is {list(self.temperatures)}; give each temperature once"
+            )
         if (num := self.num_problems * self.num_responses) > 10 * MANY_AT_ONCE:
             raise ValueError(
-                f"evaluation.num_problems times evaluation.num_responses is {num}, and {10 * MANY_AT_ONCE} responses "
-                "are the most; lower one of them"
+                f"evaluation.num_problems times evaluation.num_responses is {num}, and "
+                f"{10 * MANY_AT_ONCE} responses are the most; lower one of them"
             )
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """Contents of a cache: what it stores for each token, how many completions, and in what portions."""
+    """Contents of a cache: what it stores for each token, how many completions, and in what
+    portions."""
 
     payload: Literal["hidden", "topk", "completions"] = "hidden"
-    """hidden: the teacher's last hidden states, exact for every KL; topk: its objective.top_k likeliest tokens;
-    completions: the text alone, which the teacher scores live."""
+    """hidden: the teacher's last hidden states, exact for every KL; topk: its objective.top_k
+    likeliest tokens; completions: the text alone, which the teacher scores live."""
     dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     """Type of the stored hidden states. What rounding changes is measured and printed, in nats."""
     completions: int = 1
@@ -230,8 +266,9 @@ class CacheOptions:
 class Grpo(Section, role=Role.UPDATE):
     """Group-relative policy optimisation (arXiv 2402.03300), as TRL's GRPOTrainer does it.
 
-    A response's advantage is its score minus its group's mean, over the group's standard deviation; the loss is the
-    mean over the tokens of the step. Each set of responses serves one update, so that nothing is clipped.
+    A response's advantage is its score minus its group's mean, over the group's standard deviation;
+    the loss is the mean over the tokens of the step. Each set of responses serves one update, so
+    that nothing is clipped.
     """
 
     steps: Annotated[int, Role.LENGTH, Place.FIRST] = Field(default=40, ge=1, le=MANY)
@@ -241,7 +278,8 @@ class Grpo(Section, role=Role.UPDATE):
     group_size: Annotated[int, Role.OBJECTIVE] = Field(default=8, ge=2, le=MANY_AT_ONCE)
     """Responses to each prompt; their scores are compared with each other."""
     rows_per_batch: Annotated[int, Role.ROUNDING] = Field(default=32, ge=1)
-    """Responses of one forward-backward slice, at most. Gradients depend on it by rounding alone."""
+    """Responses of one forward-backward slice, at most. Gradients depend on it by rounding
+    alone."""
     lr: Annotated[float, Role.TUNED, Place.FIRST] = Field(default=1e-6, gt=0, le=LARGEST_RATE)
     """Peak learning rate; very small models need far more."""
     schedule: Literal["constant", "cosine"] = "constant"

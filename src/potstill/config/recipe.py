@@ -1,4 +1,5 @@
-"""A whole recipe: fields that fit together. What follows the gradient of something else is refused."""
+"""A whole recipe: fields that fit together. What follows the gradient of something else is
+refused."""
 
 import itertools
 from typing import Any
@@ -22,15 +23,17 @@ class Recipe(RecipeFields):
         self.refuse_unread()
         if self.objective.signal == "labels" and self.objective.prefix in ("student", "mixed"):
             raise ValueError(
-                f'objective.signal = "labels" on {self.objective.prefix} prefixes has zero expected gradient where the '
-                'student wrote; use teacher or dataset prefixes, or signal = "full"'
+                f'objective.signal = "labels" on {self.objective.prefix} prefixes has zero '
+                "expected gradient where the student wrote; use teacher or dataset prefixes, or "
+                'signal = "full"'
             )
         if self.objective.prefix == "mixed" and self.objective.prefix_mix == "handoff":
             low, high = self.objective.handoff_tokens
             if not 1 <= low <= high < self.window.tokens:
                 raise ValueError(
-                    f"objective.handoff_tokens is {[low, high]}; both must be at least 1, in order, and below "
-                    f"window.tokens = {self.window.tokens}, so that the second writer has something to write"
+                    f"objective.handoff_tokens is {[low, high]}; both must be at least 1, in "
+                    f"order, and below window.tokens = {self.window.tokens}, so that the second "
+                    "writer has something to write"
                 )
         if self.objective.signal == "sampled":
             self._check_sampled_signal()
@@ -39,61 +42,79 @@ class Recipe(RecipeFields):
         self._check_extensions()
         if self.teacher.cache is not None and self.objective.prefix in ("student", "mixed"):
             raise ValueError(
-                f'teacher.cache is set and objective.prefix is "{self.objective.prefix}": a cache knows the teacher '
-                "on completions that are written already, and a student's are not; use teacher or dataset prefixes, "
-                "or remove teacher.cache"
+                f'teacher.cache is set and objective.prefix is "{self.objective.prefix}": a '
+                "cache knows the teacher on completions that are written already, and a "
+                "student's are not; use teacher or dataset prefixes, or remove teacher.cache"
             )
         if self.teacher.cache is not None and self.teacher.model == "self":
             raise ValueError(
-                'teacher.cache is set and teacher.model is "self"; name the model that the cache was built with'
+                'teacher.cache is set and teacher.model is "self"; name the model that the cache '
+                "was built with"
             )
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
-                f"train.warmup_steps is {self.train.warmup_steps}, more than train.steps = {self.train.steps}; lower it"
+                f"train.warmup_steps is {self.train.warmup_steps}, more than train.steps = "
+                f"{self.train.steps}; lower it"
             )
         return self
 
     def _check_sampled_signal(self) -> None:
-        """Refuse what would follow the gradient of something else (the table is in objective.sampled_loss)."""
+        """Refuse what would follow the gradient of something else (the table is in
+        objective.sampled_loss)."""
         objective, sampling = self.objective, self.sampling
         direction = {"k1": "reverse", "k2": "reverse", "k3": "forward"}[objective.estimator]
         if objective.prefix != "student":
             raise ValueError(
-                f'objective.signal = "sampled" on {objective.prefix} prefixes: the estimators are means over tokens '
-                'that the student drew and follow another gradient on others; use prefix = "student" or '
-                'signal = "full"'
+                f'objective.signal = "sampled" on {objective.prefix} prefixes: the estimators '
+                "are means over tokens that the student drew and follow another gradient on "
+                'others; use prefix = "student" or signal = "full"'
             )
         if objective.kl != direction:
             raise ValueError(
-                f"objective.estimator = {objective.estimator!r} has the gradient of the {direction} KL, and "
-                f'objective.kl is {objective.kl!r}; set objective.kl = "{direction}" or choose another estimator'
+                f"objective.estimator = {objective.estimator!r} has the gradient of the "
+                f"{direction} KL, and objective.kl is {objective.kl!r}; set objective.kl = "
+                f'"{direction}" or choose another estimator'
             )
-        if (sampling.temperature, sampling.top_p, sampling.top_k) != (objective.temperature, 1.0, 0):
+        if (sampling.temperature, sampling.top_p, sampling.top_k) != (
+            objective.temperature,
+            1.0,
+            0,
+        ):
             raise ValueError(
-                'objective.signal = "sampled" needs tokens drawn exactly from the student at objective.temperature = '
-                f"{objective.temperature:g}: set sampling.temperature to it, top_p = 1 and top_k = 0"
+                'objective.signal = "sampled" needs tokens drawn exactly from the student at '
+                f"objective.temperature = {objective.temperature:g}: set sampling.temperature to "
+                "it, top_p = 1 and top_k = 0"
             )
         if self.rollouts.reuse > 1:
             raise ValueError(
-                f"rollouts.reuse is {self.rollouts.reuse}: after one update the student no longer is who drew the "
-                'tokens, and signal = "sampled" has no importance weights; use reuse = 1 or signal = "full"'
+                f"rollouts.reuse is {self.rollouts.reuse}: after one update the student no "
+                'longer is who drew the tokens, and signal = "sampled" has no importance '
+                'weights; use reuse = 1 or signal = "full"'
             )
 
     def _check_divergence(self) -> None:
         objective, sampling = self.objective, self.sampling
         if objective.gamma:
-            exact = (sampling.temperature, sampling.top_p, sampling.top_k) == (objective.temperature, 1.0, 0)
+            exact = (sampling.temperature, sampling.top_p, sampling.top_k) == (
+                objective.temperature,
+                1.0,
+                0,
+            )
             for is_so, reason in (
                 (
                     objective.prefix != "student",
-                    f'objective.prefix is "{objective.prefix}", and only tokens that the student wrote have a gradient '
-                    'of how they were written; use prefix = "student"',
+                    f'objective.prefix is "{objective.prefix}", and only tokens that the student '
+                    'wrote have a gradient of how they were written; use prefix = "student"',
                 ),
                 (
                     objective.kl != "reverse",
-                    f'objective.kl is "{objective.kl}", and later tokens cost their reverse KL; use kl = "reverse"',
+                    f'objective.kl is "{objective.kl}", and later tokens cost their reverse KL; '
+                    'use kl = "reverse"',
                 ),
-                (objective.signal != "full", f'objective.signal is "{objective.signal}"; use signal = "full"'),
+                (
+                    objective.signal != "full",
+                    f'objective.signal is "{objective.signal}"; use signal = "full"',
+                ),
                 (
                     not exact,
                     "the tokens must be drawn exactly from the student; set sampling.temperature = "
@@ -101,50 +122,69 @@ class Recipe(RecipeFields):
                 ),
                 (
                     self.rollouts.reuse > 1,
-                    f"rollouts.reuse is {self.rollouts.reuse}, and after one update the student no longer is who drew "
-                    "the tokens; use reuse = 1",
+                    f"rollouts.reuse is {self.rollouts.reuse}, and after one update the student "
+                    "no longer is who drew the tokens; use reuse = 1",
                 ),
                 (
                     objective.split is not None,
-                    "objective.split is set, and the tokens' weights would not be the later tokens'; remove it",
+                    "objective.split is set, and the tokens' weights would not be the later "
+                    "tokens'; remove it",
                 ),
                 (
                     self.train.normalize != "token",
-                    'train.normalize is "sequence", whose divisor depends on how long the student goes on; use "token"',
+                    'train.normalize is "sequence", whose divisor depends on how long the '
+                    'student goes on; use "token"',
                 ),
             ):
                 if is_so:
-                    raise ValueError(f"objective.gamma is {objective.gamma:g}: {reason}, or gamma = 0")
+                    raise ValueError(
+                        f"objective.gamma is {objective.gamma:g}: {reason}, or gamma = 0"
+                    )
         if objective.split is not None and not any(objective.split_weights):
-            raise ValueError("objective.split_weights is [0, 0]: no token has a weight; raise one of them")
+            raise ValueError(
+                "objective.split_weights is [0, 0]: no token has a weight; raise one of them"
+            )
         if objective.split is not None and objective.split >= self.window.tokens:
             raise ValueError(
-                f"objective.split is {objective.split} and window.tokens {self.window.tokens}: nothing comes after the "
-                "split; lower it"
+                f"objective.split is {objective.split} and window.tokens {self.window.tokens}: "
+                "nothing comes after the split; lower it"
             )
 
     def _check_schedules(self) -> None:
         schedule, window = self.weight_schedule, self.window
         if schedule.schedule == "steps":
             steps = [step for step, _ in schedule.at_steps]
-            if not steps or steps != sorted(set(steps)) or not all(0 <= weight <= 1 for _, weight in schedule.at_steps):
+            if (
+                not steps
+                or steps != sorted(set(steps))
+                or not all(0 <= weight <= 1 for _, weight in schedule.at_steps)
+            ):
                 raise ValueError(
-                    f"weight_schedule.at_steps is {[list(pair) for pair in schedule.at_steps]}; give pairs of a step "
-                    "and a forward weight between 0 and 1, with growing steps"
+                    f"weight_schedule.at_steps is {[list(pair) for pair in schedule.at_steps]}; "
+                    "give pairs of a step and a forward weight between 0 and 1, with growing "
+                    "steps"
                 )
         low, high = schedule.bounds
-        if schedule.schedule == "entropy" and not 0 <= low <= self.objective.forward_weight <= high <= 1:
+        if (
+            schedule.schedule == "entropy"
+            and not 0 <= low <= self.objective.forward_weight <= high <= 1
+        ):
             raise ValueError(
-                f"weight_schedule.bounds is {[low, high]}; they must be in order, between 0 and 1, with "
-                f"objective.forward_weight = {self.objective.forward_weight:g} between them"
+                f"weight_schedule.bounds is {[low, high]}; they must be in order, between 0 and "
+                f"1, with objective.forward_weight = {self.objective.forward_weight:g} between "
+                "them"
             )
         if window.schedule == "fixed":
             return
         _check_ladder(window)
-        if window.schedule == "entropy-gated" and window.reference == "teacher" and self.teacher.cache is not None:
+        if (
+            window.schedule == "entropy-gated"
+            and window.reference == "teacher"
+            and self.teacher.cache is not None
+        ):
             raise ValueError(
-                'window.reference is "teacher" and teacher.cache is set: a cached teacher cannot score what the '
-                'student writes; use reference = "first" or "absolute"'
+                'window.reference is "teacher" and teacher.cache is set: a cached teacher cannot '
+                'score what the student writes; use reference = "first" or "absolute"'
             )
         objective = self.objective
         if (
@@ -153,21 +193,27 @@ class Recipe(RecipeFields):
             and objective.handoff_tokens[1] >= window.start
         ):
             raise ValueError(
-                f"objective.handoff_tokens is {list(objective.handoff_tokens)} and window.start {window.start}; the "
-                "first writer must leave something of every window"
+                f"objective.handoff_tokens is {list(objective.handoff_tokens)} and window.start "
+                f"{window.start}; the first writer must leave something of every window"
             )
 
     def _check_extensions(self) -> None:
         pairs = self.train.extended
         until, steps = [u for u, _ in pairs], [*(s for _, s in pairs), self.train.steps]
-        grow = all(a < b for a, b in [*itertools.pairwise([0, *until]), *itertools.pairwise([0, *steps])])
+        grow = all(
+            a < b for a, b in [*itertools.pairwise([0, *until]), *itertools.pairwise([0, *steps])]
+        )
         if not grow or any(u > s for u, s in pairs):
             raise ValueError(
-                f"train.extended is {[list(pair) for pair in pairs]}; give pairs (step, steps), both growing, each "
-                f"step within its steps, and steps below train.steps = {self.train.steps}"
+                f"train.extended is {[list(pair) for pair in pairs]}; give pairs (step, steps), "
+                "both growing, each step within its steps, and steps below train.steps = "
+                f"{self.train.steps}"
             )
         if pairs and self.train.flops is not None:
-            raise ValueError("train.extended is set and train.flops, by which the run ends, too; remove one of them")
+            raise ValueError(
+                "train.extended is set and train.flops, by which the run ends, too; remove one "
+                "of them"
+            )
 
     @property
     def method(self) -> str:
@@ -193,41 +239,46 @@ class GrpoRecipe(GrpoFields):
         self.refuse_unread()
         if is_table(self.data.source):
             raise ValueError(
-                f"data.source is {self.data.source!r}; only the responses of a task can be scored: choose one of "
-                f"{', '.join(TASKS)}"
+                f"data.source is {self.data.source!r}; only the responses of a task can be "
+                f"scored: choose one of {', '.join(TASKS)}"
             )
         sampling = self.sampling
         if not sampling.temperature or sampling.top_p < 1 or sampling.top_k:
             raise ValueError(
-                f"sampling is temperature = {sampling.temperature:g}, top_p = {sampling.top_p:g}, top_k = "
-                f"{sampling.top_k}: the policy gradient needs tokens drawn from the whole distribution; use a "
-                "temperature above 0, top_p = 1 and top_k = 0"
+                f"sampling is temperature = {sampling.temperature:g}, top_p = "
+                f"{sampling.top_p:g}, top_k = {sampling.top_k}: the policy gradient needs tokens "
+                "drawn from the whole distribution; use a temperature above 0, top_p = 1 and "
+                "top_k = 0"
             )
         if self.window.schedule != "fixed":
             _check_ladder(self.window)
         if self.window.schedule == "entropy-gated" and self.window.reference == "teacher":
             raise ValueError(
-                'window.reference is "teacher" and GRPO has no teacher; use reference = "first" or "absolute"'
+                'window.reference is "teacher" and GRPO has no teacher; use reference = "first" '
+                'or "absolute"'
             )
         if self.grpo.warmup_steps > self.grpo.steps:
             raise ValueError(
-                f"grpo.warmup_steps is {self.grpo.warmup_steps}, more than grpo.steps = {self.grpo.steps}; lower it"
+                f"grpo.warmup_steps is {self.grpo.warmup_steps}, more than grpo.steps = "
+                f"{self.grpo.steps}; lower it"
             )
         return self
 
 
 def _check_ladder(window: Window) -> None:
-    """Refuse a first window above the cap, and a ladder that does not grow from the one to the other."""
+    """Refuse a first window above the cap, and a ladder that does not grow from the one to the
+    other."""
     if window.start > window.tokens:
         raise ValueError(
-            f"window.start is {window.start}, more than window.tokens = {window.tokens}; lower it or raise the cap"
+            f"window.start is {window.start}, more than window.tokens = {window.tokens}; lower "
+            "it or raise the cap"
         )
     if window.ladder is not None:
         rungs = [window.start, *window.ladder]
         if not window.ladder or rungs != sorted(set(rungs)) or rungs[-1] != window.tokens:
             raise ValueError(
-                f"window.ladder is {list(window.ladder)}; it must grow from above window.start = {window.start} to "
-                f"window.tokens = {window.tokens}"
+                f"window.ladder is {list(window.ladder)}; it must grow from above window.start = "
+                f"{window.start} to window.tokens = {window.tokens}"
             )
 
 
@@ -238,11 +289,15 @@ def role_of(name: str) -> Role:
 
 def fields_with(*roles: Role) -> tuple[str, ...]:
     """The dotted fields with these roles, of both kinds of recipe."""
-    return tuple(name for name, role in (roles_of(GrpoRecipe) | roles_of(Recipe)).items() if role in roles)
+    return tuple(
+        name for name, role in (roles_of(GrpoRecipe) | roles_of(Recipe)).items() if role in roles
+    )
 
 
 def check_recipe(given: Any, kind: type[RunRecipe]) -> None:
     """Raise RecipeError for what is given from Python and is no recipe of this kind."""
     if not isinstance(given, kind):
         load = "load_grpo_recipe" if kind is GrpoRecipe else "load_recipe"
-        raise RecipeError(f"the recipe is {shown(given)}; give a {kind.__name__}, such as {load}(NAME) returns")
+        raise RecipeError(
+            f"the recipe is {shown(given)}; give a {kind.__name__}, such as {load}(NAME) returns"
+        )

@@ -1,4 +1,5 @@
-"""The fields of a recipe in words, for help texts and documentation: type, bounds, default, meaning, place."""
+"""The fields of a recipe in words, for help texts and documentation: type, bounds, default,
+meaning, place."""
 
 import inspect
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ WORDS = {int: "integer", float: "number", bool: "boolean", str: "text", Path: "p
 class DescribedField:
     """A field by its dotted name.
 
-    `kind` is its type and its bounds, with choices in backticks; `default` is TOML, or None where the field is absent
-    by default or follows from others.
+    `kind` is its type and its bounds, with choices in backticks; `default` is TOML, or None where
+    the field is absent by default or follows from others.
     """
 
     name: str
@@ -64,7 +65,11 @@ def about_section(schema: type[BaseModel], section: str) -> str:
 def _kind(field: FieldInfo) -> str:
     limits = []
     for name, sign in BOUNDS:
-        limits += [f"{sign} {_number(getattr(item, name))}" for item in field.metadata if hasattr(item, name)]
+        limits += [
+            f"{sign} {_number(getattr(item, name))}"
+            for item in field.metadata
+            if hasattr(item, name)
+        ]
     return ", ".join([_words_for(field.annotation), *limits])
 
 
@@ -78,7 +83,9 @@ def _words_for(annotation: Any) -> str:
     if annotation in WORDS:
         return WORDS[annotation]
     origin = getattr(annotation, "__origin__", None)
-    inner = [item for item in get_args(annotation) if item is not type(None) and item is not Ellipsis]
+    inner = [
+        item for item in get_args(annotation) if item is not type(None) and item is not Ellipsis
+    ]
     if str(annotation).startswith("typing.Literal"):
         return ", ".join(f"`{choice}`" for choice in inner)
     if str(annotation).startswith("typing.Annotated"):

@@ -1,4 +1,5 @@
-"""The role of a field: what it does to a run, and so whether runs that differ in it can be compared. Also its place."""
+"""The role of a field: what it does to a run, and so whether runs that differ in it can be
+compared. Also its place."""
 
 from enum import Enum
 
@@ -22,7 +23,10 @@ class Role(Enum):
     TUNED = "what is chosen for each method by itself, so that each is at its best"
     SEED = "what tells repetitions of one run apart"
     CACHE = "a store of what the teacher would say"
-    BACKEND = "the code that computes the loss; results differ by rounding, and it is part of what a run is"
+    BACKEND = (
+        "the code that computes the loss; results differ by rounding, and it is part of "
+        "what a run is"
+    )
     ROUNDING = "how work is sliced; results differ by rounding"
     SPEED = "memory for time; no number depends on it"
     OUTPUT = "what is written, where and when; no number depends on it"
@@ -40,7 +44,8 @@ Selection = tuple[Role | str, ...]
 
 # No step depends on these: a run may be resumed with whatever they were ...
 CHANGE_NOTHING = (Role.OUTPUT, Role.EVALUATION, Role.SPEED)
-# ... and with these by rounding alone, which is said then. Every other field is what makes it this run.
+# ... and with these by rounding alone, which is said then. Every other field is what makes it this
+# run.
 CHANGE_ROUNDING = (Role.ROUNDING,)
 # Runs that differ in these alone have one objective: a comparison may take them for alike.
 ALIKE = (Role.TUNED, Role.CACHE, Role.BACKEND, Role.ROUNDING, Role.SPEED, Role.OUTPUT)

@@ -1,4 +1,5 @@
-"""The base of every kind of recipe: what it resolves to, its hash, and what makes a run this run."""
+"""The base of every kind of recipe: what it resolves to, its hash, and what makes a run this
+run."""
 
 import hashlib
 import json
@@ -11,7 +12,8 @@ from potstill.console.names import nearest_field
 
 
 class RunRecipe(Section):
-    """What every kind of recipe is: fields, of which the chosen mode reads some, and a run folder."""
+    """What every kind of recipe is: fields, of which the chosen mode reads some, and a run
+    folder."""
 
     out: Annotated[Path, Role.OUTPUT] = Path("runs/run")
     _notes: tuple[str, ...] = ()
@@ -31,7 +33,9 @@ class RunRecipe(Section):
         for name in set_fields(self):
             for unread_name, reason in unread.items():
                 if name == unread_name or name.startswith(unread_name + "."):
-                    raise ValueError(f"{name} is set but not read: {reason}; remove it or change the mode")
+                    raise ValueError(
+                        f"{name} is set but not read: {reason}; remove it or change the mode"
+                    )
 
     def resolved(self) -> dict[str, Any]:
         """Every field that is read, defaults included, as plain data."""
@@ -56,18 +60,24 @@ class RunRecipe(Section):
         return _hash(self.resolved_without(("out",)))
 
     def identity(self) -> str:
-        """Of what a run's weights depend on: the resolved recipe without the fields that a resume may change."""
+        """Of what a run's weights depend on: the resolved recipe without the fields that a resume
+        may change."""
         return _hash(self.resolved_without((*CHANGE_NOTHING, *CHANGE_ROUNDING)))
 
     def changes_to(self, other: "RunRecipe") -> dict[str, tuple[Any, Any]]:
-        """The dotted fields in which another recipe differs, with both values; None where a field is not read."""
-        mine, theirs = _flat(self.resolved_without(("out",))), _flat(other.resolved_without(("out",)))
+        """The dotted fields in which another recipe differs, with both values; None where a field
+        is not read."""
+        mine, theirs = (
+            _flat(self.resolved_without(("out",))),
+            _flat(other.resolved_without(("out",))),
+        )
         pairs = {name: (mine.get(name), theirs.get(name)) for name in {**mine, **theirs}}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def names_of(kind: type[Section], selection: Selection) -> list[str]:
-    """The dotted fields and the sections that are meant. Raises ValueError for a name that this kind does not have."""
+    """The dotted fields and the sections that are meant. Raises ValueError for a name that this
+    kind does not have."""
     roles = roles_of(kind)
     sections = {name.partition(".")[0] for name in roles if "." in name}
     names: list[str] = []
@@ -78,7 +88,10 @@ def names_of(kind: type[Section], selection: Selection) -> list[str]:
             names.append(item)
         else:
             nearest = nearest_field(item, list(roles))
-            raise ValueError(f"{item!r} is no field and no section of a {kind.__name__}; the nearest is {nearest}")
+            raise ValueError(
+                f"{item!r} is no field and no section of a {kind.__name__}; the nearest is "
+                f"{nearest}"
+            )
     return names
 
 
@@ -89,5 +102,9 @@ def _hash(data: dict[str, Any]) -> str:
 def _flat(data: dict[str, Any]) -> dict[str, Any]:
     """Fields of sections by their dotted names."""
     sections = {key: value for key, value in data.items() if isinstance(value, dict)}
-    inner = {f"{key}.{name}": value for key, section in sections.items() for name, value in section.items()}
+    inner = {
+        f"{key}.{name}": value
+        for key, section in sections.items()
+        for name, value in section.items()
+    }
     return {key: value for key, value in data.items() if key not in sections} | inner

@@ -22,7 +22,9 @@ class RecipeError(ValueError):
 class Section(BaseModel):
     """Fields of one subject. `role` is that of the fields which say no other."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
     default_role: ClassVar[Role | None] = None
 
     def __init_subclass__(cls, role: Role | None = None, **settings: Any) -> None:
@@ -54,13 +56,19 @@ WORDS = {int: "integer", float: "number", bool: "boolean, true or false"}
 
 
 def _is_typed(value: Any, types: frozenset[type]) -> bool:
-    """Whether a plain value is of one of these types; whole numbers are numbers, and others are judged later."""
-    return type(value) not in (bool, str, int) or type(value) in types or (type(value) is int and float in types)
+    """Whether a plain value is of one of these types; whole numbers are numbers, and others are
+    judged later."""
+    return (
+        type(value) not in (bool, str, int)
+        or type(value) in types
+        or (type(value) is int and float in types)
+    )
 
 
 @functools.cache
 def _plain_types(section: type[BaseModel], field: str) -> frozenset[type]:
-    """The types that a field's annotation is made of; those of the texts and numbers that it lists."""
+    """The types that a field's annotation is made of; those of the texts and numbers that it
+    lists."""
 
     def leaves(annotation: Any) -> list[type]:
         inner = get_args(annotation)
@@ -74,8 +82,8 @@ def _plain_types(section: type[BaseModel], field: str) -> frozenset[type]:
 def validate(data: dict[str, Any], where: str, schema: type[AnySection]) -> AnySection:
     """Validate plain data by a schema.
 
-    Raises RecipeError with one line for an unknown key (with the nearest name), a wrong type, a value out of range, or
-    a field that the chosen mode does not read.
+    Raises RecipeError with one line for an unknown key (with the nearest name), a wrong type, a
+    value out of range, or a field that the chosen mode does not read.
     """
     try:
         return schema.model_validate(data)
@@ -87,7 +95,10 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return f"{name} is not a field of the recipe; the nearest is {nearest_field(name, field_names(schema))}"
+        return (
+            f"{name} is not a field of the recipe; the nearest is "
+            f"{nearest_field(name, field_names(schema))}"
+        )
     if error["type"] == "missing":
         return f"{name} is missing; it has no default"
     if not location:
@@ -108,7 +119,8 @@ def field_names(schema: type[BaseModel]) -> list[str]:
 
 @functools.cache
 def roles_of(schema: type[Section]) -> dict[str, Role]:
-    """The role of each field of the schema by its dotted name. Raises TypeError where a field has none, or two."""
+    """The role of each field of the schema by its dotted name. Raises TypeError where a field has
+    none, or two."""
     roles = {}
     for name, field, section in leaves(schema):
         own = [item for item in field.metadata if isinstance(item, Role)]
@@ -132,5 +144,9 @@ def set_fields(section: BaseModel, prefix: str = "") -> list[str]:
     names: list[str] = []
     for name in section.model_fields_set:
         value = getattr(section, name)
-        names += set_fields(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [prefix + name]
+        names += (
+            set_fields(value, f"{prefix}{name}.")
+            if isinstance(value, BaseModel)
+            else [prefix + name]
+        )
     return names

@@ -29,7 +29,11 @@ def load_grpo_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None
 def load_any_recipe(recipe: str | Path) -> Recipe | GrpoRecipe:
     """Read a TOML recipe of either kind: one with a section `grpo` is of GRPO."""
     data = read_recipe(recipe)
-    return validate(data, str(recipe), GrpoRecipe) if "grpo" in data else make_recipe(data, str(recipe))
+    return (
+        validate(data, str(recipe), GrpoRecipe)
+        if "grpo" in data
+        else make_recipe(data, str(recipe))
+    )
 
 
 def _load(recipe: str | Path, overrides: dict[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
@@ -37,17 +41,18 @@ def _load(recipe: str | Path, overrides: dict[str, Any], kind: type[AnyRecipe]) 
     loaded = validate(read_recipe(recipe, overrides), str(recipe), kind)
     if names := left_out(recipe, overrides):
         loaded._notes = (
-            f"of the shipped recipe {recipe}, not taken for another model, data or length: {', '.join(names)}; "
-            f"--{names[0]} chooses",
+            f"of the shipped recipe {recipe}, not taken for another model, data or length: "
+            f"{', '.join(names)}; --{names[0]} chooses",
         )
     return loaded
 
 
 def read_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read a TOML recipe, apply dotted overrides such as {"objective.kl": "reverse"}, as plain data.
+    """Read a TOML recipe, apply dotted overrides such as {"objective.kl": "reverse"}, as plain
+    data.
 
-    `recipe` is a file, or the name of a shipped recipe such as "demo", without what is `left_out` of it. Raises
-    RecipeError with one line for a missing file or broken TOML.
+    `recipe` is a file, or the name of a shipped recipe such as "demo", without what is `left_out`
+    of it. Raises RecipeError with one line for a missing file or broken TOML.
     """
     fields = overrides or {}
     data = read_toml(find_toml("recipe", recipe, SHIPPED_RECIPES))
@@ -58,9 +63,11 @@ def read_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
 
 
 def left_out(recipe: str | Path, fields: dict[str, Any]) -> list[str]:
-    """The fields of a shipped recipe that hold for its own model, data and length, where `fields` name others.
+    """The fields of a shipped recipe that hold for its own model, data and length, where `fields`
+    name others.
 
-    The learning rate of a model of 75,000 weights would wreck a real one, and 8192 prompts are not in every file.
+    The learning rate of a model of 75,000 weights would wreck a real one, and 8192 prompts are not
+    in every file.
     """
     path = find_toml("recipe", recipe, SHIPPED_RECIPES)
     if path.parent != SHIPPED_RECIPES:
@@ -94,12 +101,15 @@ def _first_model(model: str) -> str:
 
 
 def find_toml(what: str, name: str | Path, shipped: Path) -> Path:
-    """A file, or the one of that name in a folder of shipped ones. Raises RecipeError where there is none."""
+    """A file, or the one of that name in a folder of shipped ones. Raises RecipeError where there
+    is none."""
     if Path(name).is_file():
         return Path(name)
     known = sorted(path.stem for path in shipped.glob("*.toml"))
     if str(name) not in known:
-        what = f"{what} {str(name)!r}" + (" is a folder" if Path(name).is_dir() else " does not exist")
+        what = f"{what} {str(name)!r}" + (
+            " is a folder" if Path(name).is_dir() else " does not exist"
+        )
         raise RecipeError(f"{what}; give a TOML file or one of {', '.join(known)}")
     return shipped / f"{name}.toml"
 
@@ -109,14 +119,19 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_bytes().decode())
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise RecipeError(
+            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
     except RecursionError:
         raise RecipeError(f"{path} is not valid TOML: it is nested too deeply") from None
-    # tomllib's own errors are ValueErrors, and an integer of thousands of digits is one that it does not wrap.
+    # tomllib's own errors are ValueErrors, and an integer of thousands of digits is one that it
+    # does not wrap.
     except ValueError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}; give a TOML file that can") from None
+        raise RecipeError(
+            f"{path} cannot be read: {error.strerror}; give a TOML file that can"
+        ) from None
 
 
 def with_fields(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -140,17 +155,27 @@ def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
 
 def to_toml(data: dict[str, Any]) -> str:
     """The resolved recipe as TOML: plain values first, then one table a section."""
-    lines = [f"{key} = {toml_value(value)}" for key, value in data.items() if not isinstance(value, dict)]
+    lines = [
+        f"{key} = {toml_value(value)}" for key, value in data.items() if not isinstance(value, dict)
+    ]
     for key, value in data.items():
         if isinstance(value, dict):
-            lines += ["", f"[{key}]", *(f"{name} = {toml_value(item)}" for name, item in value.items())]
+            lines += [
+                "",
+                f"[{key}]",
+                *(f"{name} = {toml_value(item)}" for name, item in value.items()),
+            ]
     return "\n".join(lines) + "\n"
 
 
 def toml_value(value: Any) -> str:
     """A value as TOML, on one line."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items())
+            + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     # JSON's strings, numbers and booleans are also TOML.

@@ -1,4 +1,5 @@
-"""Which field needs which mode. A field that the chosen mode does not read may not be set, and is not in the hash."""
+"""Which field needs which mode. A field that the chosen mode does not read may not be set, and is
+not in the hash."""
 
 from typing import Any
 
@@ -15,7 +16,9 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
     if objective.split is None:
         unread["objective.split_weights"] = "objective.split is not set"
     if objective.prefix == "dataset":
-        unread["sampling"] = unread["rollouts"] = 'objective.prefix is "dataset", so nothing is sampled in training'
+        unread["sampling"] = unread["rollouts"] = (
+            'objective.prefix is "dataset", so nothing is sampled in training'
+        )
     unread |= _unread_of_teacher(recipe.teacher.model) | _unread_of_data(recipe.data.source)
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
@@ -29,12 +32,18 @@ def _unread_of_prefix(objective: Objective) -> dict[str, str]:
     if objective.prefix != "mixed":
         reason = f'objective.prefix is "{objective.prefix}" and only "mixed" has two writers'
         unread |= {
-            f"objective.{name}": reason for name in ("prefix_mix", "student_share", "first_writer", "handoff_tokens")
+            f"objective.{name}": reason
+            for name in ("prefix_mix", "student_share", "first_writer", "handoff_tokens")
         }
     elif objective.prefix_mix == "handoff":
-        unread["objective.student_share"] = 'objective.prefix_mix is "handoff", whose share follows from the lengths'
+        unread["objective.student_share"] = (
+            'objective.prefix_mix is "handoff", whose share follows from the lengths'
+        )
     else:
-        reason = f'objective.prefix_mix is "{objective.prefix_mix}" and only "handoff" has a first writer'
+        reason = (
+            f'objective.prefix_mix is "{objective.prefix_mix}" and only "handoff" has a '
+            "first writer"
+        )
         unread |= {f"objective.{name}": reason for name in ("first_writer", "handoff_tokens")}
     return unread
 
@@ -44,7 +53,11 @@ def _unread_of_kl(recipe: RecipeFields) -> dict[str, str]:
     unread: dict[str, str] = {}
     if objective.kl != "mixed":
         reason = f'objective.kl is "{objective.kl}" and only "mixed" has a forward weight'
-        unread |= {"objective.forward_weight": reason, "objective.forward_above": reason, "weight_schedule": reason}
+        unread |= {
+            "objective.forward_weight": reason,
+            "objective.forward_above": reason,
+            "weight_schedule": reason,
+        }
     else:
         of_schedule = {
             "linear": ("end_weight", "over_steps"),
@@ -56,7 +69,9 @@ def _unread_of_kl(recipe: RecipeFields) -> dict[str, str]:
     if objective.kl != "jsd":
         unread["objective.jsd_weight"] = f'objective.kl is "{objective.kl}" and only "jsd" reads it'
     if not objective.kl.startswith("skew"):
-        unread["objective.skew"] = f'objective.kl is "{objective.kl}" and only the skew KLs are skewed'
+        unread["objective.skew"] = (
+            f'objective.kl is "{objective.kl}" and only the skew KLs are skewed'
+        )
     return unread
 
 
@@ -64,17 +79,34 @@ def _unread_of_signal(recipe: RecipeFields) -> dict[str, str]:
     objective = recipe.objective
     unread: dict[str, str] = {}
     if objective.signal != "topk":
-        unread["objective.top_k"] = f'objective.signal is "{objective.signal}" and only "topk" keeps some tokens apart'
+        unread["objective.top_k"] = (
+            f'objective.signal is "{objective.signal}" and only "topk" keeps some tokens apart'
+        )
     if objective.signal != "sampled":
         reason = f'objective.signal is "{objective.signal}" and only "sampled" is estimated'
         unread |= {"objective.estimator": reason, "objective.baseline": reason}
     elif objective.estimator != "k1":
-        unread["objective.baseline"] = f'objective.estimator is "{objective.estimator}" and only "k1" has a reward'
+        unread["objective.baseline"] = (
+            f'objective.estimator is "{objective.estimator}" and only "k1" has a reward'
+        )
     if objective.end_class == "raw":
-        unread["objective.separate_ends"] = 'objective.end_class is "raw", which keeps every end token apart'
+        unread["objective.separate_ends"] = (
+            'objective.end_class is "raw", which keeps every end token apart'
+        )
     if objective.signal == "labels":
-        reason = 'objective.signal is "labels", which has no KL and needs no teacher\'s distribution'
-        fields = ("kl", "forward_weight", "forward_above", "jsd_weight", "skew", "gamma", "temperature", "end_class")
+        reason = (
+            'objective.signal is "labels", which has no KL and needs no teacher\'s distribution'
+        )
+        fields = (
+            "kl",
+            "forward_weight",
+            "forward_above",
+            "jsd_weight",
+            "skew",
+            "gamma",
+            "temperature",
+            "end_class",
+        )
         fields += ("separate_ends",)
         unread |= {f"objective.{field}": reason for field in fields} | {"weight_schedule": reason}
         if objective.prefix != "teacher":
@@ -89,28 +121,38 @@ def _unread_of_teacher(model: str) -> dict[str, str]:
         unread |= {"teacher.dtype": reason, "teacher.trust_remote_code": reason}
         unread["rollouts.end_set"] = 'teacher.model is "self", which ends as the student does'
     else:
-        unread["teacher.refresh_steps"] = f'teacher.model is {model!r} and only "self" can follow the student'
+        unread["teacher.refresh_steps"] = (
+            f'teacher.model is {model!r} and only "self" can follow the student'
+        )
     return unread
 
 
 def _unread_of_data(source: str | tuple[str, ...]) -> dict[str, str]:
     unread: dict[str, str] = {}
     if not is_table(source):
-        unread["teacher.prompt_column"] = f"data.source is the task {source!r}, which has no columns"
+        unread["teacher.prompt_column"] = (
+            f"data.source is the task {source!r}, which has no columns"
+        )
         unread["data.prompt_column"] = f"data.source is the task {source!r}, which has no columns"
         unread["data.config"] = f"data.source is the task {source!r}, which has one configuration"
     else:
         unread["data.seed"] = "only a task makes problems from a seed"
         if not any(is_table(name) and is_hub_id(name) for name in sources(source)):
-            reason = f"data.source is the file {source!r}, which has no splits and no configurations"
+            reason = (
+                f"data.source is the file {source!r}, which has no splits and no configurations"
+            )
             unread |= {"data.split": reason, "data.config": reason}
     return unread
 
 
 def unread_grpo_fields(recipe: GrpoFields) -> dict[str, str]:
     """The same of a GRPO recipe."""
-    reason = "GRPO needs scores, so data.source is a task, which has no columns and no configurations"
-    unread = {"data.prompt_column": reason, "data.config": reason} | _unread_of_window(recipe.window)
+    reason = (
+        "GRPO needs scores, so data.source is a task, which has no columns and no configurations"
+    )
+    unread = {"data.prompt_column": reason, "data.config": reason} | _unread_of_window(
+        recipe.window
+    )
     if recipe.evaluation.source is None:
         unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
     return unread
@@ -127,8 +169,13 @@ def _unread_of_window(window: Window) -> dict[str, str]:
     return _unread_of_schedule("window", window, of_schedule)
 
 
-def _unread_of_schedule(section: str, settings: Any, of_schedule: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _unread_of_schedule(
+    section: str, settings: Any, of_schedule: dict[str, tuple[str, ...]]
+) -> dict[str, str]:
     """The fields that only other schedules of a section read."""
     read = of_schedule.get(settings.schedule, ())
     known = {field for fields in of_schedule.values() for field in fields}
-    return {f"{section}.{f}": f'{section}.schedule is "{settings.schedule}"' for f in sorted(known - set(read))}
+    return {
+        f"{section}.{f}": f'{section}.schedule is "{settings.schedule}"'
+        for f in sorted(known - set(read))
+    }

@@ -1,4 +1,5 @@
-"""Values of fields: limits that several share, types that check themselves, and how a message shows a value."""
+"""Values of fields: limits that several share, types that check themselves, and how a message shows
+a value."""
 
 import math
 from typing import Annotated, Any
@@ -13,7 +14,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LARGEST_RATE = 1e30
 # What no run can reach; a list of that many would fill the memory before the first step.
 MANY, MANY_AT_ONCE = 10**9, 10**6
-# Of logits near 30, float32 rounding is 2e-6: divided by less than this it would be a share of a nat.
+# Of logits near 30, float32 rounding is 2e-6: divided by less than this it would be a share of a
+# nat.
 COLDEST = 1e-4
 
 
@@ -30,12 +32,15 @@ def _storable(arguments: dict[str, Any]) -> dict[str, Any]:
     """Refuse what a recipe's file cannot say, or a chat template's process cannot be told."""
     for name, value in arguments.items():
         for item in items_of(value):
-            is_plain = isinstance(item, str | int) or (isinstance(item, float) and math.isfinite(item))
+            is_plain = isinstance(item, str | int) or (
+                isinstance(item, float) and math.isfinite(item)
+            )
             if isinstance(item, dict):
                 _storable(item)
             elif not is_plain:
                 raise ValueError(
-                    f"{name!r} is {shown(item)}; give texts, numbers, true or false, and lists or tables of these"
+                    f"{name!r} is {shown(item)}; give texts, numbers, true or false, and lists "
+                    "or tables of these"
                 )
     return arguments
 
@@ -45,7 +50,11 @@ Arguments = Annotated[dict[str, Any], AfterValidator(_storable)]
 
 def items_of(value: Any) -> list[Any]:
     """A value, or those of nested lists."""
-    return [item for each in value for item in items_of(each)] if isinstance(value, list | tuple) else [value]
+    return (
+        [item for each in value for item in items_of(each)]
+        if isinstance(value, list | tuple)
+        else [value]
+    )
 
 
 def shown(value: Any, width: int = 100) -> str:

@@ -1,8 +1,9 @@
-"""The one place where an error becomes a line for the user; what still ends in a traceback is a bug of potstill.
+"""The one place where an error becomes a line for the user; what still ends in a traceback is a bug
+of potstill.
 
-The package's own errors say what to do already. Here those of the system and of libraries get there: full disks,
-rights, damaged files, templates, memory, closed pipes and signals. Imports nothing heavy, so that it also guards the
-imports.
+The package's own errors say what to do already. Here those of the system and of libraries get
+there: full disks, rights, damaged files, templates, memory, closed pipes and signals. Imports
+nothing heavy, so that it also guards the imports.
 """
 
 import errno
@@ -36,7 +37,8 @@ ADVICE = {
     errno.EIO: "the disk cannot be read or written; what is finished is kept",
     errno.ENOMEM: "use smaller batches, or a machine with more memory",
 }
-# Errors of libraries that mean bad input, by module and name: none of these libraries is imported for it.
+# Errors of libraries that mean bad input, by module and name: none of these libraries is imported
+# for it.
 OF_FILES = {
     ("safetensors", "SafetensorError"): "the file of weights is damaged or cannot be written",
     ("pydantic_core._pydantic_core", "ValidationError"): "a value cannot be used",
@@ -47,9 +49,11 @@ OF_FILES = {
 # As gloo and NCCL say it.
 LOST_RANK = re.compile(r"timed out|timeout|connection (was )?(closed|reset)", re.IGNORECASE)
 # As torch says it, and the system of a library that it cannot map.
-OUT_OF_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|failed to map segment", re.IGNORECASE)
-# Seconds in which more signals are the same request: a terminal or a scheduler tells every process of a group, and a
-# study and torchrun pass on to their processes what these have heard already.
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|failed to map segment", re.IGNORECASE
+)
+# Seconds in which more signals are the same request: a terminal or a scheduler tells every process
+# of a group, and a study and torchrun pass on to their processes what these have heard already.
 AT_ONCE = 2.0
 STOPPED = "stopped; the same command goes on from what was saved last"
 
@@ -70,14 +74,18 @@ class Stopped(KeyboardInterrupt):
 
 def stopped_after(step: int, number: int) -> Stopped:
     """What a loop raises that has saved its last step."""
-    return Stopped(number, f"stopped after step {step}, which is saved; the same command goes on from there")
+    return Stopped(
+        number, f"stopped after step {step}, which is saved; the same command goes on from there"
+    )
 
 
 @contextmanager
 def boundary() -> Iterator[None]:
-    """Let only bugs through: every other error is one line on standard error, and the exit code says of which kind.
+    """Let only bugs through: every other error is one line on standard error, and the exit code
+    says of which kind.
 
-    2: bad input, or a system that does not let us work; 128 + the number of a signal that ended us, as in a shell.
+    2: bad input, or a system that does not let us work; 128 + the number of a signal that ended us,
+    as in a shell.
     """
     for stream in (sys.stdout, sys.stderr):
         # For a terminal that knows fewer characters than our tables have.
@@ -135,11 +143,15 @@ def described(error: BaseException) -> str | None:
         return "there is not enough memory; use smaller batches or models. What is finished is kept"
     if isinstance(error, RuntimeError) and "RANK" in os.environ and LOST_RANK.search(str(error)):
         return (
-            f"rank {os.environ['RANK']} waited in vain for another rank, which has ended or hangs ({error}); look at "
-            "what that one printed. The same command goes on from what was saved last"
+            f"rank {os.environ['RANK']} waited in vain for another rank, which has ended or "
+            f"hangs ({error}); look at what that one printed. The same command goes on from what "
+            "was saved last"
         )
     if _is_of(kind, "jinja2.exceptions", "TemplateError"):
-        return f"a chat template refuses the messages: {error}; set the template to raw, or change the messages"
+        return (
+            f"a chat template refuses the messages: {error}; set the template to raw, or "
+            "change the messages"
+        )
     for (module, name), what in OF_FILES.items():
         if _is_of(kind, module, name):
             return f"{where}: {what}: {error}" if where else f"{what}: {error}"
@@ -148,13 +160,17 @@ def described(error: BaseException) -> str | None:
 
 def _is_of(kind: type, module: str, name: str) -> bool:
     """Whether a class or one of its bases has this name in this module."""
-    return any(base.__name__ == name and base.__module__.startswith(module) for base in kind.__mro__)
+    return any(
+        base.__name__ == name and base.__module__.startswith(module) for base in kind.__mro__
+    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     by_name = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return by_name or (isinstance(error, RuntimeError | ImportError) and OUT_OF_MEMORY.search(text) is not None)
+    return by_name or (
+        isinstance(error, RuntimeError | ImportError) and OUT_OF_MEMORY.search(text) is not None
+    )
 
 
 def _where(error: BaseException) -> str | None:
@@ -162,7 +178,13 @@ def _where(error: BaseException) -> str | None:
     own = getattr(error, "filename", None)
     notes = getattr(error, "__notes__", [])
     found = own if own is not None else next(iter(notes), None)
-    return None if found is None else repr(os.fsdecode(found)) if isinstance(found, str | bytes) else repr(str(found))
+    return (
+        None
+        if found is None
+        else repr(os.fsdecode(found))
+        if isinstance(found, str | bytes)
+        else repr(str(found))
+    )
 
 
 @contextmanager
@@ -178,7 +200,8 @@ def naming(path: object) -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end the command as Ctrl-C does: what is open is closed, and a line says how to go on."""
+    """Have SIGTERM and SIGHUP end the command as Ctrl-C does: what is open is closed, and a line
+    says how to go on."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -189,7 +212,8 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def stop_asked_for() -> Iterator[Callable[[], int]]:
-    """What says which signal has asked the work to stop (0: none), for a loop that ends where it is whole.
+    """What says which signal has asked the work to stop (0: none), for a loop that ends where it is
+    whole.
 
     A later signal ends it at once.
     """
@@ -210,7 +234,8 @@ def stop_asked_for() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def handled(handler, *numbers: int) -> Iterator[None]:
-    """Handle signals where nothing else does: in the main thread, and none that are ignored, as under nohup."""
+    """Handle signals where nothing else does: in the main thread, and none that are ignored, as
+    under nohup."""
     before = {}
     try:
         for number in numbers:

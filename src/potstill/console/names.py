@@ -1,9 +1,11 @@
-"""The nearest name to one that does not exist: of a field, by its spelling or by what other programs call it."""
+"""The nearest name to one that does not exist: of a field, by its spelling or by what other
+programs call it."""
 
 import difflib
 from collections.abc import Sequence
 
-# What other programs call a field; where several kinds of recipe have one, the first that this one has is meant.
+# What other programs call a field; where several kinds of recipe have one, the first that this one
+# has is meant.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "learning_rate": ("train.lr", "grpo.lr"),
     "lr_scheduler_type": ("train.schedule", "grpo.schedule"),
@@ -77,10 +79,15 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 
 
 def nearest_field(name: str, fields: Sequence[str]) -> str:
-    """The field that a dotted name most likely means: a slip of the pen, a synonym, or else the nearest spelling."""
+    """The field that a dotted name most likely means: a slip of the pen, a synonym, or else the
+    nearest spelling."""
     section, _, last = name.replace("-", "_").lower().rpartition(".")
-    siblings = {field.rpartition(".")[2]: field for field in fields if field.rpartition(".")[0] == section}
-    sections = [] if section else sorted({field.partition(".")[0] for field in fields if "." in field})
+    siblings = {
+        field.rpartition(".")[2]: field for field in fields if field.rpartition(".")[0] == section
+    }
+    sections = (
+        [] if section else sorted({field.partition(".")[0] for field in fields if "." in field})
+    )
     meant = [field for field in SYNONYMS.get(last, ()) if field in fields or field in sections]
     meant.sort(key=lambda field: field not in siblings.values())
     same = [field for field in fields if field.rpartition(".")[2] == last]

@@ -1,4 +1,5 @@
-"""Text that is not ours, made safe to print: a prompt, a path or a title must not steer the terminal.
+"""Text that is not ours, made safe to print: a prompt, a path or a title must not steer the
+terminal.
 
 Everything that the package prints goes through here.
 """
@@ -13,7 +14,8 @@ JOINERS = "\u200c\u200d"
 
 
 def printable(text: object, keep: str = "\n\t") -> str:
-    """The text with control characters, marks of direction and other hidden ones as escapes, as in JSON and TOML."""
+    """The text with control characters, marks of direction and other hidden ones as escapes, as in
+    JSON and TOML."""
     return "".join(c if c in keep or not _is_hidden(c) else _escaped(c) for c in str(text))
 
 

@@ -14,7 +14,8 @@ PLAIN_INTERVAL = 5.0
 
 
 class StepDisplay:
-    """Progress of a training run: step, tokens/s, KLs or rewards, entropies, length, window, time left."""
+    """Progress of a training run: step, tokens/s, KLs or rewards, entropies, length, window, time
+    left."""
 
     def __init__(self, num_steps: int, start: int, quiet: bool, flops: float | None = None):
         self.num_steps = num_steps
@@ -29,7 +30,13 @@ class StepDisplay:
     def __enter__(self):
         if self.live:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
             self.progress = Progress(
                 MofNCompleteColumn(),
@@ -39,7 +46,9 @@ class StepDisplay:
                 console=Console(stderr=True),
             )
             self.progress.start()
-            self.task = self.progress.add_task("first step", total=self.num_steps, completed=self.start)
+            self.task = self.progress.add_task(
+                "first step", total=self.num_steps, completed=self.start
+            )
         return self
 
     def __exit__(self, *error):
@@ -64,7 +73,9 @@ class StepDisplay:
         """Seconds of the step that ends now, whole and by part."""
         now = time.perf_counter()
         total, self.last_step = now - self.last_step, now
-        return {"seconds": round(total, 4)} | {f"{part}_seconds": round(value, 4) for part, value in seconds.items()}
+        return {"seconds": round(total, 4)} | {
+            f"{part}_seconds": round(value, 4) for part, value in seconds.items()
+        }
 
     def update(self, metrics: dict[str, Any]) -> None:
         """Show the metrics of a finished step."""
@@ -90,10 +101,15 @@ def _describe(metrics: dict[str, Any], tokens_per_second: float) -> str:
     parts = [f"{tokens_per_second:,.0f} tok/s", f"loss {metrics['loss']:.4f}"]
     if "forward_kl" in metrics:
         parts.append(f"KL fwd {metrics['forward_kl']:.4f} rev {metrics['reverse_kl']:.4f}")
-        parts.append(f"entropy {metrics['student_entropy']:.3f} (teacher {metrics['teacher_entropy']:.3f})")
+        parts.append(
+            f"entropy {metrics['student_entropy']:.3f} (teacher {metrics['teacher_entropy']:.3f})"
+        )
     else:
         if "reward" in metrics:
-            parts.append(f"reward {metrics['reward']:.3f} (groups with signal {metrics['groups_with_signal']:.0%})")
+            parts.append(
+                f"reward {metrics['reward']:.3f} (groups with signal "
+                f"{metrics['groups_with_signal']:.0%})"
+            )
         parts.append(f"entropy {metrics['student_entropy']:.3f}")
     parts.append(f"length {metrics['length']:.0f}/{metrics['window']}")
     return "  ".join(parts)
@@ -121,11 +137,19 @@ class CacheDisplay:
             say(f"{num_there:,} completions are there already", error=True)
         if self.live:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
             columns = (MofNCompleteColumn(), BarColumn(bar_width=16), TimeRemainingColumn())
             self.progress = Progress(
-                *columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True)
+                *columns,
+                TextColumn("{task.description}", markup=False),
+                console=Console(stderr=True),
             )
             self.progress.start()
             self.task = self.progress.add_task("first shard", total=num_rollouts)
@@ -139,7 +163,8 @@ class CacheDisplay:
         self.num_bytes += num_bytes
         now = time.perf_counter()
         shown = (
-            f"{self.num_tokens / (now - self.began):,.0f} tok/s  {self.num_bytes / self.num_tokens:,.1f} bytes/token"
+            f"{self.num_tokens / (now - self.began):,.0f} tok/s  "
+            f"{self.num_bytes / self.num_tokens:,.1f} bytes/token"
         )
         if self.live:
             self.progress.update(self.task, completed=self.done, description=shown)
@@ -150,7 +175,9 @@ class CacheDisplay:
 
 
 @contextmanager
-def token_bar(title: str, num_rows: int, num_done: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+def token_bar(
+    title: str, num_rows: int, num_done: int, quiet: bool
+) -> Iterator[Callable[[int], None]]:
     """A bar over decoded responses; yields what is told how many a batch had."""
     if quiet or not sys.stderr.isatty():
         yield lambda num: None

@@ -33,7 +33,8 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What the model wrote after a prompt, as text, and how many of its tokens come up to the first answer."""
+    """What the model wrote after a prompt, as text, and how many of its tokens come up to the first
+    answer."""
 
     prompt: Prompt
     completion: Completion
@@ -55,7 +56,8 @@ class Response:
 
 @dataclass(frozen=True)
 class State:
-    """What a run carries from step to step beside weights and optimiser; in checkpoints, as plain data."""
+    """What a run carries from step to step beside weights and optimiser; in checkpoints, as plain
+    data."""
 
     window: WindowState
     flops: float = 0.0
@@ -74,13 +76,17 @@ def write(
         end_ids=setup.end_ids,
         sampling=recipe.sampling,
     )
-    texts = model.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+    texts = model.tokenizer.batch_decode(
+        [list(c.token_ids) for c in completions], skip_special_tokens=True
+    )
     return [
         Response(
             prompt=prompt,
             completion=c,
             text=text,
-            num_before_answer=num_tokens_to_answer(c.token_ids, text, model.tokenizer, setup.task.answer_end),
+            num_before_answer=num_tokens_to_answer(
+                c.token_ids, text, model.tokenizer, setup.task.answer_end
+            ),
         )
         for prompt, c, text in zip(prompts, completions, texts, strict=True)
     ]
@@ -88,28 +94,42 @@ def write(
 
 def score(task: Task, responses: Sequence[Response]) -> list[float]:
     """The task's score of each response, which is the reward."""
-    grades = task.grade([response.prompt.example for response in responses], [response.text for response in responses])
+    grades = task.grade(
+        [response.prompt.example for response in responses],
+        [response.text for response in responses],
+    )
     return [grade.score for grade in grades]
 
 
 def response_means(responses: Sequence[Response]) -> dict[str, float]:
-    """Means per token (nats, of the distribution sampled from) and per response, by the names of the run log."""
+    """Means per token (nats, of the distribution sampled from) and per response, by the names of
+    the run log."""
     num_tokens = sum(len(response.completion.token_ids) for response in responses)
     num_before_answer = sum(response.num_before_answer for response in responses)
-    before = [sum(response.completion.entropies[: response.num_before_answer]) for response in responses]
+    before = [
+        sum(response.completion.entropies[: response.num_before_answer]) for response in responses
+    ]
     return {
-        "student_entropy": sum(sum(response.completion.entropies) for response in responses) / num_tokens,
+        "student_entropy": sum(sum(response.completion.entropies) for response in responses)
+        / num_tokens,
         "student_entropy_before_answer": sum(before) / num_before_answer,
         "length": num_tokens / len(responses),
-        "truncation": sum(response.completion.stop == "length" for response in responses) / len(responses),
+        "truncation": sum(response.completion.stop == "length" for response in responses)
+        / len(responses),
         "zlib_ratio": sum(zlib_ratio(response.text) for response in responses) / len(responses),
         "num_loss_tokens": num_tokens,
     }
 
 
-def probe_window(recipe: GrpoRecipe, setup: Setup, state: WindowState, step: int) -> tuple[Probe, int]:
-    """What the length gate looks at: one response to each held-out prompt. Also the operations that this took."""
-    seeds = [stream_key((recipe.grpo.seed, step, place, 0), Stream.PROBE) for place in range(len(setup.probes))]
+def probe_window(
+    recipe: GrpoRecipe, setup: Setup, state: WindowState, step: int
+) -> tuple[Probe, int]:
+    """What the length gate looks at: one response to each held-out prompt. Also the operations that
+    this took."""
+    seeds = [
+        stream_key((recipe.grpo.seed, step, place, 0), Stream.PROBE)
+        for place in range(len(setup.probes))
+    ]
     responses = write(recipe, setup, setup.probes, seeds, state.tokens)
     means = response_means(responses)
     probe = Probe(
@@ -119,4 +139,6 @@ def probe_window(recipe: GrpoRecipe, setup: Setup, state: WindowState, step: int
         teacher_truncation=0.0,
         repetition=sum(is_loop(response.text) for response in responses) / len(responses),
     )
-    return probe, rollout_flops([r.rollout for r in responses], {"student": setup.flops}, by_token=False)
+    return probe, rollout_flops(
+        [r.rollout for r in responses], {"student": setup.flops}, by_token=False
+    )

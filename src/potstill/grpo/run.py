@@ -1,9 +1,10 @@
-"""Reinforcement learning after distillation: TRL's GRPOTrainer between our rollouts and our run folder.
+"""Reinforcement learning after distillation: TRL's GRPOTrainer between our rollouts and our run
+folder.
 
-TRL does the update: advantages within each group, the policy gradient, clipping by norm. The rest is ours, so that a
-GRPO run compares with a distillation: prompts in a seeded order, responses of our decoder until our end set or the
-window, each from a random stream of its own, scores of the task, metrics, checkpoints without pickle, and evaluation.
-Needs the extra `rl`. One process.
+TRL does the update: advantages within each group, the policy gradient, clipping by norm. The rest
+is ours, so that a GRPO run compares with a distillation: prompts in a seeded order, responses of
+our decoder until our end set or the window, each from a random stream of its own, scores of the
+task, metrics, checkpoints without pickle, and evaluation. Needs the extra `rl`. One process.
 """
 
 import hashlib
@@ -39,24 +40,30 @@ from potstill.training.setup import hold_out
 
 # Prompts of the start check.
 NUM_START_PROMPTS = 32
-# Below these the start checkpoint has little to explore with: entropy in nats a token, share of groups that disagree.
+# Below these the start checkpoint has little to explore with: entropy in nats a token, share of
+# groups that disagree.
 LOW_ENTROPY, FEW_GROUPS = 0.05, 0.1
 
 
 def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
     """Run a recipe, or resume it in its folder, and return the folder.
 
-    Raises RecipeError, ModelError, DataError or RunError for bad input before anything is written, and NonFiniteError
-    before a bad update.
+    Raises RecipeError, ModelError, DataError or RunError for bad input before anything is written,
+    and NonFiniteError before a bad update.
     """
     check_recipe(recipe, GrpoRecipe)
     if importlib.util.find_spec("trl") is None:
         raise RecipeError("GRPO is done by TRL, which is not installed: pip install 'potstill[rl]'")
     world = distributed.start()
     if world.size > 1:
-        raise RecipeError(f"GRPO runs in one process and torchrun started {world.size}; start it without torchrun")
+        raise RecipeError(
+            f"GRPO runs in one process and torchrun started {world.size}; start it without torchrun"
+        )
     if torch.cuda.device_count() > 1:
-        raise RecipeError(f"GRPO uses one GPU and {torch.cuda.device_count()} are visible; set CUDA_VISIBLE_DEVICES=0")
+        raise RecipeError(
+            f"GRPO uses one GPU and {torch.cuda.device_count()} are visible; set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     run_folder.check_folder(recipe)
     if run_folder.is_trained(recipe.out, recipe):
         if not run_folder.is_done(recipe.out, recipe):
@@ -80,7 +87,9 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     end_ids = end_set(model)
     data = recipe.data
     source = str(data.source)
-    task, examples = load_task(source, split=data.split, num_examples=data.num_prompts, seed=data.seed)
+    task, examples = load_task(
+        source, split=data.split, num_examples=data.num_prompts, seed=data.seed
+    )
     prompts = make_prompts(
         examples,
         model.tokenizer,
@@ -92,20 +101,26 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
         max_prompt_tokens=data.max_prompt_tokens,
         too_long=data.too_long,
     )
-    notes = prompt_notes(len(examples), prompts, model.tokenizer, data.template, data.template_arguments)
+    notes = prompt_notes(
+        len(examples), prompts, model.tokenizer, data.template, data.template_arguments
+    )
     refuse_crossing(model, [p.token_ids for p in prompts], recipe.window.tokens, "window.tokens")
     prompts, probes = hold_out(recipe.window, prompts)
     if recipe.evaluation.source is not None:
         prepare_problems(model, run_evaluation(recipe), date)
     files = own_files(data.source, recipe.evaluation.source)
-    return Setup(model, task, prompts, probes, end_ids, model.flops, world, files, date, tuple(notes))
+    return Setup(
+        model, task, prompts, probes, end_ids, model.flops, world, files, date, tuple(notes)
+    )
 
 
 def measure_start(recipe: GrpoRecipe, setup: Setup) -> dict[str, float]:
-    """Whether the start checkpoint has anything to explore with, from a group of responses to each of some prompts.
+    """Whether the start checkpoint has anything to explore with, from a group of responses to each
+    of some prompts.
 
-    `entropy_before_answer` in nats a token, `score` the mean, `groups_with_signal` the share of groups whose responses
-    do not all have one score, `num_groups`, `group_size`, and `truncation` by the first window.
+    `entropy_before_answer` in nats a token, `score` the mean, `groups_with_signal` the share of
+    groups whose responses do not all have one score, `num_groups`, `group_size`, and `truncation`
+    by the first window.
     """
     group_size = recipe.grpo.group_size
     chosen = [prompt for prompt in setup.prompts[:NUM_START_PROMPTS] for _ in range(group_size)]
@@ -126,29 +141,39 @@ def measure_start(recipe: GrpoRecipe, setup: Setup) -> dict[str, float]:
 
 
 def verdict(start: dict[str, float]) -> list[str]:
-    """The numbers of `measure_start` in plain words, and a warning where there is little to learn from."""
+    """The numbers of `measure_start` in plain words, and a warning where there is little to learn
+    from."""
     entropy, share = start["entropy_before_answer"], start["groups_with_signal"]
     found = (
-        f"start: entropy before the answer {entropy:.3f} nats, mean score {start['score']:.1%}, cut by the window "
-        f"{start['truncation']:.0%}; responses differ in score in {share:.0%} of "
-        f"{start['num_groups']} groups of {start['group_size']}, and only these give a gradient"
+        f"start: entropy before the answer {entropy:.3f} nats, mean score {start['score']:.1%}, "
+        f"cut by the window {start['truncation']:.0%}; responses differ in score in {share:.0%} "
+        f"of {start['num_groups']} groups of {start['group_size']}, and only these give a "
+        "gradient"
     )
     warned = []
     if share < FEW_GROUPS:
         too = "hard" if start["score"] < 0.5 else "easy"
         warned.append(
-            f"warning: almost no group disagrees, so there is almost no gradient: the prompts are too {too} for this "
-            "model; take other prompts, a larger grpo.group_size or another start"
+            "warning: almost no group disagrees, so there is almost no gradient: the prompts are "
+            f"too {too} for this model; take other prompts, a larger grpo.group_size or another "
+            "start"
         )
     if entropy < LOW_ENTROPY:
         warned.append(
-            f"warning: the entropy is near 0 (below {LOW_ENTROPY:g} nats), so that responses hardly differ; start "
-            "from a checkpoint that kept its entropy (forward KL keeps it), or raise sampling.temperature"
+            f"warning: the entropy is near 0 (below {LOW_ENTROPY:g} nats), so that responses "
+            "hardly differ; start from a checkpoint that kept its entropy (forward KL keeps it), "
+            "or raise sampling.temperature"
         )
     return [found + ("" if warned else ": there is entropy to explore with"), *warned]
 
 
-def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool, notes: Sequence[str] = ()) -> None:
+def _run(
+    recipe: GrpoRecipe,
+    setup: Setup,
+    start: dict[str, float],
+    quiet: bool,
+    notes: Sequence[str] = (),
+) -> None:
     """All randomness follows from the number of finished steps and the seed."""
     config, folder, model = recipe.grpo, recipe.out, setup.model
     # What a scheduler that goes on wants to find.
@@ -168,7 +193,8 @@ def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool,
             with tempfile.TemporaryDirectory() as scratch, hushed():
                 make_trainer(recipe, setup, optimizer, steps, scratch).train()
     weights = checkpoint.weights(model)
-    # TRL changes the settings and the forward pass of the model that it trains; the one that is saved is as it was.
+    # TRL changes the settings and the forward pass of the model that it trains; the one that is
+    # saved is as it was.
     finished = load_model(recipe.model)
     finished.model.load_state_dict(weights, strict=False)
     save_model(finished, weights, setup.end_ids, folder / "model")
@@ -176,7 +202,9 @@ def _run(recipe: GrpoRecipe, setup: Setup, start: dict[str, float], quiet: bool,
         named = model.around(finished.model.to(setup.world.device), str(folder))
         options = {"end_ids": setup.end_ids, "responses": folder / "responses", "quiet": quiet}
         run_folder.store_evals(
-            folder, config.steps, evaluate(named, run_evaluation(recipe), date=setup.date, **options)
+            folder,
+            config.steps,
+            evaluate(named, run_evaluation(recipe), date=setup.date, **options),
         )
     run_folder.finish(recipe)
 
@@ -192,7 +220,11 @@ def _environment(setup: Setup) -> dict[str, Any]:
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "end_ids": list(setup.end_ids),
         "models": {
-            "student": {"name": model.name, "weights": fingerprint(model), "end_ids": list(model.end_ids)},
+            "student": {
+                "name": model.name,
+                "weights": fingerprint(model),
+                "end_ids": list(model.end_ids),
+            },
         },
     }
 
@@ -200,7 +232,9 @@ def _environment(setup: Setup) -> dict[str, Any]:
 def _opening(recipe: GrpoRecipe, setup: Setup, step: int) -> list[str]:
     """What a user should see before the first step."""
     tokenizer = setup.model.tokenizer
-    lines = [f"GRPO from {recipe.model}: {recipe.out}" + (f", resumed after step {step}" if step else "")]
+    lines = [
+        f"GRPO from {recipe.model}: {recipe.out}" + (f", resumed after step {step}" if step else "")
+    ]
     lines += describe_files(setup.task_files)
     lines.append(f"end set: {described(tokenizer, setup.end_ids)}")
     lines += recipe.notes

@@ -17,7 +17,15 @@ from potstill import files
 from potstill.config import Grpo, GrpoRecipe, Train
 from potstill.console.boundary import stopped_after
 from potstill.console.progress import StepDisplay
-from potstill.grpo.responses import Response, Setup, State, probe_window, response_means, score, write
+from potstill.grpo.responses import (
+    Response,
+    Setup,
+    State,
+    probe_window,
+    response_means,
+    score,
+    write,
+)
 from potstill.models.flops import rollout_flops, training_flops
 from potstill.models.language_model import without_progress_bars
 from potstill.seeds import step_indices, step_seed
@@ -28,15 +36,20 @@ from potstill.training.rates import learning_rate
 from potstill.types import NonFiniteError
 
 
-def make_trainer(recipe: GrpoRecipe, setup: Setup, optimizer: torch.optim.Optimizer, steps: "Steps", scratch: str):
-    """TRL's trainer of the steps that are left. Its data set is the places of the prompts, step after step."""
+def make_trainer(
+    recipe: GrpoRecipe, setup: Setup, optimizer: torch.optim.Optimizer, steps: "Steps", scratch: str
+):
+    """TRL's trainer of the steps that are left. Its data set is the places of the prompts, step
+    after step."""
     from datasets import Dataset
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     config = recipe.grpo
     num_responses = config.prompts_per_step * config.group_size
-    rows = max(n for n in range(1, min(config.rows_per_batch, num_responses) + 1) if num_responses % n == 0)
+    rows = max(
+        n for n in range(1, min(config.rows_per_batch, num_responses) + 1) if num_responses % n == 0
+    )
     places = [
         str(place)
         for step in range(steps.step, config.steps)
@@ -63,7 +76,8 @@ def make_trainer(recipe: GrpoRecipe, setup: Setup, optimizer: torch.optim.Optimi
         disable_dropout=True,
         seed=config.seed,
     )
-    # A copy, which TRL gives a padding token where it has none: the first end token. Masks come from lengths.
+    # A copy, which TRL gives a padding token where it has none: the first end token. Masks come
+    # from lengths.
     tokenizer = copy.deepcopy(setup.model.tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(setup.end_ids[0])
     trainer = GRPOTrainer(
@@ -82,8 +96,12 @@ def make_trainer(recipe: GrpoRecipe, setup: Setup, optimizer: torch.optim.Optimi
 
 def _make_scheduler(config: Grpo, optimizer: torch.optim.Optimizer, start: int):
     """The rates of a distillation (`training.learning_rate`), from step `start` on."""
-    rates = Train(steps=config.steps, lr=config.lr, schedule=config.schedule, warmup_steps=config.warmup_steps)
-    return LambdaLR(optimizer, lambda step: learning_rate(rates, step) / config.lr, last_epoch=start - 1)
+    rates = Train(
+        steps=config.steps, lr=config.lr, schedule=config.schedule, warmup_steps=config.warmup_steps
+    )
+    return LambdaLR(
+        optimizer, lambda step: learning_rate(rates, step) / config.lr, last_epoch=start - 1
+    )
 
 
 class Steps(TrainerCallback):
@@ -108,7 +126,8 @@ class Steps(TrainerCallback):
         self.probe_flops = 0
 
     def write(self, places: list[str], trainer) -> dict[str, Any]:
-        """Respond to the prompts at these places, each group in a row; before that, probe the window if it is due."""
+        """Respond to the prompts at these places, each group in a row; before that, probe the
+        window if it is due."""
         recipe, setup, step = self.recipe, self.setup, self.step
         torch.manual_seed(step_seed("step", recipe.grpo.seed, step))
         self.clock, self.probe_flops = Stopwatch(setup.world.device), 0
@@ -144,20 +163,26 @@ class Steps(TrainerCallback):
         """Refuse an update that is not finite."""
         gradients = [p.grad for p in self.setup.model.parameters() if p.grad is not None]
         if not math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
-            ids = ", ".join(dict.fromkeys(response.prompt.example.id for response in self.responses[:64]))
+            ids = ", ".join(
+                dict.fromkeys(response.prompt.example.id for response in self.responses[:64])
+            )
             raise NonFiniteError(
-                f"step {self.step + 1}: the gradient is not finite; nothing was updated. The first prompts are {ids}. "
-                "Look at them and at the model's logits, or lower grpo.lr"
+                f"step {self.step + 1}: the gradient is not finite; nothing was updated. The "
+                f"first prompts are {ids}. Look at them and at the model's logits, or lower "
+                "grpo.lr"
             )
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Log the step that is done, and save a checkpoint when one is due. TRL also logs the whole run at its end."""
+        """Log the step that is done, and save a checkpoint when one is due. TRL also logs the whole
+        run at its end."""
         if logs is None or "loss" not in logs:
             return
         recipe, setup = self.recipe, self.setup
         rollouts = [response.rollout for response in self.responses]
         # The start model, which a KL is measured to, scores as a teacher does.
-        parts = training_flops(rollouts, setup.flops, setup.flops if recipe.grpo.kl_weight else None)
+        parts = training_flops(
+            rollouts, setup.flops, setup.flops if recipe.grpo.kl_weight else None
+        )
         parts["rollout"] = rollout_flops(rollouts, {"student": setup.flops}, by_token=False)
         parts["probe"] = self.probe_flops
         self.state = dataclasses.replace(self.state, flops=self.state.flops + sum(parts.values()))
@@ -167,13 +192,21 @@ class Steps(TrainerCallback):
         metrics["groups_with_signal"] = 1 - logs["frac_reward_zero_std"]
         metrics |= {"kl_to_start": logs["kl"]} if "kl" in logs else {}
         metrics |= response_means(self.responses)
-        metrics |= {"grad_norm": logs["grad_norm"], "lr": logs["learning_rate"], "window": self.window}
+        metrics |= {
+            "grad_norm": logs["grad_norm"],
+            "lr": logs["learning_rate"],
+            "window": self.window,
+        }
         metrics |= {"flops": parts, "total_flops": self.state.flops}
         timing = self.display.timing(self.clock.seconds)
         timing["student_seconds"] = round(timing["seconds"] - sum(self.clock.seconds.values()), 4)
         files.append(recipe.out / "metrics.jsonl", metrics | timing)
         signal = self.asked()
-        if self.step % recipe.grpo.checkpoint_every == 0 or self.step == recipe.grpo.steps or signal:
+        if (
+            self.step % recipe.grpo.checkpoint_every == 0
+            or self.step == recipe.grpo.steps
+            or signal
+        ):
             data = dataclasses.asdict(self.state)
             checkpoint.save(recipe.out, self.step, setup.model, self.optimizer, setup.world, data)
         self.display.update(metrics)

@@ -1,4 +1,5 @@
-"""Coefficients of the gradient pass: a loss's terms for each row of a group, by what the first pass found there."""
+"""Coefficients of the gradient pass: a loss's terms for each row of a group, by what the first pass
+found there."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from potstill.kl.tiles import Terms
 
 
 class Asked(NamedTuple):
-    """What the gradient pass is to do for each row of a group: `factor` times what the coefficients [6, n] say.
+    """What the gradient pass is to do for each row of a group: `factor` times what the coefficients
+    [6, n] say.
 
-    Without coefficients that is the forward KL. `label_weight` [n] is that of the cross-entropy, None where it is 0.
+    Without coefficients that is the forward KL. `label_weight` [n] is that of the cross-entropy,
+    None where it is 0.
     """
 
     has: Terms
@@ -30,8 +33,13 @@ class Asked(NamedTuple):
 
 
 def ask(terms: LossTerms, lse: Weight, found: "Group") -> Asked:
-    """The terms of a loss, and `lse` times the student's log-sum-exp, as coefficients of the gradient."""
-    skews, is_gated, b = (terms.skew_forward, terms.skew_reverse), terms.forward_above is not None, terms.mixture_weight
+    """The terms of a loss, and `lse` times the student's log-sum-exp, as coefficients of the
+    gradient."""
+    skews, is_gated, b = (
+        (terms.skew_forward, terms.skew_reverse),
+        terms.forward_above is not None,
+        terms.mixture_weight,
+    )
     is_skew = any(map(is_there, skews))
     has = Terms(
         forward=is_there(terms.forward),
@@ -41,7 +49,9 @@ def ask(terms: LossTerms, lse: Weight, found: "Group") -> Asked:
         skew=is_skew,
     )
     others = (terms.reverse, terms.jsd, *skews, terms.entropy, terms.cross_entropy, lse)
-    is_plain_forward = has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
+    is_plain_forward = (
+        has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
+    )
     if is_plain_forward and not is_gated:
         return Asked(has, None, float(terms.forward), b, None)
     label_weight = _row(terms.cross_entropy, found)
@@ -52,7 +62,14 @@ def ask(terms: LossTerms, lse: Weight, found: "Group") -> Asked:
     # A KL(p || m) + B KL(q || m); of the JSD's own parts nothing is left in d.
     a, s, jsd = (_row(w, found) for w in (*skews, terms.jsd))
     j, d = s + (1 - b) * jsd, (1 - b) * a - b * s
-    c = f + label_weight + e - h * moments.student_entropy - j * found.mixture[1] + d * found.mixture[2]
+    c = (
+        f
+        + label_weight
+        + e
+        - h * moments.student_entropy
+        - j * found.mixture[1]
+        + d * found.mixture[2]
+    )
     # Without a teacher the reverse KL is not a number.
     c = c - r * moments.reverse_kl if has.reverse else c
     coefficients = torch.stack([f, r, h, j, d, c])
@@ -61,7 +78,8 @@ def ask(terms: LossTerms, lse: Weight, found: "Group") -> Asked:
 
 @dataclass(frozen=True)
 class Group:
-    """What the first pass found out about a group of rows. Second index of labels and classes: student, teacher."""
+    """What the first pass found out about a group of rows. Second index of labels and classes:
+    student, teacher."""
 
     rows: range
     moments: tiles.Moments
@@ -88,7 +106,9 @@ class Group:
         if problem.labels is not None:
             student_N, teacher_N = self.labels - self.log_sums
             teacher_N = None if problem.teacher is None else teacher_N
-            stats = dataclasses.replace(stats, student_log_prob_N=student_N, teacher_log_prob_N=teacher_N)
+            stats = dataclasses.replace(
+                stats, student_log_prob_N=student_N, teacher_log_prob_N=teacher_N
+            )
         if (b := problem.mixture_weight) is not None:
             skew_forward_N, skew_reverse_N = self.mixture[:2]
             jsd_N = b * skew_forward_N + (1 - b) * skew_reverse_N
@@ -99,7 +119,8 @@ class Group:
 
 
 def gated(forward, reverse, teacher_entropy_N: Tensor, above: float) -> tuple[Tensor, Tensor]:
-    """Weights [N] of both KLs where the forward one's goes to the reverse unless the teacher's entropy is above."""
+    """Weights [N] of both KLs where the forward one's goes to the reverse unless the teacher's
+    entropy is above."""
     is_above_N = (teacher_entropy_N > above).to(teacher_entropy_N.dtype)
     return is_above_N * forward, reverse + (1 - is_above_N) * forward
 

@@ -1,7 +1,9 @@
-"""Every divergence in plain PyTorch: the value per token and its gradient with respect to the student's logits.
+"""Every divergence in plain PyTorch: the value per token and its gradient with respect to the
+student's logits.
 
-Works on tensors alone and knows nothing of models, batches or masks. This is the definition that faster versions are
-tested against. Notation: p teacher, q student, z student logits, w the forward weight, m a mixture of p and q.
+Works on tensors alone and knows nothing of models, batches or masks. This is the definition that
+faster versions are tested against. Notation: p teacher, q student, z student logits, w the forward
+weight, m a mixture of p and q.
 """
 
 import dataclasses
@@ -38,9 +40,11 @@ def mixed_kl(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight:
 
 
 def jsd(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: float):
-    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q; dL/dz = (1 - b) q (log q - log m - KL(q || m)).
+    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q; dL/dz = (1 - b) q (log q - log m
+    - KL(q || m)).
 
-    It vanishes at both ends of b and is no mixture of the two KLs (Agarwal et al., arXiv 2306.13649).
+    It vanishes at both ends of b and is no mixture of the two KLs (Agarwal et al., arXiv
+    2306.13649).
     """
     p_NV, q_NV = teacher_log_probs_NV.exp(), student_log_probs_NV.exp()
     lm_NV = log_mixture(student_log_probs_NV, teacher_log_probs_NV, weight)
@@ -51,7 +55,8 @@ def jsd(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: floa
 
 
 def skew_forward(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: float):
-    """KL(p || m) with m = a p + (1 - a) q; dL/dz = (1 - a) q (sum q p / m - p / m). DistiLLM, arXiv 2402.03898."""
+    """KL(p || m) with m = a p + (1 - a) q; dL/dz = (1 - a) q (sum q p / m - p / m). DistiLLM, arXiv
+    2402.03898."""
     p_NV, q_NV = teacher_log_probs_NV.exp(), student_log_probs_NV.exp()
     lm_NV = log_mixture(student_log_probs_NV, teacher_log_probs_NV, weight)
     ratio_NV = (teacher_log_probs_NV - lm_NV).exp()
@@ -60,7 +65,8 @@ def skew_forward(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, wei
 
 
 def skew_reverse(student_log_probs_NV: Tensor, teacher_log_probs_NV: Tensor, weight: float):
-    """KL(q || m) with m = a q + (1 - a) p; dL/dz = q (f - sum q f), f = log q - log m - a q / m. DistiLLM."""
+    """KL(q || m) with m = a q + (1 - a) p; dL/dz = q (f - sum q f), f = log q - log m - a q / m.
+    DistiLLM."""
     q_NV = student_log_probs_NV.exp()
     lm_NV = log_mixture(student_log_probs_NV, teacher_log_probs_NV, 1 - weight)
     of_student_NV = student_log_probs_NV - lm_NV
@@ -88,18 +94,22 @@ def token_divergence(
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
 ) -> tuple[Tensor, TokenStats]:
-    """The divergence at each of N positions, differentiable in the student's logits, and all statistics.
+    """The divergence at each of N positions, differentiable in the student's logits, and all
+    statistics.
 
-    `kl` is one of DIVERGENCES; `weight` is that of the forward KL in "mixed", b of "jsd" (the teacher's in the mixture)
-    and a of the skew KLs (that of the KL's first model in it), strictly between 0 and 1 but for "mixed". `temperature`
-    divides both models' logits. With two or more `end_ids`, these ids count as one class on both sides: the exact
-    divergence of the coarser distributions. Arithmetic is in float32, or float64 for float64 logits. The statistics are
-    those of the tempered, merged distributions. Raises ValueError for shapes that differ or an unknown `kl`.
+    `kl` is one of DIVERGENCES; `weight` is that of the forward KL in "mixed", b of "jsd" (the
+    teacher's in the mixture) and a of the skew KLs (that of the KL's first model in it), strictly
+    between 0 and 1 but for "mixed". `temperature` divides both models' logits. With two or more
+    `end_ids`, these ids count as one class on both sides: the exact divergence of the coarser
+    distributions. Arithmetic is in float32, or float64 for float64 logits. The statistics are those
+    of the tempered, merged distributions. Raises ValueError for shapes that differ or an unknown
+    `kl`.
     """
     if student_logits_NV.shape != teacher_logits_NV.shape:
         raise ValueError(
-            f"student logits are {tuple(student_logits_NV.shape)} and teacher logits {tuple(teacher_logits_NV.shape)}: "
-            "both must be [N, V] over the same vocabulary; cut the heads to the shared rows first"
+            f"student logits are {tuple(student_logits_NV.shape)} and teacher logits "
+            f"{tuple(teacher_logits_NV.shape)}: both must be [N, V] over the same vocabulary; "
+            "cut the heads to the shared rows first"
         )
     if kl not in DIVERGENCES:
         raise ValueError(f"kl is {kl!r}; choose one of {sorted(DIVERGENCES)}")
@@ -122,11 +132,12 @@ def token_statistics(
     end_ids: Sequence[int] = (),
     mixture_weight: float | None = None,
 ) -> TokenStats:
-    """Every statistic of N positions from whole logits, by their definitions and differentiable by autograd.
+    """Every statistic of N positions from whole logits, by their definitions and differentiable by
+    autograd.
 
-    `mixture_weight` b asks for the divergences from m = b p + (1 - b) q: KL(p || m), KL(q || m) and the JSD, b of the
-    first and 1 - b of the second. The other arguments
-    are those of `token_divergence`; the log-sum-exps are those of the tempered logits.
+    `mixture_weight` b asks for the divergences from m = b p + (1 - b) q: KL(p || m), KL(q || m) and
+    the JSD, b of the first and 1 - b of the second. The other arguments are those of
+    `token_divergence`; the log-sum-exps are those of the tempered logits.
     """
 
     def log_prob(logits_NV: Tensor, log_sum_exp_N: Tensor) -> Tensor | None:
@@ -153,7 +164,10 @@ def token_statistics(
     jsd_N = skew_forward_N = skew_reverse_N = None
     if mixture_weight is not None:
         lm_NV = log_mixture(ls_NV, lt_NV, mixture_weight)
-        skew_forward_N, skew_reverse_N = (p_NV * (lt_NV - lm_NV)).sum(-1), (q_NV * (ls_NV - lm_NV)).sum(-1)
+        skew_forward_N, skew_reverse_N = (
+            (p_NV * (lt_NV - lm_NV)).sum(-1),
+            (q_NV * (ls_NV - lm_NV)).sum(-1),
+        )
         jsd_N = mixture_weight * skew_forward_N + (1 - mixture_weight) * skew_reverse_N
     return dataclasses.replace(
         stats,
@@ -169,7 +183,8 @@ def token_statistics(
 
 
 def merge_end_class(logits_NV: Tensor, end_ids: Sequence[int]) -> Tensor:
-    """Logits in which the end ids are one class: the rest in their order, then the log-sum-exp of the end ids."""
+    """Logits in which the end ids are one class: the rest in their order, then the log-sum-exp of
+    the end ids."""
     if len(end_ids) < 2:
         return logits_NV
     is_end_V = torch.zeros(logits_NV.shape[-1], dtype=torch.bool, device=logits_NV.device)
@@ -201,10 +216,13 @@ class _WithGradient(torch.autograd.Function):
         return grad_NV * upstream_N[:, None], None, None
 
 
-def log_mixture(student_log_probs: Tensor, teacher_log_probs: Tensor, mixture_weight: float) -> Tensor:
+def log_mixture(
+    student_log_probs: Tensor, teacher_log_probs: Tensor, mixture_weight: float
+) -> Tensor:
     """log m by log-add-exp: the log of a sum of probabilities would be -inf where both underflow.
 
-    Not by `torch.logaddexp`, which on a CPU rounds an element by where it lies: in a vector, or in the rest after them.
+    Not by `torch.logaddexp`, which on a CPU rounds an element by where it lies: in a vector, or in
+    the rest after them.
     """
     of_teacher = teacher_log_probs + math.log(mixture_weight)
     of_student = student_log_probs + math.log1p(-mixture_weight)

@@ -1,13 +1,16 @@
-"""The exact divergence of two language models from hidden states and heads, with no [N, V] tensor in sight.
+"""The exact divergence of two language models from hidden states and heads, with no [N, V] tensor
+in sight.
 
-The vocabulary is walked in tiles, once for the statistics and once more for the gradient. A budget of bytes says how
-many tiles stay in memory between the two; the rest are computed again. Neither value nor gradient depends on it.
+The vocabulary is walked in tiles, once for the statistics and once more for the gradient. A budget
+of bytes says how many tiles stay in memory between the two; the rest are computed again. Neither
+value nor gradient depends on it.
 
-    statistics   m, S and four first moments a token, merged tile by tile, the end class as one more column
-    gradient     dz = q (c - h ls + r (ls - lt) + j (ls - lm) - d p / m) - f p for any terms (tiles.tile_gradient)
+    statistics   m, S and four first moments a token, merged tile by tile, the end class as one more
+    column gradient     dz = q (c - h ls + r (ls - lt) + j (ls - lm) - d p / m) - f p for any terms
+    (tiles.tile_gradient)
 
-Shapes: N loss tokens, V shared vocabulary, D student hidden, E teacher hidden. `divergence.token_statistics` is the
-plain version of all this.
+Shapes: N loss tokens, V shared vocabulary, D student hidden, E teacher hidden.
+`divergence.token_statistics` is the plain version of all this.
 """
 
 import math
@@ -47,33 +50,48 @@ def fused_loss(  # noqa: PLR0913
     tile: tuple[int, int] | None = None,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
-    """The training loss `scale * sum_i weights_i loss_i`, with its gradient computed on the way forward.
+    """The training loss `scale * sum_i weights_i loss_i`, with its gradient computed on the way
+    forward.
 
-    Returns `(loss_sum, loss_N, stats)`: a scalar with a gradient for the student's hidden states, head weight and bias
-    (those that require one); the loss of each token before weights and scale; and detached statistics [N] in nats.
+    Returns `(loss_sum, loss_N, stats)`: a scalar with a gradient for the student's hidden states,
+    head weight and bias (those that require one); the loss of each token before weights and scale;
+    and detached statistics [N] in nats.
 
-    Without a teacher (`teacher_hidden_NE` and `teacher_head` None) only entropy and cross-entropy can be asked for.
-    `labels_N` holds the written tokens; cross-entropy and the log-probabilities in the statistics need it. `vocab_size`
-    cuts both heads to their shared rows. `temperature` divides both models' logits; statistics are those of the
-    tempered distributions. Two or more `end_ids` count as one class on both sides. Arithmetic is in float32 (float64
-    for float64 hidden states), whatever the inputs' type. `budget` is the memory in bytes for tiles that stay between
-    the passes; 0 computes every tile twice. `backend` is "eager", "compiled", "triton", "plain" (whole logits and
-    autograd, any amount of memory) or "auto" (Triton on GPUs, eager elsewhere). `tile` fixes a tile's (rows, columns).
+    Without a teacher (`teacher_hidden_NE` and `teacher_head` None) only entropy and cross-entropy
+    can be asked for. `labels_N` holds the written tokens; cross-entropy and the log-probabilities
+    in the statistics need it. `vocab_size` cuts both heads to their shared rows. `temperature`
+    divides both models' logits; statistics are those of the tempered distributions. Two or more
+    `end_ids` count as one class on both sides. Arithmetic is in float32 (float64 for float64 hidden
+    states), whatever the inputs' type. `budget` is the memory in bytes for tiles that stay between
+    the passes; 0 computes every tile twice. `backend` is "eager", "compiled", "triton", "plain"
+    (whole logits and autograd, any amount of memory) or "auto" (Triton on GPUs, eager elsewhere).
+    `tile` fixes a tile's (rows, columns).
 
-    The value comes from the gradient pass where there is one, in the Bregman form: a KL of 2e-6 nats is right to 1 %.
-    Raises ValueError for shapes, ids and options that do not fit, NonFiniteError for logits that are NaN or infinite.
+    The value comes from the gradient pass where there is one, in the Bregman form: a KL of 2e-6
+    nats is right to 1 %. Raises ValueError for shapes, ids and options that do not fit,
+    NonFiniteError for logits that are NaN or infinite.
     """
     sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
-    has_mixture = any(is_there(weight) for weight in (terms.jsd, terms.skew_forward, terms.skew_reverse))
+    has_mixture = any(
+        is_there(weight) for weight in (terms.jsd, terms.skew_forward, terms.skew_reverse)
+    )
     mixture_weight = terms.mixture_weight if has_mixture else None
-    problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), mixture_weight, shard)
+    problem = Problem(
+        *sides, labels_N, vocab_size, temperature, tuple(end_ids), mixture_weight, shard
+    )
     _check_terms(terms, weights_N, scale, problem)
     if backend == "plain":
         stats = _plain_statistics(problem, sides, labels_N, end_ids, temperature)
         loss_N = token_loss(terms, stats)
-        return scale * (loss_N if weights_N is None else loss_N * weights_N).sum(), loss_N.detach(), detached(stats)
+        return (
+            scale * (loss_N if weights_N is None else loss_N * weights_N).sum(),
+            loss_N.detach(),
+            detached(stats),
+        )
     inputs = (hidden_ND, head.weight_VD, head.bias_V)
-    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    wants_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in inputs
+    )
     trained = tuple(wants_gradient and t is not None and t.requires_grad for t in inputs)
     walk = Walk(problem, budget if wants_gradient else 0, backend, tile, trains_head=trained[1])
     loss_sum, loss_N, *values = _Loss.apply(*inputs, terms, weights_N, scale, walk, trained)  # pyright: ignore
@@ -96,14 +114,18 @@ def fused_statistics(  # noqa: PLR0913
     tile: tuple[int, int] | None = None,
     shard: VocabShard | None = None,
 ) -> TokenStats:
-    """All statistics [N] in nats, differentiable in the student: its KLs, entropy, log-probs, log-sum-exps and JSD.
+    """All statistics [N] in nats, differentiable in the student: its KLs, entropy, log-probs,
+    log-sum-exps and JSD.
 
-    The gradient pass runs in `backward`, for whatever gradients arrive there, and computes every tile again. Values
-    come from the statistics pass alone: a KL carries an absolute error of about 2e-6 nats in float32. `mixture_weight`
-    asks for the JSD and both skew KLs, which take one more pass. Arguments and errors are those of `fused_loss`.
+    The gradient pass runs in `backward`, for whatever gradients arrive there, and computes every
+    tile again. Values come from the statistics pass alone: a KL carries an absolute error of about
+    2e-6 nats in float32. `mixture_weight` asks for the JSD and both skew KLs, which take one more
+    pass. Arguments and errors are those of `fused_loss`.
     """
     sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
-    problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), mixture_weight, shard)
+    problem = Problem(
+        *sides, labels_N, vocab_size, temperature, tuple(end_ids), mixture_weight, shard
+    )
     if backend == "plain":
         return _plain_statistics(problem, sides, labels_N, end_ids, temperature)
     walk = Walk(problem, 0, backend, tile, trains_head=True)
@@ -123,10 +145,11 @@ def close_kl(
     end_ids: Sequence[int] = (),
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, TokenStats]:
-    """KL(teacher || student) [N] of models that nearly agree, in float64 and never negative; and all statistics.
+    """KL(teacher || student) [N] of models that nearly agree, in float64 and never negative; and
+    all statistics.
 
-    The KL of `fused_statistics` is right to 2e-6 nats, of either sign; this one takes a pass more and is right to
-    1e-10 or better. Arguments and errors are those of `fused_statistics`.
+    The KL of `fused_statistics` is right to 2e-6 nats, of either sign; this one takes a pass more
+    and is right to 1e-10 or better. Arguments and errors are those of `fused_statistics`.
     """
     sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
     problem = Problem(*sides, labels_N, vocab_size, temperature, tuple(end_ids), None, None)
@@ -155,7 +178,9 @@ class _Loss(torch.autograd.Function):
                     kls.append(walk.gradient(found, terms, 0.0, weights_N, scale, into))
             stats = _joined(parts, problem)
             loss_N = token_loss(terms, stats, torch.cat(kls) if kls else None)
-            ctx.gradients = into.finish(problem, [None if t is None else t.dtype for t in (hidden, weight, bias)])
+            ctx.gradients = into.finish(
+                problem, [None if t is None else t.dtype for t in (hidden, weight, bias)]
+            )
         loss_sum = scale * (loss_N if weights_N is None else loss_N * weights_N).sum()
         values = _to_values(stats)
         ctx.mark_non_differentiable(loss_N, *(t for t in values if t is not None))
@@ -166,7 +191,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, upstream, *unused):  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.gradients is None:
             raise RuntimeError(
-                "the gradient of fused_loss was used already; call fused_loss again for a second backward"
+                "the gradient of fused_loss was used already; call fused_loss again for a second "
+                "backward"
             )
         gradients, ctx.gradients = ctx.gradients, None
         if upstream is None:
@@ -212,11 +238,14 @@ class _Statistics(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for found in ctx.found:
                 walk.gradient(found, terms, log_sum_exp, None, 1.0, into)
-            return *into.finish(problem, [None if t is None else t.dtype for t in (hidden, weight, bias)]), None
+            return *into.finish(
+                problem, [None if t is None else t.dtype for t in (hidden, weight, bias)]
+            ), None
 
 
 def _weight(gradient_N: Tensor | None) -> Weight:
-    """The weight of a term in the loss from the gradient of its statistic, None where that is not used."""
+    """The weight of a term in the loss from the gradient of its statistic, None where that is not
+    used."""
     return 0.0 if gradient_N is None else gradient_N
 
 
@@ -229,7 +258,9 @@ def _plain_statistics(
 ) -> TokenStats:
     """By the definitions, from whole logits and with autograd's own graph."""
     if problem.shard is not None:
-        raise ValueError("the plain backend needs the whole vocabulary on each rank; choose another backend")
+        raise ValueError(
+            "the plain backend needs the whole vocabulary on each rank; choose another backend"
+        )
     hidden_ND, head, teacher_hidden_NE, teacher_head = sides
     student_NV, teacher_NV = head(hidden_ND, problem.vocab_size), None
     if teacher_hidden_NE is not None and teacher_head is not None:
@@ -264,7 +295,9 @@ def token_loss(terms: LossTerms, stats: TokenStats, kl_N: Tensor | None = None) 
         if terms.forward_above is not None and stats.teacher_entropy_N is not None:
             forward, reverse = gated(forward, reverse, stats.teacher_entropy_N, terms.forward_above)
         weighted += [(forward, stats.forward_kl_N), (reverse, stats.reverse_kl_N)]
-    parts += [weight * value_N for weight, value_N in weighted if is_there(weight) and value_N is not None]
+    parts += [
+        weight * value_N for weight, value_N in weighted if is_there(weight) and value_N is not None
+    ]
     if is_there(terms.cross_entropy) and stats.student_log_prob_N is not None:
         parts.append(-terms.cross_entropy * stats.student_log_prob_N)
     return torch.stack(parts).sum(0)
@@ -307,7 +340,8 @@ def _to_values(stats: TokenStats) -> tuple[Tensor | None, ...]:
 
 
 def _from_values(values: Iterable[Any]) -> TokenStats:
-    """The inverse of `_to_values`; values that belong to the statistics, such as their gradients, go by their names."""
+    """The inverse of `_to_values`; values that belong to the statistics, such as their gradients,
+    go by their names."""
     return TokenStats(**dict(zip(TokenStats.__slots__, values, strict=True)))
 
 
@@ -316,7 +350,9 @@ def detached(stats: TokenStats) -> TokenStats:
     return _from_values(None if value is None else value.detach() for value in _to_values(stats))
 
 
-def _check_terms(terms: LossTerms, weights_N: Tensor | None, scale: float, problem: Problem) -> None:
+def _check_terms(
+    terms: LossTerms, weights_N: Tensor | None, scale: float, problem: Problem
+) -> None:
     of_teacher = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
     weights = {name: getattr(terms, name) for name in (*of_teacher, "entropy", "cross_entropy")}
     there = [name for name, weight in weights.items() if is_there(weight)]
@@ -333,9 +369,12 @@ def _check_terms(terms: LossTerms, weights_N: Tensor | None, scale: float, probl
         if isinstance(weight, Tensor):
             if weight.shape != (problem.num_rows,):
                 raise ValueError(
-                    f"{name} is a tensor {list(weight.shape)}; give [{problem.num_rows}], one number a row"
+                    f"{name} is a tensor {list(weight.shape)}; give [{problem.num_rows}], one "
+                    "number a row"
                 )
             if not torch.isfinite(weight).all():
-                raise ValueError(f"{name} holds {weight[~torch.isfinite(weight)][0].item()}; give finite numbers")
+                raise ValueError(
+                    f"{name} holds {weight[~torch.isfinite(weight)][0].item()}; give finite numbers"
+                )
         elif weight is not None and not math.isfinite(weight):
             raise ValueError(f"{name} is {weight}; give a finite number")

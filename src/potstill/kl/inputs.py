@@ -1,4 +1,5 @@
-"""Checked inputs of a fused divergence: both models' hidden states and heads, the class of end tokens, the labels.
+"""Checked inputs of a fused divergence: both models' hidden states and heads, the class of end
+tokens, the labels.
 
 Everything is checked here, before any tile is computed.
 """
@@ -16,14 +17,19 @@ from potstill.kl.terms import VocabShard
 class Side:
     """One model's rows and head, cut to the shared vocabulary, without gradients."""
 
-    def __init__(self, hidden: Tensor, head: Head, vocab_size: int, temperature: float, dtype: torch.dtype):
+    def __init__(
+        self, hidden: Tensor, head: Head, vocab_size: int, temperature: float, dtype: torch.dtype
+    ):
         self.hidden = hidden.detach()
         self.weight = head.weight_VD.detach()[:vocab_size]
         self.dtype = dtype
-        # Products of 16-bit numbers with 32-bit sums lose nothing and, in hardware, are several times faster.
+        # Products of 16-bit numbers with 32-bit sums lose nothing and, in hardware, are several
+        # times faster.
         is_16bit = hidden.dtype == self.weight.dtype != dtype
         self.is_cuda_16bit = is_16bit and hidden.is_cuda
-        self.is_cpu_16bit = is_16bit and hidden.dtype == torch.bfloat16 and not hidden.is_cuda and _has_amx()
+        self.is_cpu_16bit = (
+            is_16bit and hidden.dtype == torch.bfloat16 and not hidden.is_cuda and _has_amx()
+        )
         self.gain = head.scale / temperature
         self.softcap = None if head.softcap is None else head.softcap / temperature
         self.alpha = self.gain if self.softcap is None else self.gain / self.softcap
@@ -37,7 +43,9 @@ class Side:
         weight = self.weight[columns]
         return weight if self.is_cuda_16bit else weight.to(self.dtype)
 
-    def logits(self, rows: Tensor, weight: Tensor, columns: slice | Tensor, out: Tensor | None = None) -> Tensor:
+    def logits(
+        self, rows: Tensor, weight: Tensor, columns: slice | Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """Tempered logits of some rows and columns."""
         out = rows.new_empty(len(rows), len(weight), dtype=self.dtype) if out is None else out
         self.multiply(rows, weight.T, out, self.alpha)
@@ -47,13 +55,16 @@ class Side:
 
     def picked(self, block: slice, ids: Tensor) -> Tensor:
         """Tempered logits [rows] of one id a row."""
-        logits = (self.hidden[block].to(self.dtype) * self.weight[ids].to(self.dtype)).sum(-1) * self.alpha
+        logits = (self.hidden[block].to(self.dtype) * self.weight[ids].to(self.dtype)).sum(
+            -1
+        ) * self.alpha
         if self.bias is not None:
             logits = logits + self.bias[ids]
         return logits if self.softcap is None else logits.tanh() * self.softcap
 
     def pieces(self, g: Tensor) -> list[Tensor]:
-        """Gradients as numbers that 16-bit products do not round: one tensor, or two that add up to it to 2^-17."""
+        """Gradients as numbers that 16-bit products do not round: one tensor, or two that add up to
+        it to 2^-17."""
         if not (self.is_cuda_16bit or self.is_cpu_16bit):
             return [g]
         high = g.to(self.weight.dtype)
@@ -77,7 +88,8 @@ def _has_amx() -> bool:
 
 @contextlib.contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    """Let float32 matrices that hold bfloat16 numbers be multiplied as such: the same products, float32 sums."""
+    """Let float32 matrices that hold bfloat16 numbers be multiplied as such: the same products,
+    float32 sums."""
     setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
@@ -88,7 +100,8 @@ def _bfloat16_products() -> Iterator[None]:
 
 
 class Problem:
-    """Validated inputs of one fused-KL call: both models, labels, end class, and this rank's rows of the vocabulary."""
+    """Validated inputs of one fused-KL call: both models, labels, end class, and this rank's rows
+    of the vocabulary."""
 
     def __init__(
         self,
@@ -107,24 +120,37 @@ class Problem:
         self.vocab_size = _shared_size(sizes, vocab_size)
         _check_settings(temperature, mixture_weight, has_teacher=teacher_head is not None)
         self.num_rows, self.shard, self.mixture_weight = len(hidden_ND), shard, mixture_weight
-        self.device, self.dtype = hidden_ND.device, torch.promote_types(hidden_ND.dtype, torch.float32)
+        self.device, self.dtype = (
+            hidden_ND.device,
+            torch.promote_types(hidden_ND.dtype, torch.float32),
+        )
         limit = None if shard else self.vocab_size
         if labels_N is not None:
             _check_labels(labels_N, self.num_rows, limit)
         _check_end_ids(end_ids, limit)
 
-        # From here on ids are those of this rank's rows; the ids of other ranks are negative or too large.
+        # From here on ids are those of this rank's rows; the ids of other ranks are negative or too
+        # large.
         start = shard.start if shard else 0
         self.merges_ends = len(end_ids) > 1
-        ends = torch.tensor(end_ids if self.merges_ends else (), dtype=torch.long, device=self.device) - start
+        ends = (
+            torch.tensor(end_ids if self.merges_ends else (), dtype=torch.long, device=self.device)
+            - start
+        )
         self.labels = None if labels_N is None else labels_N - start
-        self.label_is_end = None if self.labels is None or not self.merges_ends else torch.isin(self.labels, ends)
-        self.member_list = [i - start for i in end_ids if self.merges_ends and 0 <= i - start < self.vocab_size]
+        self.label_is_end = (
+            None if self.labels is None or not self.merges_ends else torch.isin(self.labels, ends)
+        )
+        self.member_list = [
+            i - start for i in end_ids if self.merges_ends and 0 <= i - start < self.vocab_size
+        ]
         self.members = torch.tensor(self.member_list, dtype=torch.long, device=self.device)
         self.student = Side(hidden_ND, head, self.vocab_size, temperature, self.dtype)
         self.teacher = None
         if teacher_hidden_NE is not None and teacher_head is not None:
-            self.teacher = Side(teacher_hidden_NE, teacher_head, self.vocab_size, temperature, self.dtype)
+            self.teacher = Side(
+                teacher_hidden_NE, teacher_head, self.vocab_size, temperature, self.dtype
+            )
 
     @property
     def sides(self) -> list[Side]:
@@ -143,8 +169,8 @@ def _sizes(
     _check_side("teacher", teacher_hidden_NE, teacher_head)
     if len(teacher_hidden_NE) != len(hidden_ND):
         raise ValueError(
-            f"there are {len(hidden_ND)} student rows and {len(teacher_hidden_NE)} teacher rows; row i of both must be "
-            "about the same token"
+            f"there are {len(hidden_ND)} student rows and {len(teacher_hidden_NE)} teacher rows; "
+            "row i of both must be about the same token"
         )
     return len(head.weight_VD), len(teacher_head.weight_VD)
 
@@ -152,7 +178,10 @@ def _sizes(
 def _shared_size(sizes: tuple[int, ...], vocab_size: int | None) -> int:
     """The rows that take part: as many as are asked for, or all where both heads have as many."""
     if vocab_size is None and len(set(sizes)) > 1:
-        raise ValueError(f"heads of {sizes[0]} and {sizes[1]} rows; give vocab_size, the number of rows they share")
+        raise ValueError(
+            f"heads of {sizes[0]} and {sizes[1]} rows; give vocab_size, the number of rows they "
+            "share"
+        )
     shared = min(sizes) if vocab_size is None else vocab_size
     if not 1 <= shared <= min(sizes):
         raise ValueError(f"vocab_size is {vocab_size}; the heads have {list(sizes)} rows")
@@ -166,8 +195,8 @@ def _check_settings(temperature: float, mixture_weight: float | None, has_teache
         return
     if not 0 < mixture_weight < 1:
         raise ValueError(
-            f"mixture_weight is {mixture_weight}; it must be strictly between 0 and 1: the mixture is one of the "
-            "models there"
+            f"mixture_weight is {mixture_weight}; it must be strictly between 0 and 1: the "
+            "mixture is one of the models there"
         )
     if not has_teacher:
         raise ValueError("a divergence from the mixture needs a teacher's hidden states and head")
@@ -175,7 +204,10 @@ def _check_settings(temperature: float, mixture_weight: float | None, has_teache
 
 def _check_labels(labels_N: Tensor, num_rows: int, limit: int | None) -> None:
     if labels_N.shape != (num_rows,) or labels_N.dtype != torch.long:
-        raise ValueError(f"labels are {labels_N.dtype} {list(labels_N.shape)}; give int64 [{num_rows}], one id a row")
+        raise ValueError(
+            f"labels are {labels_N.dtype} {list(labels_N.shape)}; give int64 [{num_rows}], one "
+            "id a row"
+        )
     if num_rows:
         _check_ids("a label", int(labels_N.amin()), int(labels_N.amax()), limit)
 
@@ -190,15 +222,21 @@ def _check_end_ids(end_ids: tuple[int, ...], limit: int | None) -> None:
 def _check_side(who: str, hidden: Tensor, head: Head) -> None:
     if hidden.dim() != 2 or head.weight_VD.dim() != 2 or hidden.shape[1] != head.weight_VD.shape[1]:
         raise ValueError(
-            f"{who}: hidden states are {list(hidden.shape)} and the head {list(head.weight_VD.shape)}; they must be "
-            "[N, D] and [V, D]"
+            f"{who}: hidden states are {list(hidden.shape)} and the head "
+            f"{list(head.weight_VD.shape)}; they must be [N, D] and [V, D]"
         )
     if hidden.device != head.weight_VD.device:
-        raise ValueError(f"{who}: hidden states are on {hidden.device} and the head on {head.weight_VD.device}")
+        raise ValueError(
+            f"{who}: hidden states are on {hidden.device} and the head on {head.weight_VD.device}"
+        )
 
 
 def _check_ids(what: str, smallest: int, largest: int, limit: int | None) -> None:
     if smallest < 0 or (limit is not None and largest >= limit):
         wrong = smallest if smallest < 0 else largest
-        allowed = "0 or more" if limit is None else f"between 0 and {limit - 1}, a row that both heads have"
+        allowed = (
+            "0 or more"
+            if limit is None
+            else f"between 0 and {limit - 1}, a row that both heads have"
+        )
         raise ValueError(f"{what} is {wrong}; it must be {allowed}")

@@ -10,15 +10,16 @@ from torch import Tensor
 from potstill.kl import tiles
 from potstill.kl.tiles import Backend
 
-# Rows: fewer make matrix products 5 to 20 % slower on the CPU measured (docs/performance.md), more gain nothing.
-# Columns: as many as leave a pair of tiles in 6 MiB.
+# Rows: fewer make matrix products 5 to 20 % slower on the CPU measured (docs/performance.md), more
+# gain nothing. Columns: as many as leave a pair of tiles in 6 MiB.
 CPU_TILE = (256, 3072)
 # A pair of tiles then fills the cache between the matrix products that write and read it.
 GPU_ROWS = 2048
 
 
 class Plan(NamedTuple):
-    """How the work is cut: tiles of `rows` x `columns`, `group_rows` between the passes, `num_resident` tiles kept."""
+    """How the work is cut: tiles of `rows` x `columns`, `group_rows` between the passes,
+    `num_resident` tiles kept."""
 
     rows: int
     columns: int
@@ -36,13 +37,16 @@ def make_plan(
     one_group: bool = False,
     tile: tuple[int, int] | None = None,
 ) -> Plan:
-    """Cut N x V logits into tiles that fit the cache and groups of rows whose tiles fit the budget of bytes.
+    """Cut N x V logits into tiles that fit the cache and groups of rows whose tiles fit the budget
+    of bytes.
 
-    `one_group` keeps all rows together, so that each tile of the head's gradient is finished at once; `tile` fixes the
-    rows and columns of a tile.
+    `one_group` keeps all rows together, so that each tile of the head's gradient is finished at
+    once; `tile` fixes the rows and columns of a tile.
     """
     if budget < 0:
-        raise ValueError(f"the memory budget is {budget} bytes; give 0 (compute every tile twice) or more")
+        raise ValueError(
+            f"the memory budget is {budget} bytes; give 0 (compute every tile twice) or more"
+        )
     if tile is not None:
         rows, columns = tile
         if rows < 1 or columns < 1:
@@ -58,14 +62,22 @@ def make_plan(
     columns = min(columns, vocab_size)
     fitting = budget // (2 * itemsize * rows * vocab_size)
     num_blocks = math.ceil(num_rows / rows)
-    # Groups no larger than stay whole; with little memory all rows at once, which reads the head just once a pass.
-    blocks = num_blocks if one_group or 4 * budget < itemsize * rows * vocab_size else min(max(fitting, 1), num_blocks)
+    # Groups no larger than stay whole; with little memory all rows at once, which reads the head
+    # just once a pass.
+    blocks = (
+        num_blocks
+        if one_group or 4 * budget < itemsize * rows * vocab_size
+        else min(max(fitting, 1), num_blocks)
+    )
     num_tiles = 2 * blocks * math.ceil(vocab_size / columns)
-    return Plan(rows, columns, max(blocks, 1) * rows, min(budget // (itemsize * rows * columns), num_tiles))
+    return Plan(
+        rows, columns, max(blocks, 1) * rows, min(budget // (itemsize * rows * columns), num_tiles)
+    )
 
 
 def find_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
-    """The tile functions of a backend. Raises ValueError for one that is unknown or cannot run on the device."""
+    """The tile functions of a backend. Raises ValueError for one that is unknown or cannot run on
+    the device."""
     if name == "auto":
         name = "triton" if device.type == "cuda" else "eager"
     if name == "eager":
@@ -76,10 +88,13 @@ def find_backend(name: str, device: torch.device, dtype: torch.dtype = torch.flo
         try:
             from potstill.kl import triton_tiles
         except ImportError:
-            raise ValueError('backend is "triton", which is not installed; install triton or choose eager') from None
+            raise ValueError(
+                'backend is "triton", which is not installed; install triton or choose eager'
+            ) from None
         if dtype != torch.float32:
             raise ValueError(
-                f'backend is "triton", which computes in float32, and the inputs are {dtype}; choose eager'
+                f'backend is "triton", which computes in float32, and the inputs are {dtype}; '
+                "choose eager"
             )
         return triton_tiles.load(device.type)
     raise ValueError(f"backend is {name!r}; choose auto, eager, compiled, triton or plain")
@@ -97,12 +112,15 @@ class Tile(NamedTuple):
 class Arena(threading.local):
     """The memory of resident tiles, kept for the thread's next call.
 
-    Getting it anew from the system costs a CPU as much as the arithmetic on a tile. A GPU's allocator keeps it anyway.
+    Getting it anew from the system costs a CPU as much as the arithmetic on a tile. A GPU's
+    allocator keeps it anyway.
     """
 
     flat: Tensor | None = None
 
-    def buffers(self, count: int, size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    def buffers(
+        self, count: int, size: int, dtype: torch.dtype, device: torch.device
+    ) -> list[Tensor]:
         if device.type != "cpu":
             return [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
         num_bytes = count * size * dtype.itemsize

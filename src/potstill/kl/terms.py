@@ -11,10 +11,12 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
-    """Statistics [N] of the loss tokens, in nats; None where there is no teacher, no label or no mixture asked for.
+    """Statistics [N] of the loss tokens, in nats; None where there is no teacher, no label or no
+    mixture asked for.
 
-    This class is the one place that knows their order; everything else takes them by name. With m = b p + (1 - b) q,
-    `skew_forward_N` is KL(p || m), `skew_reverse_N` KL(q || m) and `jsd_N` b of the one and 1 - b of the other.
+    This class is the one place that knows their order; everything else takes them by name. With m =
+    b p + (1 - b) q, `skew_forward_N` is KL(p || m), `skew_reverse_N` KL(q || m) and `jsd_N` b of
+    the one and 1 - b of the other.
     """
 
     student_entropy_N: Tensor
@@ -36,13 +38,15 @@ Weight = Union[float, "Tensor"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """The loss of a token as a sum of terms. Each weight is a number or a tensor [N], so that it can differ by token.
+    """The loss of a token as a sum of terms. Each weight is a number or a tensor [N], so that it
+    can differ by token.
 
-    `forward` weighs KL(p || q), `reverse` KL(q || p), `entropy` the student's entropy (negative: a bonus) and
-    `cross_entropy` minus the log-probability of the label. With m = b p + (1 - b) q and b = `mixture_weight` strictly
-    between 0 and 1, `skew_forward` weighs KL(p || m), `skew_reverse` KL(q || m), and `jsd` the generalised
-    Jensen-Shannon divergence b KL(p || m) + (1 - b) KL(q || m). Where the teacher's entropy (nats) is not above
-    `forward_above`, the weight of the forward KL goes to the reverse.
+    `forward` weighs KL(p || q), `reverse` KL(q || p), `entropy` the student's entropy (negative: a
+    bonus) and `cross_entropy` minus the log-probability of the label. With m = b p + (1 - b) q and
+    b = `mixture_weight` strictly between 0 and 1, `skew_forward` weighs KL(p || m), `skew_reverse`
+    KL(q || m), and `jsd` the generalised Jensen-Shannon divergence b KL(p || m) + (1 - b) KL(q ||
+    m). Where the teacher's entropy (nats) is not above `forward_above`, the weight of the forward
+    KL goes to the reverse.
     """
 
     forward: Weight = 0.0
@@ -58,7 +62,8 @@ class LossTerms:
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
-    """The rows of both heads that this rank holds: those from `start` on. Ids of labels and end tokens stay global."""
+    """The rows of both heads that this rank holds: those from `start` on. Ids of labels and end
+    tokens stay global."""
 
     start: int
     group: ProcessGroup | None = None

@@ -1,11 +1,14 @@
-"""The work on one tile of logits, in PyTorch: statistics on the way forward, the gradient on the way back.
+"""The work on one tile of logits, in PyTorch: statistics on the way forward, the gradient on the
+way back.
 
-A tile is a [N, V] piece of both models' tempered logits, for some rows and some columns of the vocabulary. Nothing here
-knows where it came from. Notation: z student logits, y teacher logits, q and p their softmaxes, A and B their
-log-sum-exps, F = KL(p || q), R = KL(q || p), H the student's entropy, m = b p + (1 - b) q.
+A tile is a [N, V] piece of both models' tempered logits, for some rows and some columns of the
+vocabulary. Nothing here knows where it came from. Notation: z student logits, y teacher logits, q
+and p their softmaxes, A and B their log-sum-exps, F = KL(p || q), R = KL(q || p), H the student's
+entropy, m = b p + (1 - b) q.
 
-The same source runs eagerly, where `scratch` tiles keep temporaries in the cache, and through `torch.compile`, where
-`scratch` is empty and everything is fused. `potstill.kl.triton_tiles` has the same functions in Triton.
+The same source runs eagerly, where `scratch` tiles keep temporaries in the cache, and through
+`torch.compile`, where `scratch` is empty and everything is fused. `potstill.kl.triton_tiles` has
+the same functions in Triton.
 """
 
 import functools
@@ -17,20 +20,23 @@ from torch import Tensor
 
 from potstill.kl.definition import log_mixture
 
-# The logit of a column that is not there: its exponential is exactly 0 and its products stay finite.
+# The logit of a column that is not there: its exponential is exactly 0 and its products stay
+# finite.
 MASKED = -1e30
 
-# A state holds, for each of student and teacher: the maximum m, S = sum exp(. - m), and the first moments of its own
-# and of the other model's logits under its weights, centred on both maxima (uncentred ones lose 1e-4 at an offset of
-# 1000).
+# A state holds, for each of student and teacher: the maximum m, S = sum exp(. - m), and the first
+# moments of its own and of the other model's logits under its weights, centred on both maxima
+# (uncentred ones lose 1e-4 at an offset of 1000).
 STATE_SHAPE = (2, 4)
-# The eager functions work on slices of a tile whose four temporaries stay in a core's cache: 256 KiB each in float32.
+# The eager functions work on slices of a tile whose four temporaries stay in a core's cache: 256
+# KiB each in float32.
 NUM_SCRATCH = 4
 SCRATCH_ELEMENTS = 2**16
 
 
 class Terms(NamedTuple):
-    """Which terms a gradient has; known before the tiles, so that nothing is computed for an absent one."""
+    """Which terms a gradient has; known before the tiles, so that nothing is computed for an absent
+    one."""
 
     forward: bool
     reverse: bool
@@ -64,9 +70,9 @@ def tile_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch: Sequence[Tensor]
     zmax_N = zmax_N1.squeeze(-1)
     if y_NV is None:
         zero_N = torch.zeros_like(s_sum_N)
-        return torch.stack([zmax_N, s_sum_N, s_z_N, zero_N, zero_N + MASKED, zero_N, zero_N, zero_N]).unflatten(
-            0, STATE_SHAPE
-        )
+        return torch.stack(
+            [zmax_N, s_sum_N, s_z_N, zero_N, zero_N + MASKED, zero_N, zero_N, zero_N]
+        ).unflatten(0, STATE_SHAPE)
     ymax_N1 = y_NV.amax(-1, keepdim=True)
     b_NV = torch.sub(y_NV, ymax_N1, out=b_out)
     s_y_N = torch.mul(e_NV, b_NV, out=t_out).sum(-1)
@@ -74,7 +80,9 @@ def tile_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch: Sequence[Tensor]
     t_sum_N, t_y_N = f_NV.sum(-1), torch.mul(f_NV, b_NV, out=b_out).sum(-1)
     t_z_N = torch.mul(f_NV, a_NV, out=a_out).sum(-1)
     ymax_N = ymax_N1.squeeze(-1)
-    return torch.stack([zmax_N, s_sum_N, s_z_N, s_y_N, ymax_N, t_sum_N, t_y_N, t_z_N]).unflatten(0, STATE_SHAPE)
+    return torch.stack([zmax_N, s_sum_N, s_z_N, s_y_N, ymax_N, t_sum_N, t_y_N, t_z_N]).unflatten(
+        0, STATE_SHAPE
+    )
 
 
 def empty_state(num_rows: int, like: Tensor) -> Tensor:
@@ -85,7 +93,8 @@ def empty_state(num_rows: int, like: Tensor) -> Tensor:
 
 
 def merge(*states: Tensor) -> Tensor:
-    """One state from those of disjoint sets of columns: of tiles, of splits of a kernel's grid, of ranks."""
+    """One state from those of disjoint sets of columns: of tiles, of splits of a kernel's grid, of
+    ranks."""
     parts = torch.stack(states)
     maxima, sums = parts[:, :, 0], parts[:, :, 1]
     merged = torch.empty_like(states[0])
@@ -95,12 +104,17 @@ def merge(*states: Tensor) -> Tensor:
     torch.sum(scale * sums, 0, out=merged[:, 1])
     # The own moment moves with the own maximum, the other with the other model's.
     shifts = torch.stack([shift, shift.flip(1)], 2)
-    torch.sum(scale[:, :, None] * torch.addcmul(parts[:, :, 2:], shifts, sums[:, :, None]), 0, out=merged[:, 2:])
+    torch.sum(
+        scale[:, :, None] * torch.addcmul(parts[:, :, 2:], shifts, sums[:, :, None]),
+        0,
+        out=merged[:, 2:],
+    )
     return merged
 
 
 class Moments(NamedTuple):
-    """What a whole vocabulary's state says of each row; the teacher's are meaningless without one."""
+    """What a whole vocabulary's state says of each row; the teacher's are meaningless without
+    one."""
 
     student_log_sum_exp: Tensor
     teacher_log_sum_exp: Tensor
@@ -111,7 +125,8 @@ class Moments(NamedTuple):
 
 
 def finish(state: Tensor) -> Moments:
-    """Statistics [N] from a state [2, 4, N]; absolute error of the KLs about 2e-6 nats in float32."""
+    """Statistics [N] from a state [2, 4, N]; absolute error of the KLs about 2e-6 nats in
+    float32."""
     (zmax, s_sum, s_z, s_y), (ymax, t_sum, t_y, t_z) = state
     log_s, log_t = s_sum.log(), t_sum.log()
     return Moments(
@@ -127,13 +142,15 @@ def finish(state: Tensor) -> Moments:
 def tile_mixture(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, mixture_weight: float) -> Tensor:
     """A tile's part [3, N] of KL(p || m), KL(q || m) and sum p q / m. Leaves the tile as it is.
 
-    Both KLs are in the Bregman form p (lt - lm) - p + m: rounding of the log-sum-exps cancels to first order.
+    Both KLs are in the Bregman form p (lt - lm) - p + m: rounding of the log-sum-exps cancels to
+    first order.
     """
     ls_NV, lt_NV = z_NV - log_sums_2N[0][:, None], y_NV - log_sums_2N[1][:, None]
     lm_NV = log_mixture(ls_NV, lt_NV, mixture_weight)
     m_NV = lm_NV.exp()
     of_teacher_N, of_student_N = (
-        (log_NV.exp() * (log_NV - lm_NV) + (m_NV - log_NV.exp())).sum(-1) for log_NV in (lt_NV, ls_NV)
+        (log_NV.exp() * (log_NV - lm_NV) + (m_NV - log_NV.exp())).sum(-1)
+        for log_NV in (lt_NV, ls_NV)
     )
     return torch.stack([of_teacher_N, of_student_N, (ls_NV + (lt_NV - lm_NV)).exp().sum(-1)])
 
@@ -141,8 +158,8 @@ def tile_mixture(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, mixture_weight
 def tile_forward_kl(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor) -> Tensor:
     """A tile's part [N] of KL(p || q), in float64. Leaves the tile as it is.
 
-    Each term is p (d + exp(-d) - 1) with d = lt - ls. None is negative, and by expm1 it is right however small d is,
-    where a difference of cross-entropies, of order 1, is noise of either sign.
+    Each term is p (d + exp(-d) - 1) with d = lt - ls. None is negative, and by expm1 it is right
+    however small d is, where a difference of cross-entropies, of order 1, is noise of either sign.
     """
     log_s_N1, log_t_N1 = log_sums_2N.double()[:, :, None]
     lt_NV = y_NV.double() - log_t_N1
@@ -159,12 +176,14 @@ def tile_gradient(
     mixture_weight: float,
     scratch: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Write dL/dz over the student's tile and return the tile's part [N] of the KL terms. Clobbers the teacher's tile.
+    """Write dL/dz over the student's tile and return the tile's part [N] of the KL terms. Clobbers
+    the teacher's tile.
 
-    With coefficients (f, r, h, j, d, c) a row, dz = q (c - h ls + r (ls - lt) + j (ls - lm) - d p / m) - f p, where
-    c = f - r R - h H - j KL(q || m) + d sum p q / m + ...; None means f = c = 1 and nothing else. The returned value is
-    in the Bregman form f (p (lt - ls) - p + q) + r (q (ls - lt) - q + p), summed: rounding of A and B cancels to first
-    order, so that it is right where a difference of cross-entropies is noise. Divergences from m are not in it.
+    With coefficients (f, r, h, j, d, c) a row, dz = q (c - h ls + r (ls - lt) + j (ls - lm) - d p /
+    m) - f p, where c = f - r R - h H - j KL(q || m) + d sum p q / m + ...; None means f = c = 1 and
+    nothing else. The returned value is in the Bregman form f (p (lt - ls) - p + q) + r (q (ls - lt)
+    - q + p), summed: rounding of A and B cancels to first order, so that it is right where a
+    difference of cross-entropies is noise. Divergences from m are not in it.
     """
     d_out, u_out = scratch[:2] or (None, None)
     z_out, y_out = (z_NV, y_NV) if scratch else (None, None)
@@ -203,7 +222,8 @@ def tile_gradient(
 
 
 def _rows_in_cache(z_NV: Tensor, scratch: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Cut a tile into slices of rows that fit the scratch buffers; with each, the buffers in its shape."""
+    """Cut a tile into slices of rows that fit the scratch buffers; with each, the buffers in its
+    shape."""
     num_rows, num_columns = z_NV.shape
     step = min(max(len(scratch[0]) // num_columns, 1), num_rows)
     views = [buffer[: step * num_columns].view(step, num_columns) for buffer in scratch]
@@ -220,7 +240,9 @@ def _eager_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch: Sequence[Tenso
     return torch.cat(parts, -1)
 
 
-def _eager_gradient(z_NV, y_NV, log_sums_2N, coefficients_6N, terms, mixture_weight, scratch) -> Tensor:
+def _eager_gradient(
+    z_NV, y_NV, log_sums_2N, coefficients_6N, terms, mixture_weight, scratch
+) -> Tensor:
     parts = [
         tile_gradient(
             z_NV[rows],
@@ -241,6 +263,7 @@ EAGER = Backend("eager", _eager_statistics, tile_mixture, _eager_gradient, NUM_S
 
 @functools.cache
 def compiled() -> Backend:
-    """The same functions through `torch.compile`: one fused loop each. Needs a C++ compiler on a CPU."""
+    """The same functions through `torch.compile`: one fused loop each. Needs a C++ compiler on a
+    CPU."""
     functions = (tile_statistics, tile_mixture, tile_gradient)
     return Backend("compiled", *(torch.compile(f, dynamic=True) for f in functions), num_scratch=0)

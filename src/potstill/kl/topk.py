@@ -1,8 +1,9 @@
 """The divergence from a teacher of which only the k likeliest tokens of each position are known.
 
-The rest of the vocabulary is one more class, the tail, on both sides. What is minimised is then the exact KL between
-two distributions over k + 1 classes, which is at most the whole one and grows with k up to it. A sum over the k tokens
-alone would be no KL: its gradient pushes mass into the tail for nothing. Shapes: N loss tokens, K kept tokens.
+The rest of the vocabulary is one more class, the tail, on both sides. What is minimised is then the
+exact KL between two distributions over k + 1 classes, which is at most the whole one and grows with
+k up to it. A sum over the k tokens alone would be no KL: its gradient pushes mass into the tail for
+nothing. Shapes: N loss tokens, K kept tokens.
 """
 
 import dataclasses
@@ -32,8 +33,9 @@ CHUNK = 8
 class TopK:
     """What is known of a teacher: its likeliest tokens, how likely, and what is left.
 
-    `end_log_prob_N` is that of the end class where the end ids are one (else None), `tail_log_prob_N` that of all other
-    tokens (None where there are none), `entropy_N` (nats) that of the whole distribution, end ids merged.
+    `end_log_prob_N` is that of the end class where the end ids are one (else None),
+    `tail_log_prob_N` that of all other tokens (None where there are none), `entropy_N` (nats) that
+    of the whole distribution, end ids merged.
     """
 
     token_ids_NK: Tensor
@@ -64,13 +66,16 @@ def top_k_of(
     end_ids: Sequence[int] = (),
     tile: tuple[int, int] | None = None,
 ) -> TopK:
-    """The `k` likeliest tokens (all, when there are fewer), the members of an end class of two or more ids left out.
+    """The `k` likeliest tokens (all, when there are fewer), the members of an end class of two or
+    more ids left out.
 
-    The vocabulary is walked in tiles, as for the loss; `tile` fixes a tile's (rows, columns). What is not kept is
-    summed as such, not as 1 minus what is kept, which would round a small tail away. Raises NonFiniteError for logits
-    that are NaN or infinite.
+    The vocabulary is walked in tiles, as for the loss; `tile` fixes a tile's (rows, columns). What
+    is not kept is summed as such, not as 1 minus what is kept, which would round a small tail away.
+    Raises NonFiniteError for logits that are NaN or infinite.
     """
-    problem = Problem(hidden_NE, head, None, None, None, vocab_size, temperature, tuple(end_ids), None, None)
+    problem = Problem(
+        hidden_NE, head, None, None, None, vocab_size, temperature, tuple(end_ids), None, None
+    )
     num_kept = min(k, problem.vocab_size - len(problem.members))
     walk, everything = Walk(problem, 0, "eager", tile, trains_head=False), range(problem.num_rows)
     kept = hidden_NE.new_full((problem.num_rows, num_kept), MASKED, dtype=problem.dtype)
@@ -90,7 +95,8 @@ def top_k_of(
             ends[block] = walk.member_logits(problem.student, block).logsumexp(-1)
         whole = tiles.merge(whole, tiles.tile_statistics(ends[:, None], None))
     check_finite(whole, everything, problem)
-    # The maximum goes first: a log-sum-exp, rounded as a large number, would bring an error of its size.
+    # The maximum goes first: a log-sum-exp, rounded as a large number, would bring an error of its
+    # size.
     (top_N, sum_N, *_), (tail_top_N, tail_sum_N, *_) = whole[0], tail[0]
     log_sum_N, has_tail = sum_N.log(), num_kept + len(problem.members) < problem.vocab_size
     return TopK(
@@ -103,7 +109,8 @@ def top_k_of(
 
 
 def _keep(tile: Tile, kept_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest K of those kept so far and of a tile, their ids, and what is kept no longer (else MASKED).
+    """The likeliest K of those kept so far and of a tile, their ids, and what is kept no longer
+    (else MASKED).
 
     What is kept now is masked in the tile.
     """
@@ -118,10 +125,11 @@ def _keep(tile: Tile, kept_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _candidates(z_NC: Tensor, kept_NK: Tensor) -> Tensor:
-    """Columns of a tile among which each row's likeliest K are, if they are likelier than what is kept.
+    """Columns of a tile among which each row's likeliest K are, if they are likelier than what is
+    kept.
 
-    The columns are cut into chunks. Only in those is one of the likeliest whose own likeliest is among the first K, and
-    above the least of the kept; few are, after the first tiles.
+    The columns are cut into chunks. Only in those is one of the likeliest whose own likeliest is
+    among the first K, and above the least of the kept; few are, after the first tiles.
     """
     num = z_NC.shape[1] // CHUNK
     chunks_NLC = z_NC[:, : CHUNK * num].unflatten(1, (CHUNK, num))
@@ -145,11 +153,13 @@ def top_k_loss(
     end_ids: Sequence[int] = (),
     backend: str = "auto",
 ) -> tuple[Tensor, TokenStats]:
-    """The divergence of each token between teacher and student over the kept tokens, the end class and the tail.
+    """The divergence of each token between teacher and student over the kept tokens, the end class
+    and the tail.
 
-    `terms` weighs divergences alone. Returns `(loss_N, stats)`: the first is differentiable in the student; the
-    statistics are the student's own, the teacher's entropy, and both KLs of the coarse distributions. The student's
-    tail is what the kept tokens leave of 1; below the resolution of the type (1e-7 in float32) it counts as that.
+    `terms` weighs divergences alone. Returns `(loss_N, stats)`: the first is differentiable in the
+    student; the statistics are the student's own, the teacher's entropy, and both KLs of the coarse
+    distributions. The student's tail is what the kept tokens leave of 1; below the resolution of
+    the type (1e-7 in float32) it counts as that.
     """
     stats = fused_statistics(
         hidden_ND,
@@ -180,7 +190,8 @@ def top_k_loss(
     known = {
         "forward_kl_N": _kl(lt, ls),
         "reverse_kl_N": _kl(ls, lt),
-        "jsd_N": terms.mixture_weight * skew_forward_N + (1 - terms.mixture_weight) * skew_reverse_N,
+        "jsd_N": terms.mixture_weight * skew_forward_N
+        + (1 - terms.mixture_weight) * skew_reverse_N,
         "teacher_entropy_N": teacher.entropy_N,
         "skew_forward_N": skew_forward_N,
         "skew_reverse_N": skew_reverse_N,
@@ -190,7 +201,8 @@ def top_k_loss(
 
 
 def _kl(a_log_probs_NK: Tensor, b_log_probs_NK: Tensor) -> Tensor:
-    """KL(a || b) [N] as the sum of a (log a - log b) - a + b, in which rounding of the log-sum-exps cancels."""
+    """KL(a || b) [N] as the sum of a (log a - log b) - a + b, in which rounding of the log-sum-exps
+    cancels."""
     a_NK, b_NK = a_log_probs_NK.exp(), b_log_probs_NK.exp()
     # A class that a gives nothing at all adds nothing to a KL from a; one that is NaN does.
     is_none_NK = a_log_probs_NK == -torch.inf
@@ -201,15 +213,19 @@ def _kl(a_log_probs_NK: Tensor, b_log_probs_NK: Tensor) -> Tensor:
 def picked_log_probs(
     hidden_ND: Tensor, head: Head, ids_NK: Tensor, log_sum_exp_N: Tensor, temperature: float
 ) -> Tensor:
-    """The log-probabilities [N, K] of K tokens a row, differentiable, from the log-sum-exp of the tempered logits."""
+    """The log-probabilities [N, K] of K tokens a row, differentiable, from the log-sum-exp of the
+    tempered logits."""
     logits = _Picked.apply(hidden_ND, head.weight_VD, ids_NK)
-    logits = head.scale * (logits if head.bias_V is None else logits + head.bias_V[ids_NK].to(logits.dtype))
+    logits = head.scale * (
+        logits if head.bias_V is None else logits + head.bias_V[ids_NK].to(logits.dtype)
+    )
     logits = logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
     return logits / temperature - log_sum_exp_N[:, None]
 
 
 class _Picked(torch.autograd.Function):
-    """h W' at K columns of each row, [N, K]; neither way holds more than a few rows' gathered columns."""
+    """h W' at K columns of each row, [N, K]; neither way holds more than a few rows' gathered
+    columns."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, ids_NK):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -217,18 +233,24 @@ class _Picked(torch.autograd.Function):
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         out = hidden_ND.new_empty(ids_NK.shape, dtype=dtype)
         for rows in _row_slices(ids_NK, weight_VD):
-            out[rows] = torch.einsum("nd,nkd->nk", hidden_ND[rows].to(dtype), weight_VD[ids_NK[rows]].to(dtype))
+            out[rows] = torch.einsum(
+                "nd,nkd->nk", hidden_ND[rows].to(dtype), weight_VD[ids_NK[rows]].to(dtype)
+            )
         return out
 
     @staticmethod
     def backward(ctx, g_NK):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_ND, weight_VD, ids_NK = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight_VD, dtype=g_NK.dtype) if ctx.needs_input_grad[1] else None
+        weight_grad = (
+            torch.zeros_like(weight_VD, dtype=g_NK.dtype) if ctx.needs_input_grad[1] else None
+        )
         for rows in _row_slices(ids_NK, weight_VD):
             ids, g = ids_NK[rows], g_NK[rows]
             if hidden_grad is not None:
-                hidden_grad[rows] = torch.einsum("nk,nkd->nd", g, weight_VD[ids].to(g.dtype)).to(hidden_grad.dtype)
+                hidden_grad[rows] = torch.einsum("nk,nkd->nd", g, weight_VD[ids].to(g.dtype)).to(
+                    hidden_grad.dtype
+                )
             if weight_grad is not None:
                 outer = g[:, :, None] * hidden_ND[rows].to(g.dtype)[:, None]
                 weight_grad.index_add_(0, ids.flatten(), outer.flatten(0, 1))

@@ -1,8 +1,9 @@
 """The tile functions as Triton kernels, for GPUs: one program a row, one pass over a tile.
 
-Matrix products stay with the vendor's library; these kernels do everything else without a temporary. They compute in
-float32 on float32 tiles, so 16-bit inputs never reach them. Shapes and notation are those of `potstill.kl.tiles`. With
-TRITON_INTERPRET=1 in the environment before the first import they run on a CPU, slowly, which is how they are tested.
+Matrix products stay with the vendor's library; these kernels do everything else without a
+temporary. They compute in float32 on float32 tiles, so 16-bit inputs never reach them. Shapes and
+notation are those of `potstill.kl.tiles`. With TRITON_INTERPRET=1 in the environment before the
+first import they run on a CPU, slowly, which is how they are tested.
 """
 
 # The bodies of kernels are Triton, which only looks like Python.
@@ -23,7 +24,9 @@ BLOCK = 4096
 
 
 @triton.jit
-def _statistics_kernel(z_ptr, y_ptr, state_ptr, num_rows, num_columns, HAS_TEACHER: tl.constexpr, BLOCK: tl.constexpr):
+def _statistics_kernel(
+    z_ptr, y_ptr, state_ptr, num_rows, num_columns, HAS_TEACHER: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     lowest = -1e30
     zmax, s_sum, s_z, s_y = lowest, 0.0, 0.0, 0.0
@@ -71,7 +74,9 @@ def _log_mixture(ls, lt, log_b, log_rest):
 
 
 @triton.jit
-def _mixture_kernel(z_ptr, y_ptr, sums_ptr, parts_ptr, num_rows, num_columns, log_b, log_rest, BLOCK: tl.constexpr):
+def _mixture_kernel(
+    z_ptr, y_ptr, sums_ptr, parts_ptr, num_rows, num_columns, log_b, log_rest, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     student_sum, teacher_sum = tl.load(sums_ptr + row), tl.load(sums_ptr + num_rows + row)
     # Before torch 2.15, torch.compile hands numbers over as float64.
@@ -126,10 +131,15 @@ def _gradient_kernel(  # noqa: PLR0913
         q = tl.exp(ls)
         inner = c - h * ls
         if HAS_TEACHER:
-            lt = tl.load(y_ptr + row * num_columns + offsets, mask=is_there, other=-1e30) - teacher_sum
+            lt = (
+                tl.load(y_ptr + row * num_columns + offsets, mask=is_there, other=-1e30)
+                - teacher_sum
+            )
             p = tl.exp(lt)
             d = lt - ls
-            value += tl.sum(tl.where(is_there, (f * p - r * q) * d + (f - r) * (q - p), 0.0), axis=0)
+            value += tl.sum(
+                tl.where(is_there, (f * p - r * q) * d + (f - r) * (q - p), 0.0), axis=0
+            )
             inner -= r * d
             if HAS_MIXTURE:
                 lm = _log_mixture(ls, lt, log_b, log_rest)
@@ -153,7 +163,13 @@ def tile_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch=()) -> Tensor:
     state = z_NV.new_empty(*STATE_SHAPE, num_rows)
     y = z_NV if y_NV is None else y_NV
     _statistics_kernel[(num_rows,)](
-        z_NV, y, state, num_rows, num_columns, HAS_TEACHER=y_NV is not None, BLOCK=_block(num_columns)
+        z_NV,
+        y,
+        state,
+        num_rows,
+        num_columns,
+        HAS_TEACHER=y_NV is not None,
+        BLOCK=_block(num_columns),
     )
     return state
 
@@ -163,7 +179,9 @@ def tile_mixture(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, mixture_weight
     num_rows, num_columns = z_NV.shape
     parts, sums = z_NV.new_empty(3, num_rows), log_sums_2N.contiguous()
     logs = math.log(mixture_weight), math.log1p(-mixture_weight)
-    _mixture_kernel[(num_rows,)](z_NV, y_NV, sums, parts, num_rows, num_columns, *logs, BLOCK=_block(num_columns))
+    _mixture_kernel[(num_rows,)](
+        z_NV, y_NV, sums, parts, num_rows, num_columns, *logs, BLOCK=_block(num_columns)
+    )
     return parts
 
 
@@ -179,7 +197,9 @@ def tile_gradient(
     """As `tiles.tile_gradient`."""
     num_rows, num_columns = z_NV.shape
     if coefficients_6N is None:
-        coefficients_6N = z_NV.new_tensor([1.0, 0.0, 0.0, 0.0, 0.0, 1.0])[:, None].expand(6, num_rows)
+        coefficients_6N = z_NV.new_tensor([1.0, 0.0, 0.0, 0.0, 0.0, 1.0])[:, None].expand(
+            6, num_rows
+        )
     value = z_NV.new_empty(num_rows)
     _gradient_kernel[(num_rows,)](
         z_NV,
@@ -204,7 +224,7 @@ def load(device_type: str) -> Backend:
     """The kernels as a backend. Raises ValueError where they cannot run."""
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f'backend is "triton" and the tensors are on {device_type!r}; Triton needs a GPU (or, slowly and for tests '
-            "alone, TRITON_INTERPRET=1): choose eager or compiled"
+            f'backend is "triton" and the tensors are on {device_type!r}; Triton needs a GPU '
+            "(or, slowly and for tests alone, TRITON_INTERPRET=1): choose eager or compiled"
         )
     return Backend("triton", tile_statistics, tile_mixture, tile_gradient, 0)

@@ -1,10 +1,14 @@
-"""The two passes over tiles of logits: statistics, then the gradient. What `potstill.kl.fused` is made of.
+"""The two passes over tiles of logits: statistics, then the gradient. What `potstill.kl.fused` is
+made of.
 
     for each group of rows
-        statistics   for each strip of columns, for each block of rows: both models' tile -> the rows' state
-        gradient     the same tiles, from memory or computed again: dL/dz -> gradients of hidden states, head and bias
+        statistics   for each strip of columns, for each block of rows: both models' tile -> the
+        rows' state
+        gradient     the same tiles, from memory or computed again: dL/dz -> gradients of hidden
+        states, head and bias
 
-The end class is one more column, whose logit is the log-sum-exp of its members; in the tiles its members are masked.
+The end class is one more column, whose logit is the log-sum-exp of its members; in the tiles its
+members are masked.
 """
 
 import math
@@ -30,8 +34,11 @@ class Walk:
         self.problem = problem
         self.backend = find_backend(backend, problem.device, problem.dtype)
         itemsize = problem.dtype.itemsize
-        # The gradient of a 16-bit head is summed in float32: all rows at once for each tile, or else [V, D] of float32.
-        one_group = problem.shard is not None or (trains_head and problem.student.weight.dtype.itemsize < itemsize)
+        # The gradient of a 16-bit head is summed in float32: all rows at once for each tile, or
+        # else [V, D] of float32.
+        one_group = problem.shard is not None or (
+            trains_head and problem.student.weight.dtype.itemsize < itemsize
+        )
         self.plan = make_plan(
             problem.num_rows,
             problem.vocab_size,
@@ -46,13 +53,17 @@ class Walk:
         num_resident = min(self.plan.num_resident, num_sides * self.num_tiles())
 
         self.resident = ARENA.buffers(num_resident, size, problem.dtype, problem.device)
-        self.current = [torch.empty(size, dtype=problem.dtype, device=problem.device) for _ in range(num_sides)]
+        self.current = [
+            torch.empty(size, dtype=problem.dtype, device=problem.device) for _ in range(num_sides)
+        ]
         scratch_size = max(tiles.SCRATCH_ELEMENTS, self.plan.columns)
         self.scratch = list(self.current[0].new_empty(self.backend.num_scratch, scratch_size))
 
     def num_tiles(self) -> int:
         plan = self.plan
-        return math.ceil(plan.group_rows / plan.rows) * math.ceil(self.problem.vocab_size / plan.columns)
+        return math.ceil(plan.group_rows / plan.rows) * math.ceil(
+            self.problem.vocab_size / plan.columns
+        )
 
     def groups(self) -> list[range]:
         n, step = self.problem.num_rows, self.plan.group_rows
@@ -60,10 +71,14 @@ class Walk:
 
     def blocks(self, group: range) -> list[slice]:
         step = self.plan.rows
-        return [slice(start, min(start + step, group.stop)) for start in range(group.start, group.stop, step)]
+        return [
+            slice(start, min(start + step, group.stop))
+            for start in range(group.start, group.stop, step)
+        ]
 
     def tiles(self, group: range, again: bool = False, with_teacher: bool = True) -> Iterator[Tile]:
-        """Every tile of a group, one strip of columns after the other; `again` takes resident tiles as they are."""
+        """Every tile of a group, one strip of columns after the other; `again` takes resident tiles
+        as they are."""
         problem, blocks = self.problem, self.blocks(group)
         # One resident tile of the side with the wider hidden states saves the most work.
         order = sorted(range(len(problem.sides)), key=lambda i: -problem.sides[i].hidden.shape[1])
@@ -90,7 +105,9 @@ class Walk:
                     if masked:
                         out[:, masked] = MASKED
                 assert found[0] is not None and weights[0] is not None
-                yield Tile(block, columns, found[0], found[1], problem.student.rows(block), weights[0])
+                yield Tile(
+                    block, columns, found[0], found[1], problem.student.rows(block), weights[0]
+                )
 
     def statistics(self, group: range) -> "Group":
         """The first pass over a group, and the JSD's own where it is asked for."""
@@ -106,7 +123,8 @@ class Walk:
         labels, classes = singles
         if problem.label_is_end is not None:
             labels = torch.where(problem.label_is_end[group.start : group.stop], classes, labels)
-        # Block by block, as the tiles are: how many rows a group has shows in no shape, and so in no rounding.
+        # Block by block, as the tiles are: how many rows a group has shows in no shape, and so in
+        # no rounding.
         places = [_shifted(block, group) for block in self.blocks(group)]
         if problem.merges_ends:
             for here in places:
@@ -120,12 +138,15 @@ class Walk:
         if problem.mixture_weight is not None:
             for tile in self.tiles(group, again=True):
                 here = _shifted(tile.block, group)
-                mixture[:, here] += self.backend.mixture(tile.z, tile.y, log_sums[:, here], problem.mixture_weight)
+                mixture[:, here] += self.backend.mixture(
+                    tile.z, tile.y, log_sums[:, here], problem.mixture_weight
+                )
             if problem.shard is not None:
                 dist.all_reduce(mixture, group=problem.shard.group)
             for here in places if problem.merges_ends else ():
                 z, y = self.class_column(classes[:, here])
-                mixture[:, here] += tiles.tile_mixture(z, y, log_sums[:, here], problem.mixture_weight)  # pyright: ignore
+                weight = problem.mixture_weight
+                mixture[:, here] += tiles.tile_mixture(z, y, log_sums[:, here], weight)  # pyright: ignore
         return Group(group, moments, log_sums, labels, classes, mixture)
 
     def singles(self, group: range) -> Tensor:
@@ -145,7 +166,8 @@ class Walk:
         return singles
 
     def class_column(self, classes_2N: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The end class as a tile of one column: of the student, and of the teacher where there is one."""
+        """The end class as a tile of one column: of the student, and of the teacher where there is
+        one."""
         z, y = classes_2N[:, :, None]
         return z, None if self.problem.teacher is None else y
 
@@ -167,9 +189,16 @@ class Walk:
         return side.logits(side.rows(block), side.weights(members), members)
 
     def gradient(
-        self, found: "Group", terms: LossTerms, lse: Weight, weights_N: Tensor | None, scale: float, into: "Gradients"
+        self,
+        found: "Group",
+        terms: LossTerms,
+        lse: Weight,
+        weights_N: Tensor | None,
+        scale: float,
+        into: "Gradients",
     ) -> Tensor:
-        """The second pass: add a group's gradients of `scale * sum_i weights_i loss_i`; returns the KL terms [n].
+        """The second pass: add a group's gradients of `scale * sum_i weights_i loss_i`; returns the
+        KL terms [n].
 
         The loss of a token is that of `terms` plus `lse` times the student's log-sum-exp.
         """
@@ -181,7 +210,11 @@ class Walk:
         for tile in self.tiles(group, again=True, with_teacher=asked.has.teacher):
             here = _shifted(tile.block, group)
             g, columns = tile.z, tile.columns
-            slope = None if student.softcap is None else 1 - (g / student.softcap).clamp_(min=-1).square_()
+            slope = (
+                None
+                if student.softcap is None
+                else 1 - (g / student.softcap).clamp_(min=-1).square_()
+            )
             arguments = (found.log_sums[:, here], asked.rows(here), asked.has, asked.mixture_weight)
             value[here] += self.backend.gradient(g, tile.y, *arguments, self.scratch)
             if asked.label_weight is not None:
@@ -197,15 +230,24 @@ class Walk:
                 g.mul_(weights_N[tile.block][:, None])
             into.add(tile, g, gain, is_last=tile.block == blocks[-1])
         for block in blocks if problem.merges_ends else ():
-            value[_shifted(block, group)] += self._class_gradient(block, found, asked, weights_N, gain, into)
+            value[_shifted(block, group)] += self._class_gradient(
+                block, found, asked, weights_N, gain, into
+            )
         if problem.shard is not None:
             dist.all_reduce(value, group=problem.shard.group)
         return value * asked.factor
 
     def _class_gradient(
-        self, block: slice, found: "Group", asked: "Asked", weights_N: Tensor | None, gain: float, into: "Gradients"
+        self,
+        block: slice,
+        found: "Group",
+        asked: "Asked",
+        weights_N: Tensor | None,
+        gain: float,
+        into: "Gradients",
     ) -> Tensor:
-        """Add the gradients of the end class in a block; returns its part [n] of the KL terms, of one rank alone."""
+        """Add the gradients of the end class in a block; returns its part [n] of the KL terms, of
+        one rank alone."""
         problem, student, here = self.problem, self.problem.student, _shifted(block, found.rows)
         z, y = self.class_column(found.classes[:, here].clone())
         arguments = (found.log_sums[:, here], asked.rows(here), asked.has, asked.mixture_weight)
@@ -225,9 +267,17 @@ class Walk:
 
 
 class Gradients:
-    """The gradients of the student's hidden states, head weight and bias, as they add up over tiles."""
+    """The gradients of the student's hidden states, head weight and bias, as they add up over
+    tiles."""
 
-    def __init__(self, walk: Walk, hidden: Tensor, weight: Tensor, bias: Tensor | None, trained: Sequence[bool]):
+    def __init__(
+        self,
+        walk: Walk,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        trained: Sequence[bool],
+    ):
         problem = walk.problem
         self.student = problem.student
         self.hidden = self.weight = self.bias = self.strip = None
@@ -238,13 +288,16 @@ class Gradients:
             # Rows beyond the shared vocabulary; all of them when there is no token.
             self.weight[problem.vocab_size if problem.num_rows else 0 :] = 0
             if weight.dtype != problem.dtype:
-                self.strip = weight.new_empty(walk.plan.columns, weight.shape[1], dtype=problem.dtype)
+                self.strip = weight.new_empty(
+                    walk.plan.columns, weight.shape[1], dtype=problem.dtype
+                )
         if trained[2]:
             assert bias is not None
             self.bias = torch.zeros(bias.shape, dtype=problem.dtype, device=bias.device)
 
     def add(self, tile: Tile, g: Tensor, gain: float, is_last: bool) -> None:
-        """Add the products of one tile of logit gradients; `is_last` when its strip of columns is then complete."""
+        """Add the products of one tile of logit gradients; `is_last` when its strip of columns is
+        then complete."""
         starts_anew = tile.block.start == 0
         strip = None
         if self.weight is not None:
@@ -265,7 +318,9 @@ class Gradients:
         if self.hidden is not None:
             self.hidden[block] += gain * (g @ student.weight[members].to(g.dtype))
         if self.weight is not None:
-            self.weight[members] += (gain * (g.T @ student.hidden[block].to(g.dtype))).to(self.weight.dtype)
+            self.weight[members] += (gain * (g.T @ student.hidden[block].to(g.dtype))).to(
+                self.weight.dtype
+            )
         if self.bias is not None:
             self.bias[members] += gain * g.sum(0)
 
@@ -274,7 +329,9 @@ class Gradients:
         if self.hidden is not None and problem.shard is not None:
             dist.all_reduce(self.hidden, group=problem.shard.group)
         gradients = (self.hidden, self.weight, self.bias)
-        return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+        return [
+            None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)
+        ]
 
 
 def _over_ranks(state: Tensor, singles: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -294,7 +351,8 @@ def _shifted(block: slice, group: range) -> slice:
 
 
 def check_finite(state: Tensor, group: range, problem: Problem) -> None:
-    """Raise NonFiniteError if a row's logits are NaN or infinite, by the name of the model whose they are."""
+    """Raise NonFiniteError if a row's logits are NaN or infinite, by the name of the model whose
+    they are."""
     names = ("model",) if problem.teacher is None else ("student", "teacher")
     # The fourth moment is about both models.
     for who, is_bad_N in zip(names, ~torch.isfinite(state[:, :3]).all(1), strict=False):
@@ -302,10 +360,11 @@ def check_finite(state: Tensor, group: range, problem: Problem) -> None:
 
 
 def refuse_rows(is_bad_N: Tensor, who: str, first: int = 0) -> None:
-    """Raise NonFiniteError if any of a model's rows is bad; `first` is the number of the first of them."""
+    """Raise NonFiniteError if any of a model's rows is bad; `first` is the number of the first of
+    them."""
     if is_bad_N.any():
         rows = [first + i for i in is_bad_N.nonzero().flatten()[:5].tolist()]
         raise NonFiniteError(
-            f"the {who}'s logits are NaN or infinite in rows {rows} of the loss tokens; a vocabulary is cut with "
-            "vocab_size, not masked with -inf"
+            f"the {who}'s logits are NaN or infinite in rows {rows} of the loss tokens; a "
+            "vocabulary is cut with vocab_size, not masked with -inf"
         )

@@ -13,9 +13,9 @@ from potstill.types import Rollout
 class Batch:
     """Rollouts laid out for one forward pass: right-padded, already shifted.
 
-    `target_ids_BT[b, t]` is the token that follows `input_ids_BT[b, t]`, and `loss_mask_BT[b, t]` is true iff that
-    token is a loss token. The teacher's prompts may differ, so it has its own inputs and mask; the loss tokens, taken
-    row by row, are the same N.
+    `target_ids_BT[b, t]` is the token that follows `input_ids_BT[b, t]`, and `loss_mask_BT[b, t]`
+    is true iff that token is a loss token. The teacher's prompts may differ, so it has its own
+    inputs and mask; the loss tokens, taken row by row, are the same N.
     """
 
     input_ids_BT: Tensor

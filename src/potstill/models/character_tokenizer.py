@@ -17,5 +17,9 @@ def build_tokenizer():
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_max_length=512,
     )

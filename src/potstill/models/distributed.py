@@ -1,7 +1,7 @@
 """One process or many: the few places where they differ.
 
-`torchrun` starts the ranks; each draws its share of a step's prompts. The student is sharded with FSDP2, the teacher is
-whole on every rank. With one process nothing here does anything.
+`torchrun` starts the ranks; each draws its share of a step's prompts. The student is sharded with
+FSDP2, the teacher is whole on every rank. With one process nothing here does anything.
 """
 
 import copy
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from potstill.models.language_model import LanguageModel
 
-# How long a rank waits for another in a step before it says so and ends; a checkpoint is written in less.
+# How long a rank waits for another in a step before it says so and ends; a checkpoint is written in
+# less.
 TIMEOUT = timedelta(minutes=10)
 # How long for rank 0 after the last step, which evaluates alone.
 PATIENCE = timedelta(days=30)
@@ -39,7 +40,11 @@ def start() -> World:
     """Join the process group that torchrun describes, or be alone. NCCL with GPUs, gloo without."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     has_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if has_cuda
+        else torch.device("cpu")
+    )
     if has_cuda:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
@@ -60,8 +65,9 @@ def stop() -> None:
 def shard(model: LanguageModel, world: World) -> nn.Module:
     """Shard the student over all ranks; returns the whole copy that decodes on this rank.
 
-    Decoding with sharded weights would gather every layer for every token, so each rank keeps a whole copy in the
-    student's own type and refreshes it once a step (`refresh`). Alone, the student decodes itself.
+    Decoding with sharded weights would gather every layer for every token, so each rank keeps a
+    whole copy in the student's own type and refreshes it once a step (`refresh`). Alone, the
+    student decodes itself.
     """
     if world.size == 1:
         return model.model
@@ -75,7 +81,8 @@ def shard(model: LanguageModel, world: World) -> nn.Module:
     fully_shard(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is divided by a count over all ranks already, so gradients are summed and not averaged.
+            # The loss is divided by a count over all ranks already, so gradients are summed and not
+            # averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return decoder
@@ -83,7 +90,8 @@ def shard(model: LanguageModel, world: World) -> nn.Module:
 
 @torch.no_grad()
 def refresh(decoder: nn.Module, model: LanguageModel) -> None:
-    """Copy the student's weights into a whole copy of it, if it is one. Every rank must call this."""
+    """Copy the student's weights into a whole copy of it, if it is one. Every rank must call
+    this."""
     if decoder is model.model:
         return
     for mine, sharded in zip(decoder.parameters(), model.model.parameters(), strict=True):

@@ -1,7 +1,8 @@
 """Floating-point operations of a step, from the architectures: what equal compute means.
 
-A multiplication and its addition count as two. Counted are the matrix products and attention of dense transformers on
-real tokens, padding left out; attention is causal. Every expert of a mixture of experts is counted, which is too much.
+A multiplication and its addition count as two. Counted are the matrix products and attention of
+dense transformers on real tokens, padding left out; attention is causal. Every expert of a mixture
+of experts is counted, which is too much.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,8 @@ PARTS = ("rollout", "probe", "teacher", "student_forward", "student_backward", "
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """`per_token` of the backbone's weights, `per_pair` of a query and a key over all layers, `head` for one token.
+    """`per_token` of the backbone's weights, `per_pair` of a query and a key over all layers,
+    `head` for one token.
 
     `per_pair` is None where the architecture does not say; attention is then left out of the count.
     """
@@ -30,7 +32,9 @@ class ModelFlops:
 
     def backbone(self, num_tokens: int) -> int:
         """One forward pass over a sequence, or decoding it token by token with a cache."""
-        return self.per_token * num_tokens + (self.per_pair or 0) * (num_tokens * (num_tokens + 1) // 2)
+        return self.per_token * num_tokens + (self.per_pair or 0) * (
+            num_tokens * (num_tokens + 1) // 2
+        )
 
 
 def head_flops(head: Head | None) -> ModelFlops:
@@ -44,7 +48,9 @@ def model_flops(backbone: Any, head: Head, config) -> ModelFlops:
     The head's rows are those it has, padding included.
     """
     # GPT-2 keeps its linear layers in a class of its own.
-    layers = [m for m in backbone.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    layers = [
+        m for m in backbone.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    ]
     return ModelFlops(
         per_token=sum(2 * layer.weight.numel() for layer in layers),
         per_pair=_attention_flops(config),
@@ -53,19 +59,27 @@ def model_flops(backbone: Any, head: Head, config) -> ModelFlops:
 
 
 def _attention_flops(config) -> int | None:
-    """Of a query and a key over all layers; None where the configuration does not say what there is of attention."""
+    """Of a query and a key over all layers; None where the configuration does not say what there is
+    of attention."""
     try:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         return int(4 * config.num_attention_heads * head_dim * config.num_hidden_layers)
-    # It may have other names for them, or other sizes in each layer, of which configurations say so in several ways.
+    # It may have other names for them, or other sizes in each layer, of which configurations say so
+    # in several ways.
     except Exception:
         return None
 
 
-def rollout_flops(rollouts: Iterable[Rollout], models: Mapping[Writer, ModelFlops], by_token: bool) -> int:
-    """What writing took: each writer reads the prompt and all before its last token, and gives logits for its own.
+def rollout_flops(
+    rollouts: Iterable[Rollout], models: Mapping[Writer, ModelFlops], by_token: bool
+) -> int:
+    """What writing took: each writer reads the prompt and all before its last token, and gives
+    logits for its own.
 
-    With `by_token` both models read everything and give logits for each token. What a data set wrote is free.
+    With `by_token` both models read everything and give logits for each token. What a data set
+    wrote is free.
     """
     total = 0
     for rollout in rollouts:
@@ -76,18 +90,27 @@ def rollout_flops(rollouts: Iterable[Rollout], models: Mapping[Writer, ModelFlop
                 own = [i for i, who in enumerate(rollout.writers) if who == writer]
                 last, num_own = (own[-1] + 1, len(own)) if own else (0, 0)
             if num_own:
-                total += flops.backbone(len(rollout.prompt.ids_of(writer)) + last - 1) + num_own * flops.head
+                total += (
+                    flops.backbone(len(rollout.prompt.ids_of(writer)) + last - 1)
+                    + num_own * flops.head
+                )
     return total
 
 
 def training_flops(
-    rollouts: Sequence[Rollout], student: ModelFlops, teacher: ModelFlops | None, looks_ahead: bool = False
+    rollouts: Sequence[Rollout],
+    student: ModelFlops,
+    teacher: ModelFlops | None,
+    looks_ahead: bool = False,
 ) -> dict[str, int]:
-    """One forward and backward pass, which counts as two forward ones. `teacher` is None where none scores.
+    """One forward and backward pass, which counts as two forward ones. `teacher` is None where none
+    scores.
 
-    With `looks_ahead` both models' forward passes and heads are computed once more, for what later tokens cost.
+    With `looks_ahead` both models' forward passes and heads are computed once more, for what later
+    tokens cost.
 
-    `head` is that of both models. A cached teacher has no body, so what it scores costs its head alone, or nothing.
+    `head` is that of both models. A cached teacher has no body, so what it scores costs its head
+    alone, or nothing.
     """
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for rollout in rollouts:
@@ -98,10 +121,14 @@ def training_flops(
         parts["student_backward"] += 2 * forward
         parts["head"] += 3 * num_loss_tokens * student.head
         if teacher is not None:
-            parts["teacher"] += teacher.backbone(len(rollout.prompt.ids_of("teacher")) + num_written)
+            parts["teacher"] += teacher.backbone(
+                len(rollout.prompt.ids_of("teacher")) + num_written
+            )
             parts["head"] += num_loss_tokens * teacher.head
         if looks_ahead and teacher is not None:
             parts["student_forward"] += forward
-            parts["teacher"] += teacher.backbone(len(rollout.prompt.ids_of("teacher")) + num_written)
+            parts["teacher"] += teacher.backbone(
+                len(rollout.prompt.ids_of("teacher")) + num_written
+            )
             parts["head"] += num_loss_tokens * (student.head + teacher.head)
     return parts

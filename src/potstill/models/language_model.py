@@ -1,4 +1,5 @@
-"""Models as the loop sees them: a backbone that gives hidden states, a head that gives logits, and an end set.
+"""Models as the loop sees them: a backbone that gives hidden states, a head that gives logits, and
+an end set.
 
 Loading, saving, and the checks that two models can be compared token by token at all.
 """
@@ -31,14 +32,16 @@ from potstill.runs.run_folder import resume_command
 from potstill.types import ModelError
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# What architectures call the factors that logits are multiplied with or divided by, and their soft cap.
+# What architectures call the factors that logits are multiplied with or divided by, and their soft
+# cap.
 MULTIPLIED = ("logit_scale", "lm_head_multiplier")
 DIVIDED = ("logits_scaling", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class LanguageModel(nn.Module):
-    """A Hugging Face causal LM with its tokenizer and its own end tokens. `forward` gives the last hidden states.
+    """A Hugging Face causal LM with its tokenizer and its own end tokens. `forward` gives the last
+    hidden states.
 
     `is_probed` says whether `probe.probe` has found that all this holds for the model.
     """
@@ -62,11 +65,13 @@ class LanguageModel(nn.Module):
     def backbone(self) -> Any:
         """All but the head."""
         found = self.model.base_model
-        # Where an architecture names its backbone otherwise than it says, transformers gives the whole model back.
+        # Where an architecture names its backbone otherwise than it says, transformers gives the
+        # whole model back.
         return getattr(self.model, "model", found) if found is self.model else found
 
     def forward(self, input_ids_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal."""
+        """Hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is
+        causal."""
         return self.backbone(input_ids=input_ids_BT, use_cache=False).last_hidden_state
 
     def signal_at(self, batch: Batch) -> Tensor:
@@ -124,13 +129,19 @@ def _product(config, names: Sequence[str]) -> float:
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", init: str = "pretrained", seed: int = 0, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "float32",
+    init: str = "pretrained",
+    seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Load a folder, a run's folder, a hub id or a shipped model ("potstill:teacher", "potstill:base") on the CPU.
+    """Load a folder, a run's folder, a hub id or a shipped model ("potstill:teacher",
+    "potstill:base") on the CPU.
 
-    `init = "random"` makes fresh weights from the configuration alone. The model is in evaluation mode, and not probed
-    (`probe.ready` does both). Raises ModelError when the model cannot be read, is not whole, or has its weights only
-    as pickle files.
+    `init = "random"` makes fresh weights from the configuration alone. The model is in evaluation
+    mode, and not probed (`probe.ready` does both). Raises ModelError when the model cannot be read,
+    is not whole, or has its weights only as pickle files.
     """
     import transformers
 
@@ -139,7 +150,10 @@ def load_model(
         refuse_foreign_files(Path(path))
         refuse_unread_settings(Path(path))
     tokenizer = load_tokenizer(name, trust_remote_code)
-    shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
+    shared: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "dtype": getattr(torch, dtype),
+    }
     auto = transformers.AutoModelForCausalLM
     with _readable(name):
         if init == "random":
@@ -159,7 +173,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     import transformers
 
     with _readable(name):
-        return transformers.AutoTokenizer.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(
+            locate(name), trust_remote_code=trust_remote_code
+        )
 
 
 def load_config(name: str, trust_remote_code: bool = False):
@@ -167,7 +183,9 @@ def load_config(name: str, trust_remote_code: bool = False):
     import transformers
 
     with _readable(name):
-        return transformers.AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(
+            locate(name), trust_remote_code=trust_remote_code
+        )
 
 
 def find_folder(name: str) -> Path | None:
@@ -184,9 +202,13 @@ def find_folder(name: str) -> Path | None:
 
 
 def locate(name: str) -> str:
-    """The folder or hub id that a name stands for. Raises ModelError where it can stand for nothing."""
+    """The folder or hub id that a name stands for. Raises ModelError where it can stand for
+    nothing."""
     if not name:
-        raise ModelError("the name of a model is empty; give a model folder, a run folder or a hub id like org/model")
+        raise ModelError(
+            "the name of a model is empty; give a model folder, a run folder or a hub id like "
+            "org/model"
+        )
     folder = _as_folder(name)
     if folder.is_dir():
         return str(folder)
@@ -195,15 +217,19 @@ def locate(name: str) -> str:
         raise ModelError(f"{name!r} is not a shipped model; choose one of {', '.join(shipped)}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
-            f"model folder {name!r} does not exist; give a Hugging Face model folder, a run folder or a hub id like "
-            "org/model"
+            f"model folder {name!r} does not exist; give a Hugging Face model folder, a run "
+            "folder or a hub id like org/model"
         )
     if folder.parent.is_dir() and find_folder(name) is None:
         # A slip of the pen in a path must not be asked of the hub.
-        beside = nearest(folder.name, [entry.name for entry in folder.parent.iterdir() if entry.is_dir()], 0.6)
+        beside = nearest(
+            folder.name, [entry.name for entry in folder.parent.iterdir() if entry.is_dir()], 0.6
+        )
         hint = f"; the nearest is {str(folder.parent / beside)!r}" if beside else ""
         where = f"in the folder {str(folder.parent)!r}"
-        raise ModelError(f"model folder {name!r} does not exist {where}, and so it is no hub id{hint}")
+        raise ModelError(
+            f"model folder {name!r} does not exist {where}, and so it is no hub id{hint}"
+        )
     return name
 
 
@@ -213,7 +239,8 @@ def is_run(folder: Path) -> bool:
 
 
 def _as_folder(name: str) -> Path:
-    """The folder that a name would be: of a shipped model, of a run's model, or its own. It need not exist.
+    """The folder that a name would be: of a shipped model, of a run's model, or its own. It need
+    not exist.
 
     Raises ModelError for a run that is not finished.
     """
@@ -223,7 +250,9 @@ def _as_folder(name: str) -> Path:
     if not is_run(folder):
         return folder
     if not (folder / "DONE").exists():
-        raise ModelError(f"run {name!r} is not finished; run `{resume_command(folder)}` to finish it")
+        raise ModelError(
+            f"run {name!r} is not finished; run `{resume_command(folder)}` to finish it"
+        )
     return folder / "model"
 
 
@@ -232,7 +261,11 @@ def _readable(name: str):
     """Quietly; whatever transformers raises of files that are not ours becomes one line."""
     is_here = Path(locate(name)).is_dir()
     try:
-        with without_progress_bars(), _without_warnings(), contextlib.nullcontext() if is_here else cache_first():
+        with (
+            without_progress_bars(),
+            _without_warnings(),
+            contextlib.nullcontext() if is_here else cache_first(),
+        ):
             yield
     except Exception as error:
         if isinstance(error, ModelError):
@@ -244,7 +277,9 @@ def _readable(name: str):
             refuse_foreign_files(folder)
             refuse_unread_file(folder)
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {name!r} cannot be loaded: {reason or type(error).__name__}") from None
+        raise ModelError(
+            f"model {name!r} cannot be loaded: {reason or type(error).__name__}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -274,8 +309,11 @@ def without_progress_bars():
             logging.enable_progress_bar()
 
 
-def save_model(model: LanguageModel, state_dict: dict[str, Tensor], end_ids: Sequence[int], folder: Path) -> None:
-    """Write a plain Hugging Face folder in safetensors whose generation settings stop at every id of the end set.
+def save_model(
+    model: LanguageModel, state_dict: dict[str, Tensor], end_ids: Sequence[int], folder: Path
+) -> None:
+    """Write a plain Hugging Face folder in safetensors whose generation settings stop at every id
+    of the end set.
 
     It has its name once it is whole; what a killed attempt left, and a folder of that name, go.
     """
@@ -288,7 +326,8 @@ def save_model(model: LanguageModel, state_dict: dict[str, Tensor], end_ids: Seq
         with without_progress_bars():
             model.model.save_pretrained(unfinished, state_dict=state_dict)
             model.tokenizer.save_pretrained(unfinished)
-        # safetensors makes its files readable for their owner alone; the other files have the user's own mode.
+        # safetensors makes its files readable for their owner alone; the other files have the
+        # user's own mode.
         for weights in unfinished.glob("*.safetensors"):
             weights.chmod((unfinished / "config.json").stat().st_mode)
     finally:
@@ -299,7 +338,8 @@ def save_model(model: LanguageModel, state_dict: dict[str, Tensor], end_ids: Seq
 
 
 def find_end_ids(model, tokenizer) -> tuple[int, ...]:
-    """The ids that end a response: of the tokenizer, the generation settings and the chat template, in order."""
+    """The ids that end a response: of the tokenizer, the generation settings and the chat template,
+    in order."""
     found: list[int | None] = [tokenizer.eos_token_id]
     from_settings = model.generation_config.eos_token_id if model.generation_config else None
     found += from_settings if isinstance(from_settings, list) else [from_settings]
@@ -307,7 +347,9 @@ def find_end_ids(model, tokenizer) -> tuple[int, ...]:
         try:
             found.append(ChatTemplate(tokenizer).end_id)
         except TemplateError as error:
-            raise ModelError(f"the chat template of {tokenizer.name_or_path!r} {error}; use another model") from None
+            raise ModelError(
+                f"the chat template of {tokenizer.name_or_path!r} {error}; use another model"
+            ) from None
     return tuple(dict.fromkeys(int(i) for i in found if i is not None))
 
 

@@ -1,8 +1,10 @@
-"""The check of a model before it is used: a few tokens through everything that potstill does with it.
+"""The check of a model before it is used: a few tokens through everything that potstill does with
+it.
 
-Hidden states times head must be the model's own logits, and what is decoded with a cache, in a batch of left-padded
-rows that leave it one by one, must have the log-probabilities of the training's right-padded forward pass. Whatever an
-architecture cannot do becomes one line, for folders and for objects alike.
+Hidden states times head must be the model's own logits, and what is decoded with a cache, in a
+batch of left-padded rows that leave it one by one, must have the log-probabilities of the
+training's right-padded forward pass. Whatever an architecture cannot do becomes one line, for
+folders and for objects alike.
 """
 
 import contextlib
@@ -18,11 +20,13 @@ from potstill.models.sampling import sample
 from potstill.models.weights import refuse_non_finite
 from potstill.types import ModelError, NonFiniteError
 
-# Lengths of the prompts that are decoded together, and how many tokens each gets: one row leaves early. Those of a
-# model that looks back through a window are longer, so that its cache forgets, where that is quick.
+# Lengths of the prompts that are decoded together, and how many tokens each gets: one row leaves
+# early. Those of a model that looks back through a window are longer, so that its cache forgets,
+# where that is quick.
 LENGTHS, CAPS = (5, 3, 5), (1, 3, 3)
 LONGEST_WINDOW = 128
-# What rounding may make of logits, and of log-probabilities of another order of computation, relative to the logits.
+# What rounding may make of logits, and of log-probabilities of another order of computation,
+# relative to the logits.
 EXACT, DECODED = 1e-4, 1e-3
 # The same where weights have 8 bits, as in bfloat16, to which a model rounds its own logits too.
 ROUNDED, ROUNDED_DECODED = 2e-2, 5e-2
@@ -31,8 +35,8 @@ ROUNDED, ROUNDED_DECODED = 2e-2, 5e-2
 def ready(given, tokenizer=None, device: torch.device | None = None, **options) -> LanguageModel:
     """A model to work with, probed once: by its name, a Hugging Face object, or loaded before.
 
-    It is moved to `device` if one is given. `options` are those of `load_model` for a name, `tokenizer` is that of an
-    object. Raises ModelError.
+    It is moved to `device` if one is given. `options` are those of `load_model` for a name,
+    `tokenizer` is that of an object. Raises ModelError.
     """
     if isinstance(given, str | Path):
         given = load_model(str(given), **options)
@@ -48,13 +52,17 @@ def _wrap(given, tokenizer) -> LanguageModel:
     name = type(given).__name__
     if hasattr(given, "peft_config"):
         raise ModelError(
-            f"model {name!r} is an adapter of peft (LoRA and its like), which potstill does not train or read; give "
-            "what its merge_and_unload() returns"
+            f"model {name!r} is an adapter of peft (LoRA and its like), which potstill does not "
+            "train or read; give what its merge_and_unload() returns"
         )
     if not isinstance(given, nn.Module) or not hasattr(given, "get_output_embeddings"):
-        raise ModelError(f"{name!r} is no model; give the name of a folder or a causal LM of transformers")
+        raise ModelError(
+            f"{name!r} is no model; give the name of a folder or a causal LM of transformers"
+        )
     if tokenizer is None:
-        raise ModelError(f"model {name!r} is given as an object without its tokenizer; give tokenizer=")
+        raise ModelError(
+            f"model {name!r} is given as an object without its tokenizer; give tokenizer="
+        )
     return LanguageModel(given, tokenizer, name)
 
 
@@ -93,8 +101,8 @@ def _able(model: LanguageModel, to: str) -> Iterator[None]:
             raise ModelError(f"model {model.name!r}: {error}") from None
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"model {model.name!r} ({type(model.model).__name__}) cannot {to} ({type(error).__name__}: {reason}); "
-            "potstill does not support this architecture"
+            f"model {model.name!r} ({type(model.model).__name__}) cannot {to} "
+            f"({type(error).__name__}: {reason}); potstill does not support this architecture"
         ) from None
 
 
@@ -103,24 +111,27 @@ def _refuse_rows(model: LanguageModel) -> None:
         num_rows = model.vocab_size
     if beyond := [i for i in model.end_ids if not 0 <= i < num_rows]:
         raise ModelError(
-            f"model {model.name!r}: end id {beyond[0]} has no row in its head of {num_rows}; mend eos_token_id in its "
-            "generation_config.json or its tokenizer"
+            f"model {model.name!r}: end id {beyond[0]} has no row in its head of {num_rows}; "
+            "mend eos_token_id in its generation_config.json or its tokenizer"
         )
 
 
 def check_logits(model: LanguageModel) -> None:
-    """Raise ModelError unless hidden states and head give the model's own logits, so no scaling is missed."""
+    """Raise ModelError unless hidden states and head give the model's own logits, so no scaling is
+    missed."""
     with _able(model, "be taken apart into a backbone and a head"):
         error, allowed = logits_error(model)
     if not error <= allowed:
         raise ModelError(
-            f"model {model.name!r}: its logits differ from hidden states times head by {error:.3g} (allowed "
-            f"{allowed:.3g}); {type(model.model).__name__} changes its logits in a way that potstill does not know"
+            f"model {model.name!r}: its logits differ from hidden states times head by "
+            f"{error:.3g} (allowed {allowed:.3g}); {type(model.model).__name__} changes its "
+            "logits in a way that potstill does not know"
         )
 
 
 def logits_error(model: LanguageModel) -> tuple[float, float]:
-    """The largest difference of the model's own logits from hidden states times head, and what rounding may make it.
+    """The largest difference of the model's own logits from hidden states times head, and what
+    rounding may make it.
 
     Raises ModelError for logits that are not finite.
     """
@@ -135,7 +146,9 @@ def logits_error(model: LanguageModel) -> tuple[float, float]:
 
 def _ids(model: LanguageModel, num: int) -> Tensor:
     """Ids from all over the vocabulary."""
-    return torch.arange(num, device=model.device) * max(model.vocab_size // num, 1) % model.vocab_size
+    return (
+        torch.arange(num, device=model.device) * max(model.vocab_size // num, 1) % model.vocab_size
+    )
 
 
 def _allowed(model: LanguageModel, logits: Tensor, exact: float, rounded: float) -> float:
@@ -149,20 +162,23 @@ def _refuse_without_cache(model: LanguageModel) -> None:
     cache = getattr(output, "past_key_values", None)
     if not hasattr(cache, "layers") or not hasattr(cache, "reorder_cache"):
         raise ModelError(
-            f"model {model.name!r} ({type(model.model).__name__}) keeps no cache of keys and values, as state-space "
-            "models like Mamba do not; potstill cannot decode it"
+            f"model {model.name!r} ({type(model.model).__name__}) keeps no cache of keys and "
+            "values, as state-space models like Mamba do not; potstill cannot decode it"
         )
 
 
 def _check_decoding(model: LanguageModel) -> None:
-    """Compare log-probabilities at drawing with those of forward passes: of all rows together, and of each alone."""
+    """Compare log-probabilities at drawing with those of forward passes: of all rows together, and
+    of each alone."""
     window = getattr(model.model.config.get_text_config(), "sliding_window", None)
     more = window if isinstance(window, int) and window <= LONGEST_WINDOW else 0
     ids = _ids(model, max(LENGTHS) + more + len(LENGTHS)).tolist()
     prompts = [tuple(ids[i : i + length + more]) for i, length in enumerate(LENGTHS)]
     seeds = [(i,) for i in range(len(prompts))]
     with _able(model, "decode a batch of rows of different lengths, some of which end early"):
-        written = sample(model.model, prompts, seeds, max_tokens=CAPS, end_ids=(), sampling=Sampling())
+        written = sample(
+            model.model, prompts, seeds, max_tokens=CAPS, end_ids=(), sampling=Sampling()
+        )
     rows = [prompt + each.token_ids for prompt, each in zip(prompts, written, strict=True)]
     longest = max(map(len, rows))
     ids_BT = torch.tensor([row + (0,) * (longest - len(row)) for row in rows], device=model.device)
@@ -174,13 +190,15 @@ def _check_decoding(model: LanguageModel) -> None:
         of_row = {"right-padded": hidden_BTD[i], "alone": model(ids_BT[i : i + 1, : len(row)])[0]}
         for how, hidden_TD in of_row.items():
             logits_LV = model.head(hidden_TD[places])
-            log_probs_L = logits_LV.log_softmax(-1).cpu()[range(len(drawn_L)), list(written[i].token_ids)]
+            log_probs_L = logits_LV.log_softmax(-1).cpu()[
+                range(len(drawn_L)), list(written[i].token_ids)
+            ]
             errors[how] = max(errors[how], (log_probs_L - drawn_L).abs().max().item())
             allowed = max(allowed, _allowed(model, logits_LV, DECODED, ROUNDED_DECODED))
     if not max(errors.values()) <= allowed:
         raise ModelError(
-            f"model {model.name!r} ({type(model.model).__name__}): tokens decoded with its cache have other "
-            f"log-probabilities than in one forward pass, by {errors['alone']:.3g} nats of a row alone and "
-            f"{errors['right-padded']:.3g} of one padded on the right (allowed {allowed:.3g}); potstill does not "
-            "support this architecture"
+            f"model {model.name!r} ({type(model.model).__name__}): tokens decoded with its cache "
+            f"have other log-probabilities than in one forward pass, by {errors['alone']:.3g} "
+            f"nats of a row alone and {errors['right-padded']:.3g} of one padded on the right "
+            f"(allowed {allowed:.3g}); potstill does not support this architecture"
         )

@@ -1,10 +1,12 @@
-"""Completions by decoding with a model's own weights: token ids in, completions out. No text, no data sets.
+"""Completions by decoding with a model's own weights: token ids in, completions out. No text, no
+data sets.
 
-It drives transformers' forward and cache, so any causal LM with `past_key_values` works. Rows are decoded together in
-batches of similar length, and a finished row leaves its batch. Each row draws from a random stream of its own, so a
-completion depends on its seed and not on what was sampled before. Nor does it depend on what else is in the batch, or
-on how many ranks there are, but for rounding: a model's numbers for a row differ in their last bits with the batch's
-shape, and a token is another one where its random number falls into that gap. The same batch on the same machine gives
+It drives transformers' forward and cache, so any causal LM with `past_key_values` works. Rows are
+decoded together in batches of similar length, and a finished row leaves its batch. Each row draws
+from a random stream of its own, so a completion depends on its seed and not on what was sampled
+before. Nor does it depend on what else is in the batch, or on how many ranks there are, but for
+rounding: a model's numbers for a row differ in their last bits with the batch's shape, and a token
+is another one where its random number falls into that gap. The same batch on the same machine gives
 the same bits.
 """
 
@@ -20,19 +22,22 @@ from transformers.cache_utils import DynamicLayer
 from potstill.config import Sampling
 from potstill.types import Completion, NonFiniteError
 
-# Rows are dropped when the rest is at most this share of the batch: dropping copies the cache, keeping wastes compute.
+# Rows are dropped when the rest is at most this share of the batch: dropping copies the cache,
+# keeping wastes compute.
 COMPACT_AT = 0.85
-# Tokens that a full cache gets room for: making room copies it, and dropping rows copies the unused room as well.
+# Tokens that a full cache gets room for: making room copies it, and dropping rows copies the unused
+# room as well.
 ROOM = 32
 # Tokens that are sorted in search of a nucleus, and how many times more where it is not among them.
 NUCLEUS, GROWTH = 128, 8
 
 
 class OtherWriter(NamedTuple):
-    """A second model that may write each token, what it reads, and the probability that a token is its own.
+    """A second model that may write each token, what it reads, and the probability that a token is
+    its own.
 
-    `seeds` name the random stream of each row that says whose turn it is. They are not those that draw the tokens, so
-    that the draws are those of one model alone.
+    `seeds` name the random stream of each row that says whose turn it is. They are not those that
+    draw the tokens, so that the draws are those of one model alone.
     """
 
     model: Any
@@ -42,7 +47,9 @@ class OtherWriter(NamedTuple):
 
     def only(self, rows: Sequence[int]) -> "OtherWriter":
         """The same for some of the rows."""
-        return self._replace(prompts=[self.prompts[i] for i in rows], seeds=[self.seeds[i] for i in rows])
+        return self._replace(
+            prompts=[self.prompts[i] for i in rows], seeds=[self.seeds[i] for i in rows]
+        )
 
 
 @torch.inference_mode()
@@ -58,15 +65,17 @@ def sample(
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
     other: OtherWriter | None = None,
 ) -> list[Completion]:
-    """Draw one completion of 1 to `max_tokens` tokens (one number, or one a prompt) for each prompt, in their order.
+    """Draw one completion of 1 to `max_tokens` tokens (one number, or one a prompt) for each
+    prompt, in their order.
 
-    `model` is a Hugging Face causal LM, `seeds` holds integers that name each row's random stream, and decoding stops
-    after any of `end_ids`, which is then part of the completion. Only ids below `vocab_size` are drawn, from the
-    distribution over them; the rows of a head beyond that may have no token. `on_tokens` is told how many tokens each
-    batch wrote. With an `other` writer each token comes from it with the probability that is its share: an exact draw
-    from the mixture of both distributions, of which it is also known whose it was. Raises NonFiniteError when a model
-    gives no distribution to draw from. With temperature 1 and no truncation this is exact ancestral sampling, by
-    inversion of the cumulative distribution.
+    `model` is a Hugging Face causal LM, `seeds` holds integers that name each row's random stream,
+    and decoding stops after any of `end_ids`, which is then part of the completion. Only ids below
+    `vocab_size` are drawn, from the distribution over them; the rows of a head beyond that may have
+    no token. `on_tokens` is told how many tokens each batch wrote. With an `other` writer each
+    token comes from it with the probability that is its share: an exact draw from the mixture of
+    both distributions, of which it is also known whose it was. Raises NonFiniteError when a model
+    gives no distribution to draw from. With temperature 1 and no truncation this is exact ancestral
+    sampling, by inversion of the cumulative distribution.
     """
     caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -93,20 +102,28 @@ def sample(
 
 
 class _Draws(NamedTuple):
-    """Random numbers of a batch: one a token to draw it with, and whether it is the other writer's turn."""
+    """Random numbers of a batch: one a token to draw it with, and whether it is the other writer's
+    turn."""
 
     uniforms_LR: Tensor
     is_others_LR: Tensor
 
     @staticmethod
     def of(
-        seeds: Sequence[tuple[int, ...]], max_length: int, other: OtherWriter | None, device: torch.device
+        seeds: Sequence[tuple[int, ...]],
+        max_length: int,
+        other: OtherWriter | None,
+        device: torch.device,
     ) -> "_Draws":
         streams = [np.random.default_rng(seed).random(max_length) for seed in seeds]
         uniforms_LR = torch.from_numpy(np.stack(streams, axis=1)).to(device)
         if other is None:
-            return _Draws(uniforms_LR, torch.zeros(uniforms_LR.shape, dtype=torch.bool, device=device))
-        turns = [np.random.default_rng(seed).random(max_length) < other.share for seed in other.seeds]
+            return _Draws(
+                uniforms_LR, torch.zeros(uniforms_LR.shape, dtype=torch.bool, device=device)
+            )
+        turns = [
+            np.random.default_rng(seed).random(max_length) < other.share for seed in other.seeds
+        ]
         return _Draws(uniforms_LR, torch.from_numpy(np.stack(turns, axis=1)).to(device))
 
     def keep(self, kept: Tensor) -> "_Draws":
@@ -122,17 +139,25 @@ class _Decoder:
     def __init__(self, model, prompts: Sequence[tuple[int, ...]], max_length: int):
         self.model, self.cache = model, None
         self.device = next(model.parameters()).device
-        self.next_ids_RT, self.positions_RT, self.mask_RT = _left_pad(prompts, max_length, self.device)
+        self.next_ids_RT, self.positions_RT, self.mask_RT = _left_pad(
+            prompts, max_length, self.device
+        )
         self.length = self.next_ids_RT.shape[1]
 
     def next_logits(self) -> Tensor:
         """The logits [R, V] after the ids that come next, which are then in the cache."""
         places = slice(self.length - self.next_ids_RT.shape[1], self.length)
         positions_RT = self.positions_RT[:, places]
-        inputs = {"input_ids": self.next_ids_RT, "position_ids": positions_RT, "past_key_values": self.cache}
+        inputs = {
+            "input_ids": self.next_ids_RT,
+            "position_ids": positions_RT,
+            "past_key_values": self.cache,
+        }
         if self.mask_RT is not None:
             inputs["attention_mask"] = self.mask_RT[:, : self.length]
-        output = self.model(**inputs, **_quiet_routers(self.model), use_cache=True, logits_to_keep=1)
+        output = self.model(
+            **inputs, **_quiet_routers(self.model), use_cache=True, logits_to_keep=1
+        )
         if self.cache is None:
             self.cache = _with_room(output.past_key_values)
         return output.logits[:, -1]
@@ -164,9 +189,14 @@ def _decode(
     rows = list(range(len(caps)))
     running = set(rows)
     for step in range(max(caps)):
-        drawn = [draw(decoder.next_logits()[:, :vocab_size], draws.uniforms_LR[step], sampling) for decoder in decoders]
+        drawn = [
+            draw(decoder.next_logits()[:, :vocab_size], draws.uniforms_LR[step], sampling)
+            for decoder in decoders
+        ]
         is_others_R = draws.is_others_LR[step]
-        ids_R, log_probs_R, entropies_R = drawn[0] if len(drawn) == 1 else _by_turns(*drawn, is_others_R)
+        ids_R, log_probs_R, entropies_R = (
+            drawn[0] if len(drawn) == 1 else _by_turns(*drawn, is_others_R)
+        )
         columns = (ids_R.tolist(), log_probs_R.tolist(), entropies_R.tolist(), is_others_R.tolist())
         # Finished rows that have not left yet draw tokens which are thrown away.
         for row, token_id, *numbers in zip(rows, *columns, strict=True):
@@ -177,7 +207,9 @@ def _decode(
         if not running:
             break
         if len(running) <= COMPACT_AT * len(rows):
-            kept = torch.tensor([i for i, row in enumerate(rows) if row in running], device=ids_R.device)
+            kept = torch.tensor(
+                [i for i, row in enumerate(rows) if row in running], device=ids_R.device
+            )
             rows = [row for row in rows if row in running]
             ids_R, draws = ids_R[kept], draws.keep(kept)
             for decoder in decoders:
@@ -187,13 +219,18 @@ def _decode(
     return [completion.finished(end_ids) for completion in written]
 
 
-def _by_turns(ours: tuple[Tensor, ...], others: tuple[Tensor, ...], is_others_R: Tensor) -> list[Tensor]:
+def _by_turns(
+    ours: tuple[Tensor, ...], others: tuple[Tensor, ...], is_others_R: Tensor
+) -> list[Tensor]:
     """The other writer's draw where it is its turn, else ours."""
-    return [torch.where(is_others_R, theirs, mine) for mine, theirs in zip(ours, others, strict=True)]
+    return [
+        torch.where(is_others_R, theirs, mine) for mine, theirs in zip(ours, others, strict=True)
+    ]
 
 
 def _quiet_routers(model) -> dict[str, bool]:
-    """Keeps a mixture of experts from computing its auxiliary loss, which wants a mask as long as its input."""
+    """Keeps a mixture of experts from computing its auxiliary loss, which wants a mask as long as
+    its input."""
     wants_loss = getattr(model.config.get_text_config(), "output_router_logits", False)
     return {"output_router_logits": False} if wants_loss else {}
 
@@ -216,7 +253,8 @@ class _Written(NamedTuple):
         """Raises NonFiniteError for a token that was drawn from no distribution."""
         if not all(map(math.isfinite, self.log_probs)):
             raise NonFiniteError(
-                "the logits of the model that writes are not finite, so nothing can be drawn from them"
+                "the logits of the model that writes are not finite, so nothing can be drawn "
+                "from them"
             )
         stop = "end" if self.token_ids[-1] in end_ids else "length"
         return Completion(
@@ -231,12 +269,14 @@ class _Written(NamedTuple):
 def _left_pad(prompts, max_tokens: int, device) -> tuple[Tensor, Tensor, Tensor | None]:
     """The prompts' ids, and positions and mask over prompts and completions.
 
-    Where all prompts are equally long there is no mask, as attention is faster without, and one row of positions.
+    Where all prompts are equally long there is no mask, as attention is faster without, and one row
+    of positions.
     """
     longest = max(len(prompt) for prompt in prompts)
     padding = [longest - len(prompt) for prompt in prompts]
     ids_RT = torch.tensor(
-        [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device
+        [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)],
+        device=device,
     )
     positions_1T = torch.arange(longest + max_tokens, device=device)[None]
     if not any(padding):
@@ -246,7 +286,8 @@ def _left_pad(prompts, max_tokens: int, device) -> tuple[Tensor, Tensor, Tensor 
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room to write the next ones into; transformers' own layer copies them all at every token."""
+    """Keys and values with room to write the next ones into; transformers' own layer copies them
+    all at every token."""
 
     keys: Tensor
     values: Tensor
@@ -256,7 +297,9 @@ class _RoomyLayer(DynamicLayer):
         vars(self).update(vars(layer))
         self.key_room, self.value_room = self.keys, self.values
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         start, num_new = self.keys.shape[-2], key_states.shape[-2]
         if start + num_new > self.key_room.shape[-2]:
             self.key_room = nn.functional.pad(self.keys, (0, 0, 0, num_new + ROOM))
@@ -270,21 +313,30 @@ class _RoomyLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         length = self.keys.shape[-2]
         self.key_room, self.value_room = self.key_room[beam_idx], self.value_room[beam_idx]
-        self.keys, self.values = self.key_room.narrow(-2, 0, length), self.value_room.narrow(-2, 0, length)
+        self.keys, self.values = (
+            self.key_room.narrow(-2, 0, length),
+            self.value_room.narrow(-2, 0, length),
+        )
 
 
 def _with_room(cache):
-    """The cache with its plain layers made roomy; others, such as sliding windows, stay as the model made them."""
+    """The cache with its plain layers made roomy; others, such as sliding windows, stay as the
+    model made them."""
     cache.layers = [
-        _RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
+        _RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer
+        for layer in cache.layers
     ]
     return cache
 
 
-def draw(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [R], their log-probabilities and the entropies of the distribution they are drawn from (nats).
+def draw(
+    logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids [R], their log-probabilities and the entropies of the distribution they are drawn
+    from (nats).
 
-    `uniforms_R` are float64 in [0, 1). At temperature 0 the likeliest token is taken; both numbers are then 0.
+    `uniforms_R` are float64 in [0, 1). At temperature 0 the likeliest token is taken; both numbers
+    are then 0.
     """
     if sampling.temperature == 0:
         ids_R = logits_RV.argmax(-1)
@@ -296,8 +348,11 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Ten
     probs_RV = scaled_RV.softmax(-1)
     # Float64, so that the sum over a large vocabulary does not round small probabilities away.
     cumulative_RV = probs_RV.cumsum(-1, dtype=torch.float64)
-    ids_R1 = torch.searchsorted(cumulative_RV, uniforms_R[:, None] * cumulative_RV[:, -1:], right=True)
-    # Only NaN has no place in the sum. It gets an id that exists, and its log-probability, NaN too, tells of it.
+    ids_R1 = torch.searchsorted(
+        cumulative_RV, uniforms_R[:, None] * cumulative_RV[:, -1:], right=True
+    )
+    # Only NaN has no place in the sum. It gets an id that exists, and its log-probability, NaN too,
+    # tells of it.
     ids_R1 = ids_R1.clamp(max=logits_RV.shape[-1] - 1)
     log_probs_R1 = probs_RV.gather(-1, ids_R1).log()
     entropies_R = torch.special.entr(probs_RV).sum(-1)
@@ -305,10 +360,12 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Ten
 
 
 def truncate(log_probs_RV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set all but the `top_k` likeliest (0: all) tokens, then all outside the `top_p` nucleus of the rest, to -inf.
+    """Set all but the `top_k` likeliest (0: all) tokens, then all outside the `top_p` nucleus of
+    the rest, to -inf.
 
-    A constant added to a row, such as that between logits and log-probabilities, changes nothing but the row itself.
-    The nucleus is the smallest set of likeliest tokens with at least `top_p` of the mass; it holds at least one token.
+    A constant added to a row, such as that between logits and log-probabilities, changes nothing
+    but the row itself. The nucleus is the smallest set of likeliest tokens with at least `top_p` of
+    the mass; it holds at least one token.
     """
     vocab_size = log_probs_RV.shape[-1]
     limit = min(top_k or vocab_size, vocab_size)
@@ -317,7 +374,10 @@ def truncate(log_probs_RV: Tensor, top_k: int, top_p: float) -> Tensor:
         total_R1, num_sorted = torch.ones_like(top_R1, dtype=torch.float64), limit
     else:
         whole = _largest(log_probs_RV, limit) if top_k else log_probs_RV
-        total_R1, num_sorted = (whole - top_R1).exp().sum(-1, keepdim=True, dtype=torch.float64), NUCLEUS
+        total_R1, num_sorted = (
+            (whole - top_R1).exp().sum(-1, keepdim=True, dtype=torch.float64),
+            NUCLEUS,
+        )
     num_R1, least_R1, next_R1 = _nucleus(log_probs_RV, top_R1, total_R1, top_p, limit, num_sorted)
     is_kept_RV, is_tied_R = log_probs_RV >= least_R1, (next_R1 == least_R1).squeeze(-1)
     if is_tied_R.any():
@@ -325,18 +385,26 @@ def truncate(log_probs_RV: Tensor, top_k: int, top_p: float) -> Tensor:
         tied_RV, least_R1 = log_probs_RV[is_tied_R], least_R1[is_tied_R]
         is_above_RV, is_least_RV = tied_RV > least_R1, tied_RV == least_R1
         num_least_R1 = num_R1[is_tied_R] - is_above_RV.sum(-1, keepdim=True)
-        is_kept_RV[is_tied_R] = is_above_RV | (is_least_RV & (is_least_RV.cumsum(-1) <= num_least_R1))
+        is_kept_RV[is_tied_R] = is_above_RV | (
+            is_least_RV & (is_least_RV.cumsum(-1) <= num_least_R1)
+        )
     return log_probs_RV.masked_fill(~is_kept_RV, -torch.inf)
 
 
 def _nucleus(
-    log_probs_RV: Tensor, top_R1: Tensor, total_R1: Tensor, top_p: float, limit: int, num_sorted: int
+    log_probs_RV: Tensor,
+    top_R1: Tensor,
+    total_R1: Tensor,
+    top_p: float,
+    limit: int,
+    num_sorted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How many tokens the nucleus of each row has, how likely its least is, and the likeliest outside (else NaN).
+    """How many tokens the nucleus of each row has, how likely its least is, and the likeliest
+    outside (else NaN).
 
-    Few tokens hold most of the mass as a rule, so few are sorted at first, and more in the rows where that was not
-    enough. `top_R1` is the largest log-probability, `total_R1` the sum of all that may be kept, over its exponential.
-    With `top_p` 1 the first `limit` tokens are kept.
+    Few tokens hold most of the mass as a rule, so few are sorted at first, and more in the rows
+    where that was not enough. `top_R1` is the largest log-probability, `total_R1` the sum of all
+    that may be kept, over its exponential. With `top_p` 1 the first `limit` tokens are kept.
     """
     num_sorted = min(num_sorted, limit)
     sorted_RK = nn.functional.pad(
@@ -352,7 +420,9 @@ def _nucleus(
     if num_sorted < limit and is_open_R.any():
         open_RV, top_R1, total_R1 = log_probs_RV[is_open_R], top_R1[is_open_R], total_R1[is_open_R]
         num_next = GROWTH * num_sorted if GROWTH**2 * num_sorted < limit else limit
-        for mine, theirs in zip(found, _nucleus(open_RV, top_R1, total_R1, top_p, limit, num_next), strict=True):
+        for mine, theirs in zip(
+            found, _nucleus(open_RV, top_R1, total_R1, top_p, limit, num_next), strict=True
+        ):
             mine[is_open_R] = theirs
     return found[0], found[1], found[2]
 
@@ -360,7 +430,8 @@ def _nucleus(
 def _largest(values_RV: Tensor, k: int) -> Tensor:
     """The `k` largest values [R, k] of each row, the largest first.
 
-    The columns are cut into chunks: only in the k chunks with the largest maxima can one of the k be.
+    The columns are cut into chunks: only in the k chunks with the largest maxima can one of the k
+    be.
     """
     length = math.isqrt(values_RV.shape[-1] // k)
     if length < 2:

@@ -1,8 +1,10 @@
-"""The process that renders chat templates: jinja's sandbox under limits of time and memory. It knows no model.
+"""The process that renders chat templates: jinja's sandbox under limits of time and memory. It
+knows no model.
 
-A template is a program that came with a model. It may run for ever or fill the memory, and only a process can be
-stopped. A line of standard input is a request (`templates._Worker` writes it); each of its conversations is answered by
-a line: `{"text": ...}`, or `{"error": ...}`, after which the rest of the request is not rendered.
+A template is a program that came with a model. It may run for ever or fill the memory, and only a
+process can be stopped. A line of standard input is a request (`templates._Worker` writes it); each
+of its conversations is answered by a line: `{"text": ...}`, or `{"error": ...}`, after which the
+rest of the request is not rendered.
 """
 
 import datetime
@@ -50,7 +52,8 @@ class Dict:
 
 
 class Namespace(jinja2.utils.Namespace):
-    """jinja's own, without names that begin with `_`, through which a template could leave the sandbox."""
+    """jinja's own, without names that begin with `_`, through which a template could leave the
+    sandbox."""
 
     def __init__(*args, **kwargs):
         self, *given = args
@@ -74,7 +77,9 @@ def _raise(message: str) -> None:
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -95,9 +100,14 @@ def answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         try:
             template = compiled(request["templates"][conversation.pop("template")])
-            text = template.render(**request["variables"], **conversation, strftime_now=today.strftime)
+            text = template.render(
+                **request["variables"], **conversation, strftime_now=today.strftime
+            )
             if len(text) > MAX_CHARACTERS:
-                answer = {"error": f"writes more than {MAX_CHARACTERS:,} characters", "is_limit": True}
+                answer = {
+                    "error": f"writes more than {MAX_CHARACTERS:,} characters",
+                    "is_limit": True,
+                }
             else:
                 answer = {"text": text}
         except MemoryError:

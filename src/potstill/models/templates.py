@@ -1,4 +1,5 @@
-"""Chat templates: rendered by a process that cannot hang, with a date that stays; what they take, and how turns end."""
+"""Chat templates: rendered by a process that cannot hang, with a date that stays; what they take,
+and how turns end."""
 
 import atexit
 import contextlib
@@ -19,17 +20,20 @@ from potstill.types import DataError, Message
 SECONDS = 2.0
 # Conversations that the process is given at once.
 REQUEST_SIZE = 256
-# What stands for a text, or for its end, when a template is tried out. The space shows whether texts are trimmed.
+# What stands for a text, or for its end, when a template is tried out. The space shows whether
+# texts are trimmed.
 PROBE = "potstill"
 GOES_ON = "potstill-goes-on-here "
-# Names under which a message's reasoning goes; transformers gives it to templates under the first two.
+# Names under which a message's reasoning goes; transformers gives it to templates under the first
+# two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # What every template is given, so no argument may have these names.
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "template")
 
 
 class TemplateError(ValueError):
-    """A conversation that a template does not render: its place in the list, and whether a limit was met."""
+    """A conversation that a template does not render: its place in the list, and whether a limit
+    was met."""
 
     def __init__(self, reason: str, place: int = 0, is_limit: bool = False):
         super().__init__(reason)
@@ -39,7 +43,8 @@ class TemplateError(ValueError):
 class Conversation(NamedTuple):
     """Messages to render, with the tools that may be called.
 
-    ending = "open": the assistant is to answer; "closed": nothing follows; "continued": the last message goes on.
+    ending = "open": the assistant is to answer; "closed": nothing follows; "continued": the last
+    message goes on.
     """
 
     messages: Sequence[Message]
@@ -48,14 +53,19 @@ class Conversation(NamedTuple):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template with all that its texts depend on beside the messages: arguments and a date."""
+    """A tokenizer's chat template with all that its texts depend on beside the messages: arguments
+    and a date."""
 
-    def __init__(self, tokenizer, arguments: Mapping[str, Any] | None = None, date: str | None = None):
+    def __init__(
+        self, tokenizer, arguments: Mapping[str, Any] | None = None, date: str | None = None
+    ):
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
         self.date = date or today()
         if taken := sorted(self.arguments.keys() & set(GIVEN)):
-            raise DataError(f"{taken[0]!r} is given to every template; remove it from data.template_arguments")
+            raise DataError(
+                f"{taken[0]!r} is given to every template; remove it from data.template_arguments"
+            )
 
     def render(self, conversations: Sequence[Conversation]) -> list[str]:
         """The text of each. Raises TemplateError."""
@@ -72,7 +82,8 @@ class ChatTemplate:
 
     @functools.cached_property
     def end_id(self) -> int | None:
-        """What closes the assistant's last turn: the first special token after its words; None if nothing does."""
+        """What closes the assistant's last turn: the first special token after its words; None if
+        nothing does."""
         return self._closing([_user("a"), _assistant(PROBE)])
 
     @functools.cached_property
@@ -103,7 +114,9 @@ class ChatTemplate:
         special |= set(tokenizer.all_special_ids)
         if tokenizer.bos_token_id != tokenizer.eos_token_id:
             special -= {tokenizer.bos_token_id}
-        return next((i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
+        return next(
+            (i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None
+        )
 
     def _shows(self, content: Any) -> bool:
         try:
@@ -114,7 +127,8 @@ class ChatTemplate:
             return False
 
     def _with_content(self, conversation: Conversation) -> Conversation:
-        """Content as the template takes it, with a mark at its end where the last message goes on."""
+        """Content as the template takes it, with a mark at its end where the last message goes
+        on."""
         messages = [_with_reasoning(message) for message in conversation.messages]
         if conversation.ending == "continued":
             messages[-1] = messages[-1] | {"content": text_of(messages[-1]) + GOES_ON}
@@ -144,7 +158,9 @@ class ChatTemplate:
                     "add_generation_prompt": conversation.ending == "open",
                 }
                 for conversation, text in zip(
-                    conversations[first : first + REQUEST_SIZE], texts[first : first + REQUEST_SIZE], strict=True
+                    conversations[first : first + REQUEST_SIZE],
+                    texts[first : first + REQUEST_SIZE],
+                    strict=True,
                 )
             ]
             for answer in _worker(os.getpid()).ask(request | {"conversations": batch}, len(batch)):
@@ -179,7 +195,8 @@ def as_parts(text: str) -> list[dict[str, str]]:
 def lost(conversation: Conversation, rendered: str, num_given: int) -> str | None:
     """What of a conversation stands nowhere in its rendering, in words; None if all is there.
 
-    Of the first `num_given` messages the reasoning is the template's to drop, as is what stands before `</think>`.
+    Of the first `num_given` messages the reasoning is the template's to drop, as is what stands
+    before `</think>`.
     """
     for place, message in enumerate(conversation.messages):
         text = text_of(message)
@@ -244,7 +261,8 @@ class _Worker:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            # -P: the current folder may be a model's that came from elsewhere, and its files are no modules of ours.
+            # -P: the current folder may be a model's that came from elsewhere, and its files are no
+            # modules of ours.
             [sys.executable, "-P", "-m", "potstill.models.template_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -253,7 +271,8 @@ class _Worker:
         )
 
     def ask(self, request: dict[str, Any], num_answers: int) -> list[dict[str, Any]]:
-        """The answers to a request, up to the first error. A process that died, or was left early, is replaced."""
+        """The answers to a request, up to the first error. A process that died, or was left early,
+        is replaced."""
         assert self.process.stdin is not None and self.process.stdout is not None
         answers: list[dict[str, Any]] = []
         is_whole = False
@@ -274,7 +293,10 @@ class _Worker:
 
     def _why_it_died(self) -> dict[str, Any]:
         if self.process.wait() == -signal.SIGPROF:
-            return {"error": f"takes more than {SECONDS:g} s for one conversation", "is_limit": True}
+            return {
+                "error": f"takes more than {SECONDS:g} s for one conversation",
+                "is_limit": True,
+            }
         return {"error": f"ends its process (code {self.process.returncode})", "is_limit": True}
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""Faults of a model's weights: missing, cut short, not finite, too coarse for their learning rate."""
+"""Faults of a model's weights: missing, cut short, not finite, too coarse for their learning
+rate."""
 
 import json
 import re
@@ -22,23 +23,26 @@ ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def refuse_foreign_files(folder: Path) -> None:
-    """Raise ModelError for weights as pickle files alone, an adapter without its model, and pointers of git-lfs."""
+    """Raise ModelError for weights as pickle files alone, an adapter without its model, and
+    pointers of git-lfs."""
     paths = sorted(folder.iterdir())
     pickles = [path.name for path in paths if path.name.endswith(PICKLE_SUFFIXES)]
     if pickles and not any(path.suffix == ".safetensors" for path in paths):
         raise ModelError(
-            f"model folder {str(folder)!r} has its weights only as pickle ({pickles[0]}), which can run code when "
-            "read; convert it to safetensors first"
+            f"model folder {str(folder)!r} has its weights only as pickle ({pickles[0]}), which "
+            "can run code when read; convert it to safetensors first"
         )
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"model folder {str(folder)!r} is an adapter (LoRA and its like), which potstill does not train or read; "
-            "merge it into its model first (merge_and_unload of peft) and save that"
+            f"model folder {str(folder)!r} is an adapter (LoRA and its like), which potstill "
+            "does not train or read; merge it into its model first (merge_and_unload of peft) "
+            "and save that"
         )
     for path in paths:
         if path.is_file() and _starts_with(path, LFS_POINTER):
             raise ModelError(
-                f"{str(path)!r} is a pointer of git-lfs and not the file itself; run `git lfs pull` in its folder"
+                f"{str(path)!r} is a pointer of git-lfs and not the file itself; run `git lfs "
+                "pull` in its folder"
             )
 
 
@@ -48,16 +52,21 @@ def _starts_with(path: Path, start: bytes) -> bool:
 
 
 def refuse_unread_settings(folder: Path) -> None:
-    """Raise ModelError for generation settings that are no JSON object; transformers would do without them unasked."""
+    """Raise ModelError for generation settings that are no JSON object; transformers would do
+    without them unasked."""
     path = folder / "generation_config.json"
     if not path.exists():
         return
     try:
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{str(path)!r} is damaged ({error}); get the file again, or remove it") from None
+        raise ModelError(
+            f"{str(path)!r} is damaged ({error}); get the file again, or remove it"
+        ) from None
     if not isinstance(settings, dict):
-        raise ModelError(f"{str(path)!r} is damaged (not a JSON object); get the file again, or remove it")
+        raise ModelError(
+            f"{str(path)!r} is damaged (not a JSON object); get the file again, or remove it"
+        )
 
 
 def refuse_unread_file(folder: Path) -> None:
@@ -70,36 +79,43 @@ def refuse_unread_file(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             reason = " ".join(str(error).split())
-            raise ModelError(f"{str(path)!r} is damaged or cut ({reason}); get the file again") from None
+            raise ModelError(
+                f"{str(path)!r} is damaged or cut ({reason}); get the file again"
+            ) from None
 
 
 def refuse_wrong_weights(name: str, model: nn.Module, info: dict[str, Any]) -> None:
-    """Raise ModelError if `info`, what transformers tells of loading, has weights that are missing or do not fit.
+    """Raise ModelError if `info`, what transformers tells of loading, has weights that are missing
+    or do not fit.
 
-    Weights that are tied to others are not missing. Files may hold what this architecture has no use for, such as the
-    eyes of a model that is used for text, but not more layers than the configuration has.
+    Weights that are tied to others are not missing. Files may hold what this architecture has no
+    use for, such as the eyes of a model that is used for text, but not more layers than the
+    configuration has.
     """
     unexpected = set(info["unexpected_keys"])
     if missing := set(info["missing_keys"]):
         held = f" and hold {_listed(unexpected)} instead (is there a prefix?)" if unexpected else ""
         raise ModelError(
-            f"model {name!r}: its files lack {_listed(missing)}{held}; these would be drawn at random: get the whole "
-            "model"
+            f"model {name!r}: its files lack {_listed(missing)}{held}; these would be drawn at "
+            "random: get the whole model"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         key, in_file, in_model = mismatched[0]
         raise ModelError(
-            f"model {name!r}: {len(mismatched)} weights have another size in its files than its config.json says "
-            f"({key}: {list(in_file)} there, {list(in_model)} by config.json); the two do not belong together"
+            f"model {name!r}: {len(mismatched)} weights have another size in its files than its "
+            f"config.json says ({key}: {list(in_file)} there, {list(in_model)} by config.json); "
+            "the two do not belong together"
         )
     places = {_without_numbers(key) for key in model.state_dict()}
     if more := {key for key in unexpected if _without_numbers(key) in places or "lora_" in key}:
         raise ModelError(
-            f"model {name!r}: its files hold {_listed(more)}, for which its config.json has no place; they would be "
-            "left out: the two do not belong together"
+            f"model {name!r}: its files hold {_listed(more)}, for which its config.json has no "
+            "place; they would be left out: the two do not belong together"
         )
     if info["error_msgs"]:
-        raise ModelError(f"model {name!r} cannot be loaded: {' '.join(str(info['error_msgs'][0]).split())[:300]}")
+        raise ModelError(
+            f"model {name!r} cannot be loaded: {' '.join(str(info['error_msgs'][0]).split())[:300]}"
+        )
 
 
 def _without_numbers(key: str) -> str:
@@ -121,22 +137,25 @@ def refuse_non_finite(name: str, parameters: Iterable[tuple[str, torch.Tensor]])
             low, high = torch.aminmax(weight)
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise ModelError(
-                    f"model {name!r}: the weights are not finite: {key} holds {_non_finite_value(weight)}; the files "
-                    "are damaged or a training has diverged: get or train the model again"
+                    f"model {name!r}: the weights are not finite: {key} holds "
+                    f"{_non_finite_value(weight)}; the files are damaged or a training has "
+                    "diverged: get or train the model again"
                 )
 
 
 def _non_finite_value(weight: torch.Tensor) -> str:
     num_nan, num_inf = int(weight.isnan().sum()), int(weight.isinf().sum())
-    return " and ".join(f"{num} {what}" for num, what in ((num_nan, "NaN"), (num_inf, "infinite")) if num)
+    return " and ".join(
+        f"{num} {what}" for num, what in ((num_nan, "NaN"), (num_inf, "infinite")) if num
+    )
 
 
 @torch.no_grad()
 def share_that_moves(weights: Iterable[torch.Tensor], step: float) -> float:
     """The share of weights that change when `step` is added to each or taken from it.
 
-    A bfloat16 weight keeps 8 bits: it changes if the step is at least half of the distance to the next one, and else
-    is rounded back to what it was.
+    A bfloat16 weight keeps 8 bits: it changes if the step is at least half of the distance to the
+    next one, and else is rounded back to what it was.
     """
     num = num_moved = 0
     for weight in weights:
@@ -152,19 +171,21 @@ def share_that_moves(weights: Iterable[torch.Tensor], step: float) -> float:
 
 
 def cautions(model: Any, lr: float) -> list[str]:
-    """What a user should know of the training of this Hugging Face model at a peak learning rate, before it begins."""
+    """What a user should know of the training of this Hugging Face model at a peak learning rate,
+    before it begins."""
     lines = []
     share = share_that_moves(model.parameters(), lr)
     if share < FEW_MOVE:
         lines.append(
-            f"warning: the student's weights are in bfloat16, which rounds small updates away: a step of {lr:g} can "
-            f'change {share:.2%} of them; use student.dtype = "float32" with train.compute_dtype = "bfloat16"'
+            "warning: the student's weights are in bfloat16, which rounds small updates away: a "
+            f'step of {lr:g} can change {share:.2%} of them; use student.dtype = "float32" with '
+            'train.compute_dtype = "bfloat16"'
         )
     config = model.config.get_text_config()
     for name in ROUTER_LOSSES:
         if weight := getattr(config, name, None):
             lines.append(
-                f"the student is a mixture of experts: its router's load-balancing loss ({name} = {weight:g}) is not "
-                "part of the loss of this training"
+                f"the student is a mixture of experts: its router's load-balancing loss ({name} "
+                f"= {weight:g}) is not part of the loss of this training"
             )
     return lines

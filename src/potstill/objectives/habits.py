@@ -1,8 +1,9 @@
 """End habits: how likely each end token is to both models where completions end.
 
-Two models can declare the same end tokens and end on different ones. Whoever writes decides where a completion ends; at
-the position of its end token both models' probabilities follow from hidden states, a few rows of each head and the
-log-sum-exps of the loss, so they are exact and cost next to nothing.
+Two models can declare the same end tokens and end on different ones. Whoever writes decides where a
+completion ends; at the position of its end token both models' probabilities follow from hidden
+states, a few rows of each head and the log-sum-exps of the loss, so they are exact and cost next to
+nothing.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ def writer_of_ends(objective: Objective) -> str:
 
 
 def what_is_unknown(objective: Objective, ends: Ends) -> str | None:
-    """Why a run cannot know the teacher's habits, in a line; None where it can or nothing is compared."""
+    """Why a run cannot know the teacher's habits, in a line; None where it can or nothing is
+    compared."""
     if not ends.compared_ids or objective.signal == "labels" or objective.baseline == "exact":
         return None
     reason = {
@@ -47,8 +49,11 @@ def positions_of_ends(rollouts: Sequence[Rollout], objective: Objective, ends: E
 
 
 @torch.no_grad()
-def end_probs(hidden_ND: Tensor, head: Head, ids: Sequence[int], log_sum_exp_N: Tensor, temperature: float) -> Tensor:
-    """The probability of each of these K ids, [N, K], under the distribution whose log-sum-exp is given."""
+def end_probs(
+    hidden_ND: Tensor, head: Head, ids: Sequence[int], log_sum_exp_N: Tensor, temperature: float
+) -> Tensor:
+    """The probability of each of these K ids, [N, K], under the distribution whose log-sum-exp is
+    given."""
     bias = None if head.bias_V is None else head.bias_V[list(ids)]
     rows = dataclasses.replace(head, weight_VD=head.weight_VD[list(ids)], bias_V=bias)
     return (rows(hidden_ND) / temperature - log_sum_exp_N[:, None]).exp()
@@ -65,8 +70,8 @@ def habit_sums(
 ) -> dict[str, float]:
     """Sums over the ends in a batch: how many, and both models' probability of each compared id.
 
-    `student` and `teacher` are hidden states of the loss tokens and a head; the teacher's has no part where its
-    log-sum-exps are not known. Nothing at all where there is one end token.
+    `student` and `teacher` are hidden states of the loss tokens and a head; the teacher's has no
+    part where its log-sum-exps are not known. Nothing at all where there is one end token.
     """
     if not ends.compared_ids:
         return {}
@@ -76,14 +81,21 @@ def habit_sums(
     if teacher is not None and stats.teacher_log_sum_exp_N is not None:
         sides.append(("teacher", teacher, stats.teacher_log_sum_exp_N))
     for who, (hidden, head), log_sum_exp_N in sides:
-        probs = end_probs(hidden[places], head, ends.compared_ids, log_sum_exp_N[places], objective.temperature)
+        probs = end_probs(
+            hidden[places], head, ends.compared_ids, log_sum_exp_N[places], objective.temperature
+        )
         totals = probs.double().sum(0).tolist()
-        sums |= {f"end/{who}/{i}": total for i, total in zip(ends.compared_ids, totals, strict=True)}
+        sums |= {
+            f"end/{who}/{i}": total for i, total in zip(ends.compared_ids, totals, strict=True)
+        }
     return sums
 
 
-def step_habits(sums: Mapping[str, float], objective: Objective, ends: Ends, tokenizer) -> dict[str, Any]:
-    """A step's `end_habits` for the run log: whose ends, how many, and mean probabilities by the token's name."""
+def step_habits(
+    sums: Mapping[str, float], objective: Objective, ends: Ends, tokenizer
+) -> dict[str, Any]:
+    """A step's `end_habits` for the run log: whose ends, how many, and mean probabilities by the
+    token's name."""
     num = int(sums["num_ends"])
     habits: dict[str, Any] = {"ends_of": writer_of_ends(objective), "num_ends": num}
     names = end_names(tokenizer, ends.compared_ids)
@@ -95,7 +107,8 @@ def step_habits(sums: Mapping[str, float], objective: Objective, ends: Ends, tok
 
 
 def disagreement(habits: dict[str, Any], ends: Ends, tokenizer) -> str | None:
-    """A warning where the two models' likeliest end tokens differ; None where they agree or one is not known."""
+    """A warning where the two models' likeliest end tokens differ; None where they agree or one is
+    not known."""
     if "student" not in habits or "teacher" not in habits:
         return None
     student, teacher = habits["student"], habits["teacher"]
@@ -107,11 +120,11 @@ def disagreement(habits: dict[str, Any], ends: Ends, tokenizer) -> str | None:
         treated = "they are one class in the loss, so that each may go on as it does"
     else:
         treated = (
-            "the loss keeps them apart, so that the student is pushed from the one to the other, and for a while none "
-            "may end its responses: look at length and truncation"
+            "the loss keeps them apart, so that the student is pushed from the one to the other, "
+            "and for a while none may end its responses: look at length and truncation"
         )
     return (
-        f"warning: where the {habits['ends_of']}'s completions end, the student would end with {mine} "
-        f"({student[mine]:.1%}, the teacher {teacher[mine]:.1%}) and the teacher with {theirs} ({teacher[theirs]:.1%}, "
-        f"the student {student[theirs]:.1%}); {treated}"
+        f"warning: where the {habits['ends_of']}'s completions end, the student would end with "
+        f"{mine} ({student[mine]:.1%}, the teacher {teacher[mine]:.1%}) and the teacher with "
+        f"{theirs} ({teacher[theirs]:.1%}, the student {student[theirs]:.1%}); {treated}"
     )

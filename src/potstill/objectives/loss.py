@@ -1,6 +1,8 @@
-"""Batch to loss: hidden states of both models at the loss tokens, both heads, the divergence, and its statistics.
+"""Batch to loss: hidden states of both models at the loss tokens, both heads, the divergence, and
+its statistics.
 
-Losses are sums. The one divisor, a count over the whole optimiser step, comes from the training loop.
+Losses are sums. The one divisor, a count over the whole optimiser step, comes from the training
+loop.
 """
 
 import dataclasses
@@ -26,11 +28,12 @@ from potstill.types import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What the loss of a run is, fixed before the first step but for `forward_weight`, which a schedule may change.
+    """What the loss of a run is, fixed before the first step but for `forward_weight`, which a
+    schedule may change.
 
-    `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one class in the
-    divergence (`ends.find_ends`). `budget` (bytes) and `backend`
-    are those of `fused_loss` and change no result.
+    `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one
+    class in the divergence (`ends.find_ends`). `budget` (bytes) and `backend` are those of
+    `fused_loss` and change no result.
     """
 
     objective: Objective
@@ -43,7 +46,8 @@ class Loss:
     forward_weight: float | None = None
 
     def divisor(self, rollouts: list[Rollout]) -> int:
-        """This rank's part of the step's one divisor: its loss tokens, or its sequences that have any."""
+        """This rank's part of the step's one divisor: its loss tokens, or its sequences that have
+        any."""
         counts = [sum(rollout.trained) for rollout in rollouts]
         return sum(counts) if self.normalize == "token" else sum(count > 0 for count in counts)
 
@@ -74,8 +78,8 @@ class Loss:
 
 @torch.no_grad()
 def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
-    """All that is known of the teacher at a batch's N loss tokens: hidden states [N, E], or what a cache keeps; None
-    where the written tokens are the signal.
+    """All that is known of the teacher at a batch's N loss tokens: hidden states [N, E], or what a
+    cache keeps; None where the written tokens are the signal.
     """
     if loss.objective.signal == "labels":
         return None
@@ -85,15 +89,19 @@ def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tenso
 
 @torch.no_grad()
 def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
-    """What the teacher says at a batch's N loss tokens: hidden states [N, E], live or from the cache, or for
-    `signal = "topk"` its likeliest tokens; None where the written tokens are the signal.
+    """What the teacher says at a batch's N loss tokens: hidden states [N, E], live or from the
+    cache, or for `signal = "topk"` its likeliest tokens; None where the written tokens are the
+    signal.
     """
     return signal_of(known_of_teacher(teacher, batch, loss), teacher, loss)
 
 
 @torch.no_grad()
-def signal_of(known: Tensor | TopK | None, teacher: Teacher | None, loss: Loss) -> Tensor | TopK | None:
-    """What the loss takes of `known_of_teacher`: all of it, or for `signal = "topk"` the likeliest tokens."""
+def signal_of(
+    known: Tensor | TopK | None, teacher: Teacher | None, loss: Loss
+) -> Tensor | TopK | None:
+    """What the loss takes of `known_of_teacher`: all of it, or for `signal = "topk"` the likeliest
+    tokens."""
     if known is None or loss.objective.signal != "topk":
         return known
     if isinstance(known, TopK):
@@ -114,19 +122,23 @@ def batch_loss(
     returns_N: Tensor | None = None,
     hidden_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
-    """The weighted sum of the loss over the N loss tokens of a batch, over `divisor`; the loss of each; statistics.
+    """The weighted sum of the loss over the N loss tokens of a batch, over `divisor`; the loss of
+    each; statistics.
 
-    Returns `(loss_sum, loss_N, stats)`; only the first carries a gradient. `signal` is what `teacher_signal` gives; it
-    is None for hard labels, whose loss is the cross-entropy of the written token. `returns_N` is what each written
-    token answers for beside its own KL: as a constant, times the token's log-probability, it is added to the loss.
-    `hidden_ND` is what `student_rows` gives, where the caller has it already. Raises NonFiniteError for logits that are
+    Returns `(loss_sum, loss_N, stats)`; only the first carries a gradient. `signal` is what
+    `teacher_signal` gives; it is None for hard labels, whose loss is the cross-entropy of the
+    written token. `returns_N` is what each written token answers for beside its own KL: as a
+    constant, times the token's log-probability, it is added to the loss. `hidden_ND` is what
+    `student_rows` gives, where the caller has it already. Raises NonFiniteError for logits that are
     not finite.
     """
     hidden_ND = student_rows(student, batch, loss) if hidden_ND is None else hidden_ND
     weights_N = token_weights(batch, loss, torch.promote_types(hidden_ND.dtype, torch.float32))
     labels_N = batch.target_ids_BT[batch.loss_mask_BT]
     if isinstance(signal, TopK):
-        loss_N, stats = top_k_loss(hidden_ND, student.head, signal, loss.terms(), **loss.shared_options())
+        loss_N, stats = top_k_loss(
+            hidden_ND, student.head, signal, loss.terms(), **loss.shared_options()
+        )
         return _weighted_sum(loss_N, weights_N, divisor), loss_N.detach(), stats
     teacher_head = None if signal is None or teacher is None else teacher.head
     sides = (hidden_ND, student.head, signal, teacher_head)
@@ -150,8 +162,11 @@ def batch_loss(
 
 def student_rows(student: LanguageModel, batch: Batch, loss: Loss) -> Tensor:
     """The student's hidden states [N, D] at a batch's loss tokens."""
-    # Only the backbone computes in the lower type: bfloat16 logits would bias the gradient and the entropy.
-    with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"):
+    # Only the backbone computes in the lower type: bfloat16 logits would bias the gradient and the
+    # entropy.
+    with torch.autocast(
+        batch.input_ids_BT.device.type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"
+    ):
         return student(batch.input_ids_BT)[batch.loss_mask_BT]
 
 
@@ -161,7 +176,12 @@ def _weighted_sum(loss_N: Tensor, weights_N: Tensor | None, divisor: float) -> T
 
 def positions(batch: Batch) -> Tensor:
     """The place [N] of each loss token in its completion, from 0."""
-    places = [i for rollout in batch.rollouts for i, is_trained in enumerate(rollout.trained) if is_trained]
+    places = [
+        i
+        for rollout in batch.rollouts
+        for i, is_trained in enumerate(rollout.trained)
+        if is_trained
+    ]
     return torch.tensor(places, device=batch.loss_mask_BT.device)
 
 
@@ -180,21 +200,28 @@ def token_weights(batch: Batch, loss: Loss, dtype: torch.dtype) -> Tensor | None
 
 
 @torch.no_grad()
-def later_costs(student: LanguageModel, teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor:
+def later_costs(
+    student: LanguageModel, teacher: Teacher | None, batch: Batch, loss: Loss
+) -> Tensor:
     """The return [N] of each loss token of a batch (nats); takes a forward pass of both models."""
     hidden_ND = student_rows(student, batch, loss)
     signal = teacher_signal(teacher, batch, loss)
-    assert isinstance(signal, Tensor) and teacher is not None, "the recipe asks for a teacher's whole signal"
+    assert isinstance(signal, Tensor) and teacher is not None, (
+        "the recipe asks for a teacher's whole signal"
+    )
     stats = fused_statistics(hidden_ND, student.head, signal, teacher.head, **loss.shared_options())
     assert stats.reverse_kl_N is not None
     return returns_to_go(stats.reverse_kl_N, batch, loss.objective.gamma)
 
 
-def without_baseline(returns: Sequence[Tensor], batches: Sequence[Batch], world: World) -> list[Tensor]:
-    """Each return minus the mean of the other rollouts' at its position, over all batches of a step and all ranks.
+def without_baseline(
+    returns: Sequence[Tensor], batches: Sequence[Batch], world: World
+) -> list[Tensor]:
+    """Each return minus the mean of the other rollouts' at its position, over all batches of a step
+    and all ranks.
 
-    The others know nothing of the token that was drawn, so no expectation changes; where no other rollout came as far
-    there is nothing to subtract.
+    The others know nothing of the token that was drawn, so no expectation changes; where no other
+    rollout came as far there is nothing to subtract.
     """
     places = [positions(batch) for batch in batches]
     length = distributed.max_over_ranks(max(int(each.max()) for each in places) + 1, world)
@@ -202,24 +229,33 @@ def without_baseline(returns: Sequence[Tensor], batches: Sequence[Batch], world:
     for returns_N, places_N in zip(returns, places, strict=True):
         ones_N = torch.ones_like(returns_N, dtype=torch.float64)
         sums_2L.index_add_(1, places_N.cpu(), torch.stack([returns_N.double(), ones_N]).cpu())
-    total_L, count_L = torch.tensor(distributed.sum_over_ranks(sums_2L.flatten().tolist(), world)).view(2, length)
+    total_L, count_L = torch.tensor(
+        distributed.sum_over_ranks(sums_2L.flatten().tolist(), world)
+    ).view(2, length)
     centred = []
     for returns_N, places_N in zip(returns, places, strict=True):
-        others_N, sum_N = count_L[places_N.cpu()] - 1, total_L[places_N.cpu()] - returns_N.double().cpu()
+        others_N, sum_N = (
+            count_L[places_N.cpu()] - 1,
+            total_L[places_N.cpu()] - returns_N.double().cpu(),
+        )
         mean_N = torch.where(others_N > 0, sum_N / others_N.clamp(min=1), 0.0)
         centred.append(returns_N - mean_N.to(returns_N))
     return centred
 
 
 def returns_to_go(kl_N: Tensor, batch: Batch, gamma: float) -> Tensor:
-    """What the later tokens of its rollout cost each token [N]: sum over u > t of gamma^(u - t) KL_u, in nats.
+    """What the later tokens of its rollout cost each token [N]: sum over u > t of gamma^(u - t)
+    KL_u, in nats.
 
-    KL_u is the exact reverse KL at position u, the mean of the log-ratio that a policy gradient would take there
-    (docs/theory.md, section 3). With gamma = 1, the local gradient plus that of sum_t returns_t log q(y_t) is the
-    gradient of the sequence's reverse KL.
+    KL_u is the exact reverse KL at position u, the mean of the log-ratio that a policy gradient
+    would take there (docs/theory.md, section 3). With gamma = 1, the local gradient plus that of
+    sum_t returns_t log q(y_t) is the gradient of the sequence's reverse KL.
     """
     lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
-    is_there_BL = torch.arange(max(lengths), device=kl_N.device) < torch.tensor(lengths, device=kl_N.device)[:, None]
+    is_there_BL = (
+        torch.arange(max(lengths), device=kl_N.device)
+        < torch.tensor(lengths, device=kl_N.device)[:, None]
+    )
     costs_BL = kl_N.new_zeros(is_there_BL.shape)
     costs_BL[is_there_BL] = kl_N
     returns_BL = torch.zeros_like(costs_BL)
@@ -236,17 +272,21 @@ def sampled_loss(
     labels_N: Tensor,
     loss: Loss,
 ) -> tuple[Tensor, Tensor, TokenStats]:
-    """An estimate of a KL from the log-probability that each model gives to the token which the student drew.
+    """An estimate of a KL from the log-probability that each model gives to the token which the
+    student drew.
 
-    Returns `(loss_N, value_N, stats)`: what is differentiated, the estimates, and statistics. With k = log q/p at y ~ q
-    (docs/theory.md, section 5; Tang & Munos, arXiv 2506.09477), the expected gradient is that of
+    Returns `(loss_N, value_N, stats)`: what is differentiated, the estimates, and statistics. With
+    k = log q/p at y ~ q (docs/theory.md, section 5; Tang & Munos, arXiv 2506.09477), the expected
+    gradient is that of
 
-        k1 = k as a constant reward     -(-k - b) log q(y), the local reverse KL, with any baseline b that ignores y
-        k2 = k^2 / 2, differentiated    the local reverse KL
-        k3 = e^-k - 1 + k, differentiated    the forward KL, whatever it is called elsewhere
-        k1, differentiated              zero; not offered
+        k1 = k as a constant reward     -(-k - b) log q(y), the local reverse KL, with any baseline
+        b that ignores y k2 = k^2 / 2, differentiated    the local reverse KL k3 = e^-k - 1 + k,
+        differentiated    the forward KL, whatever it is called elsewhere k1, differentiated
+        zero; not offered
     """
-    assert teacher_hidden_NE is not None and teacher_head is not None, "prepare loads a teacher for this signal"
+    assert teacher_hidden_NE is not None and teacher_head is not None, (
+        "prepare loads a teacher for this signal"
+    )
     options: dict[str, Any] = {"labels_N": labels_N} | loss.shared_options()
     if loss.objective.baseline == "exact":
         stats = fused_statistics(hidden_ND, head, teacher_hidden_NE, teacher_head, **options)
@@ -254,7 +294,9 @@ def sampled_loss(
     else:
         stats = fused_statistics(hidden_ND, head, **options)
         with torch.no_grad():
-            teacher_log_prob_N = fused_statistics(teacher_hidden_NE, teacher_head, **options).student_log_prob_N
+            teacher_log_prob_N = fused_statistics(
+                teacher_hidden_NE, teacher_head, **options
+            ).student_log_prob_N
     log_prob_N = stats.student_log_prob_N
     assert log_prob_N is not None and teacher_log_prob_N is not None, "labels are given"
     k_N = log_prob_N - teacher_log_prob_N

@@ -1,4 +1,5 @@
-"""Chat examples as texts: the prompt, and the completion in turns, of which the assistant's are trained on."""
+"""Chat examples as texts: the prompt, and the completion in turns, of which the assistant's are
+trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ OTHER = "\ue000"
 
 
 class Texts(NamedTuple):
-    """A rendered example: its prompt, and the (text, is it trained on) turns of a completion that is of messages."""
+    """A rendered example: its prompt, and the (text, is it trained on) turns of a completion that
+    is of messages."""
 
     prompt: str
     turns: tuple[tuple[str, bool], ...] = ()
@@ -20,9 +22,11 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """An example as a conversation: what is given as the prompt, and all messages, those from `first` on answers.
+    """An example as a conversation: what is given as the prompt, and all messages, those from
+    `first` on answers.
 
-    Where what is given ends with words of the assistant's, these and the completion are one message.
+    Where what is given ends with words of the assistant's, these and the completion are one
+    message.
     """
 
     example: Example
@@ -47,13 +51,22 @@ class Chat:
 
 def make_chat(example: Example) -> Chat:
     """The conversation of an example; a prompt that is a string is what a user says."""
-    given = ({"role": "user", "content": example.prompt},) if isinstance(example.prompt, str) else example.prompt
+    given = (
+        ({"role": "user", "content": example.prompt},)
+        if isinstance(example.prompt, str)
+        else example.prompt
+    )
     answers = answers_of(example)
     if given[-1]["role"] != "assistant" or not answers:
         return Chat(example=example, given=given, messages=(*given, *answers), first=len(given))
     words = text_of(given[-1]) + text_of(answers[0])
     joined = given[-1] | answers[0] | {"content": words}
-    return Chat(example=example, given=given, messages=(*given[:-1], joined, *answers[1:]), first=len(given) - 1)
+    return Chat(
+        example=example,
+        given=given,
+        messages=(*given[:-1], joined, *answers[1:]),
+        first=len(given) - 1,
+    )
 
 
 def answers_of(example: Example) -> tuple[Message, ...]:
@@ -61,32 +74,46 @@ def answers_of(example: Example) -> tuple[Message, ...]:
     return tuple(part for part in example.completion or () if isinstance(part, dict))
 
 
-def render_examples(examples: Sequence[Example], template: ChatTemplate, end_ids: Sequence[int] | None) -> list[Texts]:
-    """Each example's prompt; with the `end_ids` of a run also its turns, where its completion is of messages.
+def render_examples(
+    examples: Sequence[Example], template: ChatTemplate, end_ids: Sequence[int] | None
+) -> list[Texts]:
+    """Each example's prompt; with the `end_ids` of a run also its turns, where its completion is of
+    messages.
 
     Raises DataError that names the example.
     """
     chats = [make_chat(example) for example in examples]
     prompts = _render(chats, [chat.prompt() for chat in chats], template)
-    places = [place for place, chat in enumerate(chats) if end_ids is not None and answers_of(chat.example)]
+    places = [
+        place
+        for place, chat in enumerate(chats)
+        if end_ids is not None and answers_of(chat.example)
+    ]
     answered = [chats[place] for place in places]
     wholes = _render(answered, [chat.whole() for chat in answered], template)
     whole_at = dict(zip(places, wholes, strict=True))
-    closing = tuple(map(template.tokenizer.convert_ids_to_tokens, closing_ids(template, end_ids or ())))
+    closing = tuple(
+        map(template.tokenizer.convert_ids_to_tokens, closing_ids(template, end_ids or ()))
+    )
     texts = []
     for place, (chat, prompt) in enumerate(zip(chats, prompts, strict=True)):
         whole = whole_at.get(place)
-        texts.append(Texts(prompt, () if whole is None else _turns(chat, prompt, whole, template, closing)))
+        texts.append(
+            Texts(prompt, () if whole is None else _turns(chat, prompt, whole, template, closing))
+        )
     return texts
 
 
 def closing_ids(template: ChatTemplate, end_ids: Sequence[int]) -> tuple[int, ...]:
-    """What may close a turn of the assistant's: the template's own, in the middle or at the end, or an end token."""
+    """What may close a turn of the assistant's: the template's own, in the middle or at the end, or
+    an end token."""
     own = [i for i in (template.end_id, template.middle_end_id) if i is not None]
     return tuple(dict.fromkeys((*own, *end_ids)))
 
 
-def _render(chats: Sequence[Chat], conversations: Sequence[Conversation], template: ChatTemplate) -> list[str]:
+def _render(
+    chats: Sequence[Chat], conversations: Sequence[Conversation], template: ChatTemplate
+) -> list[str]:
     try:
         texts = template.render(conversations)
     except TemplateError as error:
@@ -104,20 +131,31 @@ def _turns(
 ) -> tuple[tuple[str, bool], ...]:
     """What the template writes after the prompt, up to the end of the assistant's last turn.
 
-    A turn of the assistant's begins where the template would have it begin to write, and ends after the last closing
-    token before the next message. Raises DataError for a template that writes the same turn in two ways.
+    A turn of the assistant's begins where the template would have it begin to write, and ends after
+    the last closing token before the next message. Raises DataError for a template that writes the
+    same turn in two ways.
     """
-    places = [i for i in range(chat.first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"]
+    places = [
+        i for i in range(chat.first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"
+    ]
     turns: list[tuple[str, bool]] = []
     done = len(prompt)
     for place in places:
-        before = prompt if place == chat.first else _render([chat], [chat.before(place)], template)[0]
+        before = (
+            prompt if place == chat.first else _render([chat], [chat.before(place)], template)[0]
+        )
         if not whole.startswith(before):
             raise chat.refuse(_two_ways(before, whole))
         start, bound = len(before), _next_start(chat, place, whole, template)
-        ends = [whole.rfind(token, start, bound) + len(token) for token in closing if token in whole[start:bound]]
+        ends = [
+            whole.rfind(token, start, bound) + len(token)
+            for token in closing
+            if token in whole[start:bound]
+        ]
         if not ends and place != places[-1]:
-            raise chat.refuse(f"does not close the assistant's message {place}, so what is its is not known")
+            raise chat.refuse(
+                f"does not close the assistant's message {place}, so what is its is not known"
+            )
         end = max(ends, default=len(whole.rstrip()))
         turns += [(whole[done:start], False), (whole[start:end], True)]
         done = end
@@ -125,13 +163,18 @@ def _turns(
 
 
 def _next_start(chat: Chat, place: int, whole: str, template: ChatTemplate) -> int:
-    """Where the content of the message after a place begins, or what stands before it; the end after the last."""
+    """Where the content of the message after a place begins, or what stands before it; the end
+    after the last."""
     if place + 1 == len(chat.messages):
         return len(whole)
     following = chat.messages[place + 1]
     if following["role"] == "assistant":
         return len(_render([chat], [chat.before(place + 1)], template)[0])
-    messages = (*chat.messages[: place + 1], following | {"content": OTHER}, *chat.messages[place + 2 :])
+    messages = (
+        *chat.messages[: place + 1],
+        following | {"content": OTHER},
+        *chat.messages[place + 2 :],
+    )
     (other,) = _render([chat], [chat.whole()._replace(messages=messages)], template)
     return _num_common(whole, other)
 
@@ -139,11 +182,14 @@ def _next_start(chat: Chat, place: int, whole: str, template: ChatTemplate) -> i
 def _two_ways(before: str, whole: str) -> str:
     same = _num_common(before, whole)
     return (
-        f"writes {before[same : same + 40]!r} before an answer that is to come and {whole[same : same + 40]!r} where "
-        "the answer is there; give the completion as a string, which is taken as it is, or set data.template_arguments"
+        f"writes {before[same : same + 40]!r} before an answer that is to come and "
+        f"{whole[same : same + 40]!r} where the answer is there; give the completion as a "
+        "string, which is taken as it is, or set data.template_arguments"
     )
 
 
 def _num_common(a: str, b: str) -> int:
     """How many characters two texts begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

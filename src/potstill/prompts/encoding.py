@@ -1,4 +1,5 @@
-"""From texts to token ids: prompts with one start, completions with one end, and prompts that are too long."""
+"""From texts to token ids: prompts with one start, completions with one end, and prompts that are
+too long."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,8 @@ Completion = tuple[tuple[int, ...], tuple[bool, ...]]
 class Encoding:
     """A tokenizer's way with texts that stand alone, and with texts that go on after others.
 
-    `start_ids` is what it puts before a text. What it puts after one is no part of a prompt: nothing follows an end.
+    `start_ids` is what it puts before a text. What it puts after one is no part of a prompt:
+    nothing follows an end.
     """
 
     def __init__(self, tokenizer):
@@ -39,7 +41,8 @@ class Encoding:
         return tuple(ids[: len(self.start_ids)]) == self.start_ids
 
     def continuation(self, text: str) -> tuple[int, ...]:
-        """A text that follows another: without the space that some tokenizers put before every text."""
+        """A text that follows another: without the space that some tokenizers put before every
+        text."""
         if self.adds_space:
             line, ids = self.encode("\n"), self.encode("\n" + text)
             if ids[: len(line)] == line:
@@ -48,16 +51,25 @@ class Encoding:
 
 
 def close_completion(
-    example: Example, texts: Texts | None, encoding: Encoding, template: ChatTemplate, end_ids: Sequence[int]
+    example: Example,
+    texts: Texts | None,
+    encoding: Encoding,
+    template: ChatTemplate,
+    end_ids: Sequence[int],
 ) -> Completion:
-    """The tokens of a completion, and which are trained on. This is the one place that decides what ends it.
+    """The tokens of a completion, and which are trained on. This is the one place that decides what
+    ends it.
 
-    After a rendered prompt that is what the template closes the assistant's turn with. After a prompt taken as it is
-    (`texts` is None) it is the end that the text has itself, or else the document's, the first of `end_ids`. Raises
-    DataError for a completion that is not there, or that goes on after its end.
+    After a rendered prompt that is what the template closes the assistant's turn with. After a
+    prompt taken as it is (`texts` is None) it is the end that the text has itself, or else the
+    document's, the first of `end_ids`. Raises DataError for a completion that is not there, or that
+    goes on after its end.
     """
     if example.completion is None:
-        raise DataError(f'{example.name} has no completion, which objective.prefix = "dataset" needs; add the column')
+        raise DataError(
+            f'{example.name} has no completion, which objective.prefix = "dataset" needs; add '
+            "the column"
+        )
     ids: list[int] = []
     trained: list[bool] = []
     if texts is not None and texts.turns:
@@ -84,15 +96,18 @@ def close_completion(
     return (*ids[:num], end_id), (*trained[:num], True)
 
 
-def _num_before_end(ids: Sequence[int], closing: Sequence[int], end_ids: Sequence[int], example: Example) -> int:
-    """How many tokens come before the end that a text has, if it has one. Raises DataError if there are more after."""
+def _num_before_end(
+    ids: Sequence[int], closing: Sequence[int], end_ids: Sequence[int], example: Example
+) -> int:
+    """How many tokens come before the end that a text has, if it has one. Raises DataError if there
+    are more after."""
     num = len(ids)
     while num and ids[num - 1] in closing:
         num -= 1
     if any(i in end_ids for i in ids[:num]):
         raise DataError(
-            f"{example.name}: the completion goes on after an end token, and nothing follows an end; cut the text "
-            "there, or make a row of each part"
+            f"{example.name}: the completion goes on after an end token, and nothing follows an "
+            "end; cut the text there, or make a row of each part"
         )
     return num
 
@@ -104,14 +119,16 @@ def _segments(example: Example) -> Sequence[tuple[str, bool]]:
         return example.completion  # pyright: ignore[reportReturnType]
     if len(answers) > 1 or set(answers[0]) != {"role", "content"}:
         raise DataError(
-            f"{example.name}: its completion is of several messages, or has more than content, and its prompt is taken "
-            'as it is; set data.template = "chat", or give the completion as a string'
+            f"{example.name}: its completion is of several messages, or has more than content, "
+            'and its prompt is taken as it is; set data.template = "chat", or give the '
+            "completion as a string"
         )
     return [(text_of(answers[0]), True)]
 
 
 class Room(NamedTuple):
-    """How long a prompt may be, and what becomes of one that is longer; None where no recipe can say."""
+    """How long a prompt may be, and what becomes of one that is longer; None where no recipe can
+    say."""
 
     max_completion: int
     context_length: int | None
@@ -119,43 +136,62 @@ class Room(NamedTuple):
     too_long: TooLong | None
 
     def limit(self) -> int | None:
-        in_context = None if self.context_length is None else self.context_length - self.max_completion
+        in_context = (
+            None if self.context_length is None else self.context_length - self.max_completion
+        )
         return min((n for n in (in_context, self.max_prompt_tokens) if n is not None), default=None)
 
     def reason(self, num_tokens: int) -> str:
-        if self.context_length is not None and num_tokens + self.max_completion > self.context_length:
+        if (
+            self.context_length is not None
+            and num_tokens + self.max_completion > self.context_length
+        ):
             return (
                 f"which with {self.max_completion} for the completion is more than the context of "
                 f"{self.context_length}; shorten the prompt or lower the completion cap"
             )
-        return f"more than data.max_prompt_tokens = {self.max_prompt_tokens}; shorten the prompt or raise the limit"
+        return (
+            f"more than data.max_prompt_tokens = {self.max_prompt_tokens}; shorten the "
+            "prompt or raise the limit"
+        )
 
 
 def fit_prompts(
     prompts: Sequence[Prompt], who: Literal["student", "teacher"], room: Room, encoding: Encoding
 ) -> list[Prompt]:
-    """The prompts, of which the too long ones are refused, left out or cut at their beginning. Raises DataError."""
+    """The prompts, of which the too long ones are refused, left out or cut at their beginning.
+    Raises DataError."""
     limit = room.limit()
-    too_long = [prompt for prompt in prompts if limit is not None and len(prompt.ids_of(who)) > limit]
+    too_long = [
+        prompt for prompt in prompts if limit is not None and len(prompt.ids_of(who)) > limit
+    ]
     if limit is None or not too_long:
         return list(prompts)
     num_tokens = len(too_long[0].ids_of(who))
     if room.too_long in ("refuse", None) or limit < 1:
         advice = "" if room.too_long is None else ', or set data.too_long to "drop" or "cut-left"'
-        others = f" ({len(too_long)} of {len(prompts)} prompts are too long)" if len(too_long) > 1 else ""
+        others = (
+            f" ({len(too_long)} of {len(prompts)} prompts are too long)"
+            if len(too_long) > 1
+            else ""
+        )
         raise DataError(
-            f"{too_long[0].example.name} has {num_tokens} tokens, {room.reason(num_tokens)}{advice}{others}"
+            f"{too_long[0].example.name} has {num_tokens} tokens, "
+            f"{room.reason(num_tokens)}{advice}{others}"
         )
     if room.too_long == "cut-left":
         return [_cut(prompt, who, limit, encoding) for prompt in prompts]
     if len(too_long) == len(prompts):
         raise DataError(
-            f"all {len(prompts)} prompts are too long, the first with {num_tokens} tokens, {room.reason(num_tokens)}"
+            f"all {len(prompts)} prompts are too long, the first with {num_tokens} tokens, "
+            f"{room.reason(num_tokens)}"
         )
     return [prompt for prompt in prompts if len(prompt.ids_of(who)) <= limit]
 
 
-def _cut(prompt: Prompt, who: Literal["student", "teacher"], limit: int, encoding: Encoding) -> Prompt:
+def _cut(
+    prompt: Prompt, who: Literal["student", "teacher"], limit: int, encoding: Encoding
+) -> Prompt:
     """A prompt that keeps its start and its last tokens."""
     ids = prompt.ids_of(who)
     if len(ids) <= limit:
@@ -163,4 +199,6 @@ def _cut(prompt: Prompt, who: Literal["student", "teacher"], limit: int, encodin
     start = encoding.start_ids[:limit] if encoding.is_started(ids) else ()
     kept = start + ids[len(ids) - (limit - len(start)) :]
     num_cut = prompt.num_cut + len(ids) - limit
-    return replace(prompt, **{"teacher_ids" if who == "teacher" else "token_ids": kept}, num_cut=num_cut)
+    return replace(
+        prompt, **{"teacher_ids" if who == "teacher" else "token_ids": kept}, num_cut=num_cut
+    )

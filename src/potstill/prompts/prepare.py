@@ -16,12 +16,18 @@ from potstill.types import Prompt
 
 
 def prepare_prompts(
-    recipe: Recipe, student, teacher, *, end_ids: Sequence[int], date: str, given: Sequence[Any] | None = None
+    recipe: Recipe,
+    student,
+    teacher,
+    *,
+    end_ids: Sequence[int],
+    date: str,
+    given: Sequence[Any] | None = None,
 ) -> tuple[list[Prompt], list[str]]:
     """Prompts that fit both models, and lines for the user about them.
 
-    `given` takes the place of `data.source`. `end_ids` are what ends a completion, the first of them a document.
-    Raises DataError.
+    `given` takes the place of `data.source`. `end_ids` are what ends a completion, the first of
+    them a document. Raises DataError.
     """
     data = recipe.data
     teacher_column = recipe.teacher.prompt_column if teacher is not None else None
@@ -45,7 +51,11 @@ def prepare_prompts(
         "max_prompt_tokens": data.max_prompt_tokens,
         "too_long": data.too_long,
     }
-    lengths = [m.context_length for m in (student, teacher) if m is not None and m.context_length is not None]
+    lengths = [
+        m.context_length
+        for m in (student, teacher)
+        if m is not None and m.context_length is not None
+    ]
     prompts = make_prompts(
         examples,
         student.tokenizer,
@@ -54,7 +64,9 @@ def prepare_prompts(
         end_ids=end_ids if recipe.objective.prefix == "dataset" else None,
         **options,
     )
-    asks_otherwise = recipe.teacher.template is not None or any(e.teacher_prompt is not None for e in examples)
+    asks_otherwise = recipe.teacher.template is not None or any(
+        e.teacher_prompt is not None for e in examples
+    )
     if teacher is not None and asks_otherwise:
         prompts = with_teacher_prompts(
             prompts,
@@ -63,4 +75,6 @@ def prepare_prompts(
             context_length=teacher.context_length,
             **options,
         )
-    return prompts, prompt_notes(len(examples), prompts, student.tokenizer, data.template, data.template_arguments)
+    return prompts, prompt_notes(
+        len(examples), prompts, student.tokenizer, data.template, data.template_arguments
+    )

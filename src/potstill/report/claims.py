@@ -1,18 +1,21 @@
-"""The paper's claims (arXiv 2605.16826), each judged from run folders. Reads what `results` read; needs no torch.
+"""The paper's claims (arXiv 2605.16826), each judged from run folders. Reads what `results` read;
+needs no torch.
 
-Compared are runs that agree in everything but what a claim is about, their seeds included, and that were evaluated on
-the same problems with the same settings. What leaves the objective alike (`IGNORED`) may differ; runs that differ in
-that alone are averaged, so leave out the learning rates that lost a sweep. A comparison gives one number a problem.
-Comparisons under several conditions (teachers, windows, prefixes) are averaged within a seed, which is the unit that
-training varies with, and the interval is for seeds and problems (`seeds_and_problems`). Where seeds were evaluated on
-different problems it is Student's for the seeds' means, which hold the problems' noise too.
+Compared are runs that agree in everything but what a claim is about, their seeds included, and that
+were evaluated on the same problems with the same settings. What leaves the objective alike
+(`IGNORED`) may differ; runs that differ in that alone are averaged, so leave out the learning rates
+that lost a sweep. A comparison gives one number a problem. Comparisons under several conditions
+(teachers, windows, prefixes) are averaged within a seed, which is the unit that training varies
+with, and the interval is for seeds and problems (`seeds_and_problems`). Where seeds were evaluated
+on different problems it is Student's for the seeds' means, which hold the problems' noise too.
 
-A claim is supported, or contradicted, when the whole 95 % interval is on one side of its bound, by three seeds or more.
-With fewer it has a direction and a size and no verdict: an interval over problems does not know how much training
-varies, and rounding alone can turn over what one seed shows. Intervals are not corrected for the number of claims: each
-is a question of its own, and of twenty of which nothing is true about one gets a verdict. Claims about accuracy are
-judged at the highest temperature that was evaluated and once more at the lowest, since what makes the student sharper
-looks like a gain where cooling would do as well.
+A claim is supported, or contradicted, when the whole 95 % interval is on one side of its bound, by
+three seeds or more. With fewer it has a direction and a size and no verdict: an interval over
+problems does not know how much training varies, and rounding alone can turn over what one seed
+shows. Intervals are not corrected for the number of claims: each is a question of its own, and of
+twenty of which nothing is true about one gets a verdict. Claims about accuracy are judged at the
+highest temperature that was evaluated and once more at the lowest, since what makes the student
+sharper looks like a gain where cooling would do as well.
 """
 
 import json
@@ -30,7 +33,8 @@ from potstill.report.questions import ABOVE_TEACHER, QUESTIONS, UNITS, Claim, Qu
 from potstill.runs.results import Entry, recipe_key
 from potstill.statistics import SEEDS_TO_JUDGE, Estimate, pass_at_k, seeds_and_problems
 
-# May differ within a comparison. How a run was evaluated is read from the evaluation, which can be newer.
+# May differ within a comparison. How a run was evaluated is read from the evaluation, which can be
+# newer.
 IGNORED = (*ALIKE, Role.EVALUATION)
 NUM_LAST_STEPS = 10
 
@@ -45,7 +49,9 @@ def claims(entries: Sequence[Entry]) -> list[Claim]:
     return [_judge(question, by_path, at[question.cooled]) for question in QUESTIONS]
 
 
-def _judge(question: Question, entries: dict[Path, Entry], temperatures: tuple[float | None, float | None]) -> Claim:
+def _judge(
+    question: Question, entries: dict[Path, Entry], temperatures: tuple[float | None, float | None]
+) -> Claim:
     comparisons: dict[str, list[Run]] = defaultdict(list)
     for entry in entries.values():
         if run := _as_run(question, entry, entries, temperatures):
@@ -58,10 +64,15 @@ def _judge(question: Question, entries: dict[Path, Entry], temperatures: tuple[f
         if weights is None:
             continue
         effects[runs[0].seeds].append(
-            {name: sum(w * run.values[name] for w, run in zip(weights, runs, strict=True)) for name in runs[0].values}
+            {
+                name: sum(w * run.values[name] for w, run in zip(weights, runs, strict=True))
+                for name in runs[0].values
+            }
         )
         pairs += _pairs(runs, weights)
-        ranks.append(_rank_correlation([run.place for run in runs], [_mean(run.values) for run in runs]))
+        ranks.append(
+            _rank_correlation([run.place for run in runs], [_mean(run.values) for run in runs])
+        )
 
     unit = UNITS[question.metric] + question.compared.per
     claim = Claim(
@@ -84,7 +95,9 @@ def _judge(question: Question, entries: dict[Path, Entry], temperatures: tuple[f
     elif question.metric == ABOVE_TEACHER:
         detail.append(f"the last {NUM_LAST_STEPS} steps of training")
     else:
-        shown = dict.fromkeys(temperature for temperature in temperatures if temperature is not None)
+        shown = dict.fromkeys(
+            temperature for temperature in temperatures if temperature is not None
+        )
         detail.insert(0, "T = " + " against ".join(f"{temperature:g}" for temperature in shown))
     if question.metric == "Pass@k":
         compared = {path.resolve() for pair in pairs for path in pair}
@@ -109,7 +122,8 @@ def _verdict(effect: Estimate, bound: float, sign: int, num_seeds: int) -> Verdi
 
 
 def contrast(places: Sequence[float], kind: Literal["ends", "top", "slope"]) -> list[float] | None:
-    """The weight of each run in a comparison (see Question); None where there is nothing to compare."""
+    """The weight of each run in a comparison (see Question); None where there is nothing to
+    compare."""
     at = np.asarray(places, dtype=float)
     is_top, is_bottom = at == at.max(), at == at.min()
     if kind == "top":
@@ -123,7 +137,8 @@ def contrast(places: Sequence[float], kind: Literal["ends", "top", "slope"]) -> 
 
 
 def estimate(seeds: Sequence[Sequence[dict[str, float]]]) -> tuple[Estimate, str]:
-    """The mean over seeds of their comparisons' values by problem, with its interval and what that is over."""
+    """The mean over seeds of their comparisons' values by problem, with its interval and what that
+    is over."""
     rows = []
     for comparisons in seeds:
         by_problem: dict[str, list[float]] = defaultdict(list)
@@ -132,7 +147,9 @@ def estimate(seeds: Sequence[Sequence[dict[str, float]]]) -> tuple[Estimate, str
                 by_problem[problem].append(value)
         rows.append({problem: sum(found) / len(found) for problem, found in by_problem.items()})
     if len(rows) == 1:
-        return seeds_and_problems([list(rows[0].values())]), "one seed: training noise is not in the interval"
+        return seeds_and_problems(
+            [list(rows[0].values())]
+        ), "one seed: training noise is not in the interval"
     if all(row.keys() == rows[0].keys() for row in rows):
         over = f"interval over {len(rows)} seeds" + (" and problems" if len(rows[0]) > 1 else "")
         return seeds_and_problems([[row[problem] for problem in rows[0]] for row in rows]), over
@@ -142,21 +159,35 @@ def estimate(seeds: Sequence[Sequence[dict[str, float]]]) -> tuple[Estimate, str
 
 
 def _pairs(runs: Sequence[Run], weights: Sequence[float]) -> list[tuple[Path, Path]]:
-    """Each run and its reference, or each that counts positively with each that counts negatively."""
-    with_reference = [(run.path, run.reference) for run, w in zip(runs, weights, strict=True) if run.reference and w]
-    first, second = ([r.path for r, w in zip(runs, weights, strict=True) if sign * w > 0] for sign in (1, -1))
+    """Each run and its reference, or each that counts positively with each that counts
+    negatively."""
+    with_reference = [
+        (run.path, run.reference)
+        for run, w in zip(runs, weights, strict=True)
+        if run.reference and w
+    ]
+    first, second = (
+        [r.path for r, w in zip(runs, weights, strict=True) if sign * w > 0] for sign in (1, -1)
+    )
     # A run that is compared with what is in its own folder has no other.
     return with_reference or [(a, b) for a in first for b in second or [a]]
 
 
 def _as_run(
-    question: Question, entry: Entry, entries: dict[Path, Entry], temperatures: tuple[float | None, float | None]
+    question: Question,
+    entry: Entry,
+    entries: dict[Path, Entry],
+    temperatures: tuple[float | None, float | None],
 ) -> Run | None:
     """An entry's part in the comparisons of a question; None where it has none."""
     if isinstance(entry.recipe, GrpoRecipe) != question.compared.of_grpo:
         return None
     placed = entry if entry.start is None else entries.get(entry.start.resolve())
-    if placed is None or not isinstance(placed.recipe, Recipe) or placed.recipe.objective.signal != "full":
+    if (
+        placed is None
+        or not isinstance(placed.recipe, Recipe)
+        or placed.recipe.objective.signal != "full"
+    ):
         return None
     place = question.compared.place(placed)
     temperature = temperatures[place == 0]
@@ -171,12 +202,16 @@ def _as_run(
         seeds += [entry.recipe.grpo.seed, entry.recipe.data.seed]
     reference = None
     if question.compared.reference is not None:
-        reference = placed if question.compared.reference == "start" else _teacher(placed.recipe, entries)
+        reference = (
+            placed if question.compared.reference == "start" else _teacher(placed.recipe, entries)
+        )
         theirs = reference and _measure(question.metric, reference, temperature)
         if not reference or not theirs or theirs[0] != evaluated_on:
             return None
         values = {problem: value - theirs[1][problem] for problem, value in values.items()}
-    return Run(entry.path, json.dumps(key), tuple(seeds), place, values, reference and reference.path)
+    return Run(
+        entry.path, json.dumps(key), tuple(seeds), place, values, reference and reference.path
+    )
 
 
 def _teacher(recipe: Recipe, entries: dict[Path, Entry]) -> Entry | None:
@@ -185,17 +220,26 @@ def _teacher(recipe: Recipe, entries: dict[Path, Entry]) -> Entry | None:
     return next((entry for entry in found if entry.evals[0]["model"] == recipe.teacher.model), None)
 
 
-def _measure(metric: str, entry: Entry, temperature: float | None) -> tuple[str, dict[str, float]] | None:
-    """What a metric was measured on and its value for each problem; the logarithm of what a step costs has none."""
+def _measure(
+    metric: str, entry: Entry, temperature: float | None
+) -> tuple[str, dict[str, float]] | None:
+    """What a metric was measured on and its value for each problem; the logarithm of what a step
+    costs has none."""
     if metric == "operations a step":
-        return ("", {"": math.log(entry.flops / entry.metrics[-1]["step"])}) if entry.flops else None
+        return (
+            ("", {"": math.log(entry.flops / entry.metrics[-1]["step"])}) if entry.flops else None
+        )
     if metric == "entropy above the teacher's":
         # On the tokens of the last training steps.
         names = ("student_entropy_before_answer", "teacher_entropy_before_answer")
         pairs = [[row.get(name) for name in names] for row in entry.metrics[-NUM_LAST_STEPS:]]
-        found = {f"step {i}": a - b for i, (a, b) in enumerate(pairs) if a is not None and b is not None}
+        found = {
+            f"step {i}": a - b for i, (a, b) in enumerate(pairs) if a is not None and b is not None
+        }
         return ("", found) if len(found) > 1 else None
-    row: dict[str, Any] | None = next((row for row in entry.evals if row["temperature"] == temperature), None)
+    row: dict[str, Any] | None = next(
+        (row for row in entry.evals if row["temperature"] == temperature), None
+    )
     if row is None:
         return None
     columns, num_responses = row["problems"], row["num_responses"]
@@ -204,13 +248,19 @@ def _measure(metric: str, entry: Entry, temperature: float | None) -> tuple[str,
     elif metric == "Pass@k":
         if num_responses < 2:
             return None
-        values = [100 * pass_at_k(num_responses, c, num_responses // 2) for c in columns["num_correct"]]
+        values = [
+            100 * pass_at_k(num_responses, c, num_responses // 2) for c in columns["num_correct"]
+        ]
     elif metric == "truncation":
         values = [100 * share for share in columns["truncation"]]
     else:
-        values = columns[{"length": "length", "entropy before the answer": "entropy_before_answer"}[metric]]
+        values = columns[
+            {"length": "length", "entropy before the answer": "entropy_before_answer"}[metric]
+        ]
     settings = {
-        name: row["settings"][name] for name in sorted(row["settings"]) if name not in ("batch_size", "end_ids")
+        name: row["settings"][name]
+        for name in sorted(row["settings"])
+        if name not in ("batch_size", "end_ids")
     }
     # A task gives the problems of every seed the same ids.
     origin = " ".join(str(settings[name]) for name in ("source", "split", "seed"))

@@ -1,4 +1,5 @@
-"""Comparisons of a report: seeds of one recipe as one group, its metrics with intervals, grids, sweeps and pairs.
+"""Comparisons of a report: seeds of one recipe as one group, its metrics with intervals, grids,
+sweeps and pairs.
 
 Works on what `results` read, and needs no torch.
 """
@@ -14,7 +15,8 @@ from potstill.config import ALIKE, GrpoRecipe, Recipe, Role, fields_with, role_o
 from potstill.runs.results import Entry, find_starts, group_by_seed, recipe_key
 from potstill.statistics import Estimate, pass_at_k, seeds_and_problems
 
-# In which fields the runs of a grid differ, of a sweep of the forward weight, and of a comparison of windows.
+# In which fields the runs of a grid differ, of a sweep of the forward weight, and of a comparison
+# of windows.
 GRID_AXES = (Role.PREFIX, Role.DIVERGENCE)
 SWEEP_AXES = (Role.DIVERGENCE, Role.WEIGHT_SCHEDULE)
 WINDOW_AXES = (Role.WINDOW,)
@@ -23,7 +25,8 @@ BUDGET = (Role.LENGTH, Role.WARM_UP, Role.BUDGET)
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A number of a run: of its evaluation at a temperature, or of its training where there is none.
+    """A number of a run: of its evaluation at a temperature, or of its training where there is
+    none.
 
     `column` is what it is called in the files and `k` the k of Pass@k. It is shown times `scale`.
     """
@@ -40,7 +43,8 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The mean of a metric over seeds, its 95 % interval where there is one, and each run's own value."""
+    """The mean of a metric over seeds, its 95 % interval where there is one, and each run's own
+    value."""
 
     value: float
     low: float | None
@@ -59,7 +63,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Part:
-    """Groups that differ in the fields under comparison alone, and what tells them from other parts."""
+    """Groups that differ in the fields under comparison alone, and what tells them from other
+    parts."""
 
     label: str
     groups: tuple[Group, ...]
@@ -67,7 +72,8 @@ class Part:
 
 @dataclass(frozen=True)
 class BeforeAndAfter:
-    """A group of GRPO runs beside what they started from; differences (after - before) by key of the metric."""
+    """A group of GRPO runs beside what they started from; differences (after - before) by key of
+    the metric."""
 
     before: Group
     after: Group
@@ -84,10 +90,20 @@ def metrics_of(entries: Sequence[Entry]) -> list[Metric]:
         high = temperatures[0]
         for t in dict.fromkeys((high, temperatures[-1])):
             title = f"Avg@{num_responses} T={t:g}"
-            found.append(Metric(key=f"avg-T{t:g}", title=title, column="avg", temperature=t, scale=100, unit="%"))
-        for k in dict.fromkeys((min(8, num_responses), 32 if num_responses >= 64 else num_responses)):
+            found.append(
+                Metric(
+                    key=f"avg-T{t:g}", title=title, column="avg", temperature=t, scale=100, unit="%"
+                )
+            )
+        for k in dict.fromkeys(
+            (min(8, num_responses), 32 if num_responses >= 64 else num_responses)
+        ):
             key, title = f"pass{k}-T{high:g}", f"Pass@{k} T={high:g}"
-            found.append(Metric(key=key, title=title, column="pass", temperature=high, k=k, scale=100, unit="%"))
+            found.append(
+                Metric(
+                    key=key, title=title, column="pass", temperature=high, k=k, scale=100, unit="%"
+                )
+            )
         found += [
             Metric(
                 key="entropy",
@@ -98,13 +114,41 @@ def metrics_of(entries: Sequence[Entry]) -> list[Metric]:
                 digits=3,
                 unit="nats",
             ),
-            Metric(key="length", title="length", column="length", temperature=high, scale=1, digits=0, unit="tokens"),
-            Metric(key="truncation", title="truncated", column="truncation", temperature=high, scale=100, unit="%"),
+            Metric(
+                key="length",
+                title="length",
+                column="length",
+                temperature=high,
+                scale=1,
+                digits=0,
+                unit="tokens",
+            ),
+            Metric(
+                key="truncation",
+                title="truncated",
+                column="truncation",
+                temperature=high,
+                scale=100,
+                unit="%",
+            ),
         ]
     if any(entry.flops is not None for entry in entries):
-        found.append(Metric(key="gflops", title="training operations", column="flops", scale=1e-9, unit="GFLOP"))
+        found.append(
+            Metric(
+                key="gflops", title="training operations", column="flops", scale=1e-9, unit="GFLOP"
+            )
+        )
     if any(entry.seconds is not None for entry in entries):
-        found.append(Metric(key="seconds", title="seconds of training", column="seconds", scale=1, digits=0, unit="s"))
+        found.append(
+            Metric(
+                key="seconds",
+                title="seconds of training",
+                column="seconds",
+                scale=1,
+                digits=0,
+                unit="s",
+            )
+        )
     return found
 
 
@@ -125,14 +169,17 @@ def stored(entry: Entry, metric: Metric) -> Sequence[float] | None:
 
 
 def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:
-    """One number a problem, whose mean is the stored value; None where the evaluation has no such column.
+    """One number a problem, whose mean is the stored value; None where the evaluation has no such
+    column.
 
-    Entropies are ratios of sums, nats over tokens. Of those it is the ratio plus each problem's influence on it (the
-    delta method), so that a mean of them varies as the ratio does.
+    Entropies are ratios of sums, nats over tokens. Of those it is the ratio plus each problem's
+    influence on it (the delta method), so that a mean of them varies as the ratio does.
     """
     row = eval_at(entry, metric.temperature) if metric.temperature is not None else None
     columns = row.get("problems", {}) if row else {}
-    lengths = columns.get({"entropy_before_answer": "length_to_answer"}.get(metric.column, "length"))
+    lengths = columns.get(
+        {"entropy_before_answer": "length_to_answer"}.get(metric.column, "length")
+    )
     name = {"avg": "score", "pass": "num_correct"}.get(metric.column, metric.column)
     if row is None or lengths is None or name not in columns:
         return None
@@ -141,16 +188,22 @@ def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:
         values = [pass_at_k(row["num_responses"], num_correct, metric.k) for num_correct in values]
     if metric.column == "entropy_before_answer":
         ratio, mean_length = row[metric.column][0], sum(lengths) / len(lengths)
-        values = [ratio + (value - ratio) * n / mean_length for value, n in zip(values, lengths, strict=True)]
+        values = [
+            ratio + (value - ratio) * n / mean_length
+            for value, n in zip(values, lengths, strict=True)
+        ]
     return dict(zip(columns["id"], values, strict=True))
 
 
 def summarize(entries: Sequence[Entry], metric: Metric) -> Summary | None:
-    """The mean over seeds. One seed: the stored interval over problems. More: that over seeds and problems.
+    """The mean over seeds. One seed: the stored interval over problems. More: that over seeds and
+    problems.
 
     There is no interval where the seeds were evaluated on different problems, nor of a cost.
     """
-    found = [(entry, estimate) for entry in entries if (estimate := stored(entry, metric)) is not None]
+    found = [
+        (entry, estimate) for entry in entries if (estimate := stored(entry, metric)) is not None
+    ]
     if not found:
         return None
     per_run = tuple((entry.path, estimate[0]) for entry, estimate in found)
@@ -165,16 +218,20 @@ def summarize(entries: Sequence[Entry], metric: Metric) -> Summary | None:
 
 
 def difference(pairs: Iterable[tuple[Entry, Entry]], metric: Metric) -> Estimate | None:
-    """The mean over pairs of seeds of second - first on the same problems; None where the problems differ."""
+    """The mean over pairs of seeds of second - first on the same problems; None where the problems
+    differ."""
     rows: list[dict[str, float] | None] = []
     for first, second in pairs:
         a, b = problem_values(first, metric), problem_values(second, metric)
-        rows.append({key: b[key] - a[key] for key in a} if a and b and a.keys() == b.keys() else None)
+        rows.append(
+            {key: b[key] - a[key] for key in a} if a and b and a.keys() == b.keys() else None
+        )
     return over_seeds(rows)
 
 
 def over_seeds(rows: Sequence[dict[str, float] | None]) -> Estimate | None:
-    """The mean of seeds by problems with its interval; None where there is nothing or the problems are not the same."""
+    """The mean of seeds by problems with its interval; None where there is nothing or the problems
+    are not the same."""
     known = [row for row in rows if row]
     if not known or len(known) < len(rows) or any(row.keys() != known[0].keys() for row in known):
         return None
@@ -184,7 +241,11 @@ def over_seeds(rows: Sequence[dict[str, float] | None]) -> Estimate | None:
 def pair_up(first: Group, second: Group) -> list[tuple[Entry, Entry]]:
     """The runs of two groups with the same seeds."""
     by_seeds = {json.dumps(seeds_in(entry)): entry for entry in first.entries}
-    return [(by_seeds[seeds], entry) for entry in second.entries if (seeds := json.dumps(seeds_in(entry))) in by_seeds]
+    return [
+        (by_seeds[seeds], entry)
+        for entry in second.entries
+        if (seeds := json.dumps(seeds_in(entry))) in by_seeds
+    ]
 
 
 def seeds_in(entry: Entry) -> dict[str, int]:
@@ -194,14 +255,20 @@ def seeds_in(entry: Entry) -> dict[str, int]:
 
 
 def seed_names(group: Group) -> dict[Path, str]:
-    """What to call a group's runs: the seeds that vary, that of training where none does; "" of a model."""
+    """What to call a group's runs: the seeds that vary, that of training where none does; "" of a
+    model."""
     seeds = [seeds_in(entry) for entry in group.entries]
     names = fields_with(Role.SEED)
     varying = [name for name in names if len({each.get(name) for each in seeds}) > 1]
     shown = varying or [name for name in names if name != "data.seed"]
     # Seeds of one number, as a study sets them, are said once.
-    texts = ["/".join(dict.fromkeys(str(each[name]) for name in shown if name in each)) for each in seeds]
-    return {entry.path: text and f"seed {text}" for entry, text in zip(group.entries, texts, strict=True)}
+    texts = [
+        "/".join(dict.fromkeys(str(each[name]) for name in shown if name in each)) for each in seeds
+    ]
+    return {
+        entry.path: text and f"seed {text}"
+        for entry, text in zip(group.entries, texts, strict=True)
+    }
 
 
 def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Group]:
@@ -218,23 +285,34 @@ def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Gro
         for name, same in by_name.items():
             settings = []
             for entry, *_ in same:
-                fields = {key: value for key, value in flat(entry).items() if role_of(key) is not Role.SEED}
+                fields = {
+                    key: value
+                    for key, value in flat(entry).items()
+                    if role_of(key) is not Role.SEED
+                }
                 if is_grpo:
                     start = starts.get(entry.path)
-                    fields |= {"model": labels.get(start.path, start.name) if start else str(entry.start)}
+                    fields |= {
+                        "model": labels.get(start.path, start.name) if start else str(entry.start)
+                    }
                 settings.append(fields or {"file": str(entry.path)})
             for group, text in zip(same, tell_apart(settings), strict=True):
                 label = f"{name} · {text}" if text else name
                 labels |= {entry.path: label for entry in group}
     summaries = [{metric.key: summarize(group, metric) for metric in metrics} for group in found]
     return [
-        Group(labels[group[0].path], group, {key: summary for key, summary in each.items() if summary is not None})
+        Group(
+            labels[group[0].path],
+            group,
+            {key: summary for key, summary in each.items() if summary is not None},
+        )
         for group, each in zip(found, summaries, strict=True)
     ]
 
 
 def flat(entry: Entry) -> dict[str, Any]:
-    """The resolved recipe by dotted field, without `out`. Where operations end a run, so they do as its steps."""
+    """The resolved recipe by dotted field, without `out`. Where operations end a run, so they do as
+    its steps."""
     data = json.loads(recipe_key(entry, ()))
     if "flops" in data.get("train", {}):
         data["train"]["steps"] = f"up to {data['train']['flops']:g} operations"
@@ -246,16 +324,22 @@ def flat(entry: Entry) -> dict[str, Any]:
 
 
 def tell_apart(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """For each of these settings a text of the fewest fields that tell them apart, those that all have first."""
+    """For each of these settings a text of the fewest fields that tell them apart, those that all
+    have first."""
     names = list(dict.fromkeys(name for fields in settings for name in fields))
     shared = [name for name in names if all(name in fields for fields in settings)]
     chosen: list[str] = []
     num_kinds = 1
     for name in dict.fromkeys((*shared, *names)):
-        num_with = len({json.dumps([fields.get(each) for each in (*chosen, name)]) for fields in settings})
+        num_with = len(
+            {json.dumps([fields.get(each) for each in (*chosen, name)]) for fields in settings}
+        )
         if num_with > num_kinds:
             chosen, num_kinds = [*chosen, name], num_with
-    texts = [", ".join(_text(name, fields[name]) for name in chosen if name in fields) for fields in settings]
+    texts = [
+        ", ".join(_text(name, fields[name]) for name in chosen if name in fields)
+        for fields in settings
+    ]
     return [text or ", ".join(f"no {name}" for name in chosen) for text in texts]
 
 
@@ -269,46 +353,62 @@ def _text(name: str, value: Any) -> str:
 def partition(
     groups: Iterable[Group], axes: Sequence[Role], keep: Callable[[Sequence[Group]], bool] = bool
 ) -> list[Part]:
-    """Sets of distillations that agree on all but the fields along these axes and seeds, as far as they are kept.
+    """Sets of distillations that agree on all but the fields along these axes and seeds, as far as
+    they are kept.
 
-    They may also differ in what leaves the objective ALIKE: each can have its best learning rate, and some can read a
-    cached teacher. Where that would put two groups in one place, they may not.
+    They may also differ in what leaves the objective ALIKE: each can have its best learning rate,
+    and some can read a cached teacher. Where that would put two groups in one place, they may not.
     """
     found = [group for group in groups if isinstance(group.entries[0].recipe, Recipe)]
     for ignored in ((*axes, *ALIKE), tuple(axes)):
         parts: dict[str, list[Group]] = defaultdict(list)
         for group in found:
             parts[recipe_key(group.entries[0], (Role.SEED, *ignored))].append(group)
-        places = [[json.dumps(split_fields(group, axes)[0]) for group in part] for part in parts.values()]
+        places = [
+            [json.dumps(split_fields(group, axes)[0]) for group in part] for part in parts.values()
+        ]
         if all(len(set(each)) == len(each) for each in places):
             break
     kept = [part for part in parts.values() if keep(part)]
     settings = [split_fields(part[0], (Role.SEED, *ignored))[1] for part in kept]
-    return [Part(label, tuple(part)) for label, part in zip(tell_apart(settings), kept, strict=True)]
+    return [
+        Part(label, tuple(part)) for label, part in zip(tell_apart(settings), kept, strict=True)
+    ]
 
 
 def split_fields(group: Group, axes: Sequence[Role]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A group's fields along these axes, and the others."""
     fields = flat(group.entries[0])
     along = {name for name in fields if role_of(name) in axes}
-    return {name: fields[name] for name in fields if name in along}, {n: v for n, v in fields.items() if n not in along}
+    return {name: fields[name] for name in fields if name in along}, {
+        n: v for n, v in fields.items() if n not in along
+    }
 
 
 def grids(groups: Sequence[Group]) -> list[Part]:
-    """The 2x2 grids that these groups fill, one for each teacher, window, budget or whatever else varies.
+    """The 2x2 grids that these groups fill, one for each teacher, window, budget or whatever else
+    varies.
 
     Where some grid has two corners or more, those with a single one are left out.
     """
     corners = [group for group in groups if group.entries[0].cell and group.entries[0].evals]
-    return partition(corners, GRID_AXES, lambda part: len(part) > 1) or partition(corners, GRID_AXES)
+    return partition(corners, GRID_AXES, lambda part: len(part) > 1) or partition(
+        corners, GRID_AXES
+    )
 
 
 def budgets(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
     """Grids at equal steps beside those at equal operations, where there are both."""
     found: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
-        found[recipe_key(part.groups[0].entries[0], (Role.SEED, *GRID_AXES, *BUDGET, *ALIKE))].append(part)
-    both = [sorted(same, key=has_flops) for same in found.values() if len({has_flops(part) for part in same}) == 2]
+        found[
+            recipe_key(part.groups[0].entries[0], (Role.SEED, *GRID_AXES, *BUDGET, *ALIKE))
+        ].append(part)
+    both = [
+        sorted(same, key=has_flops)
+        for same in found.values()
+        if len({has_flops(part) for part in same}) == 2
+    ]
     return [tuple(same) for same in both]
 
 
@@ -319,7 +419,8 @@ def has_flops(part: Part) -> bool:
 
 
 def forward_weight_sweeps(groups: Sequence[Group]) -> list[Part]:
-    """Groups that differ in a constant forward weight alone, in its order; pure KLs are its ends."""
+    """Groups that differ in a constant forward weight alone, in its order; pure KLs are its
+    ends."""
     found = [group for group in groups if forward_weight(group) is not None]
 
     def is_sweep(part: Sequence[Group]) -> bool:
@@ -334,7 +435,11 @@ def forward_weight_sweeps(groups: Sequence[Group]) -> list[Part]:
 def forward_weight(group: Group) -> float | None:
     """The weight of the forward KL where it does not change and the rest is the reverse KL."""
     recipe = group.entries[0].recipe
-    if not isinstance(recipe, Recipe) or recipe.objective.signal != "full" or not group.entries[0].evals:
+    if (
+        not isinstance(recipe, Recipe)
+        or recipe.objective.signal != "full"
+        or not group.entries[0].evals
+    ):
         return None
     if recipe.objective.kl == "mixed" and recipe.weight_schedule.schedule == "constant":
         return recipe.objective.forward_weight
@@ -344,7 +449,9 @@ def forward_weight(group: Group) -> float | None:
 def window_comparisons(groups: Sequence[Group]) -> list[Part]:
     """Groups that differ in the window alone, where one of them has a gate."""
     evaluated = [group for group in groups if group.entries[0].evals]
-    return partition(evaluated, WINDOW_AXES, lambda part: len(part) > 1 and any(map(is_gated, part)))
+    return partition(
+        evaluated, WINDOW_AXES, lambda part: len(part) > 1 and any(map(is_gated, part))
+    )
 
 
 def is_gated(group: Group) -> bool:
@@ -360,16 +467,29 @@ def grpo_pairs(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Befor
     for group in groups:
         pairs = [(starts[entry.path], entry) for entry in group.entries if entry.path in starts]
         if pairs:
-            differences = {m.key: difference(pairs, m) for m in metrics if m.temperature is not None}
+            differences = {
+                m.key: difference(pairs, m) for m in metrics if m.temperature is not None
+            }
             begun = tuple({start.path: start for start, _ in pairs}.values())
-            before = {m.key: summary for m in metrics if (summary := summarize(begun, m)) is not None}
-            found.append(BeforeAndAfter(Group(group_of[begun[0].path].label, begun, before), group, differences))
+            before = {
+                m.key: summary for m in metrics if (summary := summarize(begun, m)) is not None
+            }
+            found.append(
+                BeforeAndAfter(
+                    Group(group_of[begun[0].path].label, begun, before), group, differences
+                )
+            )
     best = metrics[0].key if metrics else ""
-    return sorted(found, key=lambda pair: pair.after.summaries[best].value if best in pair.after.summaries else 0.0)[
-        ::-1
-    ]
+    return sorted(
+        found,
+        key=lambda pair: pair.after.summaries[best].value if best in pair.after.summaries else 0.0,
+    )[::-1]
 
 
 def at_temperature(metrics: Sequence[Metric], avg: Metric) -> list[Metric]:
     """Entropy and length at the temperature of this Avg."""
-    return [replace(metric, temperature=avg.temperature) for metric in metrics if metric.key in ("entropy", "length")]
+    return [
+        replace(metric, temperature=avg.temperature)
+        for metric in metrics
+        if metric.key in ("entropy", "length")
+    ]

@@ -1,7 +1,8 @@
-"""The report's figures: from entries to plotly's JSON, as plain data that the page draws in its own colours.
+"""The report's figures: from entries to plotly's JSON, as plain data that the page draws in its own
+colours.
 
-Names that users chose are escaped, because plotly reads some HTML. `meta` (of a line) and `customdata` (of a mark) are
-the links to run folders.
+Names that users chose are escaped, because plotly reads some HTML. `meta` (of a line) and
+`customdata` (of a mark) are the links to run folders.
 """
 
 import html
@@ -63,7 +64,12 @@ CURVES = (
 )
 # What controllers move, shown where it moves in any run.
 CONTROLLED = (("window", "window (tokens)"), ("forward_weight", "weight of the forward KL"))
-ACTIONS = {"climb": "triangle-up", "hold": "circle-open", "freeze": "square", "step back": "triangle-down"}
+ACTIONS = {
+    "climb": "triangle-up",
+    "hold": "circle-open",
+    "freeze": "square",
+    "step back": "triangle-down",
+}
 
 
 def family(entry: Entry) -> str:
@@ -82,16 +88,31 @@ def thin(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def shown_curves(runs: Sequence[Entry]) -> list[tuple[str, str]]:
-    """Name and title of the quantities that these runs logged, and of those that a controller moved in any of them."""
-    shown = [(name, title) for name, title in CURVES if any(run.metrics[0].get(name) is not None for run in runs)]
-    moved = [each for each in CONTROLLED if any(len({row.get(each[0]) for row in run.metrics}) > 1 for run in runs)]
+    """Name and title of the quantities that these runs logged, and of those that a controller moved
+    in any of them."""
+    shown = [
+        (name, title)
+        for name, title in CURVES
+        if any(run.metrics[0].get(name) is not None for run in runs)
+    ]
+    moved = [
+        each
+        for each in CONTROLLED
+        if any(len({row.get(each[0]) for row in run.metrics}) > 1 for run in runs)
+    ]
     return shown + moved
 
 
 def curve(
-    name: str, title: str, runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link
+    name: str,
+    title: str,
+    runs: Sequence[Entry],
+    labels: dict[Path, str],
+    visible: set[Path],
+    link: Link,
 ) -> Figure:
-    """One quantity of training over steps, a line a run; the page's list of runs says which are drawn."""
+    """One quantity of training over steps, a line a run; the page's list of runs says which are
+    drawn."""
     shape = "hv" if name == "window" else "linear"
     lines = []
     for run, line in zip(runs, line_styles(runs), strict=True):
@@ -113,18 +134,24 @@ def curve(
 
 
 def line_styles(runs: Sequence[Entry]) -> list[dict[str, Any]]:
-    """A colour a family; its runs take turns in dashes, so that no two neighbours differ by colour alone."""
+    """A colour a family; its runs take turns in dashes, so that no two neighbours differ by colour
+    alone."""
     num_seen: dict[str, int] = {}
     styles = []
     for run in runs:
         place = num_seen[family(run)] = num_seen.get(family(run), -1) + 1
         width = 1.8 if len(runs) <= 12 else 1.2
-        styles.append({"color": COLOURS[family(run)], "dash": DASHES[place % len(DASHES)], "width": width})
+        styles.append(
+            {"color": COLOURS[family(run)], "dash": DASHES[place % len(DASHES)], "width": width}
+        )
     return styles
 
 
-def trade_off(avg: Metric, other: Metric, entries: Sequence[Entry], labels: dict[Path, str], link: Link) -> Figure:
-    """Accuracy against another metric, a mark a run with its intervals; models without a run bear their names."""
+def trade_off(
+    avg: Metric, other: Metric, entries: Sequence[Entry], labels: dict[Path, str], link: Link
+) -> Figure:
+    """Accuracy against another metric, a mark a run with its intervals; models without a run bear
+    their names."""
     by_family: dict[str, list[tuple[Entry, Sequence[float], Sequence[float]]]] = {}
     for entry in entries:
         x, y = stored(entry, other), stored(entry, avg)
@@ -143,8 +170,8 @@ def trade_off(avg: Metric, other: Metric, entries: Sequence[Entry], labels: dict
             "marker": {"size": 10, "color": COLOURS[name], "symbol": SYMBOLS[name]},
             "text": [html.escape(labels[entry.path]) for entry, _, _ in found],
             "customdata": [link(entry.path) for entry, _, _ in found],
-            "hovertemplate": f"%{{text}}<br>{avg.title} %{{y:.1f}} %<br>{other.title} %{{x}} {other.unit}"
-            "<extra></extra>",
+            "hovertemplate": f"%{{text}}<br>{avg.title} %{{y:.1f}} %<br>{other.title} %{{x}} "
+            f"{other.unit}<extra></extra>",
         }
         for name, found in by_family.items()
     ]
@@ -174,7 +201,11 @@ def sweep(metric: Metric, sweeps: Sequence[Part], link: Link) -> Figure:
         name = part.label or sweep_prefix(part)
         summaries = [group.summaries[metric.key] for group in groups]
         estimates = [
-            (s.value, s.low if s.low is not None else s.value, s.high if s.high is not None else s.value)
+            (
+                s.value,
+                s.low if s.low is not None else s.value,
+                s.high if s.high is not None else s.value,
+            )
             for s in summaries
         ]
         lines.append(
@@ -185,15 +216,24 @@ def sweep(metric: Metric, sweeps: Sequence[Part], link: Link) -> Figure:
                 "x": [forward_weight(group) for group in groups],
                 "y": [rounded(metric.scale * value) for value, _, _ in estimates],
                 "error_y": errors(metric, estimates),
-                "line": {"color": list(COLOURS.values())[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)]},
+                "line": {
+                    "color": list(COLOURS.values())[i % len(COLOURS)],
+                    "dash": DASHES[i % len(DASHES)],
+                },
                 "marker": {"symbol": list(SYMBOLS.values())[i % len(SYMBOLS)], "size": 9},
                 "text": [html.escape(group.label) for group in groups],
                 "customdata": [link(group.entries[0].path) for group in groups],
-                "hovertemplate": f"%{{text}}<br>%{{y}} {metric.unit} at weight %{{x}}<extra></extra>",
+                "hovertemplate": f"%{{text}}<br>%{{y}} {metric.unit} at weight "
+                "%{x}<extra></extra>",
             }
         )
     return layout(
-        lines, 320, axis("weight of the forward KL"), axis(""), f"{metric.title} ({metric.unit})", legend=True
+        lines,
+        320,
+        axis("weight of the forward KL"),
+        axis(""),
+        f"{metric.title} ({metric.unit})",
+        legend=True,
     )
 
 
@@ -202,13 +242,21 @@ def sweep_prefix(part: Part) -> str:
     return f"{recipe.objective.prefix} prefix" if isinstance(recipe, Recipe) else ""
 
 
-def windows(runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link) -> Figure:
-    """The window over steps of the runs with a gate, and a mark for each decision with the numbers behind it."""
+def windows(
+    runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link
+) -> Figure:
+    """The window over steps of the runs with a gate, and a mark for each decision with the numbers
+    behind it."""
     traces: list[dict[str, Any]] = []
     for run, line in zip(runs, line_styles(runs), strict=True):
         rows = thin(run.metrics)
         name = html.escape(labels[run.path])
-        shared = {"type": "scatter", "name": name, "visible": run.path in visible, "meta": link(run.path)}
+        shared = {
+            "type": "scatter",
+            "name": name,
+            "visible": run.path in visible,
+            "meta": link(run.path),
+        }
         traces.append(
             shared
             | {
@@ -246,19 +294,27 @@ def decision_text(row: dict[str, Any]) -> str:
         f"truncation {row['truncation']:.0%}, teacher's {row['teacher_truncation']:.0%}",
         f"repetition {row['repetition']:.0%}",
     ]
-    return html.escape(" | ".join(numbers + [f"failed: {name}" for name in row["failed"]])).replace(" | ", "<br>")
+    return html.escape(" | ".join(numbers + [f"failed: {name}" for name in row["failed"]])).replace(
+        " | ", "<br>"
+    )
 
 
 def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link) -> Figure:
     """A metric before and after GRPO, a row a start, the best end on top."""
-    shown = [p for p in pairs if metric.key in p.before.summaries and metric.key in p.after.summaries][::-1]
+    shown = [
+        p for p in pairs if metric.key in p.before.summaries and metric.key in p.after.summaries
+    ][::-1]
     lines = [textwrap.wrap(pair.after.label, 26) for pair in shown]
     names = ["<br>".join(html.escape(line) for line in each) for each in lines]
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter",
             "mode": "lines",
-            "x": [x for p in shown for x in (*(rounded(metric.scale * v) for v in ends(p, metric)), None)],
+            "x": [
+                x
+                for p in shown
+                for x in (*(rounded(metric.scale * v) for v in ends(p, metric)), None)
+            ],
             "y": [y for name in names for y in (name, name, None)],
             "line": {"color": COLOURS["model"], "width": 2},
             "hoverinfo": "skip",
@@ -275,7 +331,12 @@ def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link
                 "name": when,
                 "x": [rounded(metric.scale * summary.value) for summary in summaries],
                 "y": names,
-                "marker": {"size": 11, "symbol": symbol, "color": COLOURS["GRPO"], "line": {"width": 2}},
+                "marker": {
+                    "size": 11,
+                    "symbol": symbol,
+                    "color": COLOURS["GRPO"],
+                    "line": {"width": 2},
+                },
                 "customdata": [link(group.entries[0].path) for group in groups],
                 "hovertemplate": f"%{{y}}<br>{when}: %{{x}} {metric.unit}<extra></extra>",
             }

@@ -1,7 +1,7 @@
 """Findings of a report in sentences, and its numbers as text.
 
-What is said of training takes three seeds. An interval over problems alone is about the models that there are: another
-seed, or the rounding of another machine, can turn over what it seems to show.
+What is said of training takes three seeds. An interval over problems alone is about the models that
+there are: another seed, or the rounding of another machine, can turn over what it seems to show.
 """
 
 import math
@@ -21,7 +21,9 @@ NUM_NAMED = 6
 Sentence = tuple[str, list[Path]]
 
 
-def findings(metrics: Sequence[Metric], groups: Sequence[Group], grpo: Sequence[BeforeAndAfter]) -> list[Sentence]:
+def findings(
+    metrics: Sequence[Metric], groups: Sequence[Group], grpo: Sequence[BeforeAndAfter]
+) -> list[Sentence]:
     """What was found, in sentences computed from the numbers, each with the runs it speaks of."""
     by_key = {metric.key: metric for metric in metrics}
     about_ends = different_ends([entry for group in groups for entry in group.entries])
@@ -40,22 +42,25 @@ def findings(metrics: Sequence[Metric], groups: Sequence[Group], grpo: Sequence[
     if cost is not None and len(costed) > 1:
         cheapest = min(costed, key=lambda group: group.summaries[cost.key].value)
         text = (
-            f"Cheapest by {cost.title}: {cheapest.label} with {values(cheapest, [cost])[0]} {cost.unit} and "
-            f"{avg.title} {values(cheapest, [avg])[0]} %."
+            f"Cheapest by {cost.title}: {cheapest.label} with {values(cheapest, [cost])[0]} "
+            f"{cost.unit} and {avg.title} {values(cheapest, [avg])[0]} %."
         )
         sentences.append((text, [entry.path for entry in cheapest.entries]))
     if grpo and avg.key in grpo[0].after.summaries:
         pair = grpo[0]
         text = (
-            f"Best end of GRPO: {pair.after.label}, {avg.title} {values(pair.before, [avg])[0]} % before and "
-            f"{values(pair.after, [avg])[0]} % after{seeds_of(pair.after)}."
+            f"Best end of GRPO: {pair.after.label}, {avg.title} {values(pair.before, [avg])[0]} "
+            f"% before and {values(pair.after, [avg])[0]} % after{seeds_of(pair.after)}."
         )
-        sentences.append((text, [entry.path for group in (pair.before, pair.after) for entry in group.entries]))
+        sentences.append(
+            (text, [entry.path for group in (pair.before, pair.after) for entry in group.entries])
+        )
     return sentences + about_ends
 
 
 def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]:
-    """Sentences on which groups are below the best: decided by three seeds or more, else a direction and a size.
+    """Sentences on which groups are below the best: decided by three seeds or more, else a
+    direction and a size.
 
     Models that no run has made are compared as they are, over problems alone.
     """
@@ -68,20 +73,34 @@ def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]
             unknown.append(group)
         elif is_trained and len(pairs) < SEEDS_TO_JUDGE:
             few.append(group)
-            leads.append(f"{group.label} by {avg.scale * effect.value:.1f} ({seeds_in_words(len(pairs))})")
+            leads.append(
+                f"{group.label} by {avg.scale * effect.value:.1f} ({seeds_in_words(len(pairs))})"
+            )
         else:
             (undecided if effect.low <= 0 else below).append(group)
-    interval = f"interval over {'problems' if best.entries[0].recipe is None else 'seeds and problems'}"
+    interval = (
+        f"interval over {'problems' if best.entries[0].recipe is None else 'seeds and problems'}"
+    )
     more = f" and {len(few) - NUM_NAMED} more" if len(few) > NUM_NAMED else ""
     sentences = [
-        (f"Undecided, as the 95 % {interval} of the difference to it includes 0: {named(undecided)}.", undecided),
-        (f"Below it by an {interval} that excludes 0: {len(below)} of {len(others)} others.", below),
         (
-            f"A direction and no ranking, which takes {SEEDS_TO_JUDGE} seeds: in points it is ahead of "
-            f"{'; '.join(leads[:NUM_NAMED])}{more}.",
+            f"Undecided, as the 95 % {interval} of the difference to it includes 0: "
+            f"{named(undecided)}.",
+            undecided,
+        ),
+        (
+            f"Below it by an {interval} that excludes 0: {len(below)} of {len(others)} others.",
+            below,
+        ),
+        (
+            f"A direction and no ranking, which takes {SEEDS_TO_JUDGE} seeds: in points it is "
+            f"ahead of {'; '.join(leads[:NUM_NAMED])}{more}.",
             few,
         ),
-        (f"Not compared with it, for want of the same seeds and problems: {named(unknown)}.", unknown),
+        (
+            f"Not compared with it, for want of the same seeds and problems: {named(unknown)}.",
+            unknown,
+        ),
     ]
     return [
         (text, [entry.path for group in about[:NUM_NAMED] for entry in group.entries])
@@ -91,8 +110,11 @@ def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]
 
 
 def first_and_last_habits(entry: Entry) -> list[dict[str, Any]]:
-    """A run's end habits at the first and the last step in which a completion ended, each with its step; or fewer."""
-    rows = [row["end_habits"] | {"step": row["step"]} for row in entry.metrics if "end_habits" in row]
+    """A run's end habits at the first and the last step in which a completion ended, each with its
+    step; or fewer."""
+    rows = [
+        row["end_habits"] | {"step": row["step"]} for row in entry.metrics if "end_habits" in row
+    ]
     rows = [row for row in rows if row["num_ends"]]
     return rows[:1] + rows[1:][-1:]
 
@@ -111,14 +133,15 @@ def different_ends(entries: Sequence[Entry]) -> list[Sentence]:
     if not first and not last:
         return []
     text = (
-        f"Student and teacher are likeliest to end with different tokens in {len(first)} of {len(compared)} runs at "
-        f"first, and in {len(last)} at last."
+        f"Student and teacher are likeliest to end with different tokens in {len(first)} of "
+        f"{len(compared)} runs at first, and in {len(last)} at last."
     )
     return [(text, [entry.path for entry in first or last])]
 
 
 def habit_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[Entry, list[str]]]]:
-    """Header and rows of the end habits: of each run whose ends, and each token's probability, first to last."""
+    """Header and rows of the end habits: of each run whose ends, and each token's probability,
+    first to last."""
     compared = [(entry, found) for entry in entries if (found := first_and_last_habits(entry))]
     names = dict.fromkeys(name for _, found in compared for row in found for name in row["student"])
     columns = [(who, name) for name in names for who in ("student", "teacher")]
@@ -131,7 +154,14 @@ def habit_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[Entry, 
             cells.append(known or ("not known" if name in found[0]["student"] else ""))
         alike = {True: "yes", False: "no", None: "not known"}
         rows.append((entry, [*cells, _to(alike[ends_alike(row)] for row in found)]))
-    return ["run", "completions", "step", "ends", *(f"{who}: {name}" for who, name in columns), "alike"], rows
+    return [
+        "run",
+        "completions",
+        "step",
+        "ends",
+        *(f"{who}: {name}" for who, name in columns),
+        "alike",
+    ], rows
 
 
 def _to(values: Iterable[object]) -> str:
@@ -139,7 +169,8 @@ def _to(values: Iterable[object]) -> str:
 
 
 def seeds_of(group: Group) -> str:
-    """How many seeds a group of runs has, in brackets, and what its interval leaves out; empty of a model."""
+    """How many seeds a group of runs has, in brackets, and what its interval leaves out; empty of a
+    model."""
     if group.entries[0].recipe is None:
         return ""
     alone = "; the interval is over problems alone" if len(group.entries) == 1 else ""
@@ -158,7 +189,10 @@ def values(group: Group, metrics: Sequence[Metric]) -> list[str]:
     return [
         ""
         if summary is None
-        else number((summary.value,) if summary.low is None else (summary.value, summary.low, summary.high), metric)
+        else number(
+            (summary.value,) if summary.low is None else (summary.value, summary.low, summary.high),
+            metric,
+        )
         for summary, metric in found
     ]
 

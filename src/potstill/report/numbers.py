@@ -77,12 +77,22 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
     return {
         "title": comparison.panel.title,
         "note": comparison.panel.note,
-        "findings": [text for text, _ in findings(comparison.metrics, comparison.groups, comparison.grpo)],
+        "findings": [
+            text for text, _ in findings(comparison.metrics, comparison.groups, comparison.grpo)
+        ],
         "metrics": {
-            metric.key: {"title": metric.title, "unit": metric.unit, "scale": metric.scale, "digits": metric.digits}
+            metric.key: {
+                "title": metric.title,
+                "unit": metric.unit,
+                "scale": metric.scale,
+                "digits": metric.digits,
+            }
             for metric in comparison.metrics
         },
-        "runs": [run_numbers(entry, comparison.labels[entry.path], link) for entry in comparison.panel.entries],
+        "runs": [
+            run_numbers(entry, comparison.labels[entry.path], link)
+            for entry in comparison.panel.entries
+        ],
         "groups": [
             {
                 "label": group.label,
@@ -95,25 +105,39 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             for group in comparison.groups
         ],
         "grids": [
-            {"label": part.label, "cells": {group.entries[0].cell: group.label for group in part.groups}}
+            {
+                "label": part.label,
+                "cells": {group.entries[0].cell: group.label for group in part.groups},
+            }
             for part in comparison.grids
         ],
         "claims": [
             asdict(claim)
-            | {"pairs": [[link(a), link(b)] for a, b in claim.pairs], "effect": interval(claim.effect)}
+            | {
+                "pairs": [[link(a), link(b)] for a, b in claim.pairs],
+                "effect": interval(claim.effect),
+            }
             | {"answer": claim.answer}
             for claim in comparison.claims
         ],
         "grpo": [
             {
-                "before": {"label": pair.before.label, "metrics": summary_numbers(pair.before.summaries, link)},
-                "after": {"label": pair.after.label, "metrics": summary_numbers(pair.after.summaries, link)},
+                "before": {
+                    "label": pair.before.label,
+                    "metrics": summary_numbers(pair.before.summaries, link),
+                },
+                "after": {
+                    "label": pair.after.label,
+                    "metrics": summary_numbers(pair.after.summaries, link),
+                },
                 "differences": {key: interval(effect) for key, effect in pair.differences.items()},
                 "num_seeds": len(pair.after.entries),
             }
             for pair in comparison.grpo
         ],
-        "unfinished": [{"path": link(path), "state": state} for path, state in comparison.panel.unfinished],
+        "unfinished": [
+            {"path": link(path), "state": state} for path, state in comparison.panel.unfinished
+        ],
     }
 
 
@@ -141,13 +165,20 @@ def run_numbers(entry: Entry, label: str, link: Link) -> dict[str, Any]:
 def summary_numbers(summaries: dict[str, Summary], link: Link) -> dict[str, Any]:
     """Each metric's value, its interval, and the value of each run."""
     return {
-        key: {"value": s.value, "low": s.low, "high": s.high, "runs": {link(path): v for path, v in s.per_run}}
+        key: {
+            "value": s.value,
+            "low": s.low,
+            "high": s.high,
+            "runs": {link(path): v for path, v in s.per_run},
+        }
         for key, s in summaries.items()
     }
 
 
 def interval(effect: Estimate | None) -> dict[str, float] | None:
-    return None if effect is None else {"value": effect.value, "low": effect.low, "high": effect.high}
+    return (
+        None if effect is None else {"value": effect.value, "low": effect.low, "high": effect.high}
+    )
 
 
 def start_of(group: Group, comparison: Comparison) -> str | None:
@@ -155,8 +186,19 @@ def start_of(group: Group, comparison: Comparison) -> str | None:
     recipe = group.entries[0].recipe
     if not isinstance(recipe, Recipe):
         return next((pair.before.label for pair in comparison.grpo if pair.after is group), None)
-    models = [each for each in comparison.groups if each.entries[0].recipe is None and each.entries[0].evals]
-    return next((each.label for each in models if each.entries[0].evals[0]["model"] == recipe.student.model), None)
+    models = [
+        each
+        for each in comparison.groups
+        if each.entries[0].recipe is None and each.entries[0].evals
+    ]
+    return next(
+        (
+            each.label
+            for each in models
+            if each.entries[0].evals[0]["model"] == recipe.student.model
+        ),
+        None,
+    )
 
 
 def evaluation_of(row: dict[str, Any]) -> dict[str, Any]:

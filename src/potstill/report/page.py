@@ -1,7 +1,8 @@
-"""One self-contained HTML file from run folders, evaluation files and studies, and `results.json` with its numbers.
+"""One self-contained HTML file from run folders, evaluation files and studies, and `results.json`
+with its numbers.
 
-Reads files only; needs no torch. Every number in it is read or computed from the files that it links to, and text that
-a model or a user wrote is escaped.
+Reads files only; needs no torch. Every number in it is read or computed from the files that it
+links to, and text that a model or a user wrote is escaped.
 """
 
 import base64
@@ -45,8 +46,12 @@ NUM_DRAWN = 12
 
 def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison, for the terminal and for the report."""
-    temperatures = sorted({row["temperature"] for entry in entries for row in entry.evals}, reverse=True)
-    num_responses = max((row["num_responses"] for entry in entries for row in entry.evals), default=1)
+    temperatures = sorted(
+        {row["temperature"] for entry in entries for row in entry.evals}, reverse=True
+    )
+    num_responses = max(
+        (row["num_responses"] for entry in entries for row in entry.evals), default=1
+    )
     k = min([8, *(row["num_responses"] for entry in entries for row in entry.evals)])
     header = ["model"]
     for temperature in temperatures:
@@ -61,7 +66,11 @@ def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
             cells += [_percent(row["avg"]), _percent(row["pass"][str(k)])] if row else ["", ""]
         first = by_temperature.get(temperatures[0]) if temperatures else None
         cells += (
-            [_number(first["entropy"], 3), _number(first["length"], 0), _percent(first["truncation"])]
+            [
+                _number(first["entropy"], 3),
+                _number(first["length"], 0),
+                _percent(first["truncation"]),
+            ]
             if first
             else [""] * 3
         )
@@ -75,7 +84,9 @@ def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
 
 def level_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of Avg by difficulty level, for tasks that have levels."""
-    levels = sorted({level for entry in entries for row in entry.evals for level in row["levels"] if level})
+    levels = sorted(
+        {level for entry in entries for row in entry.evals for level in row["levels"] if level}
+    )
     rows = []
     for entry in entries if levels else ():
         for row in entry.evals:
@@ -90,8 +101,9 @@ def table_note(entries: Sequence[Entry]) -> str:
     if not any(entry.evals for entry in entries):
         return "No evaluation was found."
     note = (
-        f"{settings_note(entries)}; accuracy and truncation in %; [95 % bootstrap interval over problems]; entropy "
-        "(nats a token), length and truncation at the highest temperature; seconds of training."
+        f"{settings_note(entries)}; accuracy and truncation in %; [95 % bootstrap interval over "
+        "problems]; entropy (nats a token), length and truncation at the highest temperature; "
+        "seconds of training."
     )
     return " ".join([note, *settings_warning(entries)])
 
@@ -106,11 +118,25 @@ def settings_note(entries: Sequence[Entry]) -> str:
 def settings_warning(entries: Sequence[Entry]) -> list[str]:
     """A sentence where evaluations are not of the same thing; none where they are."""
     asked = [row["settings"] for entry in entries for row in entry.evals]
-    compared = ("source", "split", "template", "num_problems", "num_responses", "max_tokens", "seed", "source_sha256")
-    differing = [name for name in compared if any(each.get(name) != asked[0].get(name) for each in asked)]
+    compared = (
+        "source",
+        "split",
+        "template",
+        "num_problems",
+        "num_responses",
+        "max_tokens",
+        "seed",
+        "source_sha256",
+    )
+    differing = [
+        name for name in compared if any(each.get(name) != asked[0].get(name) for each in asked)
+    ]
     if not differing:
         return []
-    return [f"WARNING: the evaluations differ in {', '.join(differing)}, so their numbers cannot be compared."]
+    return [
+        f"WARNING: the evaluations differ in {', '.join(differing)}, so their numbers cannot be "
+        "compared."
+    ]
 
 
 def _percent(estimate: Sequence[float]) -> str:
@@ -124,9 +150,11 @@ def _number(estimate: Sequence[float], digits: int) -> str:
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Write the report over run folders, evaluation files and study folders, and `results.json` beside it.
+    """Write the report over run folders, evaluation files and study folders, and `results.json`
+    beside it.
 
-    Returns the path of the page. Raises RunError, also where there already is a `results.json` that is no report's.
+    Returns the path of the page. Raises RunError, also where there already is a `results.json` that
+    is no report's.
     """
     import jinja2
     from plotly.offline import get_plotlyjs
@@ -136,7 +164,10 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     results_file = out.parent / RESULTS_FILE
     refuse_to_replace(results_file)
     if out.is_dir() or out.resolve() in [path.resolve() for path in paths]:
-        raise RunError(f"--out is {str(out)!r}, a folder or one of the files to report on; give the name of a new file")
+        raise RunError(
+            f"--out is {str(out)!r}, a folder or one of the files to report on; give the name of "
+            "a new file"
+        )
     comparisons = [compare(panel) for panel in read_panels(list(paths))]
 
     def link(path: Path) -> str:
@@ -146,7 +177,9 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
 
     entries = [entry for comparison in comparisons for entry in comparison.panel.entries]
     runs = [entry for entry in entries if entry.metrics]
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("potstill.report", "templates"), autoescape=True)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("potstill.report", "templates"), autoescape=True
+    )
     text = environment.get_template("report.html").render(
         panels=[page_of(comparison, link) for comparison in comparisons],
         num_runs=len(runs),
@@ -156,20 +189,29 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         plotly=get_plotlyjs(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"report": out.name, "panels": [numbers_of(comparison, link) for comparison in comparisons]}
-    write_atomically(results_file, json.dumps(finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    results = {
+        "report": out.name,
+        "panels": [numbers_of(comparison, link) for comparison in comparisons],
+    }
+    write_atomically(
+        results_file,
+        json.dumps(finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+    )
     write_atomically(out, with_policy(text))
     return out
 
 
 def with_policy(page: str) -> str:
-    """The page with its Content-Security-Policy: it runs its own scripts, by their hashes, and asks for nothing.
+    """The page with its Content-Security-Policy: it runs its own scripts, by their hashes, and asks
+    for nothing.
 
     A second wall behind the escaping: a script or handler from a run's texts would not run.
     """
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
     # A browser reads any line end as a line feed before it hashes.
-    digests = [hashlib.sha256(re.sub("\r\n?", "\n", script).encode()).digest() for script in scripts]
+    digests = [
+        hashlib.sha256(re.sub("\r\n?", "\n", script).encode()).digest() for script in scripts
+    ]
     hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     rules = (
         "default-src 'none'",
@@ -198,11 +240,15 @@ def refuse_to_replace(path: Path) -> None:
         except ValueError:
             is_ours = False
         if not is_ours:
-            raise RunError(f"{str(path)!r} is there and is no report's; choose an --out in another folder, or move it")
+            raise RunError(
+                f"{str(path)!r} is there and is no report's; choose an --out in another folder, "
+                "or move it"
+            )
 
 
 def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
-    """Everything that the template shows of a panel; a section that its runs do not feed is empty."""
+    """Everything that the template shows of a panel; a section that its runs do not feed is
+    empty."""
     panel = comparison.panel
     page = {
         "title": panel.title or "Runs",
@@ -217,7 +263,14 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
             for text, paths in findings(comparison.metrics, comparison.groups, comparison.grpo)
         ],
     }
-    sections = (claims_section, grids_section, table_section, curves_section, window_section, budget_section)
+    sections = (
+        claims_section,
+        grids_section,
+        table_section,
+        curves_section,
+        window_section,
+        budget_section,
+    )
     for section in (*sections, grpo_section):
         page |= section(comparison, link)
     return page
@@ -231,7 +284,10 @@ def claims_section(comparison: Comparison, link: Link) -> dict[str, Any]:
             {
                 "claim": claim,
                 "effect": _effect(claim.effect, claim.unit),
-                "pairs": [[(labels.get(path, path.name), link(path)) for path in pair] for pair in claim.pairs],
+                "pairs": [
+                    [(labels.get(path, path.name), link(path)) for path in pair]
+                    for pair in claim.pairs
+                ],
             }
             for claim in comparison.claims
             if claim.effect is not None
@@ -245,15 +301,21 @@ def grids_section(comparison: Comparison, link: Link) -> dict[str, Any]:
     metrics = comparison.metrics
     return {
         "grids": [
-            {"metric": metric, "parts": [grid(part, metric, comparison.grids, link) for part in comparison.grids]}
+            {
+                "metric": metric,
+                "parts": [grid(part, metric, comparison.grids, link) for part in comparison.grids],
+            }
             for metric in metrics
-            if any(metric.key in group.summaries for part in comparison.grids for group in part.groups)
+            if any(
+                metric.key in group.summaries for part in comparison.grids for group in part.groups
+            )
         ],
     }
 
 
 def table_section(comparison: Comparison, link: Link) -> dict[str, Any]:
-    """The table of all entries, their levels, and one figure of accuracy against each other metric."""
+    """The table of all entries, their levels, and one figure of accuracy against each other
+    metric."""
     entries, metrics, labels = comparison.panel.entries, comparison.metrics, comparison.labels
     header, rows = table(entries)
     costs = [metric for metric in metrics if metric.key == "gflops"]
@@ -274,7 +336,10 @@ def table_section(comparison: Comparison, link: Link) -> dict[str, Any]:
         "trade_offs": [
             (
                 avg.title,
-                [figures.trade_off(avg, other, entries, labels, link) for other in at_temperature(metrics, avg)],
+                [
+                    figures.trade_off(avg, other, entries, labels, link)
+                    for other in at_temperature(metrics, avg)
+                ],
             )
             for avg in avgs
         ],
@@ -290,8 +355,14 @@ def curves_section(comparison: Comparison, link: Link) -> dict[str, Any]:
     swept = [metric for metric in comparison.metrics if metric.temperature is not None]
     habits_header, habits = habit_table(comparison.panel.entries)
     return {
-        "runs": [(labels[run.path], link(run.path), figures.family(run), run.path in drawn) for run in runs],
-        "curves": [figures.curve(name, title, runs, labels, drawn, link) for name, title in figures.shown_curves(runs)],
+        "runs": [
+            (labels[run.path], link(run.path), figures.family(run), run.path in drawn)
+            for run in runs
+        ],
+        "curves": [
+            figures.curve(name, title, runs, labels, drawn, link)
+            for name, title in figures.shown_curves(runs)
+        ],
         "habits_header": habits_header,
         "habits": [(labels[entry.path], link(entry.path), cells) for entry, cells in habits],
         "sweeps": [figures.sweep(metric, sweeps, link) for metric in swept] if sweeps else [],
@@ -301,20 +372,32 @@ def curves_section(comparison: Comparison, link: Link) -> dict[str, Any]:
 def window_section(comparison: Comparison, link: Link) -> dict[str, Any]:
     """Gated windows over the steps, and tables of runs that differ in their windows."""
     groups, labels, metrics = comparison.groups, comparison.labels, comparison.metrics
-    gated = [entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions]
+    gated = [
+        entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions
+    ]
     gated_drawn = drawn_first([group for group in groups if is_gated(group)])
     return {
-        "gated": [(labels[run.path], link(run.path), figures.family(run), run.path in gated_drawn) for run in gated],
+        "gated": [
+            (labels[run.path], link(run.path), figures.family(run), run.path in gated_drawn)
+            for run in gated
+        ],
         "windows": figures.windows(gated, labels, gated_drawn, link) if gated else None,
         "window_tables": [
-            (part.label, [(group.label, runs_of(group, None, link), values(group, metrics)) for group in part.groups])
+            (
+                part.label,
+                [
+                    (group.label, runs_of(group, None, link), values(group, metrics))
+                    for group in part.groups
+                ],
+            )
             for part in window_comparisons(groups)
         ],
     }
 
 
 def budget_section(comparison: Comparison, link: Link) -> dict[str, Any]:
-    """Grids of equal operations, or where there are none a figure of accuracy against operations."""
+    """Grids of equal operations, or where there are none a figure of accuracy against
+    operations."""
     metrics, labels = comparison.metrics, comparison.labels
     runs = [entry for entry in comparison.panel.entries if entry.metrics]
     costs = [metric for metric in metrics if metric.key == "gflops"]
@@ -322,7 +405,10 @@ def budget_section(comparison: Comparison, link: Link) -> dict[str, Any]:
     by_budget = budgets(comparison.grids)
     return {
         "budgets": [
-            [(metric, [grid(part, metric, comparison.grids, link) for part in same]) for metric in [*avgs[:1], *costs]]
+            [
+                (metric, [grid(part, metric, comparison.grids, link) for part in same])
+                for metric in [*avgs[:1], *costs]
+            ]
             for same in by_budget
         ],
         "compute": figures.trade_off(avgs[0], costs[0], runs, labels, link)
@@ -352,14 +438,17 @@ def grpo_section(comparison: Comparison, link: Link) -> dict[str, Any]:
             for pair in comparison.grpo
         ],
         "grpo_header": [metric.title for metric in swept],
-        "grpo_figures": [figures.before_and_after(metric, comparison.grpo, link) for metric in swept]
+        "grpo_figures": [
+            figures.before_and_after(metric, comparison.grpo, link) for metric in swept
+        ]
         if comparison.grpo
         else [],
     }
 
 
 def drawn_first(groups: Sequence[Group]) -> set[Path]:
-    """The runs whose curves are drawn at first: one of each group, then their other seeds, up to a number."""
+    """The runs whose curves are drawn at first: one of each group, then their other seeds, up to a
+    number."""
     depth = max((len(group.entries) for group in groups), default=0)
     in_turn = [group.entries[i] for i in range(depth) for group in groups if i < len(group.entries)]
     return {entry.path for entry in [entry for entry in in_turn if entry.metrics][:NUM_DRAWN]}
@@ -367,11 +456,18 @@ def drawn_first(groups: Sequence[Group]) -> set[Path]:
 
 def grid(part: Part, metric: Metric, parts: Sequence[Part], link: Link) -> dict[str, Any]:
     """The corners of a grid in reading order, each with its value, how dark it is, and its runs."""
-    shown = [group.summaries[metric.key].value for p in parts for group in p.groups if metric.key in group.summaries]
+    shown = [
+        group.summaries[metric.key].value
+        for p in parts
+        for group in p.groups
+        if metric.key in group.summaries
+    ]
     lowest, highest = min(shown), max(shown)
     cells = []
     for key, method in METHODS.items():
-        group = next((g for g in part.groups if g.entries[0].cell == key and metric.key in g.summaries), None)
+        group = next(
+            (g for g in part.groups if g.entries[0].cell == key and metric.key in g.summaries), None
+        )
         cell: dict[str, Any] = {"key": key, "method": method, "text": None}
         if group is not None:
             value = group.summaries[metric.key].value
@@ -389,7 +485,8 @@ def runs_of(group: Group, metric: Metric | None, link: Link) -> list[tuple[str, 
     own = dict(group.summaries[metric.key].per_run) if metric is not None else {}
     return [
         (
-            (seed or path.name) + (f": {number((own[path],), metric)}" if metric is not None and len(own) > 1 else ""),
+            (seed or path.name)
+            + (f": {number((own[path],), metric)}" if metric is not None and len(own) > 1 else ""),
             link(path),
         )
         for path, seed in seed_names(group).items()

@@ -34,10 +34,11 @@ Place = Callable[[Entry], float | None]
 class Claim:
     """What the paper says and what the runs say.
 
-    `effect` is of `metric` in `unit`, None where not measured. `pairs` are the run folders (or evaluation files) that
-    were compared, the first minus (or, in times, over) the second. `detail` says how many there are and what the
-    interval is over, or which runs would measure it. `direction` is "towards" where the effect is on the claim's side
-    of its bound, whatever the interval, else "against".
+    `effect` is of `metric` in `unit`, None where not measured. `pairs` are the run folders (or
+    evaluation files) that were compared, the first minus (or, in times, over) the second. `detail`
+    says how many there are and what the interval is over, or which runs would measure it.
+    `direction` is "towards" where the effect is on the claim's side of its bound, whatever the
+    interval, else "against".
     """
 
     name: str
@@ -53,18 +54,23 @@ class Claim:
     @property
     def answer(self) -> str:
         """The verdict, or the direction where there are too few seeds for one."""
-        return f"{self.direction} ({self.verdict})" if self.verdict in ("one seed", "two seeds") else self.verdict
+        return (
+            f"{self.direction} ({self.verdict})"
+            if self.verdict in ("one seed", "two seeds")
+            else self.verdict
+        )
 
 
 class Comparison(NamedTuple):
     """Which runs are compared and how.
 
-    `place` says where a run stands in a comparison, None where it has no part in it, and `about` which fields may
-    differ therefore. `contrast` makes one number of a comparison's runs. `ends`: those with the highest place minus
-    those with the lowest. `top`: those with the highest. `slope`: the change by one unit of place, over at least three.
-    With a `reference` a run's value is what it has more than its teacher, or than the run where its GRPO began. With
-    `of_grpo` the runs are those of GRPO, each in the place of the run where it began. `needs` says in words which runs
-    these are, and `per` what a unit of place is.
+    `place` says where a run stands in a comparison, None where it has no part in it, and `about`
+    which fields may differ therefore. `contrast` makes one number of a comparison's runs. `ends`:
+    those with the highest place minus those with the lowest. `top`: those with the highest.
+    `slope`: the change by one unit of place, over at least three. With a `reference` a run's value
+    is what it has more than its teacher, or than the run where its GRPO began. With `of_grpo` the
+    runs are those of GRPO, each in the place of the run where it began. `needs` says in words which
+    runs these are, and `per` what a unit of place is.
     """
 
     place: Place
@@ -79,7 +85,8 @@ class Comparison(NamedTuple):
 class Question(NamedTuple):
     """A claim before it is judged: the effect is above `bound` (sign 1) or below it (sign -1).
 
-    `cooled` says which runs are measured at the lowest temperature that was evaluated: those at place 0, or all.
+    `cooled` says which runs are measured at the lowest temperature that was evaluated: those at
+    place 0, or all.
     """
 
     name: str
@@ -92,7 +99,8 @@ class Question(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run's part in a comparison, which is of all runs with one `key`; `seeds` is what repeats it."""
+    """A run's part in a comparison, which is of all runs with one `key`; `seeds` is what repeats
+    it."""
 
     path: Path
     key: str
@@ -108,11 +116,16 @@ def _recipe(entry: Entry) -> Recipe:
 
 
 def _weight(recipe: Recipe) -> float | None:
-    """The forward KL's: 1 in a forward and 0 in a reverse KL; None where it changes or the loss is another."""
+    """The forward KL's: 1 in a forward and 0 in a reverse KL; None where it changes or the loss is
+    another."""
     objective = recipe.objective
     if objective.gamma:
         return None
-    if objective.kl == "mixed" and recipe.weight_schedule.schedule == "constant" and objective.forward_above is None:
+    if (
+        objective.kl == "mixed"
+        and recipe.weight_schedule.schedule == "constant"
+        and objective.forward_above is None
+    ):
         return objective.forward_weight
     return {"forward": 1.0, "reverse": 0.0}.get(objective.kl)
 
@@ -121,7 +134,11 @@ def _weighs(test: Callable[[float], bool]) -> Kind:
     return lambda recipe: (weight := _weight(recipe)) is not None and test(weight)
 
 
-REVERSE, FORWARD, MIXED = _weighs(lambda w: w == 0), _weighs(lambda w: w == 1), _weighs(lambda w: 0.8 <= w < 1)
+REVERSE, FORWARD, MIXED = (
+    _weighs(lambda w: w == 0),
+    _weighs(lambda w: w == 1),
+    _weighs(lambda w: 0.8 <= w < 1),
+)
 
 
 def _is_cell(key: str) -> Kind:
@@ -144,7 +161,9 @@ def _prefixes(of: Kind) -> Place:
 def _cost(is_cached: bool) -> Place:
     """Teacher prefixes, with or without a cache, against student prefixes."""
     places = {("teacher", is_cached): 1.0, ("student", False): 0.0}
-    return lambda entry: places.get((_recipe(entry).objective.prefix, _recipe(entry).teacher.cache is not None))
+    return lambda entry: places.get(
+        (_recipe(entry).objective.prefix, _recipe(entry).teacher.cache is not None)
+    )
 
 
 def _window(of: Kind) -> Place:
@@ -169,14 +188,18 @@ def _entropy(entry: Entry) -> float | None:
 
 def _starts(key: str) -> Comparison:
     place = _sides(_is_cell("dagger"), _is_cell(key))
-    return Comparison(place, (*PREFIX, *KL), f"GRPO from DAgger and from {METHODS[key].name} runs", of_grpo=True)
+    return Comparison(
+        place, (*PREFIX, *KL), f"GRPO from DAgger and from {METHODS[key].name} runs", of_grpo=True
+    )
 
 
 ENTROPY, COST = "entropy before the answer", "operations a step"
 ABOVE_TEACHER = "entropy above the teacher's"
 DIRECTIONS = Comparison(_sides(REVERSE, FORWARD), KL, "runs with reverse and with forward KL")
 EQUAL_STEPS = Comparison(
-    _prefixes(lambda recipe: recipe.train.flops is None), PREFIX, "runs with student and with teacher prefixes"
+    _prefixes(lambda recipe: recipe.train.flops is None),
+    PREFIX,
+    "runs with student and with teacher prefixes",
 )
 EQUAL_COST = Comparison(
     _prefixes(lambda recipe: recipe.train.flops is not None),
@@ -185,15 +208,25 @@ EQUAL_COST = Comparison(
     "runs with student and with teacher prefixes and train.flops set",
 )
 CACHED = Comparison(_cost(True), PREFIX, "runs with student and with cached teacher prefixes")
-LIVE = Comparison(_cost(False), PREFIX, "runs with student and with teacher prefixes, without a cache")
-WINDOWS = Comparison(_window(lambda _: True), ("window.tokens",), "runs with two lengths of fixed windows")
-OPD_WINDOWS = Comparison(_window(_is_cell("opd")), ("window.tokens",), "OPD runs with two lengths of fixed windows")
+LIVE = Comparison(
+    _cost(False), PREFIX, "runs with student and with teacher prefixes, without a cache"
+)
+WINDOWS = Comparison(
+    _window(lambda _: True), ("window.tokens",), "runs with two lengths of fixed windows"
+)
+OPD_WINDOWS = Comparison(
+    _window(_is_cell("opd")), ("window.tokens",), "OPD runs with two lengths of fixed windows"
+)
 OPD_TEACHER = OPD_WINDOWS._replace(
-    needs="OPD runs and an evaluation of their teacher with the same settings", contrast="top", reference="teacher"
+    needs="OPD runs and an evaluation of their teacher with the same settings",
+    contrast="top",
+    reference="teacher",
 )
 OPD_ALONE = OPD_WINDOWS._replace(needs="OPD runs", contrast="top")
 MOSTLY_FORWARD = Comparison(
-    _sides(MIXED, REVERSE), KL, "runs with a constant forward weight from 0.8 to below 1 and with reverse KL"
+    _sides(MIXED, REVERSE),
+    KL,
+    "runs with a constant forward weight from 0.8 to below 1 and with reverse KL",
 )
 WEIGHTS = Comparison(
     lambda entry: _weight(_recipe(entry)),
@@ -221,15 +254,29 @@ RL_GAIN = Comparison(
     per=" by a nat of the start's entropy",
 )
 ROWS = (
-    Question("accuracy-entropy: accuracy", DIRECTIONS, "Avg", 1, "Reverse KL is more accurate than forward KL."),
-    Question("accuracy-entropy: entropy", DIRECTIONS, ENTROPY, -1, "Reverse KL leaves less entropy than forward KL."),
+    Question(
+        "accuracy-entropy: accuracy",
+        DIRECTIONS,
+        "Avg",
+        1,
+        "Reverse KL is more accurate than forward KL.",
+    ),
+    Question(
+        "accuracy-entropy: entropy",
+        DIRECTIONS,
+        ENTROPY,
+        -1,
+        "Reverse KL leaves less entropy than forward KL.",
+    ),
     Question(
         *("accuracy-entropy: coverage", DIRECTIONS, "Pass@k", -1),
-        "Reverse KL solves fewer problems in k tries: what low entropy would cost, though the paper does not claim it.",
+        "Reverse KL solves fewer problems in k tries: what low entropy would cost, though the "
+        "paper does not claim it.",
     ),
     Question(
         *("cooling control: accuracy", DIRECTIONS, "Avg", 1),
-        "Reverse KL is more accurate than forward KL that is sampled colder: it does more than cool.",
+        "Reverse KL is more accurate than forward KL that is sampled colder: it does more than "
+        "cool.",
         cooled="second",
     ),
     Question(
@@ -241,20 +288,34 @@ ROWS = (
         *("quality-compute: equal steps", EQUAL_STEPS, "Avg", 1),
         "Student prefixes are more accurate than teacher prefixes after the same number of steps.",
     ),
-    Question("quality-compute: cost, cached", CACHED, COST, -1, "A step is cheaper with cached teacher prefixes.", 1),
+    Question(
+        "quality-compute: cost, cached",
+        CACHED,
+        COST,
+        -1,
+        "A step is cheaper with cached teacher prefixes.",
+        1,
+    ),
     Question(
         *("quality-compute: cost, live", LIVE, COST, -1),
-        "A step is cheaper with teacher prefixes even without a cache: the paper's saving rests on one.",
+        "A step is cheaper with teacher prefixes even without a cache: the paper's saving rests "
+        "on one.",
         1,
     ),
     Question(
         *("quality-compute: equal operations", EQUAL_COST, "Avg", -1),
-        "For the same operations teacher prefixes are the better buy: what their price suggests; the paper compares "
-        "equal steps.",
+        "For the same operations teacher prefixes are the better buy: what their price suggests; "
+        "the paper compares equal steps.",
     ),
-    Question("accuracy-stability: accuracy", WINDOWS, "Avg", 1, "A longer window is more accurate."),
     Question(
-        "accuracy-stability: length", OPD_WINDOWS, "length", 1, "OPD with a longer window writes longer responses."
+        "accuracy-stability: accuracy", WINDOWS, "Avg", 1, "A longer window is more accurate."
+    ),
+    Question(
+        "accuracy-stability: length",
+        OPD_WINDOWS,
+        "length",
+        1,
+        "OPD with a longer window writes longer responses.",
     ),
     Question(
         *("accuracy-stability: truncation", OPD_WINDOWS, "truncation", 1),
@@ -266,11 +327,13 @@ ROWS = (
     ),
     Question(
         *("accuracy-stability: collapse, same tokens", OPD_ALONE, ABOVE_TEACHER, -1),
-        "OPD with the longest window ends with less entropy than the teacher has on the same tokens.",
+        "OPD with the longest window ends with less entropy than the teacher has on the same "
+        "tokens.",
     ),
     Question(
         *("forward weight >= 0.8: accuracy", MOSTLY_FORWARD, "Avg", 1),
-        "A forward weight of at least 0.8 is safe: it costs less than 1 point of accuracy against reverse KL.",
+        "A forward weight of at least 0.8 is safe: it costs less than 1 point of accuracy "
+        "against reverse KL.",
         -1,
     ),
     Question(
@@ -285,9 +348,23 @@ ROWS = (
         *("forward weight >= 0.8: length", MOSTLY_FORWARD, "length", -1),
         "A forward weight of at least 0.8 writes shorter responses than reverse KL.",
     ),
-    Question("forward weight: entropy", WEIGHTS, ENTROPY, 1, "Entropy grows with the forward weight."),
-    Question("curriculum: accuracy", GATED, "Avg", 1, "An entropy-gated window is more accurate than a fixed one."),
-    Question("curriculum: length", GATED, "length", -1, "An entropy-gated window writes shorter responses."),
+    Question(
+        "forward weight: entropy", WEIGHTS, ENTROPY, 1, "Entropy grows with the forward weight."
+    ),
+    Question(
+        "curriculum: accuracy",
+        GATED,
+        "Avg",
+        1,
+        "An entropy-gated window is more accurate than a fixed one.",
+    ),
+    Question(
+        "curriculum: length",
+        GATED,
+        "length",
+        -1,
+        "An entropy-gated window writes shorter responses.",
+    ),
     *(
         Question(
             *(f"RL: DAgger or {METHODS[key].name} start", _starts(key), "Avg", 1),
@@ -296,11 +373,19 @@ ROWS = (
         for key in ("sft", "offline-rl", "opd")
     ),
     Question("RL: OPD start", RL_OPD, "Avg", -1, "GRPO from an OPD start loses accuracy."),
-    Question("RL: entropy of the start", RL_GAIN, "Avg", 1, "GRPO gains more from starts with more entropy."),
+    Question(
+        "RL: entropy of the start",
+        RL_GAIN,
+        "Avg",
+        1,
+        "GRPO gains more from starts with more entropy.",
+    ),
 )
 # What is about accuracy is asked a second time, of cooled responses.
 QUESTIONS = tuple(
     question._replace(cooled="all", name=f"{question.name}, cooled") if is_again else question
     for question in ROWS
-    for is_again in ((False, True) if question.metric == "Avg" and question.cooled == "none" else (False,))
+    for is_again in (
+        (False, True) if question.metric == "Avg" and question.cooled == "none" else (False,)
+    )
 )

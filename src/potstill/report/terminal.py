@@ -1,4 +1,5 @@
-"""The numbers of runs and models on the terminal: one short table in 100 columns; details are the report's."""
+"""The numbers of runs and models on the terminal: one short table in 100 columns; details are the
+report's."""
 
 import json
 import math
@@ -20,7 +21,11 @@ GAP = "  "
 NAME_WIDTH = 40
 # Runs that are shown where none is of a corner of the grid.
 NUM_SHOWN = 6
-LINE_TITLES = {"entropy": "Entropy (nats)", "length": "Length (tokens)", "truncation": "Truncated (%)"}
+LINE_TITLES = {
+    "entropy": "Entropy (nats)",
+    "length": "Length (tokens)",
+    "truncation": "Truncated (%)",
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,12 @@ def print_table(entries: Sequence[Entry]) -> None:
     rows = []
     for entry in entries:
         found = {metric.key: stored(entry, metric) for metric in metrics}
-        rows.append(Row(entry.name, {key: number for key, number in found.items() if number is not None}))
-    quantities = {metric.key: Quantity(metric.title, metric.scale, metric.digits) for metric in metrics}
+        rows.append(
+            Row(entry.name, {key: number for key, number in found.items() if number is not None})
+        )
+    quantities = {
+        metric.key: Quantity(metric.title, metric.scale, metric.digits) for metric in metrics
+    }
     say(*_wrapped(f"{settings_note(entries)}."), *_table(rows, quantities))
     for key in LINE_TITLES:
         say(*_line(rows, quantities, key))
@@ -79,12 +88,16 @@ def print_summary(page: Path) -> None:
 
 
 def rows_of(groups: Sequence[dict[str, Any]]) -> list[Row]:
-    """The groups of a panel of `results.json` that are shown: its models, and the first run of each corner.
+    """The groups of a panel of `results.json` that are shown: its models, and the first run of each
+    corner.
 
     Where no run is of a corner, the first few are shown.
     """
     numbers = {
-        group["label"]: {key: (found["value"], found["low"], found["high"]) for key, found in group["metrics"].items()}
+        group["label"]: {
+            key: (found["value"], found["low"], found["high"])
+            for key, found in group["metrics"].items()
+        }
         for group in groups
     }
     trained = [group for group in groups if not group["is_model"]]
@@ -124,7 +137,10 @@ def _table(rows: Sequence[Row], quantities: Mapping[str, Quantity]) -> list[str]
 def _legend(rows: Sequence[Row]) -> str:
     """A line that says what the numbers of the table are."""
     began = "; before -> after" if any(row.before is not None for row in rows) else ""
-    return f"Avg: right answers; Pass@k: problems that one of k solves; % ± half a 95 % interval{began}"
+    return (
+        "Avg: right answers; Pass@k: problems that one of k solves; % ± half a 95 % "
+        f"interval{began}"
+    )
 
 
 def _accuracies(quantities: Mapping[str, Quantity]) -> list[str]:
@@ -150,8 +166,13 @@ def _shown(value: float | None, quantity: Quantity) -> str:
 
 
 def _line(rows: Sequence[Row], quantities: Mapping[str, Quantity], key: str) -> list[str]:
-    """One quantity of all rows in a sentence, folded where it is long; nothing where no row has it."""
-    found = [f"{_cut(row.name)} {_shown(row.numbers[key][0], quantities[key])}" for row in rows if key in row.numbers]
+    """One quantity of all rows in a sentence, folded where it is long; nothing where no row has
+    it."""
+    found = [
+        f"{_cut(row.name)} {_shown(row.numbers[key][0], quantities[key])}"
+        for row in rows
+        if key in row.numbers
+    ]
     return _wrapped(f"{LINE_TITLES[key]}: {', '.join(found)}") if found else []
 
 

@@ -1,4 +1,5 @@
-"""The data of the report's rollout reader: the first and last rollouts of runs. Opens no file; needs no torch."""
+"""The data of the report's rollout reader: the first and last rollouts of runs. Opens no file;
+needs no torch."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +7,8 @@ from typing import Any
 
 from potstill.runs.results import Entry
 
-# What tokens can be coloured by, and what the reader calls it; loss comes last, for it is defined by the run.
+# What tokens can be coloured by, and what the reader calls it; loss comes last, for it is defined
+# by the run.
 COLOURINGS = {
     "forward_kl": "forward KL",
     "reverse_kl": "reverse KL",
@@ -15,23 +17,28 @@ COLOURINGS = {
     "loss": "loss",
 }
 CHOICES = ("teacher_choices", "student_choices")
-# Of the numbers of a run, the part that lies within its colour scale; a few large ones would pale all others.
+# Of the numbers of a run, the part that lies within its colour scale; a few large ones would pale
+# all others.
 SCALE_SHARE = 0.95
 # What one page may hold: about 20 MB.
 MAX_TOKENS = 60_000
 
 
 def reader_data(entries: Sequence[Entry], max_tokens: int = MAX_TOKENS) -> list[dict[str, Any]]:
-    """What the page's script is given: for each run with logged rollouts those of its first and last logged step.
+    """What the page's script is given: for each run with logged rollouts those of its first and
+    last logged step.
 
-    A run has `name`, `path`, `num_steps` (how many logged steps there are), `numbers` (name and label of each it has),
-    `scale` (the value in nats at which each has its full colour) and `rollouts`, which hold what
-    `samples.logged_sample` made, with `num_tokens` of the whole completion. Where all of them together have more
-    than `max_tokens` tokens, the longest are cut to one length, and `num_tokens` tells. Numbers that are not finite
-    become strings: JSON has none.
+    A run has `name`, `path`, `num_steps` (how many logged steps there are), `numbers` (name and
+    label of each it has), `scale` (the value in nats at which each has its full colour) and
+    `rollouts`, which hold what `samples.logged_sample` made, with `num_tokens` of the whole
+    completion. Where all of them together have more than `max_tokens` tokens, the longest are cut
+    to one length, and `num_tokens` tells. Numbers that are not finite become strings: JSON has
+    none.
     """
     runs = [(entry, _ends(entry.samples)) for entry in entries if entry.samples]
-    limit = _fair_limit([len(sample["tokens"]) for _, samples in runs for sample in samples], max_tokens)
+    limit = _fair_limit(
+        [len(sample["tokens"]) for _, samples in runs for sample in samples], max_tokens
+    )
     return [_run(entry, [_cut(sample, limit) for sample in samples]) for entry, samples in runs]
 
 
@@ -42,7 +49,8 @@ def _ends(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _fair_limit(lengths: Sequence[int], total: int) -> int:
-    """The longest that a rollout may be for all of them, cut to it, to have at most `total` tokens."""
+    """The longest that a rollout may be for all of them, cut to it, to have at most `total`
+    tokens."""
     left = total
     for i, length in enumerate(sorted(lengths)):
         share = left // (len(lengths) - i)
@@ -55,13 +63,19 @@ def _fair_limit(lengths: Sequence[int], total: int) -> int:
 def _cut(sample: dict[str, Any], limit: int) -> dict[str, Any]:
     """The first `limit` tokens of a sample, and their numbers."""
     trained = sample["trained"][:limit]
-    per_token = {name: sample[name][: sum(trained)] for name in (*COLOURINGS, *CHOICES) if name in sample}
+    per_token = {
+        name: sample[name][: sum(trained)] for name in (*COLOURINGS, *CHOICES) if name in sample
+    }
     numbers = {
         name: [x if math.isfinite(x) else str(x) for x in values]
         for name, values in per_token.items()
         if name in COLOURINGS
     }
-    cut = {"tokens": sample["tokens"][:limit], "trained": trained, "num_tokens": len(sample["tokens"])}
+    cut = {
+        "tokens": sample["tokens"][:limit],
+        "trained": trained,
+        "num_tokens": len(sample["tokens"]),
+    }
     return sample | per_token | numbers | cut
 
 

@@ -1,9 +1,10 @@
 """Prefix sources: who writes the completions that both models are conditioned on.
 
-Prefixes are constants in every objective: no gradient goes through how they were written. So a mixture of writers needs
-no importance weights: it chooses the states at which the divergence is minimised, and the divergence at a state does
-not depend on how one got there. (MiniLLM, arXiv 2306.08543, weighs its teacher-mixed samples because they stand in for
-the student's in a policy gradient, which differentiates how states are reached.)
+Prefixes are constants in every objective: no gradient goes through how they were written. So a
+mixture of writers needs no importance weights: it chooses the states at which the divergence is
+minimised, and the divergence at a state does not depend on how one got there. (MiniLLM, arXiv
+2306.08543, weighs its teacher-mixed samples because they stand in for the student's in a policy
+gradient, which differentiates how states are reached.)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,11 @@ from potstill.types import Prompt, Rollout, Stop, Writer
 
 @dataclass(frozen=True, kw_only=True)
 class Writing:
-    """How completions are written: by which source, with which models, how far, until what, and how.
+    """How completions are written: by which source, with which models, how far, until what, and
+    how.
 
-    `vocab_size` is that of the loss: what is drawn is drawn from the rows that both heads share. With a `cache` the
-    teacher's are there already.
+    `vocab_size` is that of the loss: what is drawn is drawn from the rows that both heads share.
+    With a `cache` the teacher's are there already.
     """
 
     objective: Objective
@@ -37,7 +39,9 @@ class Writing:
     cache: Cache | None = None
 
 
-def from_one(writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
+def from_one(
+    writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
+) -> list[Rollout]:
     """Let one model write after each prompt, up to the window. Every token is a loss token."""
     completions = sample(
         writing.models[writer],
@@ -49,33 +53,48 @@ def from_one(writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds:
         vocab_size=writing.vocab_size,
     )
     return [
-        _rollout(prompt, completion.token_ids, (writer,) * len(completion.token_ids), completion.stop)
+        _rollout(
+            prompt, completion.token_ids, (writer,) * len(completion.token_ids), completion.stop
+        )
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
 
-def from_teacher(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
+def from_teacher(
+    writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
+) -> list[Rollout]:
     """What the teacher writes now, or has written into the cache."""
     if writing.cache is None:
         return from_one("teacher", writing, prompts, seeds)
     return [writing.cache.rollout(prompt, writing.window) for prompt in prompts]
 
 
-def from_dataset(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
+def from_dataset(
+    writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
+) -> list[Rollout]:
     """Take the completions that come with the data, up to the window of each."""
     rollouts = []
     for prompt in prompts:
-        assert prompt.completion_ids is not None and prompt.trained is not None, "make_prompts checks this"
+        assert prompt.completion_ids is not None and prompt.trained is not None, (
+            "make_prompts checks this"
+        )
         stop = "end" if len(prompt.completion_ids) <= writing.window else "length"
         ids, trained = prompt.completion_ids[: writing.window], prompt.trained[: writing.window]
         rollouts.append(
-            Rollout(prompt=prompt, completion_ids=ids, trained=trained, writers=("dataset",) * len(ids), stop=stop)
+            Rollout(
+                prompt=prompt,
+                completion_ids=ids,
+                trained=trained,
+                writers=("dataset",) * len(ids),
+                stop=stop,
+            )
         )
     return rollouts
 
 
 def by_sequence(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
-    """An exact share of each set of rollouts is the student's, in shuffled places; the rest is the teacher's."""
+    """An exact share of each set of rollouts is the student's, in shuffled places; the rest is the
+    teacher's."""
     share = writing.objective.student_share
     rollouts: dict[int, Rollout] = {}
     writers: tuple[Writer, Writer] = ("teacher", "student")
@@ -83,30 +102,37 @@ def by_sequence(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key
         mine = [
             i
             for i, (seed, round_, place) in enumerate(seeds)
-            if (place in student_places(writing.rollouts_per_step, share, seed, round_)) == (writer == "student")
+            if (place in student_places(writing.rollouts_per_step, share, seed, round_))
+            == (writer == "student")
         ]
         if mine:
-            written = from_one(writer, writing, [prompts[i] for i in mine], [seeds[i] for i in mine])
+            written = from_one(
+                writer, writing, [prompts[i] for i in mine], [seeds[i] for i in mine]
+            )
             rollouts |= dict(zip(mine, written, strict=True))
     return [rollouts[i] for i in range(len(prompts))]
 
 
 def student_places(num_places: int, share: float, seed: int, round_: int) -> frozenset[int]:
-    """Which places of a set the student writes: as many as bring the total of all sets so far to its share, rounded."""
+    """Which places of a set the student writes: as many as bring the total of all sets so far to
+    its share, rounded."""
     before, after = (round(share * num_places * (round_ + done)) for done in (0, 1))
     order = np.random.default_rng(round_key(seed, round_)).permutation(num_places)
     return frozenset(order[: after - before].tolist())
 
 
 def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
-    """One model writes the first m tokens, m drawn evenly from a range, and the other goes on unless it has ended."""
+    """One model writes the first m tokens, m drawn evenly from a range, and the other goes on
+    unless it has ended."""
     objective = writing.objective
     first: Writer = objective.first_writer
     second: Writer = "student" if first == "teacher" else "teacher"
     names = ("end_ids", "sampling", "vocab_size")
     options: dict[str, Any] = {name: getattr(writing, name) for name in names}
     caps = [_handoff_place(seed, objective.handoff_tokens) for seed in seeds]
-    begun = sample(writing.models[first], [p.ids_of(first) for p in prompts], seeds, max_tokens=caps, **options)
+    begun = sample(
+        writing.models[first], [p.ids_of(first) for p in prompts], seeds, max_tokens=caps, **options
+    )
     open_rows = [i for i, part in enumerate(begun) if part.stop == "length"]
     ended = sample(
         writing.models[second],
@@ -120,7 +146,11 @@ def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
     for i, (prompt, part) in enumerate(zip(prompts, begun, strict=True)):
         tail = rest[i].token_ids if i in rest else ()
         writers = (first,) * len(part.token_ids) + (second,) * len(tail)
-        rollouts.append(_rollout(prompt, part.token_ids + tail, writers, rest[i].stop if i in rest else part.stop))
+        rollouts.append(
+            _rollout(
+                prompt, part.token_ids + tail, writers, rest[i].stop if i in rest else part.stop
+            )
+        )
     return rollouts
 
 
@@ -149,14 +179,25 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) 
     )
     names: tuple[Writer, Writer] = ("teacher", "student")
     return [
-        _rollout(prompt, completion.token_ids, tuple(names[m] for m in completion.models), completion.stop)
+        _rollout(
+            prompt,
+            completion.token_ids,
+            tuple(names[m] for m in completion.models),
+            completion.stop,
+        )
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
 
-def _rollout(prompt: Prompt, token_ids: tuple[int, ...], writers: tuple[Writer, ...], stop: Stop) -> Rollout:
+def _rollout(
+    prompt: Prompt, token_ids: tuple[int, ...], writers: tuple[Writer, ...], stop: Stop
+) -> Rollout:
     return Rollout(
-        prompt=prompt, completion_ids=token_ids, trained=(True,) * len(token_ids), writers=writers, stop=stop
+        prompt=prompt,
+        completion_ids=token_ids,
+        trained=(True,) * len(token_ids),
+        writers=writers,
+        stop=stop,
     )
 
 
@@ -170,7 +211,9 @@ SOURCES: dict[str, Callable[[Writing, Sequence[Prompt], Sequence[Key]], list[Rol
 }
 
 
-def write_rollouts(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
+def write_rollouts(
+    writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
+) -> list[Rollout]:
     """One rollout for each prompt; `seeds` name the random stream of each."""
     objective = writing.objective
     name = f"mixed/{objective.prefix_mix}" if objective.prefix == "mixed" else objective.prefix

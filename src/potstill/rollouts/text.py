@@ -16,10 +16,12 @@ def zlib_ratio(text: str) -> float:
 def num_tokens_to_answer(
     completion_ids: Sequence[int], text: str, tokenizer, answer_end: Callable[[str], int | None]
 ) -> int:
-    """How many tokens there are up to the end of the first final answer; all of them when there is none.
+    """How many tokens there are up to the end of the first final answer; all of them when there is
+    none.
 
-    What follows the answer, a loop above all, would otherwise dominate the entropy and the length. The end token is not
-    counted, nor others after it: the text, which has none of them, does not show whether they are one or many.
+    What follows the answer, a loop above all, would otherwise dominate the entropy and the length.
+    The end token is not counted, nor others after it: the text, which has none of them, does not
+    show whether they are one or many.
     """
     end = answer_end(text)
     if end is None:
@@ -35,5 +37,6 @@ def num_tokens_to_answer(
 
 
 def is_loop(text: str) -> bool:
-    """Whether a text repeats itself: zlib makes its last 10,000 characters ten times smaller (arXiv 2604.08527)."""
+    """Whether a text repeats itself: zlib makes its last 10,000 characters ten times smaller (arXiv
+    2604.08527)."""
     return zlib_ratio(text[-LOOP_CHARACTERS:]) > LOOP_RATIO

@@ -1,4 +1,5 @@
-"""Contents of run folders, evaluation files and study folders, for whoever compares them. Needs no torch."""
+"""Contents of run folders, evaluation files and study folders, for whoever compares them. Needs no
+torch."""
 
 import json
 from collections import defaultdict
@@ -26,14 +27,24 @@ PLAN_FILE = "plan.json"
 # What its plan says of each run.
 RUN_KEYS = ("folder", "name", "state")
 # What every row of an evaluation has.
-EVAL_COLUMNS = ("model", "temperature", "num_responses", "avg", "pass", "levels", "problems", "settings")
+EVAL_COLUMNS = (
+    "model",
+    "temperature",
+    "num_responses",
+    "avg",
+    "pass",
+    "levels",
+    "problems",
+    "settings",
+)
 
 
 @dataclass(frozen=True)
 class Entry:
     """A finished run, or an evaluated model without one.
 
-    `evals` has one row a temperature (`evaluation.evaluate` says what is in it), `decisions` what the length gate did.
+    `evals` has one row a temperature (`evaluation.evaluate` says what is in it), `decisions` what
+    the length gate did.
     """
 
     name: str
@@ -50,11 +61,14 @@ class Entry:
         if not isinstance(self.recipe, Recipe) or self.recipe.objective.signal != "full":
             return None
         here = (self.recipe.objective.prefix, self.recipe.objective.kl)
-        return next((key for key, method in METHODS.items() if here == (method.prefix, method.kl)), None)
+        return next(
+            (key for key, method in METHODS.items() if here == (method.prefix, method.kl)), None
+        )
 
     @property
     def start(self) -> Path | None:
-        """GRPO: the run folder or model that it started from; beside this one, where both have been moved."""
+        """GRPO: the run folder or model that it started from; beside this one, where both have been
+        moved."""
         if not isinstance(self.recipe, GrpoRecipe):
             return None
         named = Path(self.recipe.model)
@@ -79,8 +93,8 @@ class Entry:
 class Panel:
     """Entries that can be compared with each other: one task, one pair of models.
 
-    The runs of a sweep decide what the others do and are compared with nothing else. `unfinished` are runs that belong
-    here and have no result, each with its folder and what is known of it.
+    The runs of a sweep decide what the others do and are compared with nothing else. `unfinished`
+    are runs that belong here and have no result, each with its folder and what is known of it.
     """
 
     title: str
@@ -91,7 +105,8 @@ class Panel:
 
 
 def read_entry(path: Path) -> Entry:
-    """A finished run folder, or a JSON file that `potstill evaluate --out` wrote. Raises RunError."""
+    """A finished run folder, or a JSON file that `potstill evaluate --out` wrote. Raises
+    RunError."""
     if path.is_file():
         evals = read_json_list(path, EVAL_COLUMNS)
         return Entry(evals[0]["model"].removeprefix("potstill:"), path, evals)
@@ -100,8 +115,11 @@ def read_entry(path: Path) -> Entry:
     recipe = load_any_recipe(path / "recipe.toml")
     if not is_done(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
-    metrics, samples, decisions = (tuple(read_rows(path / name, keys)) for name, keys in STEP_LOGS.items())
-    # Of the student as it is now, not of one that the run has gone on from; at each temperature the newest counts.
+    metrics, samples, decisions = (
+        tuple(read_rows(path / name, keys)) for name, keys in STEP_LOGS.items()
+    )
+    # Of the student as it is now, not of one that the run has gone on from; at each temperature the
+    # newest counts.
     rows = read_rows(path / "evals.jsonl", ("step", *EVAL_COLUMNS))
     num_steps = last_row(path)["step"]
     evals = list({row["temperature"]: row for row in rows if row["step"] == num_steps}.values())
@@ -109,7 +127,8 @@ def read_entry(path: Path) -> Entry:
 
 
 def read_panels(paths: list[Path]) -> list[Panel]:
-    """The panels of each study folder, and one panel of all other runs and evaluation files. Raises RunError."""
+    """The panels of each study folder, and one panel of all other runs and evaluation files. Raises
+    RunError."""
     panels = [panel for path in paths if (path / PLAN_FILE).exists() for panel in read_study(path)]
     others = tuple(read_entry(path) for path in paths if not (path / PLAN_FILE).exists())
     return [*panels, *([Panel("", others)] if others else [])]
@@ -124,7 +143,10 @@ def read_plan(folder: Path) -> list[dict[str, Any]]:
         for run in _listed(panel["runs"], path):
             check_keys(run, path, RUN_KEYS, ", a run")
             if not all(isinstance(run[key], str) for key in RUN_KEYS):
-                raise RunError(f"{str(path)!r} has a run of {run}, which is not three texts; {REPAIRS[PLAN_FILE]}")
+                raise RunError(
+                    f"{str(path)!r} has a run of {run}, which is not three texts; "
+                    f"{REPAIRS[PLAN_FILE]}"
+                )
     return panels
 
 
@@ -137,8 +159,8 @@ def _listed(found: Any, path: Path) -> list[Any]:
 def read_study(folder: Path) -> list[Panel]:
     """The panels of a study as far as it has come.
 
-    `plan.json` has `panels`, each with `title`, `note`, `is_sweep` and `runs`: `folder` (or evaluation file) in the
-    study's folder, `name` and `state` as last seen.
+    `plan.json` has `panels`, each with `title`, `note`, `is_sweep` and `runs`: `folder` (or
+    evaluation file) in the study's folder, `name` and `state` as last seen.
     """
     panels = []
     for planned in read_plan(folder):
@@ -154,7 +176,15 @@ def read_study(folder: Path) -> list[Panel]:
                 unfinished.append((path, str(error) if is_damaged else state))
                 continue
             entries.append(replace(entry, name=run["name"]))
-        panels.append(Panel(planned["title"], tuple(entries), planned["note"], tuple(unfinished), planned["is_sweep"]))
+        panels.append(
+            Panel(
+                planned["title"],
+                tuple(entries),
+                planned["note"],
+                tuple(unfinished),
+                planned["is_sweep"],
+            )
+        )
     return panels
 
 
@@ -170,9 +200,14 @@ def recipe_key(entry: Entry, ignore: Selection) -> str:
 
 
 def find_starts(entries: Sequence[Entry]) -> dict[Path, Entry]:
-    """For the folder of each GRPO run, the entry among these that it started from, where there is one."""
-    known = {path.resolve(): entry for entry in entries for path in (entry.path, entry.path / "model")}
-    models = {row["model"]: entry for entry in entries if entry.recipe is None for row in entry.evals}
+    """For the folder of each GRPO run, the entry among these that it started from, where there is
+    one."""
+    known = {
+        path.resolve(): entry for entry in entries for path in (entry.path, entry.path / "model")
+    }
+    models = {
+        row["model"]: entry for entry in entries if entry.recipe is None for row in entry.evals
+    }
     starts = {}
     for entry in entries:
         if entry.start is not None:
@@ -182,7 +217,8 @@ def find_starts(entries: Sequence[Entry]) -> dict[Path, Entry]:
 
 
 def group_by_seed(entries: Sequence[Entry]) -> list[tuple[Entry, ...]]:
-    """Runs whose recipes agree on everything but the seeds; GRPO runs too, whose starts then differ in seeds alone.
+    """Runs whose recipes agree on everything but the seeds; GRPO runs too, whose starts then differ
+    in seeds alone.
 
     A model without a run is a group of its own.
     """

@@ -1,8 +1,9 @@
 """The run folder: what a run writes beside its weights, and what makes it a result.
 
-`recipe.toml`, `environment.json`, `metrics.jsonl`, `window.jsonl` (what the length gate decided and why),
-`evals.jsonl`, `responses/`, `samples.jsonl`, `checkpoint/`, `model/`, `DONE`.
-`DONE` holds the recipe's identity and is written last; a folder without a matching one is not a result. Needs no torch.
+`recipe.toml`, `environment.json`, `metrics.jsonl`, `window.jsonl` (what the length gate decided and
+why), `evals.jsonl`, `responses/`, `samples.jsonl`, `checkpoint/`, `model/`, `DONE`. `DONE` holds
+the recipe's identity and is written last; a folder without a matching one is not a result. Needs no
+torch.
 """
 
 import importlib.metadata
@@ -28,7 +29,8 @@ from potstill.config import (
 )
 from potstill.files import file_digest, flush, write_atomically, write_rows
 
-# What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is finished.
+# What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is
+# finished.
 STEP_LOGS = {
     "metrics.jsonl": ("step", "seconds"),
     "samples.jsonl": ("step", "tokens", "trained"),
@@ -36,7 +38,16 @@ STEP_LOGS = {
 }
 # What tells one evaluation of a run from another.
 EVAL_KEYS = ("step", "temperature", "settings")
-PACKAGES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "trl")
+PACKAGES = (
+    "potstill",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "numpy",
+    "trl",
+)
 
 
 # What to do with a damaged file, by its name.
@@ -52,11 +63,14 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked; the message is one line and says what to do."""
 
 
-def check_folder(recipe: RunRecipe, may_change: Collection[Role] = ()) -> dict[str, tuple[Any, Any]]:
-    """The fields in which the recipe of the run in its folder differs, with both values. Writes nothing.
+def check_folder(
+    recipe: RunRecipe, may_change: Collection[Role] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """The fields in which the recipe of the run in its folder differs, with both values. Writes
+    nothing.
 
-    Raises RunError if the folder holds something else than this recipe's run. Fields that a resume may change, and
-    those with a role of `may_change`, make it no other run.
+    Raises RunError if the folder holds something else than this recipe's run. Fields that a resume
+    may change, and those with a role of `may_change`, make it no other run.
     """
     folder = recipe.out
     if folder.exists() and not folder.is_dir():
@@ -64,21 +78,29 @@ def check_folder(recipe: RunRecipe, may_change: Collection[Role] = ()) -> dict[s
     if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return {}
     if not (folder / "recipe.toml").exists():
-        raise RunError(f"folder {str(folder)!r} is not empty and holds no run; choose another --out")
+        raise RunError(
+            f"folder {str(folder)!r} is not empty and holds no run; choose another --out"
+        )
     there = load_any_recipe(folder / "recipe.toml")
     changes = there.changes_to(recipe)
     for name, (theirs, ours) in changes.items():
         if role_of(name) not in (*CHANGE_NOTHING, *CHANGE_ROUNDING, *may_change):
             raise RunError(
-                f"run folder {str(folder)!r} holds another recipe ({name} is {_shown(theirs)} there and {_shown(ours)} "
-                f"here); {_extension(there, recipe, name)}{_other_place(folder)}"
+                f"run folder {str(folder)!r} holds another recipe ({name} is {_shown(theirs)} "
+                f"there and {_shown(ours)} here); "
+                f"{_extension(there, recipe, name)}{_other_place(folder)}"
             )
     return changes
 
 
 def _extension(there: RunRecipe, here: RunRecipe, name: str) -> str:
-    """How `--extend-to` would make this recipe that of the run there, which differs in field `name`; else nothing."""
-    if not isinstance(there, Recipe) or not isinstance(here, Recipe) or there.train.flops is not None:
+    """How `--extend-to` would make this recipe that of the run there, which differs in field
+    `name`; else nothing."""
+    if (
+        not isinstance(there, Recipe)
+        or not isinstance(here, Recipe)
+        or there.train.flops is not None
+    ):
         return ""
     if role_of(name) is not Role.LENGTH:
         return ""
@@ -115,7 +137,8 @@ def is_done(folder: Path, recipe: RunRecipe) -> bool:
 
 
 def begun_on(folder: Path) -> str | None:
-    """The date that the chat templates of a run were told when it began; None where none has begun."""
+    """The date that the chat templates of a run were told when it began; None where none has
+    begun."""
     environment = folder / "environment.json"
     return read_json(environment, ("date",))["date"] if environment.exists() else None
 
@@ -123,18 +146,22 @@ def begun_on(folder: Path) -> str | None:
 def resume_command(folder: Path) -> str:
     """What goes on with an unfinished run."""
     recipe = load_any_recipe(folder / "recipe.toml")
-    return f"potstill {'grpo' if isinstance(recipe, GrpoRecipe) else 'train'} {folder / 'recipe.toml'}"
+    return (
+        f"potstill {'grpo' if isinstance(recipe, GrpoRecipe) else 'train'} {folder / 'recipe.toml'}"
+    )
 
 
 @contextmanager
 def open_run(
     recipe: RunRecipe, environment: dict[str, Any], may_change: Collection[Role] = ()
 ) -> Iterator[tuple[str, ...]]:
-    """Create the run folder or enter it again, for this process alone; gives lines about what the recipe changed.
+    """Create the run folder or enter it again, for this process alone; gives lines about what the
+    recipe changed.
 
-    Raises RunError as `check_folder`, when another process is in it, or when it was begun with other models or prompts
-    under the same names: what a recipe names can change, and objects may have taken its place. A file of a task of the
-    user's own that has changed is noted: a grader that failed at the end of a run is mended without another training.
+    Raises RunError as `check_folder`, when another process is in it, or when it was begun with
+    other models or prompts under the same names: what a recipe names can change, and objects may
+    have taken its place. A file of a task of the user's own that has changed is noted: a grader
+    that failed at the end of a run is mended without another training.
     """
     folder = recipe.out
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,8 +173,9 @@ def open_run(
         for key in begun.keys() & {"models", "prompts"}:
             if begun[key] != environment[key]:
                 raise RunError(
-                    f"run folder {str(folder)!r} was begun with other {key} ({json.dumps(begun[key])} there, "
-                    f"{json.dumps(environment[key])} here); {_other_place(folder)}"
+                    f"run folder {str(folder)!r} was begun with other {key} "
+                    f"({json.dumps(begun[key])} there, {json.dumps(environment[key])} here); "
+                    f"{_other_place(folder)}"
                 )
         edited = edited_files(folder, environment.get("task_files", {}))
         history = begun.get("changes", [])
@@ -164,12 +192,17 @@ def open_run(
         write_environment(folder, environment | {"changes": history})
         if changes:
             write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
-        of_recipe = [_said(name, *values) for name, values in changes.items() if role_of(name) not in CHANGE_NOTHING]
+        of_recipe = [
+            _said(name, *values)
+            for name, values in changes.items()
+            if role_of(name) not in CHANGE_NOTHING
+        ]
         yield (*of_recipe, *describe_edits(edited))
 
 
 def edited_files(folder: Path, files: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """The files among these (with their SHA-256) that the run in a folder knows otherwise, with both checksums."""
+    """The files among these (with their SHA-256) that the run in a folder knows otherwise, with
+    both checksums."""
     environment = folder / "environment.json"
     known = read_json(environment).get("task_files", {}) if environment.exists() else {}
     return {file: (known[file], now) for file, now in files.items() if known.get(file, now) != now}
@@ -178,8 +211,8 @@ def edited_files(folder: Path, files: dict[str, str]) -> dict[str, tuple[str, st
 def describe_edits(edited: dict[str, tuple[str, str]]) -> list[str]:
     """A line for each file of a task that is not the one that the run was begun with."""
     return [
-        f"warning: {file} has changed since the run began (SHA-256 {then[:16]}..., now {now[:16]}...); the prompts are "
-        "the same, scores and the ends of answers may differ"
+        f"warning: {file} has changed since the run began (SHA-256 {then[:16]}..., now "
+        f"{now[:16]}...); the prompts are the same, scores and the ends of answers may differ"
         for file, (then, now) in edited.items()
     ]
 
@@ -191,7 +224,9 @@ def _num_rows(path: Path) -> int:
 
 def write_environment(folder: Path, environment: dict[str, Any]) -> None:
     """Write `environment.json`: of this machine, and of the run."""
-    write_atomically(folder / "environment.json", json.dumps(describe_machine() | environment, indent=1) + "\n")
+    write_atomically(
+        folder / "environment.json", json.dumps(describe_machine() | environment, indent=1) + "\n"
+    )
 
 
 def _said(name: str, theirs: Any, ours: Any) -> str:
@@ -203,14 +238,17 @@ def _said(name: str, theirs: Any, ours: Any) -> str:
 
 @contextmanager
 def locked(path: Path, what: str, waits: bool = False) -> Iterator[None]:
-    """A folder or file for this process alone. Raises RunError where another has it, or waits for that."""
+    """A folder or file for this process alone. Raises RunError where another has it, or waits for
+    that."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=-1 if waits else 0)
     except Timeout:
-        raise RunError(f"{what} {str(path)!r} is in use by another process; wait for it or stop it") from None
+        raise RunError(
+            f"{what} {str(path)!r} is in use by another process; wait for it or stop it"
+        ) from None
     try:
         yield
     finally:
@@ -218,7 +256,8 @@ def locked(path: Path, what: str, waits: bool = False) -> Iterator[None]:
 
 
 def store_evals(folder: Path, step: int, rows: Sequence[dict[str, Any]]) -> None:
-    """Add the rows of an evaluation to `evals.jsonl`, in place of those of the same step, temperature and settings."""
+    """Add the rows of an evaluation to `evals.jsonl`, in place of those of the same step,
+    temperature and settings."""
 
     def key(row: dict[str, Any]) -> str:
         return json.dumps([row[name] for name in EVAL_KEYS], sort_keys=True)
@@ -234,7 +273,10 @@ def last_row(folder: Path) -> dict[str, Any]:
     """The metrics of a run's last step. Raises RunError where there are none."""
     rows = read_rows(folder / "metrics.jsonl", ("step",))
     if not rows:
-        raise RunError(f"{str(folder / 'metrics.jsonl')!r} is missing or empty; {_repair(folder / 'metrics.jsonl')}")
+        raise RunError(
+            f"{str(folder / 'metrics.jsonl')!r} is missing or empty; "
+            f"{_repair(folder / 'metrics.jsonl')}"
+        )
     return rows[-1]
 
 
@@ -249,9 +291,11 @@ def seal_logs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def rewind(folder: Path, num_steps: int, sealed: dict[str, dict[str, Any]]) -> None:
-    """Cut the logs back to what `seal_logs` saw when the checkpoint after `num_steps` steps was saved.
+    """Cut the logs back to what `seal_logs` saw when the checkpoint after `num_steps` steps was
+    saved.
 
-    What came after it will be written again. Raises RunError for a log whose rows up to there are not as they were.
+    What came after it will be written again. Raises RunError for a log whose rows up to there are
+    not as they were.
     """
     for name in sealed:
         _check_log(folder / name, num_steps, **sealed[name])
@@ -272,8 +316,8 @@ def _check_log(path: Path, num_steps: int, num_bytes: int, sha256: str) -> None:
     else:
         return
     raise RunError(
-        f"{str(path)!r} {found} up to step {num_steps}, from which the run would go on; restore it, or remove the "
-        f"folder {str(path.parent / 'checkpoint')!r} to begin again"
+        f"{str(path)!r} {found} up to step {num_steps}, from which the run would go on; restore "
+        f"it, or remove the folder {str(path.parent / 'checkpoint')!r} to begin again"
     )
 
 
@@ -290,12 +334,14 @@ def read_rows(path: Path, keys: Collection[str] = ()) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path, keys: Collection[str] = ()) -> dict[str, Any]:
-    """A file that is one JSON object. Raises RunError where it is not, or lacks some of the keys."""
+    """A file that is one JSON object. Raises RunError where it is not, or lacks some of the
+    keys."""
     return check_keys(_parse(_read_bytes(path), path), path, keys)
 
 
 def read_json_list(path: Path, keys: Collection[str] = ()) -> list[dict[str, Any]]:
-    """A file that is a JSON list of at least one object, each with these keys. Raises RunError where it is not."""
+    """A file that is a JSON list of at least one object, each with these keys. Raises RunError
+    where it is not."""
     found = _parse(_read_bytes(path), path)
     if not isinstance(found, list) or not found:
         raise RunError(f"{str(path)!r} is not a JSON list of rows; {_repair(path)}")
@@ -319,7 +365,8 @@ def _parse(text: bytes, path: Path, where: str = "") -> Any:
 
 
 def check_keys(found: Any, path: Path, keys: Collection[str], where: str = "") -> dict[str, Any]:
-    """What was found in a file (`where` in it), once it is a JSON object with these keys. Raises RunError."""
+    """What was found in a file (`where` in it), once it is a JSON object with these keys. Raises
+    RunError."""
     if not isinstance(found, dict):
         raise RunError(f"{str(path)!r}{where} is not a JSON object; {_repair(path)}")
     if missing := [key for key in keys if key not in found]:
@@ -347,7 +394,11 @@ def describe_machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     return {
         "revision": revision or None,

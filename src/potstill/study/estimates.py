@@ -1,6 +1,8 @@
-"""How long a study's runs will take and how much disk they fill: from finished runs of a kind, or a trial of two steps.
+"""How long a study's runs will take and how much disk they fill: from finished runs of a kind, or a
+trial of two steps.
 
-Trials are for models so small that they cost a second; what larger ones take is known when the first run is done.
+Trials are for models so small that they cost a second; what larger ones take is known when the
+first run is done.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """Seconds of a step, those that a cache saves it, operations, tokens of a completion, and bytes of what is kept."""
+    """Seconds of a step, those that a cache saves it, operations, tokens of a completion, and bytes
+    of what is kept."""
 
     seconds: float
     cached_seconds: float
@@ -62,7 +65,8 @@ class Known:
 
 
 def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]:
-    """The cost of each item that is not done; None where nothing is known yet. With `one_thread` trials take one."""
+    """The cost of each item that is not done; None where nothing is known yet. With `one_thread`
+    trials take one."""
     left = [item for item in items if not item.is_done]
     if not left:
         return {}
@@ -71,7 +75,11 @@ def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]
     if one_thread:
         torch.set_num_threads(1)
     known = Known(_finished_steps(items), {})
-    students = {item.job.path: item.recipe.student.model for item in items if isinstance(item.recipe, Recipe)}
+    students = {
+        item.job.path: item.recipe.student.model
+        for item in items
+        if isinstance(item.recipe, Recipe)
+    }
     return {item.job.path: _cost(item, _start(item, students), known) for item in left}
 
 
@@ -81,7 +89,8 @@ def _finished_steps(items: Sequence[Item]) -> dict[str, StepCost | None]:
 
 
 def _start(item: Item, students: dict[Path, str]) -> str:
-    """The model that an item begins with, or where a run makes it first, the student of that run."""
+    """The model that an item begins with, or where a run makes it first, the student of that
+    run."""
     recipe = item.recipe
     start = recipe.model if isinstance(recipe, GrpoRecipe) else recipe.student.model
     if item.kind == "evaluate":
@@ -105,7 +114,9 @@ def _step_cost(item: Item, start: str, known: Known) -> StepCost | None:
     recipe = item.recipe
     kind = _kind(recipe)
     if kind not in known.steps:
-        cached = item.kind == "cache" or (isinstance(recipe, Recipe) and recipe.teacher.cache is not None)
+        cached = item.kind == "cache" or (
+            isinstance(recipe, Recipe) and recipe.teacher.cache is not None
+        )
         known.steps[kind] = _try_steps(recipe, start, cached)
     return known.steps[kind]
 
@@ -129,7 +140,8 @@ def _cache_cost(recipe: Recipe, step: StepCost) -> Cost:
 
 
 def _run_cost(item: Item, step: StepCost, evaluated: Cost) -> Cost:
-    """The cost of as many steps as the run takes, which its budget of operations can cut short, and its evaluation."""
+    """The cost of as many steps as the run takes, which its budget of operations can cut short, and
+    its evaluation."""
     recipe, num_steps = item.recipe, item.job.num_steps
     if isinstance(recipe, Recipe) and recipe.train.flops is not None and step.flops:
         num_steps = min(num_steps, math.ceil(recipe.train.flops / step.flops))
@@ -157,14 +169,19 @@ def _finished_step(path: Path) -> StepCost:
 
 
 def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
-    """A trial in a folder that is removed again; None where it would not be quick, or run code of the user's.
+    """A trial in a folder that is removed again; None where it would not be quick, or run code of
+    the user's.
 
     There is no cache yet, so what it saves is taken off.
     """
     models = [start]
     if isinstance(recipe, Recipe) and recipe.teacher.model != "self":
         models.append(recipe.teacher.model)
-    if is_table(recipe.data.source) or own_task(recipe.data.source) or not all(map(_is_small, models)):
+    if (
+        is_table(recipe.data.source)
+        or own_task(recipe.data.source)
+        or not all(map(_is_small, models))
+    ):
         return None
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "trial"
@@ -172,7 +189,13 @@ def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCos
             from potstill.grpo.run import run_grpo
 
             run_grpo(
-                _trial(recipe, {"grpo": {"steps": NUM_TRIAL_STEPS, "warmup_steps": 0}}, out, model=start), quiet=True
+                _trial(
+                    recipe,
+                    {"grpo": {"steps": NUM_TRIAL_STEPS, "warmup_steps": 0}},
+                    out,
+                    model=start,
+                ),
+                quiet=True,
             )
         else:
             from potstill.training.loop import train
@@ -198,20 +221,27 @@ def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCos
         )
 
 
-def _trial(recipe: AnyRecipe, sections: dict[str, dict[str, Any]], out: Path, **start: str) -> AnyRecipe:
-    update = {name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()}
+def _trial(
+    recipe: AnyRecipe, sections: dict[str, dict[str, Any]], out: Path, **start: str
+) -> AnyRecipe:
+    update = {
+        name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()
+    }
     return recipe.model_copy(update=update | {"out": out, "evaluation": Evaluation()} | start)
 
 
 def _try_evaluation(model: str, evaluation: Evaluation) -> Cost | None:
-    """From one batch of responses; None where that would not be quick, or run code of the user's."""
+    """From one batch of responses; None where that would not be quick, or run code of the
+    user's."""
     if evaluation.source is None:
         return Cost(0, 0)
     if is_table(evaluation.source) or own_task(evaluation.source) or not _is_small(model):
         return None
     from potstill.evaluation.scores import evaluate
 
-    num_problems = max(1, min(evaluation.batch_size // evaluation.num_responses, evaluation.num_problems))
+    num_problems = max(
+        1, min(evaluation.batch_size // evaluation.num_responses, evaluation.num_problems)
+    )
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         few = evaluation.model_copy(update={"num_problems": num_problems})
@@ -224,7 +254,10 @@ def _is_small(name: str) -> bool:
     from potstill.models.language_model import find_folder
 
     folder = find_folder(name)
-    return folder is not None and sum(f.stat().st_size for f in folder.glob("*.safetensors")) < MAX_TRIAL_BYTES
+    return (
+        folder is not None
+        and sum(f.stat().st_size for f in folder.glob("*.safetensors")) < MAX_TRIAL_BYTES
+    )
 
 
 def _num_bytes(folder: Path) -> int:

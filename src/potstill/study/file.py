@@ -55,7 +55,9 @@ class Runs(Section):
 
 Fields = Annotated[dict[str, Any], BeforeValidator(_flat), Field(default_factory=dict)]
 Axes = Annotated[
-    dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_flat), Field(default_factory=dict)
+    dict[str, Annotated[list[Any], Field(min_length=1)]],
+    BeforeValidator(_flat),
+    Field(default_factory=dict),
 ]
 MethodName = Literal["sft", "dagger", "offline-rl", "opd"]
 
@@ -75,7 +77,8 @@ class Group(Runs):
     label: str = ""
     """What its runs are called beside their method."""
     axes: Axes
-    """Values of fields of the recipe, every combination of which is a run; `method` sets prefix and KL."""
+    """Values of fields of the recipe, every combination of which is a run; `method` sets prefix and
+    KL."""
     fields: Fields
     """Fields that all runs of the group share."""
     seeds: tuple[int, ...] | None = None
@@ -94,15 +97,22 @@ class Group(Runs):
         own = [*self.fields, *self.axes]
         if twice := next((name for name in self.fields if name in self.axes), None):
             raise ValueError(f"{twice} is in fields and on an axis of one group; keep one of them")
-        if "method" in self.axes and (clash := next((name for name in CORNER if name in own), None)):
-            raise ValueError(f"{clash} is set beside the axis method, which sets it; remove one of them")
+        if "method" in self.axes and (
+            clash := next((name for name in CORNER if name in own), None)
+        ):
+            raise ValueError(
+                f"{clash} is set beside the axis method, which sets it; remove one of them"
+            )
         if self.cache and "teacher.cache" in own:
-            raise ValueError("teacher.cache is set beside cache = true, which makes a cache; remove one of them")
+            raise ValueError(
+                "teacher.cache is set beside cache = true, which makes a cache; remove one of them"
+            )
         return self
 
 
 class Sweep(Runs):
-    """One field, chosen for each method before methods are compared: by Avg at one seed, on problems of its own."""
+    """One field, chosen for each method before methods are compared: by Avg at one seed, on
+    problems of its own."""
 
     field: str = "train.lr"
     """The field."""
@@ -118,7 +128,10 @@ class Sweep(Runs):
     @model_validator(mode="after")
     def _sets_nothing_twice(self):
         refuse_fields("field", [self.field], SET_BY_THE_STUDY)
-        own = {self.field: "it is what is swept", "evaluation.seed": "a sweep is judged on problems of its own"}
+        own = {
+            self.field: "it is what is swept",
+            "evaluation.seed": "a sweep is judged on problems of its own",
+        }
         own |= dict.fromkeys(CORNER, "methods says which corners are swept")
         refuse_fields("fields", self.fields, own)
         return self
@@ -150,8 +163,13 @@ class PanelPlan(Runs):
         for group in self.groups:
             if group.sweep_as is not None and group.sweep_as not in methods:
                 known = f"the sweep is of {', '.join(methods)}" if methods else "nothing is swept"
-                raise ValueError(f'sweep_as is "{group.sweep_as}", and in this panel {known}; remove it or sweep that')
-            if self.sweep is not None and any(m in methods for m in group.axes.get("method", [group.sweep_as])):
+                raise ValueError(
+                    f'sweep_as is "{group.sweep_as}", and in this panel {known}; remove it or '
+                    "sweep that"
+                )
+            if self.sweep is not None and any(
+                m in methods for m in group.axes.get("method", [group.sweep_as])
+            ):
                 swept = {self.sweep.field: "the panel's sweep chooses it"}
                 refuse_fields("axes", group.axes, swept)
                 refuse_fields("fields", group.fields, swept)
@@ -182,7 +200,8 @@ class Study(Runs):
     fields: Fields
     """Fields of all runs, over the recipe's."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """Each run is done with each: seeds of the training problems and of sampling. Held-out problems stay the same."""
+    """Each run is done with each: seeds of the training problems and of sampling. Held-out problems
+    stay the same."""
     grpo: Stage = Stage.model_validate({})
     """Reinforcement learning after distillation, for groups that ask for it."""
     panels: tuple[PanelPlan, ...] = Field(min_length=1)
@@ -207,6 +226,8 @@ def read_study_file(study: str | Path) -> Study:
     def beside(recipe: str) -> str:
         return str(path.parent / recipe) if (path.parent / recipe).is_file() else recipe
 
-    panels = tuple(p.model_copy(update={"recipe": beside(p.recipe or found.recipe)}) for p in found.panels)
+    panels = tuple(
+        p.model_copy(update={"recipe": beside(p.recipe or found.recipe)}) for p in found.panels
+    )
     stage = found.grpo.model_copy(update={"recipe": beside(found.grpo.recipe)})
     return found.model_copy(update={"panels": panels, "grpo": stage})

@@ -1,4 +1,5 @@
-"""Several potstill commands as processes side by side: what waits for what, what crashed, how far all of it is."""
+"""Several potstill commands as processes side by side: what waits for what, what crashed, how far
+all of it is."""
 
 import multiprocessing
 import os
@@ -16,7 +17,8 @@ from potstill.console.printable import one_line, plain, say
 from potstill.files import write_atomically
 
 POLL_SECONDS = 0.25
-# What every job would load: transformers' own parts come only when a model is, which takes longer than a small job.
+# What every job would load: transformers' own parts come only when a model is, which takes longer
+# than a small job.
 LOADED = [
     "potstill.cli.recipe_commands",
     "potstill.evaluation.scores",
@@ -25,7 +27,8 @@ LOADED = [
 ]
 LOADED += ["transformers.generation.utils", "transformers.models.auto.modeling_auto"]
 
-# Runs one command, given its arguments. A function at the top of a module, as another process loads it by its name.
+# Runs one command, given its arguments. A function at the top of a module, as another process loads
+# it by its name.
 Execute = Callable[[list[str]], None]
 
 
@@ -33,9 +36,9 @@ Execute = Callable[[list[str]], None]
 class Job:
     """One potstill command.
 
-    `path` is what it leaves: a run folder, or a file; `needs` are paths of jobs that must be done before. Its output
-    goes to `log`. `done` is a file that a job leaves when it is done; where the command does not write it, it is
-    written here (`marks`).
+    `path` is what it leaves: a run folder, or a file; `needs` are paths of jobs that must be done
+    before. Its output goes to `log`. `done` is a file that a job leaves when it is done; where the
+    command does not write it, it is written here (`marks`).
     """
 
     name: str
@@ -56,12 +59,15 @@ def run_jobs(
     one_thread: bool,
     on_end: Callable[[Job, str | None], None],
 ) -> None:
-    """Run jobs, at most `num_parallel` at a time and each after what it needs; the others go on when one crashes.
+    """Run jobs, at most `num_parallel` at a time and each after what it needs; the others go on
+    when one crashes.
 
-    `on_end` is told of each job that ends, with None, or the last line of what a crashed one printed. What needs a
-    crashed job is not begun. With `one_thread` each process computes with one thread.
+    `on_end` is told of each job that ends, with None, or the last line of what a crashed one
+    printed. What needs a crashed job is not begun. With `one_thread` each process computes with one
+    thread.
     """
-    # Processes are copies of one that has loaded everything, where the system can do that: loading takes seconds.
+    # Processes are copies of one that has loaded everything, where the system can do that: loading
+    # takes seconds.
     context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(LOADED)
@@ -71,7 +77,9 @@ def run_jobs(
     with _display(len(jobs)) as show:
         try:
             while waiting or running:
-                for job in [job for job in waiting if not unmet & set(job.needs)][: num_parallel - len(running)]:
+                for job in [job for job in waiting if not unmet & set(job.needs)][
+                    : num_parallel - len(running)
+                ]:
                     waiting.remove(job)
                     job.log.parent.mkdir(parents=True, exist_ok=True)
                     given = (execute, job.arguments, job.log, one_thread)
@@ -100,10 +108,14 @@ def run_jobs(
                 process.join()
 
 
-def _execute_apart(execute: Execute, arguments: tuple[str, ...], log: Path, one_thread: bool) -> None:
-    """In a process of its own: a potstill command with its output in a file. Ends when the parent does, however.
+def _execute_apart(
+    execute: Execute, arguments: tuple[str, ...], log: Path, one_thread: bool
+) -> None:
+    """In a process of its own: a potstill command with its output in a file. Ends when the parent
+    does, however.
 
-    Everything that a run writes survives that, and an orphan would keep its run folder from the next attempt.
+    Everything that a run writes survives that, and an orphan would keep its run folder from the
+    next attempt.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -126,13 +138,17 @@ def _reason(log: Path, exitcode: int) -> str:
 
 
 @contextmanager
-def _display(num_jobs: int) -> Iterator[Callable[[Sequence[Job], tuple[Job, str | None] | None], None]]:
+def _display(
+    num_jobs: int,
+) -> Iterator[Callable[[Sequence[Job], tuple[Job, str | None] | None], None]]:
     """A bar over all jobs and one a running job on a terminal, a line when a job ends elsewhere."""
     started, num_ended = time.perf_counter(), 0
 
     def line(job: Job, crashed: str | None) -> str:
         outcome = f"CRASHED: {crashed} (all of its output is in {job.log})" if crashed else "done"
-        return f"[{num_ended}/{num_jobs}] {job.name}: {outcome}, {time.perf_counter() - started:.0f} s"
+        return (
+            f"[{num_ended}/{num_jobs}] {job.name}: {outcome}, {time.perf_counter() - started:.0f} s"
+        )
 
     def show_lines(running: Sequence[Job], ended: tuple[Job, str | None] | None) -> None:
         nonlocal num_ended
@@ -154,7 +170,12 @@ def _display(num_jobs: int) -> Iterator[Callable[[Sequence[Job], tuple[Job, str 
     )
 
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    columns = (TextColumn("{task.description:<40}", markup=False), BarColumn(), MofNCompleteColumn(), *times)
+    columns = (
+        TextColumn("{task.description:<40}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *times,
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         whole = progress.add_task("all", total=num_jobs)
         tasks = {}
@@ -163,7 +184,9 @@ def _display(num_jobs: int) -> Iterator[Callable[[Sequence[Job], tuple[Job, str 
             nonlocal num_ended
             for job in running:
                 if job.path not in tasks:
-                    tasks[job.path] = progress.add_task(one_line(job.name)[:40], total=job.num_steps or None)
+                    tasks[job.path] = progress.add_task(
+                        one_line(job.name)[:40], total=job.num_steps or None
+                    )
                 progress.update(tasks[job.path], completed=_num_steps_done(job))
             if ended is not None:
                 num_ended += 1

@@ -1,7 +1,8 @@
-"""From a study's file to everything that it makes: recipes, folders, processes, and what waits for what.
+"""From a study's file to everything that it makes: recipes, folders, processes, and what waits for
+what.
 
-A run's folder is named by the hash of its resolved recipe, so that whatever is there with a matching DONE is that run,
-whoever made it.
+A run's folder is named by the hash of its resolved recipe, so that whatever is there with a
+matching DONE is that run, whoever made it.
 """
 
 import dataclasses
@@ -44,7 +45,8 @@ SWEEP_EVALUATION_SEED = 1_000_003
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One distillation of a panel before its seed is set: fields over the base recipe, and what follows it."""
+    """One distillation of a panel before its seed is set: fields over the base recipe, and what
+    follows it."""
 
     fields: dict[str, Any]
     method: str | None
@@ -63,7 +65,9 @@ def cells(study: Study, panel: PanelPlan) -> list[Cell]:
             method = chosen.pop("method", None)
             fields = study.fields | panel.fields | group.fields | _corner(method) | chosen
             details = [group.label] if group.label else []
-            details += [_axis_text(field, value) for field, value in chosen.items() if field not in named]
+            details += [
+                _axis_text(field, value) for field, value in chosen.items() if field not in named
+            ]
             found.append(
                 Cell(
                     fields=fields,
@@ -77,7 +81,8 @@ def cells(study: Study, panel: PanelPlan) -> list[Cell]:
 
 
 def _axis_text(field: str, value: Any) -> str:
-    """`window 24` for window.tokens, `teacher small` for a model's path, else the field with its value."""
+    """`window 24` for window.tokens, `teacher small` for a model's path, else the field with its
+    value."""
     section, _, name = field.rpartition(".")
     if name in ("model", "tokens"):
         return f"{section} {str(value).rstrip('/').rpartition('/')[2].removeprefix('potstill:')}"
@@ -96,7 +101,8 @@ def _corner(method: str | None) -> dict[str, str]:
 class Item:
     """One thing that a study makes: a run, a cache or an evaluation.
 
-    `label` is what the report calls it, the same for all seeds of a run; `pending`: its recipe waits for a sweep.
+    `label` is what the report calls it, the same for all seeds of a run; `pending`: its recipe
+    waits for a sweep.
     """
 
     kind: Literal["train", "grpo", "cache", "evaluate"]
@@ -110,7 +116,11 @@ class Item:
     @property
     def is_done(self) -> bool:
         """Whether it is there, whole and of this recipe."""
-        return is_done(self.job.path, self.recipe) if self.kind in ("train", "grpo") else self.job.done.exists()
+        return (
+            is_done(self.job.path, self.recipe)
+            if self.kind in ("train", "grpo")
+            else self.job.done.exists()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +134,8 @@ class PlannedPanel:
 
 
 def plan(study: Study, chosen: dict[tuple[str, str], float]) -> list[PlannedPanel]:
-    """Everything that the study makes, panel by panel, sweeps last; `chosen` are the sweeps' results so far.
+    """Everything that the study makes, panel by panel, sweeps last; `chosen` are the sweeps'
+    results so far.
 
     Raises RecipeError for any run that could not begin.
     """
@@ -140,17 +151,24 @@ def plan(study: Study, chosen: dict[tuple[str, str], float]) -> list[PlannedPane
         add(panel.title, panel.note, _panel_items(study, panel, chosen))
     for panel in study.panels:
         if panel.sweep is not None:
-            note = f"{panel.sweep.field} is chosen for each method by Avg on problems of its own, at one seed."
+            note = (
+                f"{panel.sweep.field} is chosen for each method by Avg on problems of its "
+                "own, at one seed."
+            )
             add(f"{panel.title}: sweep", note, _sweep_items(study, panel), is_sweep=True)
     return panels
 
 
 def _refuse_more_than_can_be_run(study: Study) -> None:
     for panel in study.panels:
-        sizes = [math.prod(map(len, group.axes.values())) * len(group.seeds or study.seeds) for group in panel.groups]
+        sizes = [
+            math.prod(map(len, group.axes.values())) * len(group.seeds or study.seeds)
+            for group in panel.groups
+        ]
         if sum(sizes) > MAX_RUNS:
             raise RecipeError(
-                f"panel {panel.title!r} has {sum(sizes):,} runs, more than {MAX_RUNS:,}; give its axes fewer values"
+                f"panel {panel.title!r} has {sum(sizes):,} runs, more than {MAX_RUNS:,}; give "
+                "its axes fewer values"
             )
 
 
@@ -161,12 +179,19 @@ def _sweep_items(study: Study, panel: PanelPlan) -> Iterator[Item]:
         fields = study.fields | panel.fields | sweep.fields | _corner(method) | {sweep.field: value}
         fields |= {"evaluation.seed": SWEEP_EVALUATION_SEED}
         yield from _run_items(
-            study, panel, fields, study.seeds[0], [_axis_text(sweep.field, f"{value:g}")], "", sweep.cache
+            study,
+            panel,
+            fields,
+            study.seeds[0],
+            [_axis_text(sweep.field, f"{value:g}")],
+            "",
+            sweep.cache,
         )
 
 
 def choose(study: Study) -> dict[tuple[str, str], float]:
-    """The value of each finished sweep, by panel and method: the best Avg at the highest temperature."""
+    """The value of each finished sweep, by panel and method: the best Avg at the highest
+    temperature."""
     chosen = {}
     for panel in study.panels:
         if panel.sweep is None:
@@ -176,20 +201,31 @@ def choose(study: Study) -> dict[tuple[str, str], float]:
             tried = runs[i * len(panel.sweep.values) : (i + 1) * len(panel.sweep.values)]
             if all(item.is_done for item in tried):
                 scores = [
-                    max(read_entry(item.job.path).evals, key=lambda row: row["temperature"])["avg"] for item in tried
+                    max(read_entry(item.job.path).evals, key=lambda row: row["temperature"])["avg"]
+                    for item in tried
                 ]
                 best = max(range(len(tried)), key=lambda k: scores[k][0])
                 chosen[panel.title, method] = panel.sweep.values[best]
     return chosen
 
 
-def _panel_items(study: Study, panel: PanelPlan, chosen: dict[tuple[str, str], float]) -> Iterator[Item]:
+def _panel_items(
+    study: Study, panel: PanelPlan, chosen: dict[tuple[str, str], float]
+) -> Iterator[Item]:
     base = _recipe(panel, study.fields | panel.fields, study.seeds[0], study.out / "runs/base")
     for model in panel.models:
         yield _evaluation(study, model.removeprefix("potstill:"), model, base, run_evaluation(base))
     for model in panel.grpo_from:
         for seed in study.seeds:
-            yield _grpo(study, model, base, seed, f"GRPO from {model}", _seed_text(seed, study.seeds), pending=False)
+            yield _grpo(
+                study,
+                model,
+                base,
+                seed,
+                f"GRPO from {model}",
+                _seed_text(seed, study.seeds),
+                pending=False,
+            )
     for cell in cells(study, panel):
         fields, pending = cell.fields, False
         if panel.sweep is not None and cell.method in panel.sweep.methods:
@@ -198,7 +234,11 @@ def _panel_items(study: Study, panel: PanelPlan, chosen: dict[tuple[str, str], f
             fields = fields | {panel.sweep.field: panel.sweep.values[0] if value is None else value}
         for seed in cell.seeds:
             which = _seed_text(seed, cell.seeds)
-            made = list(_run_items(study, panel, fields, seed, cell.details, which, cell.group.cache, pending))
+            made = list(
+                _run_items(
+                    study, panel, fields, seed, cell.details, which, cell.group.cache, pending
+                )
+            )
             yield from made
             run = made[-1]
             assert isinstance(run.recipe, Recipe)
@@ -210,7 +250,9 @@ def _panel_items(study: Study, panel: PanelPlan, chosen: dict[tuple[str, str], f
                 judged = with_fields(run.recipe.resolved(), _in("evaluation", judgement.fields))
                 settings = run_evaluation(make_recipe(judged))
                 model, name = str(run.job.path / "model"), f"{run.job.name}, {judgement.label}"
-                yield _evaluation(study, name, model, run.recipe, settings, pending, (run.job.path,))
+                yield _evaluation(
+                    study, name, model, run.recipe, settings, pending, (run.job.path,)
+                )
 
 
 def _recipe(panel: PanelPlan, fields: dict[str, Any], seed: int, out: Path) -> Recipe:
@@ -239,7 +281,8 @@ def _run_items(
     cached: bool,
     pending: bool = False,
 ) -> Iterator[Item]:
-    """A run, after the cache that it reads if it reads one; `details` and `which` seed follow its method's name."""
+    """A run, after the cache that it reads if it reads one; `details` and `which` seed follow its
+    method's name."""
     recipe = _recipe(panel, fields, seed, study.out)
     needs: tuple[Path, ...] = ()
     if cached and recipe.objective.prefix == "teacher":
@@ -251,10 +294,19 @@ def _run_items(
     recipe = recipe.model_copy(update={"out": folder})
     label = ", ".join([recipe.method, *details])
     job = _job(study, "train", label + which, folder, recipe.train.steps, needs)
-    yield Item(kind="train", label=label, job=job, recipe=recipe, evaluation=recipe.evaluation, pending=pending)
+    yield Item(
+        kind="train",
+        label=label,
+        job=job,
+        recipe=recipe,
+        evaluation=recipe.evaluation,
+        pending=pending,
+    )
 
 
-def _job(study: Study, command: str, name: str, folder: Path, num_steps: int, needs: tuple[Path, ...]) -> Job:
+def _job(
+    study: Study, command: str, name: str, folder: Path, num_steps: int, needs: tuple[Path, ...]
+) -> Job:
     return Job(
         name=name,
         arguments=(command, str(recipe_file(study, folder))),
@@ -273,11 +325,19 @@ def recipe_file(study: Study, folder: Path) -> Path:
 
 def _cache(study: Study, panel: PanelPlan, recipe: Recipe) -> Item:
     """The cache of a run's teacher, wide enough for every window of the panel."""
-    windows = [cell.fields.get("window.tokens", recipe.window.tokens) for cell in cells(study, panel)]
+    windows = [
+        cell.fields.get("window.tokens", recipe.window.tokens) for cell in cells(study, panel)
+    ]
     read = ("student", "teacher", "data", "sampling")
     data = {key: value for key, value in recipe.resolved().items() if key in read}
-    fields = _corner("sft") | {"window.tokens": max([recipe.window.tokens, *windows]), "train.seed": recipe.train.seed}
-    fields |= {"rollouts.end_set": recipe.rollouts.end_set, "objective.end_class": recipe.objective.end_class}
+    fields = _corner("sft") | {
+        "window.tokens": max([recipe.window.tokens, *windows]),
+        "train.seed": recipe.train.seed,
+    }
+    fields |= {
+        "rollouts.end_set": recipe.rollouts.end_set,
+        "objective.end_class": recipe.objective.end_class,
+    }
     written = make_recipe(with_fields(data, fields))
     folder = study.out / "caches" / f"{_slug(recipe.teacher.model)}-{written.hash()}"
     written = written.model_copy(update={"out": folder})
@@ -288,7 +348,9 @@ def _cache(study: Study, panel: PanelPlan, recipe: Recipe) -> Item:
         done=folder.with_name(f"{folder.name}.DONE"),
         marks=True,
     )
-    return Item(kind="cache", label=job.name, job=job, recipe=written, evaluation=Evaluation(), shown=False)
+    return Item(
+        kind="cache", label=job.name, job=job, recipe=written, evaluation=Evaluation(), shown=False
+    )
 
 
 def _grpo(
@@ -305,13 +367,22 @@ def _grpo(
     fields |= {} if is_table(start.data.source) else {"data.seed": seed}
     # What a shipped recipe says of rates is for models of its kind: those that this one began with.
     first = start.student.model if needs else model
-    data = read_recipe(study.grpo.recipe, study.grpo.fields | fields | {"model": first}) | {"model": model}
+    data = read_recipe(study.grpo.recipe, study.grpo.fields | fields | {"model": first}) | {
+        "model": model
+    }
     data["evaluation"] = start.resolved().get("evaluation", {})
     recipe = validate(data, "grpo", GrpoRecipe)
     folder = study.out / "runs" / f"grpo-{recipe.hash()}"
     recipe = recipe.model_copy(update={"out": folder})
     job = _job(study, "grpo", label + which, folder, recipe.grpo.steps, needs)
-    return Item(kind="grpo", label=label, job=job, recipe=recipe, evaluation=recipe.evaluation, pending=pending)
+    return Item(
+        kind="grpo",
+        label=label,
+        job=job,
+        recipe=recipe,
+        evaluation=recipe.evaluation,
+        pending=pending,
+    )
 
 
 def _seed_text(seed: int, seeds: Sequence[int]) -> str:
@@ -333,10 +404,20 @@ def _evaluation(
     file = study.out / "evaluations" / f"{_slug(name)}-{identity}.json"
     # A folder of its own: two evaluations of equal weights would write one file at the same time.
     responses = study.out / "responses" / file.stem
-    arguments = ("evaluate", model, "--out", str(file), "--responses", str(responses), *_flags(plain))
+    arguments = (
+        "evaluate",
+        model,
+        "--out",
+        str(file),
+        "--responses",
+        str(responses),
+        *_flags(plain),
+    )
     log = study.out / "logs" / f"{file.stem}.log"
     job = Job(name=name, arguments=arguments, path=file, log=log, done=file, needs=needs)
-    return Item(kind="evaluate", label=name, job=job, recipe=recipe, evaluation=settings, pending=pending)
+    return Item(
+        kind="evaluate", label=name, job=job, recipe=recipe, evaluation=settings, pending=pending
+    )
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """A study: what is missing of a plan is done, each run once, side by side.
 
-`study_file.read_study_file` -> `planning.plan` -> `jobs.run_jobs`. `plan.json` in the study's folder says what it
-consists of and how far it is; the report reads it.
+`study_file.read_study_file` -> `planning.plan` -> `jobs.run_jobs`. `plan.json` in the study's
+folder says what it consists of and how far it is; the report reads it.
 """
 
 import json
@@ -29,10 +29,12 @@ def run_study(
     num_jobs: int | None = None,
     dry_run: bool = False,
 ) -> bool:
-    """Do what is missing of a study, sweeps first, each run by `execute`; returns whether nothing crashed.
+    """Do what is missing of a study, sweeps first, each run by `execute`; returns whether nothing
+    crashed.
 
-    Prints the plan with estimated time and disk before it begins, and asks nothing. What crashed in an earlier call is
-    done again. Raises RecipeError or RunError before any work when a run could not begin.
+    Prints the plan with estimated time and disk before it begins, and asks nothing. What crashed in
+    an earlier call is done again. Raises RecipeError or RunError before any work when a run could
+    not begin.
     """
     if num_jobs is not None and num_jobs < 1:
         raise RecipeError(f"--jobs is {num_jobs}; it must be at least 1")
@@ -67,7 +69,8 @@ def run_study(
 
 
 def _check_models(study: Study, panels: Sequence[PlannedPanel]) -> None:
-    """Raise ModelError for a model that can be nowhere, but for those that the study itself makes."""
+    """Raise ModelError for a model that can be nowhere, but for those that the study itself
+    makes."""
     from potstill.models.language_model import locate
 
     names: set[str] = set()
@@ -75,7 +78,9 @@ def _check_models(study: Study, panels: Sequence[PlannedPanel]) -> None:
         if isinstance(item.recipe, Recipe):
             names |= {item.recipe.student.model, item.recipe.teacher.model} - {"self"}
         if item.kind in ("grpo", "evaluate"):
-            names.add(item.recipe.model if isinstance(item.recipe, GrpoRecipe) else item.job.arguments[1])
+            names.add(
+                item.recipe.model if isinstance(item.recipe, GrpoRecipe) else item.job.arguments[1]
+            )
     for name in sorted(names):
         if not Path(name).is_relative_to(study.out):
             locate(name)
@@ -84,31 +89,43 @@ def _check_models(study: Study, panels: Sequence[PlannedPanel]) -> None:
 def _own_sources(panels: Sequence[PlannedPanel]) -> list[str]:
     """The tasks of the user's own that the runs of a study take problems from."""
     items = [item for panel in panels for item in panel.items]
-    sources = [source for item in items for source in (item.recipe.data.source, item.evaluation.source)]
+    sources = [
+        source for item in items for source in (item.recipe.data.source, item.evaluation.source)
+    ]
     return sorted({source for source in sources if isinstance(source, str) and own_task(source)})
 
 
 def _outdated(panels: Sequence[PlannedPanel]) -> list[str]:
-    """A line for each file of the user's own that has changed since some of the study's runs were done with it."""
-    done = {item.job.path: item for panel in panels for item in panel.items if item.is_done and item.kind != "cache"}
+    """A line for each file of the user's own that has changed since some of the study's runs were
+    done with it."""
+    done = {
+        item.job.path: item
+        for panel in panels
+        for item in panel.items
+        if item.is_done and item.kind != "cache"
+    }
     edited = Counter(file for item in done.values() for file in _edited_files(item))
     return [
-        f"{file} has changed since {num} finished runs and evaluations began; they stay as they are: remove those that "
-        "are to be done again"
+        f"{file} has changed since {num} finished runs and evaluations began; they stay as they "
+        "are: remove those that are to be done again"
         for file, num in sorted(edited.items())
     ]
 
 
 def _edited_files(item: Item) -> list[str]:
-    """The files of the user's own that a finished item has run, and that are now other than then."""
+    """The files of the user's own that a finished item has run, and that are now other than
+    then."""
     if item.kind != "evaluate":
-        return list(edited_files(item.job.path, own_files(item.recipe.data.source, item.evaluation.source)))
+        return list(
+            edited_files(item.job.path, own_files(item.recipe.data.source, item.evaluation.source))
+        )
     then = read_entry(item.job.path).evals[0]["settings"].get("source_sha256")
     return [file for file, now in own_files(item.evaluation.source).items() if now != then]
 
 
 def _processes(num_jobs: int | None) -> tuple[int, bool]:
-    """How many processes, and whether each is to compute with one thread: where they share the cores of a CPU."""
+    """How many processes, and whether each is to compute with one thread: where they share the
+    cores of a CPU."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -117,11 +134,19 @@ def _processes(num_jobs: int | None) -> tuple[int, bool]:
 
 
 def _run_stage(
-    study: Study, stage: Sequence[PlannedPanel], panels: Sequence[PlannedPanel], run: Callable[..., None]
+    study: Study,
+    stage: Sequence[PlannedPanel],
+    panels: Sequence[PlannedPanel],
+    run: Callable[..., None],
 ) -> list[tuple[Item, str]]:
     """Run what is missing of some panels. Returns what crashed."""
     # The same run can be in several panels.
-    items = {item.job.path: item for panel in stage for item in panel.items if not (item.is_done or item.pending)}
+    items = {
+        item.job.path: item
+        for panel in stage
+        for item in panel.items
+        if not (item.is_done or item.pending)
+    }
     states = _last_states(study)
     for item in items.values():
         if item.kind != "evaluate":
@@ -140,7 +165,9 @@ def _run_stage(
 
     # What others wait for first, then the longest, so that the processes end together.
     needed = {path for item in items.values() for path in item.job.needs}
-    order = sorted(items.values(), key=lambda item: (item.job.path not in needed, -item.job.num_steps))
+    order = sorted(
+        items.values(), key=lambda item: (item.job.path not in needed, -item.job.num_steps)
+    )
     run([item.job for item in order], on_end=on_end)
     return crashed
 
@@ -164,7 +191,8 @@ def state_of(item: Item, study: Study, states: dict[str, str]) -> str:
 
 
 def _write_plan(study: Study, panels: Sequence[PlannedPanel], states: dict[str, str]) -> None:
-    """What the report reads: panels with their runs and what is known of those that are not done."""
+    """What the report reads: panels with their runs and what is known of those that are not
+    done."""
     planned = [
         {
             "title": panel.title,
@@ -193,7 +221,8 @@ def print_plan(
     one_thread: bool,
     list_all: bool,
 ) -> None:
-    """What there is to do, panel by panel (`list_all`: run by run), and about how long and how large it is."""
+    """What there is to do, panel by panel (`list_all`: run by run), and about how long and how
+    large it is."""
     from rich.console import Console
     from rich.table import Table
 
@@ -203,15 +232,29 @@ def print_plan(
     costs = estimate(items, one_thread)
     table = Table(title=plain(study.out, "italic"), title_justify="left")
     for column in ("panel", "distil", "GRPO", "evaluate", "cache", "done", "crashed", "to do"):
-        table.add_column(column, justify="left" if column == "panel" else "right", min_width=len(column))
+        table.add_column(
+            column, justify="left" if column == "panel" else "right", min_width=len(column)
+        )
     for panel in panels:
         found = [state_of(item, study, states) for item in panel.items]
-        num_done, num_crashed = found.count("done"), sum(state.startswith("crashed") for state in found)
-        kinds = [str(sum(i.kind == kind for i in panel.items)) for kind in ("train", "grpo", "evaluate", "cache")]
-        table.add_row(plain(panel.title), *kinds, str(num_done), str(num_crashed), str(len(found) - num_done))
+        num_done, num_crashed = (
+            found.count("done"),
+            sum(state.startswith("crashed") for state in found),
+        )
+        kinds = [
+            str(sum(i.kind == kind for i in panel.items))
+            for kind in ("train", "grpo", "evaluate", "cache")
+        ]
+        table.add_row(
+            plain(panel.title), *kinds, str(num_done), str(num_crashed), str(len(found) - num_done)
+        )
     console = Console(soft_wrap=True)
     console.print(table)
-    for item in items if list_all else [item for item in items if state_of(item, study, states).startswith("crashed")]:
+    for item in (
+        items
+        if list_all
+        else [item for item in items if state_of(item, study, states).startswith("crashed")]
+    ):
         place = "" if item.pending else f" ({item.job.path})"
         console.print(plain(f"{item.job.name}: {state_of(item, study, states)}{place}"))
     known = [cost for cost in costs.values() if cost is not None]
@@ -221,8 +264,11 @@ def print_plan(
     minutes = sum(cost.seconds for cost in known) / num_parallel / 60
     megabytes = sum(cost.num_bytes for cost in known) / 1e6
     say(
-        f"{len(costs)} to do, {num_parallel} at a time: about {minutes:.0f} minutes and {megabytes:.0f} MB for "
-        f"{len(known)} of them (from finished runs and trials)"
+        f"{len(costs)} to do, {num_parallel} at a time: about {minutes:.0f} minutes and "
+        f"{megabytes:.0f} MB for {len(known)} of them (from finished runs and trials)"
     )
     if len(known) < len(costs):
-        say(f"what the other {len(costs) - len(known)} take is known when the first of their kind is done")
+        say(
+            f"what the other {len(costs) - len(known)} take is known when the first of their "
+            "kind is done"
+        )

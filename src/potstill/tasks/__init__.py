@@ -1,7 +1,7 @@
 """Where problems come from and how responses are scored.
 
-To add a task, write a class that is a `Task` and add a line to `TASKS`. A class in a file of the user's own needs no
-line: `data.source = "my_task.py:MyTask"` names it.
+To add a task, write a class that is a `Task` and add a line to `TASKS`. A class in a file of the
+user's own needs no line: `data.source = "my_task.py:MyTask"` names it.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,22 +19,26 @@ from potstill.types import Example
 class Task(Protocol):
     """A source of problems that can score responses to them.
 
-    A run can make several objects of one class: what `grade` needs is in the examples, and not in the object.
+    A run can make several objects of one class: what `grade` needs is in the examples, and not in
+    the object.
     """
 
     def examples(self, split: str, num_examples: int, seed: int) -> list[Example]:
-        """Make `num_examples` problems of a split ("train" or "test"), the same ones for the same seed.
+        """Make `num_examples` problems of a split ("train" or "test"), the same ones for the same
+        seed.
 
         Raises ValueError with one line where there are not so many, or no such split.
         """
         ...
 
     def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
-        """Score each response to its example from 0 to 1; 1 is right. An empty response is possible."""
+        """Score each response to its example from 0 to 1; 1 is right. An empty response is
+        possible."""
         ...
 
     def answer_end(self, response: str) -> int | None:
-        """Say where the first final answer ends (characters), or None; entropy is also reported up to there."""
+        """Say where the first final answer ends (characters), or None; entropy is also reported up
+        to there."""
         ...
 
 
@@ -55,7 +59,8 @@ def is_table(source: str | Sequence[str]) -> bool:
 
 
 def make_task(source: str) -> Task:
-    """The task that a data source such as "multiplication", "reasoning-gym:gsm_symbolic" or "my_task.py:MyTask" names.
+    """The task that a data source such as "multiplication", "reasoning-gym:gsm_symbolic" or
+    "my_task.py:MyTask" names.
 
     Raises ValueError, or DataError for a task of the user's own that cannot be used.
     """

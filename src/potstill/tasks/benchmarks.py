@@ -1,7 +1,8 @@
-"""Mathematics problems by name: gsm8k, math500, amc23, aime24, deepscaler; from the hub or a file: `gsm8k:FILE`.
+"""Mathematics problems by name: gsm8k, math500, amc23, aime24, deepscaler; from the hub or a file:
+`gsm8k:FILE`.
 
-A local file has the columns of the hub's data set. Only the last closed box of a response counts, compared with the
-gold answer in processes with a time limit (`potstill.answers.grading`).
+A local file has the columns of the hub's data set. Only the last closed box of a response counts,
+compared with the gold answer in processes with a time limit (`potstill.answers.grading`).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within 
 
 
 class Benchmark(NamedTuple):
-    """Where a benchmark is and how its rows are read. Several names of a column: those of its copies on the hub."""
+    """Where a benchmark is and how its rows are read. Several names of a column: those of its
+    copies on the hub."""
 
     hub_id: str
     config: str | None
@@ -42,9 +44,15 @@ def _integer_gold(answer: str) -> str:
 
 
 BENCHMARKS = {
-    "gsm8k": Benchmark("openai/gsm8k", "main", "test", ("question",), ("answer",), gsm8k_gold, "latex"),
-    "math500": Benchmark("HuggingFaceH4/MATH-500", None, "test", ("problem",), ("answer",), str, "latex", "level"),
-    "amc23": Benchmark("math-ai/amc23", None, "test", ("question", "problem"), ("answer",), str, "latex"),
+    "gsm8k": Benchmark(
+        "openai/gsm8k", "main", "test", ("question",), ("answer",), gsm8k_gold, "latex"
+    ),
+    "math500": Benchmark(
+        "HuggingFaceH4/MATH-500", None, "test", ("problem",), ("answer",), str, "latex", "level"
+    ),
+    "amc23": Benchmark(
+        "math-ai/amc23", None, "test", ("question", "problem"), ("answer",), str, "latex"
+    ),
     "aime24": Benchmark(
         "HuggingFaceH4/aime_2024",
         None,
@@ -56,7 +64,13 @@ BENCHMARKS = {
     ),
     # To train on: 40,000 problems with answers.
     "deepscaler": Benchmark(
-        "agentica-org/DeepScaleR-Preview-Dataset", None, "train", ("problem",), ("answer",), str, "latex"
+        "agentica-org/DeepScaleR-Preview-Dataset",
+        None,
+        "train",
+        ("problem",),
+        ("answer",),
+        str,
+        "latex",
     ),
 }
 
@@ -72,19 +86,26 @@ def _grader() -> Grader:
 
 
 class MathBenchmark:
-    """One of BENCHMARKS, for `evaluation.source`, and for `data.source` where it is there to train on."""
+    """One of BENCHMARKS, for `evaluation.source`, and for `data.source` where it is there to train
+    on."""
 
     def __init__(self, name: str, file: str | None = None):
         self.name, self.file, self.spec = name, file, BENCHMARKS[name]
 
     def examples(self, split: str, num_examples: int, seed: int) -> list[Example]:
-        """The first problems, in the data set's order; it has one split for evaluation, and no seed."""
+        """The first problems, in the data set's order; it has one split for evaluation, and no
+        seed."""
         spec = self.spec
         columns = [*spec.problem, *spec.answer, *IDS, *([] if spec.level is None else [spec.level])]
         source = self.file or spec.hub_id
-        rows = read_rows(source, columns, num_rows=num_examples, split=spec.split, config=spec.config)
+        rows = read_rows(
+            source, columns, num_rows=num_examples, split=spec.split, config=spec.config
+        )
         if num_examples > len(rows):
-            raise ValueError(f"{num_examples} problems are asked for and it has {len(rows)}; ask for at most that many")
+            raise ValueError(
+                f"{num_examples} problems are asked for and it has {len(rows)}; ask for at most "
+                "that many"
+            )
         return with_own_ids([self._example(row, i) for i, row in enumerate(rows)])
 
     def _example(self, row: Row, i: int) -> Example:
@@ -93,8 +114,9 @@ class MathBenchmark:
         answer = next((values[name] for name in spec.answer if name in values), None)
         if not isinstance(problem, str) or answer is None:
             raise ValueError(
-                f"{row.where} has the columns {', '.join(sorted(row.names))}; {self.name} needs {spec.problem[0]!r} "
-                f"and {spec.answer[0]!r}, the first a text and neither of them null"
+                f"{row.where} has the columns {', '.join(sorted(row.names))}; {self.name} needs "
+                f"{spec.problem[0]!r} and {spec.answer[0]!r}, the first a text and neither of "
+                "them null"
             )
         try:
             gold = spec.gold(str(answer))
@@ -110,7 +132,9 @@ class MathBenchmark:
 
     def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
         """The last closed box of each response against its gold."""
-        return _grader().grade([example.answer or "" for example in examples], responses, self.spec.kind)
+        return _grader().grade(
+            [example.answer or "" for example in examples], responses, self.spec.kind
+        )
 
     def answer_end(self, response: str) -> int | None:
         """Just after the first closed box."""
@@ -118,12 +142,14 @@ class MathBenchmark:
 
 
 def make_benchmark(name: str) -> Callable[[str | None], MathBenchmark]:
-    """What `TASKS` holds for a benchmark: a maker that takes what follows the colon, a local file."""
+    """What `TASKS` holds for a benchmark: a maker that takes what follows the colon, a local
+    file."""
 
     def make(file: str | None) -> MathBenchmark:
         if file is not None and not Path(file).is_file():
             raise ValueError(
-                f"{name}: file {file!r} does not exist; give a file ({', '.join(DATA_SUFFIXES)}) in its schema"
+                f"{name}: file {file!r} does not exist; give a file ({', '.join(DATA_SUFFIXES)}) "
+                "in its schema"
             )
         return MathBenchmark(name, file)
 

@@ -1,11 +1,14 @@
-"""Constructed settings of column multiplication, in which the teacher knows something that the student cannot read.
+"""Constructed settings of column multiplication, in which the teacher knows something that the
+student cannot read.
 
-A problem is a number of four or five digits times one digit; a response goes through the columns and gives the answer,
-`7*6=42+0=42|4*6+4=28|:20|...#20682.`. Each column is written in one of three styles: in full `7*6=42+0=42`, in half
-`7*6+0=42`, or from the head `:42`. The teacher's prompt begins with a tag that says how it writes; the student's begins
-with `_` whatever the tag. One character is one token, as in the task multiplication.
+A problem is a number of four or five digits times one digit; a response goes through the columns
+and gives the answer, `7*6=42+0=42|4*6+4=28|:20|...#20682.`. Each column is written in one of three
+styles: in full `7*6=42+0=42`, in half `7*6+0=42`, or from the head `:42`. The teacher's prompt
+begins with a tag that says how it writes; the student's begins with `_` whatever the tag. One
+character is one token, as in the task multiplication.
 
-Each setting has one mechanism, so what a run shows here is about that mechanism and not about language models at large.
+Each setting has one mechanism, so what a run shows here is about that mechanism and not about
+language models at large.
 """
 
 import random
@@ -22,14 +25,16 @@ FULL, HALF, HEAD = "full", "half", "head"
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How the teacher writes under a tag: shares of the styles (of columns, or of whole responses) and first carry."""
+    """How the teacher writes under a tag: shares of the styles (of columns, or of whole responses)
+    and first carry."""
 
     styles: dict[str, float]
     whole: bool = False
     carry: int = 0
 
 
-# By tag. `|` is another convention: the carry begins with 1, so the right answer is the product plus 1.
+# By tag. `|` is another convention: the carry begins with 1, so the right answer is the product
+# plus 1.
 BEHAVIOURS = {
     "_": Behaviour({FULL: 0.4, HALF: 0.3, HEAD: 0.3}),
     "|": Behaviour({FULL: 0.4, HALF: 0.3, HEAD: 0.3}, carry=1),
@@ -37,7 +42,8 @@ BEHAVIOURS = {
     "?": Behaviour({HALF: 0.5, HEAD: 0.5}),
     ":": Behaviour({FULL: 0.5, HEAD: 0.5}, whole=True),
 }
-# By setting: how often each tag comes. `visible` is for training the teacher: the student's prompt has the tag too.
+# By setting: how often each tag comes. `visible` is for training the teacher: the student's prompt
+# has the tag too.
 SETTINGS = {
     "plain": {"_": 1.0},
     "hidden-convention": {"_": 0.65, "|": 0.35},
@@ -83,11 +89,14 @@ class Columns:
     def __init__(self, setting: str | None = None):
         setting = setting or "plain"
         if setting not in SETTINGS:
-            raise ValueError(f"columns has no setting {setting!r}; choose one of {sorted(SETTINGS)}")
+            raise ValueError(
+                f"columns has no setting {setting!r}; choose one of {sorted(SETTINGS)}"
+            )
         self.setting = setting
 
     def examples(self, split: str, num_examples: int, seed: int) -> list[Example]:
-        """Problems of the split with the teacher's kind of response, four and five digits in turn."""
+        """Problems of the split with the teacher's kind of response, four and five digits in
+        turn."""
         if split not in ("train", "test"):
             raise ValueError(f'columns has no split {split!r}; choose "train" or "test"')
         rng = random.Random(f"columns/{self.setting}/{split}/{seed}")
@@ -116,7 +125,9 @@ class Columns:
     def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
         """1 when the last `#digits` of the response is the answer, else 0."""
         given = [(ANSWER.findall(response) or [None])[-1] for response in responses]
-        return [Grade(float(a == example.answer), a) for example, a in zip(examples, given, strict=True)]
+        return [
+            Grade(float(a == example.answer), a) for example, a in zip(examples, given, strict=True)
+        ]
 
     def answer_end(self, response: str) -> int | None:
         """Where the first finished answer ends (characters), or None."""

@@ -1,11 +1,12 @@
 """The embedded task: n-digit x 1-digit multiplication, worked column by column.
 
-A prompt is `_347*6=`; a response is a trace and an answer, `7*6=42+0=42|4*6+4=28|:20|#2082.`. Each column is written in
-one of three styles (long `x*b=pp+c=rr`, mid `x*b+c=rr`, short `:rr`), `~` retracts the column before it, and `?` after
-the answer starts the derivation again. The last `#...` is what counts. One character is one token.
+A prompt is `_347*6=`; a response is a trace and an answer, `7*6=42+0=42|4*6+4=28|:20|#2082.`. Each
+column is written in one of three styles (long `x*b=pp+c=rr`, mid `x*b+c=rr`, short `:rr`), `~`
+retracts the column before it, and `?` after the answer starts the derivation again. The last `#...`
+is what counts. One character is one token.
 
-The answers have up to five digits, so guessing scores about 0; a column is easy and a whole trace is not, so accuracy
-falls with the number of digits, which is the difficulty level.
+The answers have up to five digits, so guessing scores about 0; a column is easy and a whole trace
+is not, so accuracy falls with the number of digits, which is the difficulty level.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ MAX_RETRIES = 3
 
 @dataclass(frozen=True)
 class Writer:
-    """How one author of traces behaves. Probabilities; `styles` are those of long, mid and short columns."""
+    """How one author of traces behaves. Probabilities; `styles` are those of long, mid and short
+    columns."""
 
     styles: tuple[float, float, float]
     retract_right: float
@@ -37,7 +39,8 @@ class Writer:
     train_on_errors: bool = False
 
 
-# The latent persona is drawn once per trace, so a student has to infer it from what is already written.
+# The latent persona is drawn once per trace, so a student has to infer it from what is already
+# written.
 WRITERS: dict[str, tuple[Writer, ...]] = {
     "persona": (
         Writer((0.1, 0.3, 0.6), retract_right=0.02, retract_wrong=0.98, restart=0.02, error=0.12),
@@ -58,15 +61,22 @@ WRITERS: dict[str, tuple[Writer, ...]] = {
 
 
 def is_test_problem(a: int, b: int) -> bool:
-    """A fifth of all problems, chosen by hash, is held out: the same ones for every seed and machine."""
+    """A fifth of all problems, chosen by hash, is held out: the same ones for every seed and
+    machine."""
     return hashlib.sha256(f"{a}*{b}".encode()).digest()[0] % 5 == 0
 
 
-def write_column(rng: random.Random, writer: Writer, x: int, b: int, carry: int) -> tuple[str, int, bool]:
+def write_column(
+    rng: random.Random, writer: Writer, x: int, b: int, carry: int
+) -> tuple[str, int, bool]:
     """One column, its two-digit result as written, and whether that result is right."""
     result = x * b + carry
     right = rng.random() >= writer.error
-    written = result if right else rng.choice([r for r in range(100) if r != result and _differ_in_one(r, result)])
+    written = (
+        result
+        if right
+        else rng.choice([r for r in range(100) if r != result and _differ_in_one(r, result)])
+    )
     style = rng.choices(("long", "mid", "short"), writer.styles)[0]
     if style == "long":
         text = f"{x}*{b}={x * b:02d}+{carry}={written:02d}"
@@ -82,7 +92,8 @@ def _differ_in_one(r: int, s: int) -> bool:
 
 
 def write_trace(rng: random.Random, writer: Writer, a: int, b: int) -> tuple[tuple[str, bool], ...]:
-    """A completion as (text, is it trained on) segments; wrong columns are not, unless the writer trains on them."""
+    """A completion as (text, is it trained on) segments; wrong columns are not, unless the writer
+    trains on them."""
     segments: list[tuple[str, bool]] = []
     for attempt in range(2):
         carry, answer = 0, ""
@@ -105,20 +116,25 @@ def write_trace(rng: random.Random, writer: Writer, a: int, b: int) -> tuple[tup
 
 
 class Multiplication:
-    """The task for `data.source = "multiplication"`, or `"multiplication:WRITER"` with completions by that writer."""
+    """The task for `data.source = "multiplication"`, or `"multiplication:WRITER"` with completions
+    by that writer."""
 
     def __init__(self, writer: str | None = None):
         if writer is not None and writer not in WRITERS:
-            raise ValueError(f"multiplication has no writer {writer!r}; choose one of {sorted(WRITERS)}")
+            raise ValueError(
+                f"multiplication has no writer {writer!r}; choose one of {sorted(WRITERS)}"
+            )
         self.writer = writer
 
     def examples(self, split: str, num_examples: int, seed: int) -> list[Example]:
-        """Problems of the split, digits in turn, drawn with replacement for "train" and without for "test"."""
+        """Problems of the split, digits in turn, drawn with replacement for "train" and without for
+        "test"."""
         if split not in ("train", "test"):
             raise ValueError(f'multiplication has no split {split!r}; choose "train" or "test"')
         if split == "test" and num_examples > MAX_TEST_PROBLEMS:
             raise ValueError(
-                f"{num_examples} held-out problems are asked for; at most {MAX_TEST_PROBLEMS} are distinct"
+                f"{num_examples} held-out problems are asked for; at most {MAX_TEST_PROBLEMS} "
+                "are distinct"
             )
         rng = random.Random(f"multiplication/{split}/{seed}")
         examples: list[Example] = []
@@ -148,7 +164,9 @@ class Multiplication:
     def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
         """1 when the last `#digits` of the response is the product, else 0."""
         given = [(ANSWER.findall(response) or [None])[-1] for response in responses]
-        return [Grade(float(a == example.answer), a) for example, a in zip(examples, given, strict=True)]
+        return [
+            Grade(float(a == example.answer), a) for example, a in zip(examples, given, strict=True)
+        ]
 
     def answer_end(self, response: str) -> int | None:
         """Where the first finished answer ends (characters), or None."""

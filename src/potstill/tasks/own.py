@@ -1,8 +1,10 @@
-"""A task of the user's own: a class in a local Python file, named by a source such as `my_task.py:MyTask`.
+"""A task of the user's own: a class in a local Python file, named by a source such as
+`my_task.py:MyTask`.
 
-The file's code is run with all rights of the command, so only a file that a recipe or a command names is read, and
-nothing beside it: neither its folder's other modules nor compiled code. All that the class gives is checked, since
-whatever is wrong with it must be a line that names the file, before a run writes anything.
+The file's code is run with all rights of the command, so only a file that a recipe or a command
+names is read, and nothing beside it: neither its folder's other modules nor compiled code. All that
+the class gives is checked, since whatever is wrong with it must be a line that names the file,
+before a run writes anything.
 """
 
 import dataclasses
@@ -27,7 +29,8 @@ SHOWN_CHARACTERS = 120
 
 
 def own_task(source: str | Sequence[str] | None) -> tuple[str, str] | None:
-    """File and class of a source such as "my_task.py:MyTask", a task of the user's own; None for other sources."""
+    """File and class of a source such as "my_task.py:MyTask", a task of the user's own; None for
+    other sources."""
     if not isinstance(source, str):
         return None
     if source.endswith(".py"):
@@ -37,7 +40,8 @@ def own_task(source: str | Sequence[str] | None) -> tuple[str, str] | None:
 
 
 class OwnTask:
-    """A class of the user's as a task. Raises DataError for whatever is wrong with it, with the file's line."""
+    """A class of the user's as a task. Raises DataError for whatever is wrong with it, with the
+    file's line."""
 
     def __init__(self, source: str):
         code, file, name, text = _compiled(source)
@@ -48,7 +52,9 @@ class OwnTask:
             raise DataError(f"{file} has no class {name!r}; {_those_of(_module(code, file, text))}")
         for member in MEMBERS:
             if not callable(getattr(made, member, None)):
-                raise DataError(f"{file}: {name} has no method {member!r}; a task has {', '.join(MEMBERS)}")
+                raise DataError(
+                    f"{file}: {name} has no method {member!r}; a task has {', '.join(MEMBERS)}"
+                )
         with self._naming_the_line(f"{file}: {name}() cannot be made"):
             self.task = made()
 
@@ -60,8 +66,9 @@ class OwnTask:
             raise self._wrong("examples", made, "a list of potstill.Example")
         if len(made) != num_examples:
             raise DataError(
-                f"{self._method('examples')} returned {len(made)} examples where {num_examples} were asked for; return "
-                "as many, or ask for fewer with data.num_prompts or evaluation.num_problems"
+                f"{self._method('examples')} returned {len(made)} examples where {num_examples} "
+                "were asked for; return as many, or ask for fewer with data.num_prompts or "
+                "evaluation.num_problems"
             )
         for i, example in enumerate(made):
             if fault := _fault(example):
@@ -74,13 +81,21 @@ class OwnTask:
         with self._naming_the_line(self._method("grade")):
             grades = self.task.grade(examples, responses)
         if not isinstance(grades, list | tuple) or len(grades) != len(responses):
-            raise self._wrong("grade", grades, f"a list of {len(responses)} potstill.Grade, one a response")
+            raise self._wrong(
+                "grade", grades, f"a list of {len(responses)} potstill.Grade, one a response"
+            )
         for grade in grades:
             if not isinstance(grade, Grade):
                 raise self._wrong("grade", grade, "a potstill.Grade for each response")
             is_number = isinstance(grade.score, int | float) and 0 <= grade.score <= 1
-            if not is_number or not isinstance(grade.answer, str | None) or not isinstance(grade.note, str):
-                raise self._wrong("grade", grade, "a score from 0 to 1, and texts or None for the rest")
+            if (
+                not is_number
+                or not isinstance(grade.answer, str | None)
+                or not isinstance(grade.note, str)
+            ):
+                raise self._wrong(
+                    "grade", grade, "a score from 0 to 1, and texts or None for the rest"
+                )
         return [dataclasses.replace(grade, score=float(grade.score)) for grade in grades]
 
     def answer_end(self, response: str) -> int | None:
@@ -88,7 +103,9 @@ class OwnTask:
         with self._naming_the_line(self._method("answer_end")):
             end = self.task.answer_end(response)
         if end is not None and (type(end) is not int or not 0 <= end <= len(response)):
-            raise self._wrong("answer_end", end, f"None, or a number of characters from 0 to {len(response)}")
+            raise self._wrong(
+                "answer_end", end, f"None, or a number of characters from 0 to {len(response)}"
+            )
         return end
 
     def _method(self, name: str) -> str:
@@ -99,19 +116,28 @@ class OwnTask:
 
     @contextmanager
     def _naming_the_line(self, what: str) -> Iterator[None]:
-        """Raise a DataError for any error of the user's code, with the last of its lines that was reached."""
+        """Raise a DataError for any error of the user's code, with the last of its lines that was
+        reached."""
         try:
             yield
-        # Of code that is not ours any error can come, and sys.exit() in it must not look like success.
+        # Of code that is not ours any error can come, and sys.exit() in it must not look like
+        # success.
         except (Exception, SystemExit) as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
+            lines = [
+                frame.lineno
+                for frame in traceback.extract_tb(error.__traceback__)
+                if frame.filename == self.file
+            ]
             where = f"{what}: line {lines[-1]} raised" if lines else f"{what}: it raised"
             text = " ".join(str(error).split())[:SHOWN_CHARACTERS]
-            raise DataError(f"{where} {type(error).__name__}{text and ': '}{text}; mend the file") from error
+            raise DataError(
+                f"{where} {type(error).__name__}{text and ': '}{text}; mend the file"
+            ) from error
 
 
 def own_files(*sources: str | Sequence[str] | None) -> dict[str, str]:
-    """The SHA-256 of each file of the user's own whose code these sources run, by its path as they write it.
+    """The SHA-256 of each file of the user's own whose code these sources run, by its path as they
+    write it.
 
     A file that is not there is left out.
     """
@@ -121,16 +147,20 @@ def own_files(*sources: str | Sequence[str] | None) -> dict[str, str]:
 
 def describe_files(files: dict[str, str]) -> list[str]:
     """A line for each such file, to say that its code is run."""
-    return [f"the code of {file} is run (SHA-256 {sha256[:16]}...)" for file, sha256 in files.items()]
+    return [
+        f"the code of {file} is run (SHA-256 {sha256[:16]}...)" for file, sha256 in files.items()
+    ]
 
 
 def check_file(source: str) -> None:
-    """Raise DataError for a source of the user's own whose file cannot be read or is no Python. Runs nothing."""
+    """Raise DataError for a source of the user's own whose file cannot be read or is no Python.
+    Runs nothing."""
     _compiled(source)
 
 
 def _compiled(source: str) -> tuple[CodeType, str, str, bytes]:
-    """The code of a source's file, the file, the class's name, and the file's text. Runs nothing."""
+    """The code of a source's file, the file, the class's name, and the file's text. Runs
+    nothing."""
     found = own_task(source)
     assert found is not None, "the caller asks for a task of the user's own"
     file, name = found
@@ -138,13 +168,18 @@ def _compiled(source: str) -> tuple[CodeType, str, str, bytes]:
         raise DataError(f"{source!r} names no class; write it after the file, as in {file}:MyTask")
     path = Path(file)
     if not path.is_file():
-        raise DataError(f"{file} {'is a folder' if path.is_dir() else 'does not exist'}; give a Python file of yours")
+        raise DataError(
+            f"{file} {'is a folder' if path.is_dir() else 'does not exist'}; give a Python file "
+            "of yours"
+        )
     try:
         text = path.read_bytes()
         # Not from __pycache__, which can be of another file.
         return compile(text, file, "exec", dont_inherit=True), file, name, text
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}; give a Python file that can") from None
+        raise DataError(
+            f"{file} cannot be read: {error.strerror}; give a Python file that can"
+        ) from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         what = error.msg if isinstance(error, SyntaxError) else str(error) or type(error).__name__
@@ -168,7 +203,11 @@ def _module(code: CodeType, file: str, text: bytes) -> ModuleType:
 
 
 def _those_of(module: ModuleType) -> str:
-    names = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    names = [
+        name
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__
+    ]
     classes = [name for name in names if isinstance(vars(module)[name], type)]
     return f"choose one of {', '.join(classes)}" if classes else "it has none; write one"
 
@@ -182,11 +221,22 @@ def _fault(example: Any) -> str | None:
     if not isinstance(example.answer, str | None):
         return f"whose answer is {_shown(example.answer)}; it is a text or None"
     if not _is_prompt(example.prompt):
-        return f"whose prompt is {_shown(example.prompt)}; it is a text or a list of messages, and not empty"
+        return (
+            f"whose prompt is {_shown(example.prompt)}; it is a text or a list of messages, "
+            "and not empty"
+        )
     if example.teacher_prompt is not None and not _is_prompt(example.teacher_prompt):
-        return f"whose teacher_prompt is {_shown(example.teacher_prompt)}; it is a text, a list of messages or None"
-    if example.completion is not None and not (_is_segments(example.completion) or _is_messages(example.completion)):
-        return f"whose completion is {_shown(example.completion)}; it is a list of (text, is it trained on) or None"
+        return (
+            f"whose teacher_prompt is {_shown(example.teacher_prompt)}; it is a text, a list "
+            "of messages or None"
+        )
+    if example.completion is not None and not (
+        _is_segments(example.completion) or _is_messages(example.completion)
+    ):
+        return (
+            f"whose completion is {_shown(example.completion)}; it is a list of (text, is it "
+            "trained on) or None"
+        )
     return None
 
 
@@ -196,7 +246,9 @@ def _is_prompt(value: Any) -> bool:
 
 def _is_messages(value: Any) -> bool:
     is_list = isinstance(value, list | tuple) and len(value) > 0
-    return is_list and all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in value)
+    return is_list and all(
+        isinstance(item, dict) and isinstance(item.get("role"), str) for item in value
+    )
 
 
 def _is_segments(value: Any) -> bool:

@@ -1,7 +1,9 @@
-"""Rows of data files and data sets: JSON lines, JSON, CSV, Parquet, what is gzipped of these, and hub data sets.
+"""Rows of data files and data sets: JSON lines, JSON, CSV, Parquet, what is gzipped of these, and
+hub data sets.
 
-JSON is taken as it is written, each line by itself: no column has a type, and no row's shape binds another's. Only the
-columns that are asked for are kept, and no more rows are read than are asked for.
+JSON is taken as it is written, each line by itself: no column has a type, and no row's shape binds
+another's. Only the columns that are asked for are kept, and no more rows are read than are asked
+for.
 """
 
 import contextlib
@@ -27,7 +29,8 @@ UTF8 = "save the file as UTF-8"
 
 
 class Row(NamedTuple):
-    """One row: where it stands, for messages; its columns that were asked for, without nulls; the names of all."""
+    """One row: where it stands, for messages; its columns that were asked for, without nulls; the
+    names of all."""
 
     where: str
     values: dict[str, Any]
@@ -63,7 +66,8 @@ def read_rows(
     split: str = "train",
     config: str | None = None,
 ) -> list[Row]:
-    """The first rows of one or more files (patterns such as `part-*.jsonl` too), folders and hub data sets, in order.
+    """The first rows of one or more files (patterns such as `part-*.jsonl` too), folders and hub
+    data sets, in order.
 
     `split` and `config` are those of folders and hub data sets. Raises DataError.
     """
@@ -83,21 +87,29 @@ def _find_files(name: str) -> list[str]:
     files = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
     if not files:
         kinds = ", ".join(DATA_SUFFIXES)
-        raise DataError(f"data file {name!r} does not exist; give a file that ends in {kinds}, a task or a hub id")
+        raise DataError(
+            f"data file {name!r} does not exist; give a file that ends in {kinds}, a task or a "
+            "hub id"
+        )
     return files
 
 
 def _rows_of_file(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[Row]:
     kind = Path(file.removesuffix(".gz")).suffix
     if kind not in READERS:
-        raise DataError(f"data file {file!r} is of no known kind; give a file that ends in {', '.join(DATA_SUFFIXES)}")
+        raise DataError(
+            f"data file {file!r} is of no known kind; give a file that ends in "
+            f"{', '.join(DATA_SUFFIXES)}"
+        )
     if Path(file).stat().st_size == 0:
         return
     try:
         for i, values in enumerate(READERS[kind](file, columns, num_rows)):
             yield make_row(f"row {i} of {file!r}", values, columns)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"data file {file!r} cannot be read: {_one_line(error)}; restore or repair it") from None
+        raise DataError(
+            f"data file {file!r} cannot be read: {_one_line(error)}; restore or repair it"
+        ) from None
 
 
 def make_row(where: str, values: dict[str, Any], columns: Sequence[str]) -> Row:
@@ -110,17 +122,25 @@ def _opened(file: str) -> BinaryIO:
     return gzip.open(file) if file.endswith(".gz") else open(file, "rb")  # pyright: ignore[reportReturnType]
 
 
-def _json_lines(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[dict[str, Any]]:
+def _json_lines(
+    file: str, columns: Sequence[str], num_rows: int | None
+) -> Iterator[dict[str, Any]]:
     with _opened(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _object(_parse(line, f"line {number} of {file!r}"), f"line {number} of {file!r}")
+                yield _object(
+                    _parse(line, f"line {number} of {file!r}"), f"line {number} of {file!r}"
+                )
 
 
 def _json(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[dict[str, Any]]:
     """A list of objects, or an object a line."""
     with _opened(file) as lines:
-        is_list = next((line for line in lines if line.strip()), b"").decode(errors="ignore").lstrip("\ufeff \t\r\n")
+        is_list = (
+            next((line for line in lines if line.strip()), b"")
+            .decode(errors="ignore")
+            .lstrip("\ufeff \t\r\n")
+        )
         if not is_list.startswith("["):
             yield from _json_lines(file, columns, num_rows)
             return
@@ -134,24 +154,39 @@ def _parse(data: bytes, where: str) -> Any:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 (byte {data[error.start]:#04x} at {error.start + 1}); {UTF8}") from None
+        raise DataError(
+            f"{where} is not UTF-8 (byte {data[error.start]:#04x} at {error.start + 1}); {UTF8}"
+        ) from None
     try:
         value = json.loads(text, parse_float=WrittenFloat)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DataError(f"{where} is no JSON: {error.msg} at {place}; repair or remove it") from None
+        place = (
+            f"line {error.lineno}, column {error.colno}"
+            if error.lineno > 1
+            else f"column {error.colno}"
+        )
+        raise DataError(
+            f"{where} is no JSON: {error.msg} at {place}; repair or remove it"
+        ) from None
     except UnicodeEncodeError:
-        raise DataError(f"{where} has half of a surrogate pair, which is no character; repair or remove it") from None
+        raise DataError(
+            f"{where} has half of a surrogate pair, which is no character; repair or remove it"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} cannot be read as JSON: {_one_line(error)}; repair or remove it") from None
+        raise DataError(
+            f"{where} cannot be read as JSON: {_one_line(error)}; repair or remove it"
+        ) from None
     return value
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where} is {str(value)[:80]!r}; each row must be a JSON object with the columns as keys")
+        raise DataError(
+            f"{where} is {str(value)[:80]!r}; each row must be a JSON object with the columns as "
+            "keys"
+        )
     return value
 
 
@@ -165,7 +200,8 @@ def _csv(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[di
             for values in reader:
                 if None in values:
                     raise DataError(
-                        f"line {reader.line_num} of {file!r} has more cells than the header; quote what holds commas"
+                        f"line {reader.line_num} of {file!r} has more cells than the header; "
+                        "quote what holds commas"
                     )
                 yield {name: value or None for name, value in values.items()}
         except csv.Error as error:
@@ -178,7 +214,9 @@ def _csv_line(line: bytes, number: int, file: str) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"line {number} of {file!r} is not UTF-8 (byte {line[error.start]:#04x}); {UTF8}") from None
+        raise DataError(
+            f"line {number} of {file!r} is not UTF-8 (byte {line[error.start]:#04x}); {UTF8}"
+        ) from None
 
 
 def _parquet(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[dict[str, Any]]:
@@ -196,7 +234,9 @@ def _parquet(file: str, columns: Sequence[str], num_rows: int | None) -> Iterato
                     yield absent | without_nulls(values)
     # Text that is not UTF-8 is a ValueError.
     except (pyarrow.lib.ArrowException, ValueError) as error:
-        raise DataError(f"data file {file!r} cannot be read: {_one_line(error)}; restore or repair it") from None
+        raise DataError(
+            f"data file {file!r} cannot be read: {_one_line(error)}; restore or repair it"
+        ) from None
 
 
 def without_nulls(value: Any) -> Any:
@@ -221,12 +261,17 @@ def _rows_of_data_set(
     import datasets
 
     if Path(name).is_file():
-        raise DataError(f"data file {name!r} is of no known kind; give a file that ends in {', '.join(DATA_SUFFIXES)}")
+        raise DataError(
+            f"data file {name!r} is of no known kind; give a file that ends in "
+            f"{', '.join(DATA_SUFFIXES)}"
+        )
     datasets.disable_progress_bars()
     try:
         if Path(name).is_dir():
             found = datasets.load_dataset_builder(name, config).config.data_files or {}
-            if split in found and all(Path(file.removesuffix(".gz")).suffix in READERS for file in found[split]):
+            if split in found and all(
+                Path(file.removesuffix(".gz")).suffix in READERS for file in found[split]
+            ):
                 for file in found[split]:
                     yield from _rows_of_file(file, columns, num_rows)
                 return
@@ -254,18 +299,30 @@ def _why_not(name: str, config: str | None, split: str, error: Exception) -> str
         with contextlib.suppress(OSError, ValueError):
             configs = datasets.get_dataset_config_names(name)
     if config is None and len(configs) > 1:
-        return f"data set {name!r} has several configurations; set data.config to one of {', '.join(configs)}"
+        return (
+            f"data set {name!r} has several configurations; set data.config to one of "
+            f"{', '.join(configs)}"
+        )
     if config is not None and configs and config not in configs:
-        return f"data set {name!r} has no configuration {config!r}; set data.config to one of {', '.join(configs)}"
+        return (
+            f"data set {name!r} has no configuration {config!r}; set data.config to one of "
+            f"{', '.join(configs)}"
+        )
     of = f"split {split!r}" + (f", configuration {config!r}" if config else "")
-    return f"data set {name!r} ({of}) cannot be read: {_one_line(error)}; without the network give a local file"
+    return (
+        f"data set {name!r} ({of}) cannot be read: {_one_line(error)}; without the network "
+        "give a local file"
+    )
 
 
 def with_own_ids(examples: Sequence[Example]) -> list[Example]:
-    """The examples, each with an id that no other has: where any is doubled, all begin with their place."""
+    """The examples, each with an id that no other has: where any is doubled, all begin with their
+    place."""
     if len({example.id for example in examples}) == len(examples):
         return list(examples)
-    return [dataclasses.replace(example, id=f"{i}:{example.id}") for i, example in enumerate(examples)]
+    return [
+        dataclasses.replace(example, id=f"{i}:{example.id}") for i, example in enumerate(examples)
+    ]
 
 
 def _one_line(error: Exception) -> str:

@@ -12,7 +12,8 @@ from potstill.teachers.store import Cache
 
 
 class CachedTeacher:
-    """A teacher whose body is not there: its head, its tokenizer, and its signal on the rollouts of a cache.
+    """A teacher whose body is not there: its head, its tokenizer, and its signal on the rollouts of
+    a cache.
 
     It cannot write: its completions are read from the cache (`Cache.rollout`).
     """
@@ -32,9 +33,13 @@ class CachedTeacher:
             self.tokenizer = load_tokenizer(str(folder), trust_remote_code)
         except ModelError as error:
             raise CacheError(f"the cache's tokenizer: {error}") from None
-        if tokenizer_digests(self.tokenizer) != (manifest.teacher.tokenizer, manifest.teacher.chat_template):
+        if tokenizer_digests(self.tokenizer) != (
+            manifest.teacher.tokenizer,
+            manifest.teacher.chat_template,
+        ):
             raise CacheError(
-                f"{str(folder)!r} is not the tokenizer that the cache was built with; build the cache again"
+                f"{str(folder)!r} is not the tokenizer that the cache was built with; build the "
+                "cache again"
             )
         self.head = cache.head(device) if manifest.settings.payload == "hidden" else None
         self.flops = head_flops(self.head)
@@ -43,7 +48,8 @@ class CachedTeacher:
         return self.cache.manifest.teacher.parameters
 
     def signal_at(self, batch: Batch) -> Tensor | TopK:
-        """Hidden states [N, E], or the k likeliest tokens, at the loss tokens of a batch of cached rollouts."""
+        """Hidden states [N, E], or the k likeliest tokens, at the loss tokens of a batch of cached
+        rollouts."""
         if self.head is None:
             return self.cache.top_k_of(batch.rollouts, self.device)
         return self.cache.rows_of(batch.rollouts, self.head)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from potstill.config import Recipe, TeacherSpec
 from potstill.files import file_digest, json_digest, seal, unseal
-from potstill.models.language_model import LanguageModel, find_folder, fingerprint, load_config, load_tokenizer
+from potstill.models.language_model import (
+    LanguageModel,
+    find_folder,
+    fingerprint,
+    load_config,
+    load_tokenizer,
+)
 
 FORMAT = 2
 
@@ -23,21 +29,26 @@ SHARD_FILE = r"^shards/[0-9a-f]{16}\.safetensors$"
 
 Count = Annotated[int, Field(ge=1)]
 # What the settings of each payload say.
-NEEDED = {"hidden": ("dtype",), "topk": ("top_k", "temperature", "vocab_size", "end_class"), "completions": ()}
+NEEDED = {
+    "hidden": ("dtype",),
+    "topk": ("top_k", "temperature", "vocab_size", "end_class"),
+    "completions": (),
+}
 
 Payload = Literal["hidden", "topk", "completions"]
 
 
 class CacheError(ValueError):
-    """A cache that cannot be used as asked, or is damaged; the message names the file and says what to do."""
+    """A cache that cannot be used as asked, or is damaged; the message names the file and says what
+    to do."""
 
 
 @dataclass(frozen=True)
 class TeacherIdentity:
     """Hashes of what a teacher's signal depends on.
 
-    `parameters` is that of the loaded weights, `files` that of the model folder's safetensors, which can be taken
-    without loading them; None where there is no folder or it has no weights.
+    `parameters` is that of the loaded weights, `files` that of the model folder's safetensors,
+    which can be taken without loading them; None where there is no folder or it has no weights.
     """
 
     name: str
@@ -53,7 +64,8 @@ class TeacherIdentity:
 class Settings:
     """How a cache is written. `top_k`, `temperature` and `end_class` are those of payload topk.
 
-    `vocab_size` is how many rows the teacher's tokens were drawn from, or its likeliest chosen from.
+    `vocab_size` is how many rows the teacher's tokens were drawn from, or its likeliest chosen
+    from.
     """
 
     payload: Payload
@@ -80,7 +92,8 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What the manifest says of a shard. `kl` is the mean KL(teacher || what is stored) a token, in nats."""
+    """What the manifest says of a shard. `kl` is the mean KL(teacher || what is stored) a token, in
+    nats."""
 
     file: Annotated[str, Field(pattern=SHARD_FILE)]
     num_rollouts: Count
@@ -122,11 +135,13 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises CacheError when there is none, or it is not what a build wrote, or leads out of the folder."""
+    """Raises CacheError when there is none, or it is not what a build wrote, or leads out of the
+    folder."""
     path = folder / "manifest.json"
     if not path.is_file():
         raise CacheError(
-            f"{str(folder)!r} holds no teacher cache (no manifest.json); make one with potstill cache build"
+            f"{str(folder)!r} holds no teacher cache (no manifest.json); make one with potstill "
+            "cache build"
         )
     try:
         sealed = json.loads(path.read_bytes())
@@ -136,24 +151,30 @@ def read_manifest(folder: Path) -> Manifest:
             f"{str(path)!r} is no manifest of a teacher cache; restore it or build the cache again"
         ) from None
     if known != FORMAT:
-        raise CacheError(f"{str(path)!r} has format {known!r}, and {FORMAT} is known; build the cache again")
+        raise CacheError(
+            f"{str(path)!r} has format {known!r}, and {FORMAT} is known; build the cache again"
+        )
     data = unseal(sealed)
     if data is None:
-        raise CacheError(f"{str(path)!r} was changed after it was written; restore it or build the cache again")
+        raise CacheError(
+            f"{str(path)!r} was changed after it was written; restore it or build the cache again"
+        )
     try:
         manifest = TypeAdapter(Manifest).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise CacheError(
-            f"{str(path)!r}: {name} is {first['input']!r}, which no build writes ({first['msg']}); restore it or build "
-            "the cache again"
+            f"{str(path)!r}: {name} is {first['input']!r}, which no build writes "
+            f"({first['msg']}); restore it or build the cache again"
         ) from None
     settings, files = manifest.settings, [record.file for record in manifest.shards]
     unset = [name for name in NEEDED[settings.payload] if getattr(settings, name) is None]
     if unset or len(set(files)) < len(files):
         what = f"a {settings.payload} cache without {unset[0]}" if unset else "one shard twice"
-        raise CacheError(f"{str(path)!r} has {what}, which no build writes; restore it or build the cache again")
+        raise CacheError(
+            f"{str(path)!r} has {what}, which no build writes; restore it or build the cache again"
+        )
     # A link would let what is read, made again or removed here lie anywhere.
     for linked in (folder / "shards", *(folder / record.file for record in manifest.shards)):
         if linked.is_symlink():
@@ -165,11 +186,14 @@ def identify(model: LanguageModel) -> TeacherIdentity:
     """The identity of a loaded teacher."""
     folder, dtype = find_folder(model.name), str(model.head.weight_VD.dtype).removeprefix("torch.")
     config, tokenizer = _config_digest(model.model.config), tokenizer_digests(model.tokenizer)
-    return TeacherIdentity(model.name, dtype, fingerprint(model), _files_digest(folder), config, *tokenizer)
+    return TeacherIdentity(
+        model.name, dtype, fingerprint(model), _files_digest(folder), config, *tokenizer
+    )
 
 
 def identify_folder(spec: TeacherSpec) -> TeacherIdentity | None:
-    """The identity of a teacher that is on this machine, without loading its weights; None when it is not."""
+    """The identity of a teacher that is on this machine, without loading its weights; None when it
+    is not."""
     folder = find_folder(spec.model)
     if folder is None:
         return None
@@ -189,7 +213,9 @@ def _files_digest(folder: Path | None) -> str | None:
 def _config_digest(config) -> str:
     # How the model was loaded and by what is no part of what it is.
     volatile = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
-    return json_digest({key: value for key, value in config.to_diff_dict().items() if key not in volatile})
+    return json_digest(
+        {key: value for key, value in config.to_diff_dict().items() if key not in volatile}
+    )
 
 
 def tokenizer_digests(tokenizer) -> tuple[str, str]:

@@ -1,4 +1,5 @@
-"""The protocol of a teacher: who it is, what it costs, its signal at the loss tokens, and whether it can write."""
+"""The protocol of a teacher: who it is, what it costs, its signal at the loss tokens, and whether
+it can write."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Teacher(Protocol):
-    """A teacher, wherever its model is: loaded (`models.LanguageModel`) or behind a cache (`cache.CachedTeacher`)."""
+    """A teacher, wherever its model is: loaded (`models.LanguageModel`) or behind a cache
+    (`cache.CachedTeacher`)."""
 
     # Who it is.
     @property
@@ -54,11 +56,13 @@ class Teacher(Protocol):
 
     @property
     def can_score(self) -> bool:
-        """Whether it has a signal for any rollouts, and not only for those that are stored with one."""
+        """Whether it has a signal for any rollouts, and not only for those that are stored with
+        one."""
         ...
 
     def signal_at(self, batch: Batch) -> Tensor | TopK:
-        """All that is known of it at a batch's N loss tokens: hidden states [N, E], or its likeliest tokens."""
+        """All that is known of it at a batch's N loss tokens: hidden states [N, E], or its
+        likeliest tokens."""
         ...
 
     @property

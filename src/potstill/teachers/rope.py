@@ -1,4 +1,5 @@
-"""Positions whose rotation follows the longest row of a batch (longrope), so that a row depends on its neighbours."""
+"""Positions whose rotation follows the longest row of a batch (longrope), so that a row depends on
+its neighbours."""
 
 from collections.abc import Sequence
 
@@ -7,18 +8,30 @@ from potstill.types import ModelError
 
 
 def borders(config) -> list[int]:
-    """The lengths in tokens beyond which an architecture rotates all rows of a batch in another way."""
+    """The lengths in tokens beyond which an architecture rotates all rows of a batch in another
+    way."""
     parameters = getattr(config, "rope_parameters", None) or {}
     # One set of parameters, or one for each kind of layer.
-    kinds = [parameters] if "rope_type" in parameters else [each for each in parameters.values() if each]
-    return [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    kinds = (
+        [parameters]
+        if "rope_type" in parameters
+        else [each for each in parameters.values() if each]
+    )
+    return [
+        kind["original_max_position_embeddings"]
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
 
 
-def refuse_crossing(model: Teacher, prompts: Sequence[Sequence[int]], max_tokens: int, field: str) -> None:
-    """Raise ModelError unless all rows stay on one side of the border, from the first to the last token.
+def refuse_crossing(
+    model: Teacher, prompts: Sequence[Sequence[int]], max_tokens: int, field: str
+) -> None:
+    """Raise ModelError unless all rows stay on one side of the border, from the first to the last
+    token.
 
-    `prompts` are token ids, `max_tokens` is how many may follow them, and `field` is what sets that. A teacher that is
-    not loaded reads nothing here.
+    `prompts` are token ids, `max_tokens` is how many may follow them, and `field` is what sets
+    that. A teacher that is not loaded reads nothing here.
     """
     if model.decoder is None:
         return
@@ -27,8 +40,9 @@ def refuse_crossing(model: Teacher, prompts: Sequence[Sequence[int]], max_tokens
         # The last token is never read.
         if lengths and lengths[0] <= border < lengths[-1] + max_tokens - 1:
             raise ModelError(
-                f"model {model.name!r} rotates positions by the longest row of a batch (longrope): in one way up to "
-                f"{border} tokens and in another beyond. Prompts of {lengths[0]} to {lengths[-1]} tokens with up to "
-                f"{max_tokens} after them are on both sides, and what a row gives would depend on the others; lower "
-                f"{field} or choose prompts of one side"
+                f"model {model.name!r} rotates positions by the longest row of a batch "
+                f"(longrope): in one way up to {border} tokens and in another beyond. Prompts of "
+                f"{lengths[0]} to {lengths[-1]} tokens with up to {max_tokens} after them are on "
+                f"both sides, and what a row gives would depend on the others; lower {field} or "
+                "choose prompts of one side"
             )

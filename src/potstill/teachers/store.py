@@ -1,13 +1,14 @@
-"""The teacher cache: completions and the teacher's signal on disk, read in training without the teacher's body.
+"""The teacher cache: completions and the teacher's signal on disk, read in training without the
+teacher's body.
 
-What is stored is the last hidden state of each token (E numbers) and not its logits (V numbers). The head is stored
-once, and the loss applies it as it would to a live teacher's states. So one cache is exact for every KL, every mixture
-and every student of the vocabulary.
+What is stored is the last hidden state of each token (E numbers) and not its logits (V numbers).
+The head is stored once, and the loss applies it as it would to a live teacher's states. So one
+cache is exact for every KL, every mixture and every student of the vocabulary.
 
-    manifest.json       who wrote it and how, the shards with their checksums, and a checksum of itself
-    head.safetensors    the teacher's head (payload hidden)
-    tokenizer/          the teacher's tokenizer
-    shards/*.safetensors    rollouts one after the other; R rollouts, N tokens of completions, E or K numbers a token
+    manifest.json       who wrote it and how, the shards with their checksums, and a checksum of
+    itself head.safetensors    the teacher's head (payload hidden) tokenizer/          the teacher's
+    tokenizer shards/*.safetensors    rollouts one after the other; R rollouts, N tokens of
+    completions, E or K numbers a token
 
 Shapes: R rollouts of a shard, N their completion tokens, E teacher hidden, K kept tokens.
 """
@@ -50,7 +51,8 @@ from potstill.types import Example, Prompt, Rollout, Stop
 MAX_OPEN_SHARDS = 16
 # Of the first rollout that is read of a shard, this many log-sum-exps are computed again.
 NUM_CHECKED = 8
-# Of a log-sum-exp, relative: above what float32 sums over a vocabulary differ by, below what another head would give.
+# Of a log-sum-exp, relative: above what float32 sums over a vocabulary differ by, below what
+# another head would give.
 HEAD_TOLERANCE = 1e-4
 KEY_BYTES = 16
 INDEX = ("keys", "completion_indices", "prompt_starts", "completion_starts", "ended", "checksums")
@@ -72,7 +74,8 @@ def checksum(tensors: Sequence[Tensor]) -> int:
 
 
 def key_of(prompt: Prompt, writer: str) -> bytes:
-    """What a rollout is found by: what the teacher read, and the completion where it comes with the data."""
+    """What a rollout is found by: what the teacher read, and the completion where it comes with the
+    data."""
     ids = [prompt.ids_of("teacher")]
     if writer == "dataset":
         assert prompt.completion_ids is not None, "make_prompts checks this"
@@ -93,10 +96,11 @@ class _Index:
 
 
 class Cache:
-    """A cache opened for reading. Shards are mapped into memory; rows are read when they are asked for.
+    """A cache opened for reading. Shards are mapped into memory; rows are read when they are asked
+    for.
 
-    Opening checks the manifest, the presence, size and index of every shard; reading checks each rollout's bytes, and
-    once a shard some log-sum-exps. Raises CacheError that names the file.
+    Opening checks the manifest, the presence, size and index of every shard; reading checks each
+    rollout's bytes, and once a shard some log-sum-exps. Raises CacheError that names the file.
     """
 
     def __init__(self, folder: Path, manifest: Manifest | None = None):
@@ -115,12 +119,21 @@ class Cache:
         """The teacher's head, with its checksum compared."""
         path = self.folder / "head.safetensors"
         if not path.is_file() or file_digest(path) != self.manifest.head_sha256:
-            raise CacheError(f"{str(path)!r} is missing or was changed after it was written; restore it or build again")
+            raise CacheError(
+                f"{str(path)!r} is missing or was changed after it was written; restore it or "
+                "build again"
+            )
         tensors = load_file(path, device=str(device))
-        return Head(tensors["weight"], tensors.get("bias"), self.manifest.head_scale, self.manifest.head_softcap)
+        return Head(
+            tensors["weight"],
+            tensors.get("bias"),
+            self.manifest.head_scale,
+            self.manifest.head_softcap,
+        )
 
     def check_recipe(self, recipe: Recipe, teacher: LanguageModel | None = None) -> None:
-        """Refuse a recipe whose teacher (`teacher`, where it is loaded), sampling or window is not the cache's."""
+        """Refuse a recipe whose teacher (`teacher`, where it is loaded), sampling or window is not
+        the cache's."""
         settings, objective = self.manifest.settings, recipe.objective
         ours: dict[str, Any] = {"writer": objective.prefix}
         if settings.writer == "teacher":
@@ -129,76 +142,110 @@ class Cache:
             self.refuse_other(name, getattr(settings, name), value)
         if recipe.window.tokens > settings.window:
             raise CacheError(
-                f"cache {str(self.folder)!r} was built with window.tokens = {settings.window} and the recipe has "
-                f"{recipe.window.tokens}; lower it or build another cache"
+                f"cache {str(self.folder)!r} was built with window.tokens = {settings.window} "
+                f"and the recipe has {recipe.window.tokens}; lower it or build another cache"
             )
-        if settings.payload == "topk" and (objective.signal, objective.temperature) != ("topk", settings.temperature):
+        if settings.payload == "topk" and (objective.signal, objective.temperature) != (
+            "topk",
+            settings.temperature,
+        ):
             raise CacheError(
-                f"cache {str(self.folder)!r} holds the {settings.top_k} likeliest tokens at temperature "
-                f"{settings.temperature:g}, and the recipe has objective.signal = {objective.signal!r} at "
-                f'{objective.temperature:g}; use signal = "topk" at that temperature or build a cache of hidden states'
+                f"cache {str(self.folder)!r} holds the {settings.top_k} likeliest tokens at "
+                f"temperature {settings.temperature:g}, and the recipe has objective.signal = "
+                f'{objective.signal!r} at {objective.temperature:g}; use signal = "topk" at that '
+                "temperature or build a cache of hidden states"
             )
-        if settings.payload == "topk" and settings.top_k is not None and objective.top_k > settings.top_k:
+        if (
+            settings.payload == "topk"
+            and settings.top_k is not None
+            and objective.top_k > settings.top_k
+        ):
             raise CacheError(
-                f"cache {str(self.folder)!r} holds the {settings.top_k} likeliest tokens and objective.top_k is "
-                f"{objective.top_k}; lower it or build another cache"
+                f"cache {str(self.folder)!r} holds the {settings.top_k} likeliest tokens and "
+                f"objective.top_k is {objective.top_k}; lower it or build another cache"
             )
         self.note = self.check_teacher(recipe.teacher, teacher)
 
     def check_teacher(self, spec: TeacherSpec, teacher: LanguageModel | None = None) -> str | None:
-        """Refuse another teacher, naming both; returns a line when only the name or no weights could be compared."""
+        """Refuse another teacher, naming both; returns a line when only the name or no weights
+        could be compared."""
         mine = self.manifest.teacher
         theirs = identify(teacher) if teacher is not None else identify_folder(spec)
         if theirs is None:
             self.refuse_other("teacher.model", mine.name, spec.model)
             self.refuse_other("teacher.dtype", mine.dtype, spec.dtype)
-            return f"the teacher {mine.name!r} is not on this machine: only its name was compared with the cache's"
+            return (
+                f"the teacher {mine.name!r} is not on this machine: only its name was "
+                "compared with the cache's"
+            )
         for field in dataclasses.fields(TeacherIdentity):
             a, b = getattr(mine, field.name), getattr(theirs, field.name)
-            # Files of other bytes can hold the same weights, and a name is none of a model's properties.
+            # Files of other bytes can hold the same weights, and a name is none of a model's
+            # properties.
             known = a is not None and b is not None
-            if field.name == "name" or (field.name == "files" and theirs.parameters is not None) or not known:
+            if (
+                field.name == "name"
+                or (field.name == "files" and theirs.parameters is not None)
+                or not known
+            ):
                 continue
             if a != b:
                 raise CacheError(
-                    f"cache {str(self.folder)!r} is of the teacher {mine.name!r} with {field.name} {a}, and the "
-                    f"recipe's teacher {theirs.name!r} has {b}; name that teacher or build another cache"
+                    f"cache {str(self.folder)!r} is of the teacher {mine.name!r} with "
+                    f"{field.name} {a}, and the recipe's teacher {theirs.name!r} has {b}; name "
+                    "that teacher or build another cache"
                 )
         if theirs.parameters is None and (theirs.files is None or mine.files is None):
             return (
-                f"the weights of the teacher {theirs.name!r} could not be compared with the cache's: they are not here"
+                f"the weights of the teacher {theirs.name!r} could not be compared with the "
+                "cache's: they are not here"
             )
         return None
 
     def describe(self) -> list[str]:
         """What a run that reads the cache says of it."""
         manifest = self.manifest
-        kl = "" if manifest.mean_kl is None else f", {manifest.mean_kl:.2g} nats from what it computed"
+        kl = (
+            ""
+            if manifest.mean_kl is None
+            else f", {manifest.mean_kl:.2g} nats from what it computed"
+        )
         lines = [
-            f"teacher from cache {self.folder}: {manifest.teacher.name}, {manifest.total('num_rollouts'):,} "
-            f"completions of {manifest.total('num_tokens'):,} tokens, {manifest.settings.describe()}{kl}"
+            f"teacher from cache {self.folder}: {manifest.teacher.name}, "
+            f"{manifest.total('num_rollouts'):,} completions of {manifest.total('num_tokens'):,} "
+            f"tokens, {manifest.settings.describe()}{kl}"
         ]
         return [*lines, f"warning: {self.note}"] if self.note else lines
 
-    def check_fit(self, end_ids: Sequence[int], vocab_size: int | None, end_class: Sequence[int]) -> None:
-        """Refuse a student whose end set, or shared vocabulary where that matters, is another than at the build."""
+    def check_fit(
+        self, end_ids: Sequence[int], vocab_size: int | None, end_class: Sequence[int]
+    ) -> None:
+        """Refuse a student whose end set, or shared vocabulary where that matters, is another than
+        at the build."""
         settings = self.manifest.settings
         self.refuse_other("the end set", sorted(settings.end_ids), sorted(end_ids))
         if settings.payload == "topk":
-            self.refuse_other("the number of shared vocabulary rows", settings.vocab_size, vocab_size)
+            self.refuse_other(
+                "the number of shared vocabulary rows", settings.vocab_size, vocab_size
+            )
             self.refuse_other("the end class", settings.end_class, tuple(end_class))
-        if settings.vocab_size is not None and vocab_size is not None and vocab_size < settings.vocab_size:
+        if (
+            settings.vocab_size is not None
+            and vocab_size is not None
+            and vocab_size < settings.vocab_size
+        ):
             raise CacheError(
-                f"cache {str(self.folder)!r} has tokens drawn from {settings.vocab_size} vocabulary rows, and this "
-                f"student shares {vocab_size} of them; build a cache with this student"
+                f"cache {str(self.folder)!r} has tokens drawn from {settings.vocab_size} "
+                f"vocabulary rows, and this student shares {vocab_size} of them; build a cache "
+                "with this student"
             )
 
     def refuse_other(self, name: str, mine: Any, theirs: Any) -> None:
         """Raise CacheError when the two differ."""
         if mine != theirs:
             raise CacheError(
-                f"cache {str(self.folder)!r} was built with {name} = {mine!r} and the recipe has {theirs!r}; change "
-                "the recipe or build another cache"
+                f"cache {str(self.folder)!r} was built with {name} = {mine!r} and the recipe has "
+                f"{theirs!r}; change the recipe or build another cache"
             )
 
     def entries(self) -> dict[tuple[bytes, int], Place]:
@@ -206,7 +253,9 @@ class Cache:
         return {
             (key.tobytes(), number): (shard, row)
             for shard, index in enumerate(self.indices)
-            for row, (key, number) in enumerate(zip(index.keys, index.completion_indices.tolist(), strict=True))
+            for row, (key, number) in enumerate(
+                zip(index.keys, index.completion_indices.tolist(), strict=True)
+            )
         }
 
     def places(self) -> dict[bytes, list[Place]]:
@@ -217,16 +266,22 @@ class Cache:
         return dict(found)
 
     def attach(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Each prompt once for each of its cached completions, with where it is. Raises CacheError if one has none."""
+        """Each prompt once for each of its cached completions, with where it is. Raises CacheError
+        if one has none."""
         if not prompts:
             return []
         places, writer = self.places(), self.manifest.settings.writer
         keys = [key_of(prompt, writer) for prompt in prompts]
-        missing = [prompt.example.id for prompt, key in zip(prompts, keys, strict=True) if key not in places]
+        missing = [
+            prompt.example.id
+            for prompt, key in zip(prompts, keys, strict=True)
+            if key not in places
+        ]
         if missing:
             raise CacheError(
-                f"{len(missing)} of {len(prompts)} prompts are not in cache {str(self.folder)!r} (the first is "
-                f"{missing[0]!r}); `potstill cache build` with this recipe adds them"
+                f"{len(missing)} of {len(prompts)} prompts are not in cache {str(self.folder)!r} "
+                f"(the first is {missing[0]!r}); `potstill cache build` with this recipe adds "
+                "them"
             )
         return [
             dataclasses.replace(prompt, cached=place)
@@ -252,7 +307,9 @@ class Cache:
     def stored_rollout(self, place: Place) -> Rollout:
         """A whole rollout with what the teacher read, from the shard alone."""
         prompt_ids, ids = (tensor.tolist() for tensor in self._checked_rows(place, TEXT, 0))
-        prompt = Prompt(example=Example(id=f"{place}", prompt=""), token_ids=tuple(prompt_ids), cached=place)
+        prompt = Prompt(
+            example=Example(id=f"{place}", prompt=""), token_ids=tuple(prompt_ids), cached=place
+        )
         return Rollout(
             prompt=prompt,
             completion_ids=tuple(ids),
@@ -266,8 +323,12 @@ class Cache:
         parts = []
         for rollout in rollouts:
             assert rollout.prompt.cached is not None, "attach gives each prompt its place"
-            hidden_LE, scale_L, log_sum_exp_L = self._checked_rows(rollout.prompt.cached, SIGNALS["hidden"], 1)[:3]
-            rows_LE = decode_rows(hidden_LE.to(head.weight_VD.device), scale_L, head.weight_VD.dtype)
+            hidden_LE, scale_L, log_sum_exp_L = self._checked_rows(
+                rollout.prompt.cached, SIGNALS["hidden"], 1
+            )[:3]
+            rows_LE = decode_rows(
+                hidden_LE.to(head.weight_VD.device), scale_L, head.weight_VD.dtype
+            )
             if (shard := rollout.prompt.cached[0]) not in self._checked:
                 self._check_head(shard, rows_LE[:NUM_CHECKED], log_sum_exp_L[:NUM_CHECKED], head)
                 self._checked.add(shard)
@@ -293,28 +354,34 @@ class Cache:
         )
 
     def check_shard(self, shard: int, head: Head | None, num_rows: int) -> float:
-        """Compare a shard's file with its checksum, and `num_rows` log-sum-exps; returns their largest error."""
+        """Compare a shard's file with its checksum, and `num_rows` log-sum-exps; returns their
+        largest error."""
         if file_digest(self.path(shard)) != self.manifest.shards[shard].sha256:
-            raise CacheError(f"shard {str(self.path(shard))!r} is damaged: its SHA-256 is not the manifest's")
+            raise CacheError(
+                f"shard {str(self.path(shard))!r} is damaged: its SHA-256 is not the manifest's"
+            )
         if head is None:
             return 0.0
         num_tokens = self.manifest.shards[shard].num_tokens
         chosen = torch.linspace(0, num_tokens - 1, min(num_rows, num_tokens)).long().unique()
         file = self._file(shard)
-        hidden, scale, expected = (file.get_tensor(name)[chosen] for name in ("hidden", "scale", "log_sum_exp"))
+        hidden, scale, expected = (
+            file.get_tensor(name)[chosen] for name in ("hidden", "scale", "log_sum_exp")
+        )
         rows = decode_rows(hidden.to(head.weight_VD.device), scale, head.weight_VD.dtype)
         return self._check_head(shard, rows, expected, head)
 
     def _check_head(self, shard: int, rows_LE: Tensor, log_sum_exp_L: Tensor, head: Head) -> float:
-        """Compute some log-sum-exps again; returns the largest relative error. Raises CacheError for another head."""
+        """Compute some log-sum-exps again; returns the largest relative error. Raises CacheError
+        for another head."""
         found_L = fused_statistics(rows_LE, head).student_log_sum_exp_N
         expected_L = log_sum_exp_L.to(found_L.device)
         error = ((found_L - expected_L).abs() / expected_L.abs().clamp(min=1)).max().item()
         if not error <= HEAD_TOLERANCE:
             raise CacheError(
                 f"shard {str(self.path(shard))!r} does not belong to the head of the teacher "
-                f"{self.manifest.teacher.name!r}: log-sum-exps differ by {error:.2g} (allowed {HEAD_TOLERANCE:g}, "
-                "relative); build the cache again"
+                f"{self.manifest.teacher.name!r}: log-sum-exps differ by {error:.2g} (allowed "
+                f"{HEAD_TOLERANCE:g}, relative); build the cache again"
             )
         return error
 
@@ -329,8 +396,8 @@ class Cache:
             tensors.append(file.get_slice(name)[int(starts[row]) : int(starts[row + 1])])
         if checksum(tensors) != index.checksums[row, which]:
             raise CacheError(
-                f"shard {str(self.path(shard))!r} is damaged: rollout {row} does not have its checksum; `potstill "
-                f"cache verify {self.folder}` lists all damaged shards"
+                f"shard {str(self.path(shard))!r} is damaged: rollout {row} does not have its "
+                f"checksum; `potstill cache verify {self.folder}` lists all damaged shards"
             )
         return tensors
 
@@ -348,7 +415,8 @@ class Cache:
             raise CacheError(f"shard {str(path)!r} is missing; {_REPAIR.format(self.folder)}")
         if (size := path.stat().st_size) != record.num_bytes:
             raise CacheError(
-                f"shard {str(path)!r} has {size} bytes and not {record.num_bytes}; {_REPAIR.format(self.folder)}"
+                f"shard {str(path)!r} has {size} bytes and not {record.num_bytes}; "
+                f"{_REPAIR.format(self.folder)}"
             )
         file = _map(path)
         try:
@@ -357,10 +425,14 @@ class Cache:
             tensors = {}
         if not tensors or tensors_digest(tensors, INDEX) != record.index:
             raise CacheError(
-                f"shard {str(path)!r} is damaged: its index is not the manifest's; {_REPAIR.format(self.folder)}"
+                f"shard {str(path)!r} is damaged: its index is not the manifest's; "
+                f"{_REPAIR.format(self.folder)}"
             )
         index = _Index(**{name: tensor.numpy() for name, tensor in tensors.items()})
-        if (len(index.keys), index.completion_starts[-1]) != (record.num_rollouts, record.num_tokens):
+        if (len(index.keys), index.completion_starts[-1]) != (
+            record.num_rollouts,
+            record.num_tokens,
+        ):
             raise CacheError(
                 f"shard {str(path)!r} does not have the manifest's number of rollouts and tokens; "
                 f"{_REPAIR.format(self.folder)}"
@@ -386,7 +458,10 @@ def encode_rows(hidden_NE: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Hidden states as they are stored, and a scale [N, 1] for int8 (else [N, 0])."""
     if dtype != "int8":
         return hidden_NE.to(getattr(torch, dtype)), torch.zeros(len(hidden_NE), 0)
-    scale_N1 = hidden_NE.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    scale_N1 = (
+        hidden_NE.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        / 127
+    )
     return (hidden_NE.float() / scale_N1).round().to(torch.int8), scale_N1
 
 

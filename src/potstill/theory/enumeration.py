@@ -16,19 +16,23 @@ STEP = 1e-5
 
 
 class Table(nn.Module):
-    """A language model with a row of logits for every prefix; looks to `batch_loss` like any other."""
+    """A language model with a row of logits for every prefix; looks to `batch_loss` like any
+    other."""
 
     def __init__(self, seed: int, spread: float = 1.0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        prefixes = [text for n in range(WINDOW) for text in itertools.product(range(1, V), repeat=n)]
+        prefixes = [
+            text for n in range(WINDOW) for text in itertools.product(range(1, V), repeat=n)
+        ]
         self.row_of = {prefix: i for i, prefix in enumerate(prefixes)}
         logits = spread * torch.randn(len(prefixes), V, generator=generator, dtype=torch.float64)
         self.logits_SV = nn.Parameter(logits)
         self.head = Head(torch.eye(V, dtype=torch.float64))
 
     def forward(self, input_ids_BT: Tensor) -> Tensor:
-        """The logits themselves as hidden states, under a head that is the identity. The prompt is one token."""
+        """The logits themselves as hidden states, under a head that is the identity. The prompt is
+        one token."""
         rows = [
             # What follows the end of a text is padding, which no loss looks at.
             [self.row_of.get(tuple(ids[1 : t + 1]), 0) for t in range(len(ids))]
@@ -69,8 +73,11 @@ def by_prefix(kind: str, student: Table, teacher: Table, prefix: Text) -> Tensor
     return kl(log_p, log_q) if kind == "forward" else kl(log_q, log_p)
 
 
-def expectation(writer: Table, cost: Callable[[Text], Tensor], frozen: bool = True, window: int = WINDOW) -> Tensor:
-    """The mean over a writer's texts of the sum of a cost over their prefixes; `frozen` keeps the texts constant."""
+def expectation(
+    writer: Table, cost: Callable[[Text], Tensor], frozen: bool = True, window: int = WINDOW
+) -> Tensor:
+    """The mean over a writer's texts of the sum of a cost over their prefixes; `frozen` keeps the
+    texts constant."""
     total = torch.zeros((), dtype=torch.float64)
     for text in all_texts(window):
         probability = writer.log_prob(text).exp()
@@ -87,7 +94,8 @@ def sequence_kl(kind: str, student: Table, teacher: Table, window: int = WINDOW)
 
 
 def score_sum(student: Table, writer: Table, factor: Callable[[Text, int], float]) -> Tensor:
-    """The gradient [S, V] of E_y sum_t factor(y, t) log q(y_t) with everything but log q constant."""
+    """The gradient [S, V] of E_y sum_t factor(y, t) log q(y_t) with everything but log q
+    constant."""
     total = torch.zeros((), dtype=torch.float64)
     for text in all_texts():
         probability = writer.log_prob(text).exp().item()

@@ -1,11 +1,14 @@
-"""The theory as numbers: `potstill verify` checks each identity of docs/theory.md on models small enough to enumerate.
+"""The theory as numbers: `potstill verify` checks each identity of docs/theory.md on models small
+enough to enumerate.
 
-The two models are tables: each prefix has its own row of logits, over a vocabulary of three tokens of which token 0
-ends the text, and a window of three tokens. So every text can be listed with its probability, and every expectation is
-a finite sum. One side of each identity is what training computes (`batch_loss` and what it calls, in float64); the
-other is written out here from the definition alone, or is a central difference of it.
+The two models are tables: each prefix has its own row of logits, over a vocabulary of three tokens
+of which token 0 ends the text, and a window of three tokens. So every text can be listed with its
+probability, and every expectation is a finite sum. One side of each identity is what training
+computes (`batch_loss` and what it calls, in float64); the other is written out here from the
+definition alone, or is a central difference of it.
 
-Notation as in docs/theory.md: p teacher, q student, s a prefix, y a text, d^T and d^q the distributions of prefixes.
+Notation as in docs/theory.md: p teacher, q student, s a prefix, y a text, d^T and d^q the
+distributions of prefixes.
 """
 
 import math
@@ -48,7 +51,8 @@ DISTANCE = 1e-3
 class Check:
     """One identity: how far its two sides are apart, and whether that is as it should be.
 
-    `differs` marks the statements that two things are not the same: their distance must be at least `bound`.
+    `differs` marks the statements that two things are not the same: their distance must be at least
+    `bound`.
     """
 
     name: str
@@ -69,7 +73,8 @@ def trained(
     window: int = WINDOW,
     baseline_T: Tensor | None = None,
 ) -> tuple[float, Tensor]:
-    """What training computes on every text of a writer, weighted by its probability: value and gradient [S, V]."""
+    """What training computes on every text of a writer, weighted by its probability: value and
+    gradient [S, V]."""
     loss = Loss(objective=Objective(**options), normalize="token", vocab_size=V)
     student.zero_grad()
     value = 0.0
@@ -77,7 +82,11 @@ def trained(
         stop: Stop = "end" if text[-1] == END else "length"
         prompt = Prompt(example=Example(id="x", prompt="x"), token_ids=(1,))
         rollout = Rollout(
-            prompt=prompt, completion_ids=text, trained=(True,) * len(text), writers=("student",) * len(text), stop=stop
+            prompt=prompt,
+            completion_ids=text,
+            trained=(True,) * len(text),
+            writers=("student",) * len(text),
+            stop=stop,
         )
         batch = make_batch([rollout])
         hidden_NE = teacher.signal_at(batch).detach()
@@ -85,7 +94,9 @@ def trained(
         returns_N = None
         if loss.objective.gamma:
             returns_N = later_costs(student, teacher, batch, loss)  # pyright: ignore[reportArgumentType]
-            returns_N = returns_N if baseline_T is None else returns_N - baseline_T[: len(returns_N)]
+            returns_N = (
+                returns_N if baseline_T is None else returns_N - baseline_T[: len(returns_N)]
+            )
         given = (student, teacher, hidden_NE, batch, loss, 1 / probability, returns_N)
         loss_sum, loss_N, _ = batch_loss(*given)  # pyright: ignore[reportArgumentType]
         loss_sum.backward()
@@ -120,7 +131,11 @@ def _chain_rules(student: Table, teacher: Table) -> Iterator[Check]:
         prefix = "teacher" if writer is teacher else "student"
         for window in range(WINDOW, 0, -1):
             value, _ = trained(student, teacher, writer, _options(prefix, kind), window)
-            what = "chain rule" if window == WINDOW else f"window of {window} = KL of the {window}-token marginals"
+            what = (
+                "chain rule"
+                if window == WINDOW
+                else f"window of {window} = KL of the {window}-token marginals"
+            )
             name = f"{what}: sequence {kind} KL = sum_t E_{who}[{kind} KL]"
             yield Check(name=name, error=apart(value, sequence_kl(kind, student, teacher, window)))
 
@@ -138,17 +153,23 @@ def _cells(student: Table, teacher: Table) -> Iterator[Check]:
             return torch.stack([torch.as_tensor(part) for part in sums]).sum()
 
         _, gradient = trained(student, teacher, writer, _options(prefix, kind))
-        name = f"{prefix} prefix, {kind} KL: gradient = differences of its expectation, prefixes frozen"
+        name = (
+            f"{prefix} prefix, {kind} KL: gradient = differences of its expectation, "
+            "prefixes frozen"
+        )
         yield Check(name=name, error=apart(gradient, differences(student, frozen)))
 
 
 def _rewritten_gradients(student: Table, teacher: Table) -> Iterator[Check]:
     for prefix, writer in (("teacher", teacher), ("student", student)):
-        cross_entropy = expectation(writer, lambda s: -(teacher.log_probs(s).exp() * student.log_probs(s)).sum())
+        cross_entropy = expectation(
+            writer, lambda s: -(teacher.log_probs(s).exp() * student.log_probs(s)).sum()
+        )
         (soft,) = torch.autograd.grad(cross_entropy, student.logits_SV)
         _, gradient = trained(student, teacher, writer, _options(prefix, "forward"))
         yield Check(
-            name=f"{prefix} prefix: forward-KL gradient = soft cross-entropy gradient", error=apart(gradient, soft)
+            name=f"{prefix} prefix: forward-KL gradient = soft cross-entropy gradient",
+            error=apart(gradient, soft),
         )
 
         def surrogate(s: Text) -> Tensor:
@@ -158,14 +179,20 @@ def _rewritten_gradients(student: Table, teacher: Table) -> Iterator[Check]:
 
         (policy,) = torch.autograd.grad(expectation(writer, surrogate), student.logits_SV)
         _, gradient = trained(student, teacher, writer, _options(prefix, "reverse"))
-        name = f"{prefix} prefix: reverse-KL gradient = policy gradient with reward log p - log q, a ~ q"
+        name = (
+            f"{prefix} prefix: reverse-KL gradient = policy gradient with reward log p - log "
+            "q, a ~ q"
+        )
         yield Check(name=name, error=apart(gradient, policy))
 
 
-def _later(student: Table, teacher: Table, kind: str, gamma: float = 1.0) -> Callable[[Text, int], float]:
+def _later(
+    student: Table, teacher: Table, kind: str, gamma: float = 1.0
+) -> Callable[[Text, int], float]:
     """sum over u > t of gamma^(u - t) KL_u along a text."""
     return lambda text, t: sum(
-        gamma ** (u - t) * by_prefix(kind, student, teacher, text[:u]).item() for u in range(t + 1, len(text))
+        gamma ** (u - t) * by_prefix(kind, student, teacher, text[:u]).item()
+        for u in range(t + 1, len(text))
     )
 
 
@@ -173,12 +200,16 @@ def _dropped_terms(student: Table, teacher: Table) -> Iterator[Check]:
     for kind in ("forward", "reverse"):
 
         def moving(kind: str = kind) -> Tensor:
-            return expectation(student, lambda s: by_prefix(kind, student, teacher, s), frozen=False)
+            return expectation(
+                student, lambda s: by_prefix(kind, student, teacher, s), frozen=False
+            )
 
         whole = differences(student, moving)
         _, local = trained(student, teacher, student, _options("student", kind))
         dropped = score_sum(student, student, _later(student, teacher, kind))
-        name = f"student prefix, {kind} KL: moving prefixes add E sum_t (sum_u>t KL_u) grad log q(y_t)"
+        name = (
+            f"student prefix, {kind} KL: moving prefixes add E sum_t (sum_u>t KL_u) grad log q(y_t)"
+        )
         yield Check(name=name, error=apart(whole, local + dropped))
         yield Check(
             name=f"student prefix, {kind} KL: the dropped term is not zero",
@@ -188,25 +219,41 @@ def _dropped_terms(student: Table, teacher: Table) -> Iterator[Check]:
         )
     whole = differences(student, lambda: sequence_kl("reverse", student, teacher))
     _, full = trained(student, teacher, student, _options("student", "reverse", gamma=1.0))
-    yield Check(name="gamma = 1: gradient = differences of the sequence reverse KL", error=apart(full, whole))
+    yield Check(
+        name="gamma = 1: gradient = differences of the sequence reverse KL",
+        error=apart(full, whole),
+    )
     _, local = trained(student, teacher, student, _options("student", "reverse"))
     for gamma in (0.0, 0.5):
-        _, gradient = trained(student, teacher, student, _options("student", "reverse", gamma=gamma))
+        _, gradient = trained(
+            student, teacher, student, _options("student", "reverse", gamma=gamma)
+        )
         expected = local + score_sum(student, student, _later(student, teacher, "reverse", gamma))
-        yield Check(name=f"gamma = {gamma:g}: later KLs count gamma^(u - t)", error=apart(gradient, expected))
-    options, baseline_T = _options("student", "reverse", gamma=1.0), torch.tensor([0.7, -0.4, 1.3], dtype=torch.float64)
+        yield Check(
+            name=f"gamma = {gamma:g}: later KLs count gamma^(u - t)",
+            error=apart(gradient, expected),
+        )
+    options, baseline_T = (
+        _options("student", "reverse", gamma=1.0),
+        torch.tensor([0.7, -0.4, 1.3], dtype=torch.float64),
+    )
     _, with_baseline = trained(student, teacher, student, options, WINDOW, baseline_T)
-    yield Check(name="gamma = 1: a baseline a position changes no expectation", error=apart(with_baseline, full))
+    yield Check(
+        name="gamma = 1: a baseline a position changes no expectation",
+        error=apart(with_baseline, full),
+    )
     # The same expectation from the log-ratios that were drawn, which gamma replaces by their means.
     drawn = score_sum(
         student,
         student,
         lambda text, t: sum(
-            (student.log_probs(text[:u]) - teacher.log_probs(text[:u]))[text[u]].item() for u in range(t + 1, len(text))
+            (student.log_probs(text[:u]) - teacher.log_probs(text[:u]))[text[u]].item()
+            for u in range(t + 1, len(text))
         ),
     )
     yield Check(
-        name="gamma = 1: exact later KLs = drawn later log-ratios, in expectation", error=apart(full, local + drawn)
+        name="gamma = 1: exact later KLs = drawn later log-ratios, in expectation",
+        error=apart(full, local + drawn),
     )
 
 
@@ -220,18 +267,27 @@ def _offline_rl(student: Table, teacher: Table) -> Iterator[Check]:
         for t, written in enumerate(text):
             log_q, log_p = student.log_probs(text[:t]), teacher.log_probs(text[:t])
             ratio = (log_p - log_q).detach()
-            inner_over_student = inner_over_student - probability * (log_q.detach().exp() * ratio * log_q).sum()
+            inner_over_student = (
+                inner_over_student - probability * (log_q.detach().exp() * ratio * log_q).sum()
+            )
             # What the teacher wrote there, as it is and with the weight q / p.
             one = -probability * ratio[written] * log_q[written]
-            inner_over_teacher, weighted = inner_over_teacher + one, weighted + one * (-ratio[written]).exp()
+            inner_over_teacher, weighted = (
+                inner_over_teacher + one,
+                weighted + one * (-ratio[written]).exp(),
+            )
     own, other, reweighted = (
         torch.autograd.grad(total, student.logits_SV, retain_graph=True)[0]
         for total in (inner_over_student, inner_over_teacher, weighted)
     )
     yield Check(
-        name="teacher prefix, reverse KL: its gradient is E_{s ~ d^T, a ~ q}[-r grad log q]", error=apart(gradient, own)
+        name="teacher prefix, reverse KL: its gradient is E_{s ~ d^T, a ~ q}[-r grad log q]",
+        error=apart(gradient, own),
     )
-    yield Check(name="the same from the teacher's own tokens, with the weight q / p", error=apart(gradient, reweighted))
+    yield Check(
+        name="the same from the teacher's own tokens, with the weight q / p",
+        error=apart(gradient, reweighted),
+    )
     name = "the teacher's own tokens without the weight give another gradient"
     yield Check(name=name, error=apart(gradient, other), bound=DISTANCE, differs=True)
     for kind in ("forward", "reverse"):
@@ -257,18 +313,27 @@ def _estimators(student: Table, teacher: Table) -> Iterator[Check]:
         _, gradient = trained(student, teacher, student, options)
         used = "as a constant reward" if estimator == "k1" else "differentiated"
         used += ", exact baseline" if baseline == "exact" else ""
-        yield Check(name=f"{estimator} {used}: expected gradient = {meaning}", error=apart(gradient, expected))
+        yield Check(
+            name=f"{estimator} {used}: expected gradient = {meaning}",
+            error=apart(gradient, expected),
+        )
     # d/dtheta of log q - log p at tokens that q drew: a sum of scores.
     k1 = score_sum(student, student, lambda text, t: 1.0)
-    yield Check(name="k1 differentiated: expected gradient = 0", error=apart(k1, torch.zeros_like(k1)))
+    yield Check(
+        name="k1 differentiated: expected gradient = 0", error=apart(k1, torch.zeros_like(k1))
+    )
 
 
 def _splits(student: Table, teacher: Table) -> Iterator[Check]:
     for kind, writer, prefix in (("forward", teacher, "teacher"), ("reverse", student, "student")):
         options = _options(prefix, kind)
         _, whole = trained(student, teacher, writer, options)
-        _, equal = trained(student, teacher, writer, options | {"split": 1, "split_weights": (1.0, 1.0)})
-        yield Check(name=f"split, {kind} KL: equal weights give the unsplit loss", error=apart(equal, whole))
+        _, equal = trained(
+            student, teacher, writer, options | {"split": 1, "split_weights": (1.0, 1.0)}
+        )
+        yield Check(
+            name=f"split, {kind} KL: equal weights give the unsplit loss", error=apart(equal, whole)
+        )
         for position in range(1, WINDOW):
             parts = []
             for weights in ((1.0, 0.0), (0.0, 1.0), (0.3, 1.7)):
@@ -276,15 +341,23 @@ def _splits(student: Table, teacher: Table) -> Iterator[Check]:
                 parts.append(trained(student, teacher, writer, split)[1])
             name = f"split at {position}, {kind} KL: w1 (tokens before) + w2 (tokens from it on)"
             yield Check(name=name, error=apart(parts[2], 0.3 * parts[0] + 1.7 * parts[1]))
-            short = expectation(writer, lambda s, kind=kind: by_prefix(kind, student, teacher, s), True, position)
+            short = expectation(
+                writer, lambda s, kind=kind: by_prefix(kind, student, teacher, s), True, position
+            )
             (before,) = torch.autograd.grad(short, student.logits_SV)
-            name = f"split at {position}, {kind} KL: the tokens before it are a window of {position}"
+            name = (
+                f"split at {position}, {kind} KL: the tokens before it are a window of {position}"
+            )
             yield Check(name=name, error=apart(parts[0], before))
 
 
-def _logits(seed: int, scale: float = 1.5, num_rows: int = 5, num_columns: int = 7) -> tuple[Tensor, Tensor]:
+def _logits(
+    seed: int, scale: float = 1.5, num_rows: int = 5, num_columns: int = 7
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(2, num_rows, num_columns, generator=generator, dtype=torch.float64) * scale
+    student, teacher = (
+        torch.randn(2, num_rows, num_columns, generator=generator, dtype=torch.float64) * scale
+    )
     return student.requires_grad_(), teacher
 
 
@@ -308,12 +381,19 @@ def definition(kind: str, student: Tensor, teacher: Tensor, weight: float) -> Te
 
 def plain_terms(kind: str, weight: float) -> LossTerms:
     """What training weighs for a kind of KL."""
-    settings = {"mixed": "forward_weight", "jsd": "jsd_weight", "skew-forward": "skew", "skew-reverse": "skew"}
+    settings = {
+        "mixed": "forward_weight",
+        "jsd": "jsd_weight",
+        "skew-forward": "skew",
+        "skew-reverse": "skew",
+    }
     fields: dict[str, Any] = {"kl": kind} | ({settings[kind]: weight} if kind in settings else {})
     return Loss(objective=Objective(**fields), normalize="token").terms()
 
 
-def _both_ways(student: Tensor, teacher: Tensor, kind: str, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
+def _both_ways(
+    student: Tensor, teacher: Tensor, kind: str, weight: float
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Value [N] and gradient of a divergence as the plain and as the fused code compute it."""
     value_N, _ = token_divergence(student, teacher, kind, weight=weight)
     (gradient,) = torch.autograd.grad(value_N.sum(), student)
@@ -335,10 +415,16 @@ def _divergences() -> Iterator[Check]:
             yield Check(name=f"{kind}: value and gradient by definition ({way})", error=error)
     for way in ("closed form", "fused"):
         parts = [
-            apart(found["mixed", way][i], 0.3 * found["forward", way][i] + 0.7 * found["reverse", way][i])
+            apart(
+                found["mixed", way][i],
+                0.3 * found["forward", way][i] + 0.7 * found["reverse", way][i],
+            )
             for i in (0, 1)
         ]
-        yield Check(name=f"mixed = w forward + (1 - w) reverse, value and gradient ({way})", error=max(parts))
+        yield Check(
+            name=f"mixed = w forward + (1 - w) reverse, value and gradient ({way})",
+            error=max(parts),
+        )
         for weight, kind in ((0.0, "reverse"), (1.0, "forward")):
             ends = _both_ways(student, teacher, "mixed", weight)[way]
             error = max(apart(a, b) for a, b in zip(ends, found[kind, way], strict=True))
@@ -358,7 +444,10 @@ def _divergences() -> Iterator[Check]:
             exact = definition(kind, student, teacher, 0.5)
             yield Check(name=f"{name} ({way})", error=apart(_at_zero(nodes, values), exact))
         almost = _both_ways(student, teacher, "jsd", abs(end - 1e-10))["closed form"][0]
-        yield Check(name=f"JSD(b) = 0 at b = {end:g}, where it is no KL", error=apart(almost, torch.zeros_like(almost)))
+        yield Check(
+            name=f"JSD(b) = 0 at b = {end:g}, where it is no KL",
+            error=apart(almost, torch.zeros_like(almost)),
+        )
 
 
 def _at_zero(nodes: list[float], values: list[Tensor]) -> Tensor:
@@ -374,12 +463,21 @@ def _coarse() -> Iterator[Check]:
     student, teacher = _logits(4)
     ends = [1, 4, 5]
     for kind in ("forward", "reverse"):
-        exact = definition(kind, merge_end_class(student, ends), merge_end_class(teacher, ends), 0.5)
+        exact = definition(
+            kind, merge_end_class(student, ends), merge_end_class(teacher, ends), 0.5
+        )
         (gradient,) = torch.autograd.grad(exact.sum(), student)
         head = Head(torch.eye(student.shape[1], dtype=torch.float64))
-        loss_sum, loss_N, _ = fused_loss(student, head, teacher, head, plain_terms(kind, 0.5), end_ids=ends)
+        loss_sum, loss_N, _ = fused_loss(
+            student, head, teacher, head, plain_terms(kind, 0.5), end_ids=ends
+        )
         (fused,) = torch.autograd.grad(loss_sum, student)
         error = max(apart(loss_N, exact.detach()), apart(fused, gradient))
-        yield Check(name=f"one end class, {kind} KL: that of the coarser distributions", error=error)
+        yield Check(
+            name=f"one end class, {kind} KL: that of the coarser distributions", error=error
+        )
         gap = (definition(kind, student, teacher, 0.5) - exact).detach()
-        yield Check(name=f"one end class, {kind} KL: at most the whole one", error=float((-gap).clamp(min=0).max()))
+        yield Check(
+            name=f"one end class, {kind} KL: at most the whole one",
+            error=float((-gap).clamp(min=0).max()),
+        )

@@ -15,11 +15,13 @@ from potstill.theory.identities import Check, definition, plain_terms
 def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_384) -> list[Check]:
     """The checks that need no enumeration, on a real model's head and hidden states, in float64.
 
-    The student's rows are those of some tokens, the teacher's those of the tokens before. At most `max_rows` rows of
-    the vocabulary are looked at.
+    The student's rows are those of some tokens, the teacher's those of the tokens before. At most
+    `max_rows` rows of the vocabulary are looked at.
     """
     size = min(model.vocab_size, max_rows)
-    ids = torch.arange(num_tokens + 1, device=model.device)[None] * (model.vocab_size // (num_tokens + 1))
+    ids = torch.arange(num_tokens + 1, device=model.device)[None] * (
+        model.vocab_size // (num_tokens + 1)
+    )
     with torch.no_grad():
         hidden = model(ids)[0].double()
     cut = model.head
@@ -29,7 +31,12 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
         bias_V=None if cut.bias_V is None else cut.bias_V[:size].detach().double(),
     )
     student, teacher = hidden[1:].clone().requires_grad_(), hidden[:-1]
-    checks = [Check("hidden states times head = the model's own logits, in its own type", *logits_error(model))]
+    checks = [
+        Check(
+            "hidden states times head = the model's own logits, in its own type",
+            *logits_error(model),
+        )
+    ]
     found = {}
     for kind in DIVERGENCES:
         exact = definition(kind, head(student), head(teacher), 0.3)
@@ -46,11 +53,20 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
     log_q, log_p = head(student).log_softmax(-1), head(teacher).log_softmax(-1).detach()
     (soft,) = torch.autograd.grad(-(log_p.exp() * log_q).sum(), student, retain_graph=True)
     checks.append(
-        Check(name="forward-KL gradient = soft cross-entropy gradient", error=relative(found["forward"], soft))
+        Check(
+            name="forward-KL gradient = soft cross-entropy gradient",
+            error=relative(found["forward"], soft),
+        )
     )
     surrogate = -(log_q.detach().exp() * (log_p - log_q.detach()) * log_q).sum()
     (policy,) = torch.autograd.grad(surrogate, student)
     name = "reverse-KL gradient = policy gradient with reward log p - log q"
     checks.append(Check(name=name, error=relative(found["reverse"], policy)))
     mixed = 0.3 * found["forward"] + 0.7 * found["reverse"]
-    return [*checks, Check(name="mixed gradient = w forward + (1 - w) reverse", error=relative(found["mixed"], mixed))]
+    return [
+        *checks,
+        Check(
+            name="mixed gradient = w forward + (1 - w) reverse",
+            error=relative(found["mixed"], mixed),
+        ),
+    ]

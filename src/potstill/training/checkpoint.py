@@ -1,9 +1,11 @@
-"""Checkpoints: safetensors and JSON, visible only when whole, and read only when they are what was written.
+"""Checkpoints: safetensors and JSON, visible only when whole, and read only when they are what was
+written.
 
-A checkpoint is a folder `checkpoint/step-000120` with the weights, the optimiser's state, and `state.json`: the number
-of finished steps, what the next step needs to know of the steps before it, the rollouts that it uses again, if it does,
-the size of the logs, and the SHA-256 of each file. Randomness needs no state: the data order, the sampling and
-PyTorch's own generator are all seeded from the recipe's seed and the step.
+A checkpoint is a folder `checkpoint/step-000120` with the weights, the optimiser's state, and
+`state.json`: the number of finished steps, what the next step needs to know of the steps before it,
+the rollouts that it uses again, if it does, the size of the logs, and the SHA-256 of each file.
+Randomness needs no state: the data order, the sampling and PyTorch's own generator are all seeded
+from the recipe's seed and the step.
 """
 
 import re
@@ -35,7 +37,8 @@ STATE = "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint that was read: finished steps, plain data of the loop, each rank's rollouts, and the logs' sizes."""
+    """A checkpoint that was read: finished steps, plain data of the loop, each rank's rollouts, and
+    the logs' sizes."""
 
     path: Path
     step: int
@@ -79,10 +82,11 @@ def save(
     rollouts: Sequence[Rollout] = (),
     teacher: LanguageModel | None = None,
 ) -> None:
-    """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must call this.
+    """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must
+    call this.
 
-    `state` is plain data for the next step; `rollouts` are this rank's, if they are to be used again; a `teacher` is
-    saved where its weights change.
+    `state` is plain data for the next step; `rollouts` are this rank's, if they are to be used
+    again; a `teacher` is saved where its weights change.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
@@ -93,12 +97,21 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         moments: Any = optimizer_state["state"]
-        tensors = {f"{name}.{key}": value for name, values in moments.items() for key, value in values.items()}
+        tensors = {
+            f"{name}.{key}": value
+            for name, values in moments.items()
+            for key, value in values.items()
+        }
         save_file(_untied(model_state, student), unfinished / "model.safetensors")
         save_file(tensors, unfinished / "optimizer.safetensors")
         if teacher is not None:
             save_file(_untied(teacher.state_dict(), teacher), unfinished / "teacher.safetensors")
-        data = {"step": step, "state": state, "param_groups": optimizer_state["param_groups"], "rollouts": written}
+        data = {
+            "step": step,
+            "state": state,
+            "param_groups": optimizer_state["param_groups"],
+            "rollouts": written,
+        }
         files = {path.name: file_digest(path) for path in unfinished.glob("*.safetensors")}
         data |= {"logs": seal_logs(folder), "files": files}
         (unfinished / STATE).write_text(seal(data))
@@ -111,13 +124,18 @@ def save(
 
 
 def load(
-    checkpoint: Path, student: LanguageModel, optimizer: torch.optim.Optimizer, teacher: LanguageModel | None = None
+    checkpoint: Path,
+    student: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    teacher: LanguageModel | None = None,
 ) -> Saved:
     """Restore weights and optimiser. Every rank must call this.
 
     Raises RunError, before anything is changed, for a file that is not what was written.
     """
-    models = {"model.safetensors": student} | ({} if teacher is None else {"teacher.safetensors": teacher})
+    models = {"model.safetensors": student} | (
+        {} if teacher is None else {"teacher.safetensors": teacher}
+    )
     data = _read_state(checkpoint, [*models, "optimizer.safetensors"])
     tensors = {name: load_file(checkpoint / name) for name in data["files"]}
     for name, model in models.items():
@@ -134,14 +152,22 @@ def load(
         optimizer,
         model_state_dict={**tensors["model.safetensors"]},
         optim_state_dict={"state": moments, "param_groups": data["param_groups"]},
-        # Not strict: a tied head is stored once, under the name of the embedding; the others were compared above.
+        # Not strict: a tied head is stored once, under the name of the embedding; the others were
+        # compared above.
         options=StateDictOptions(full_state_dict=True, strict=False),
     )
-    return Saved(path=checkpoint, step=data["step"], state=data["state"], rollouts=data["rollouts"], logs=data["logs"])
+    return Saved(
+        path=checkpoint,
+        step=data["step"],
+        state=data["state"],
+        rollouts=data["rollouts"],
+        logs=data["logs"],
+    )
 
 
 def _read_state(checkpoint: Path, files: Sequence[str]) -> dict[str, Any]:
-    """What `save` knew, once it and all files are found to be as they were written. Raises RunError."""
+    """What `save` knew, once it and all files are found to be as they were written. Raises
+    RunError."""
     path = checkpoint / STATE
     if not path.is_file():
         raise _damaged(path, "is missing")
@@ -157,13 +183,17 @@ def _read_state(checkpoint: Path, files: Sequence[str]) -> dict[str, Any]:
         if not (checkpoint / name).is_file():
             raise _damaged(checkpoint / name, "is missing")
         if file_digest(checkpoint / name) != sha256:
-            raise _damaged(checkpoint / name, "was changed after it was written: its SHA-256 is not that of state.json")
+            raise _damaged(
+                checkpoint / name,
+                "was changed after it was written: its SHA-256 is not that of state.json",
+            )
     return data
 
 
 @contextmanager
 def told_when_stopped(folder: Path) -> Iterator[None]:
-    """Say what of a run is saved when a signal such as Ctrl-C ends the work on it, unless that is said already."""
+    """Say what of a run is saved when a signal such as Ctrl-C ends the work on it, unless that is
+    said already."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -172,23 +202,27 @@ def told_when_stopped(folder: Path) -> Iterator[None]:
         last = latest(folder)
         saved = "stopped; nothing was saved yet: the same command begins again"
         if last is not None:
-            saved = f"stopped; step {step_of(last)} was saved last, and the same command goes on from there"
+            saved = (
+                f"stopped; step {step_of(last)} was saved last, and the same command goes "
+                "on from there"
+            )
         raise Stopped.of(stop, saved) from None
 
 
 def _damaged(path: Path, what: str) -> RunError:
     return RunError(
-        f"checkpoint file {str(path)!r} {what}; restore it, or remove the folder {str(path.parent.parent)!r} to begin "
-        "again"
+        f"checkpoint file {str(path)!r} {what}; restore it, or remove the folder "
+        f"{str(path.parent.parent)!r} to begin again"
     )
 
 
 def load_rollouts(saved: Saved, prompts: Sequence[Prompt], world: World) -> list[Rollout]:
-    """This rank's stored rollouts, which answer `prompts`. Raises RunError for those of another number of ranks."""
+    """This rank's stored rollouts, which answer `prompts`. Raises RunError for those of another
+    number of ranks."""
     if len(saved.rollouts) != world.size:
         raise RunError(
-            f"checkpoint {str(saved.path)!r} holds rollouts of {len(saved.rollouts)} ranks that are to be used again, "
-            f"and now there are {world.size}; resume with as many"
+            f"checkpoint {str(saved.path)!r} holds rollouts of {len(saved.rollouts)} ranks that "
+            f"are to be used again, and now there are {world.size}; resume with as many"
         )
     return [
         Rollout(
@@ -198,7 +232,9 @@ def load_rollouts(saved: Saved, prompts: Sequence[Prompt], world: World) -> list
             writers=tuple(writers),
             stop=stop,
         )
-        for prompt, (completion_ids, trained, writers, stop) in zip(prompts, saved.rollouts[world.rank], strict=True)
+        for prompt, (completion_ids, trained, writers, stop) in zip(
+            prompts, saved.rollouts[world.rank], strict=True
+        )
     ]
 
 
@@ -207,8 +243,11 @@ def _without_prompt(rollout: Rollout) -> list[Any]:
 
 
 def weights(student: LanguageModel) -> dict[str, torch.Tensor]:
-    """The student's whole weights on the CPU, by their names in the Hugging Face model. Every rank must call this."""
-    state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """The student's whole weights on the CPU, by their names in the Hugging Face model. Every rank
+    must call this."""
+    state = get_model_state_dict(
+        student, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     return {name.removeprefix("model."): value for name, value in _untied(state, student).items()}
 
 
@@ -219,5 +258,7 @@ def _untied(state: dict[str, Any], student: LanguageModel) -> dict[str, torch.Te
 
 
 def _untied_names(state: dict[str, Any], student: LanguageModel) -> set[str]:
-    names = {name for name, _ in student.named_parameters()} | {name for name, _ in student.named_buffers()}
+    names = {name for name, _ in student.named_parameters()} | {
+        name for name, _ in student.named_buffers()
+    }
     return state.keys() & names

@@ -1,9 +1,11 @@
-"""Controllers: the forward weight and the window of the next step, from what the steps so far have shown.
+"""Controllers: the forward weight and the window of the next step, from what the steps so far have
+shown.
 
-Each is a pure function from settings, a frozen state and numbers to a new state and a decision. States are plain data:
-the checkpoint keeps them, and a GRPO run can drive its length cap by the same functions. What they look at is the
-student's entropy up to the first answer or stop. A loop after it has an entropy of nearly zero and most of the tokens,
-so that the entropy of all tokens would tell of the loop alone (docs/theory.md, section 8).
+Each is a pure function from settings, a frozen state and numbers to a new state and a decision.
+States are plain data: the checkpoint keeps them, and a GRPO run can drive its length cap by the
+same functions. What they look at is the student's entropy up to the first answer or stop. A loop
+after it has an entropy of nearly zero and most of the tokens, so that the entropy of all tokens
+would tell of the loop alone (docs/theory.md, section 8).
 """
 
 import itertools
@@ -34,11 +36,14 @@ def scheduled_weight(schedule: WeightSchedule, start: float, step: int, num_step
     return start
 
 
-def next_weight(schedule: WeightSchedule, state: WeightState, entropy: float, teacher_entropy: float) -> WeightState:
-    """What schedule = "entropy" does after a step with these entropies (nats): `rate` at most, with a dead band.
+def next_weight(
+    schedule: WeightSchedule, state: WeightState, entropy: float, teacher_entropy: float
+) -> WeightState:
+    """What schedule = "entropy" does after a step with these entropies (nats): `rate` at most, with
+    a dead band.
 
-    Below the floor the weight rises, above floor + band it falls, each by how far the entropy is off relative to the
-    floor, times `rate`; in between it stays.
+    Below the floor the weight rises, above floor + band it falls, each by how far the entropy is
+    off relative to the floor, times `rate`; in between it stays.
     """
     first = entropy if state.first_entropy is None else state.first_entropy
     unit = {"first": first, "absolute": 1.0, "teacher": teacher_entropy}[schedule.reference]
@@ -53,8 +58,8 @@ def next_weight(schedule: WeightSchedule, state: WeightState, entropy: float, te
 class Probe:
     """What the student's own rollouts on held-out prompts show at a window.
 
-    Entropies in nats a token up to the first answer or stop, shares of responses that were cut by the window (of the
-    student's and of the teacher's), and the share of responses that are loops.
+    Entropies in nats a token up to the first answer or stop, shares of responses that were cut by
+    the window (of the student's and of the teacher's), and the share of responses that are loops.
     """
 
     entropy: float
@@ -66,9 +71,11 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowState:
-    """The window in use, probes passed in a row there, whether it may still grow, and the first probe's entropy.
+    """The window in use, probes passed in a row there, whether it may still grow, and the first
+    probe's entropy.
 
-    `teacher_truncation` is the share of the teacher's responses that this window cuts, once it is known.
+    `teacher_truncation` is the share of the teacher's responses that this window cuts, once it is
+    known.
     """
 
     tokens: int
@@ -91,24 +98,32 @@ class Decision:
     def as_row(self) -> dict[str, Any]:
         """Plain data for the run log."""
         probe = {name: getattr(self.probe, name) for name in Probe.__slots__}
-        mine = {"action": self.action, "window": self.window, "failed": list(self.failed), "threshold": self.threshold}
+        mine = {
+            "action": self.action,
+            "window": self.window,
+            "failed": list(self.failed),
+            "threshold": self.threshold,
+        }
         return mine | probe
 
     def __str__(self) -> str:
         probe = self.probe
         text = (
-            f"window {self.action}, now {self.window}: entropy {probe.entropy:.3f} (threshold {self.threshold:.3f}), "
-            f"truncation {probe.truncation:.0%} (teacher {probe.teacher_truncation:.0%}), "
-            f"repetition {probe.repetition:.0%}"
+            f"window {self.action}, now {self.window}: entropy {probe.entropy:.3f} (threshold "
+            f"{self.threshold:.3f}), truncation {probe.truncation:.0%} (teacher "
+            f"{probe.teacher_truncation:.0%}), repetition {probe.repetition:.0%}"
         )
         return text + (f"; failed: {', '.join(self.failed)}" if self.failed else "")
 
 
 def rungs(window: Window) -> tuple[int, ...]:
-    """The windows of the ladder, the first one included; doubling up to the cap where the recipe has none."""
+    """The windows of the ladder, the first one included; doubling up to the cap where the recipe
+    has none."""
     if window.ladder is not None:
         return (window.start, *window.ladder)
-    doubled = itertools.takewhile(lambda n: n < window.tokens, (window.start * 2**i for i in itertools.count()))
+    doubled = itertools.takewhile(
+        lambda n: n < window.tokens, (window.start * 2**i for i in itertools.count())
+    )
     return (*doubled, window.tokens)
 
 
@@ -124,9 +139,11 @@ def scheduled_window(window: Window, step: int, num_steps: int) -> int:
 
 
 def is_probe_due(window: Window, state: WindowState, step: int, reuse: int) -> bool:
-    """Whether the gate looks before this step, which begins a set of rollouts that serves `reuse` steps.
+    """Whether the gate looks before this step, which begins a set of rollouts that serves `reuse`
+    steps.
 
-    It does so when a multiple of `check_every` has come since the last set began, while anything can still change.
+    It does so when a multiple of `check_every` has come since the last set began, while anything
+    can still change.
     """
     if window.schedule != "entropy-gated":
         return False
@@ -136,13 +153,17 @@ def is_probe_due(window: Window, state: WindowState, step: int, reuse: int) -> b
 
 
 def decide(window: Window, state: WindowState, probe: Probe) -> tuple[WindowState, Decision]:
-    """One decision of the gate. The first probe sets the reference and counts for nothing else but its other gates.
+    """One decision of the gate. The first probe sets the reference and counts for nothing else but
+    its other gates.
 
-    All gates passed: one more in a row, and with `patience` of them the next window of the ladder. Any gate failed: the
-    window freezes, for good if sticky, one step down the ladder if it may step back.
+    All gates passed: one more in a row, and with `patience` of them the next window of the ladder.
+    Any gate failed: the window freezes, for good if sticky, one step down the ladder if it may step
+    back.
     """
     first = probe.entropy if state.first_entropy is None else state.first_entropy
-    unit = {"first": first, "absolute": 1.0, "teacher": probe.teacher_entropy or 0.0}[window.reference]
+    unit = {"first": first, "absolute": 1.0, "teacher": probe.teacher_entropy or 0.0}[
+        window.reference
+    ]
     threshold = window.threshold * unit
     gates = {
         "entropy": probe.entropy >= threshold,
@@ -165,6 +186,12 @@ def decide(window: Window, state: WindowState, probe: Probe) -> tuple[WindowStat
             tokens, num_passed, action = ladder[place + 1], 0, "climb"
     truncation = probe.teacher_truncation if tokens == state.tokens else None
     new = WindowState(
-        tokens=tokens, num_passed=num_passed, frozen=frozen, first_entropy=first, teacher_truncation=truncation
+        tokens=tokens,
+        num_passed=num_passed,
+        frozen=frozen,
+        first_entropy=first,
+        teacher_truncation=truncation,
     )
-    return new, Decision(action=action, window=tokens, failed=failed, threshold=threshold, probe=probe)
+    return new, Decision(
+        action=action, window=tokens, failed=failed, threshold=threshold, probe=probe
+    )

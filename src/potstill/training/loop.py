@@ -79,13 +79,13 @@ def train(
 ) -> RunResult:
     """Run a recipe, or resume it in its folder, and return the student.
 
-    `extend_to` gives the run in the folder so many steps, finished or not (`extension.py` says what that means). A
-    finished run whose recipe has another evaluation is evaluated anew.
+    `extend_to` gives the run in the folder so many steps, finished or not (`extension.py` says what
+    that means). A finished run whose recipe has another evaluation is evaluated anew.
 
-    `student` and `teacher` may be Hugging Face causal LMs that are already loaded (with their `tokenizer`), `prompts` a
-    list of strings, rows as of a data file, or Examples; they take the place of what the recipe names. Raises
-    RecipeError, ModelError, DataError or RunError for bad input before anything is written, and NonFiniteError before a
-    bad update.
+    `student` and `teacher` may be Hugging Face causal LMs that are already loaded (with their
+    `tokenizer`), `prompts` a list of strings, rows as of a data file, or Examples; they take the
+    place of what the recipe names. Raises RecipeError, ModelError, DataError or RunError for bad
+    input before anything is written, and NonFiniteError before a bad update.
     """
     check_recipe(recipe, Recipe)
     world = distributed.start()
@@ -100,14 +100,22 @@ def train(
             return _finished(recipe, world, quiet)
         if checkpoint.latest(folder) is None:
             raise run_folder.RunError(
-                f"run {str(folder)!r} is finished and its checkpoint was removed; its student is in "
-                f"{str(folder / 'model')!r}"
+                f"run {str(folder)!r} is finished and its checkpoint was removed; its student is "
+                f"in {str(folder / 'model')!r}"
             )
     with checkpoint.told_when_stopped(folder):
-        given: dict[str, Any] = {"student": student, "teacher": teacher, "tokenizer": tokenizer, "prompts": prompts}
+        given: dict[str, Any] = {
+            "student": student,
+            "teacher": teacher,
+            "tokenizer": tokenizer,
+            "prompts": prompts,
+        }
         setup = prepare(recipe, world, **given, date=run_folder.begun_on(folder))
         if not any(weight.requires_grad for weight in setup.student.parameters()):
-            raise ModelError(f"student {setup.student.name!r} has no weight that may change; call its requires_grad_()")
+            raise ModelError(
+                f"student {setup.student.name!r} has no weight that may change; call its "
+                "requires_grad_()"
+            )
         if not world.is_main:
             return _run(recipe, setup, world, quiet=True)
         with run_folder.open_run(recipe, _environment(setup, world), may_change) as notes:
@@ -115,7 +123,8 @@ def train(
 
 
 def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
-    """The student of a finished run, evaluated anew where the recipe's evaluation is another than the folder's."""
+    """The student of a finished run, evaluated anew where the recipe's evaluation is another than
+    the folder's."""
     spec, folder = recipe.student, recipe.out
     model = ready(str(folder / "model"), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
     if not run_folder.is_done(folder, recipe):
@@ -124,20 +133,29 @@ def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
             evaluate_anew(recipe, model.to(world.device), quiet)
         distributed.wait_for_rank_0(world)
     elif world.is_main and not quiet:
-        edited = run_folder.edited_files(folder, own_files(recipe.data.source, recipe.evaluation.source))
+        edited = run_folder.edited_files(
+            folder, own_files(recipe.data.source, recipe.evaluation.source)
+        )
         for file in edited:
             say(
-                f"{file} has changed since; the finished run stays as it is, `potstill evaluate` scores it anew",
+                f"{file} has changed since; the finished run stays as it is, `potstill evaluate` "
+                "scores it anew",
                 error=True,
             )
     return RunResult(folder, model, run_folder.last_row(folder))
 
 
-def _run(recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequence[str] = ()) -> RunResult:
-    """Take the steps that are left, and write the student. All randomness follows from the seed and finished steps."""
+def _run(
+    recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequence[str] = ()
+) -> RunResult:
+    """Take the steps that are left, and write the student. All randomness follows from the seed and
+    finished steps."""
     trainer = make_trainer(recipe, setup, world)
     run, settings = begin(trainer), trainer.settings
-    with StepDisplay(settings.steps, run.step, quiet, settings.flops) as display, stop_asked_for() as asked:
+    with (
+        StepDisplay(settings.steps, run.step, quiet, settings.flops) as display,
+        stop_asked_for() as asked,
+    ):
         display.note(*opening(recipe, setup, run.step), *notes)
         run = _take_steps(trainer, run, display, asked)
     return _finish(trainer, run, quiet)
@@ -185,7 +203,13 @@ def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callabl
     return run
 
 
-def _record(trainer: Trainer, run: Run, samples: list[dict[str, Any]], display: StepDisplay, clock: Stopwatch) -> None:
+def _record(
+    trainer: Trainer,
+    run: Run,
+    samples: list[dict[str, Any]],
+    display: StepDisplay,
+    clock: Stopwatch,
+) -> None:
     """Log a finished step, and warn once where the two models end their texts differently."""
     habits = run.metrics.get("end_habits")
     if habits is not None:
@@ -244,19 +268,24 @@ def accumulate_gradients(
     split_by: Sequence[Writer] = (),
     num_samples: int = 0,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Add this rank's part of the step's gradient, batch by batch; the only division is by one count over all ranks.
+    """Add this rank's part of the step's gradient, batch by batch; the only division is by one
+    count over all ranks.
 
-    Returns the step's summed statistics over all ranks, and this rank's first `num_samples` rollouts for the run log.
+    Returns the step's summed statistics over all ranks, and this rank's first `num_samples`
+    rollouts for the run log.
     """
     student = setup.student
     groups = _even_groups(rollouts, tokens_per_batch, world)
     batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
     (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
-    texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+    texts = student.tokenizer.batch_decode(
+        [list(r.completion_ids) for r in rollouts], skip_special_tokens=True
+    )
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
     returns: list[Any] = [None] * len(batches)
     if loss.objective.gamma:
-        # All batches first, because what a token answers for is measured by the whole step's rollouts.
+        # All batches first, because what a token answers for is measured by the whole step's
+        # rollouts.
         with clock("student"):
             costs = [later_costs(student, setup.teacher, batch, loss) for batch in batches]
             returns = without_baseline(costs, batches, world)
@@ -271,7 +300,11 @@ def accumulate_gradients(
             with naming(step, [rollout.prompt for rollout in batch.rollouts]):
                 loss_sum, loss_N, stats = batch_loss(*given)
             teacher_head = None if setup.teacher is None else setup.teacher.head
-            theirs = (signal, teacher_head) if isinstance(signal, torch.Tensor) and teacher_head is not None else None
+            theirs = (
+                (signal, teacher_head)
+                if isinstance(signal, torch.Tensor) and teacher_head is not None
+                else None
+            )
             mine = (hidden_ND, student.head)
             sums.update(habit_sums(batch.rollouts, loss.objective, setup.ends, stats, mine, theirs))
         if min(places) < num_samples:
@@ -279,31 +312,46 @@ def accumulate_gradients(
             with clock("samples"):
                 if returns_N is not None:
                     loss_N = token_loss(loss.terms(), stats)
-                each = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats).each(batch.rollouts)
+                each = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats).each(
+                    batch.rollouts
+                )
                 for place, rollout, scored in zip(places, batch.rollouts, each, strict=True):
                     if place < num_samples:
-                        samples[place] = logged_sample(student, setup.teacher, rollout, scored, loss)
+                        samples[place] = logged_sample(
+                            student, setup.teacher, rollout, scored, loss
+                        )
         with clock("student"):
             loss_sum.backward()
         responses = [texts[place] for place in places]
         before_answer_N = before_answer(batch, responses, student.tokenizer, setup.answer_end)
-        sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()})
-    sums_over_ranks = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
+        sums.update(
+            token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()}
+        )
+    sums_over_ranks = dict(
+        zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)
+    )
     return sums_over_ranks, [samples[place] for place in sorted(samples)]
 
 
 def _even_groups(rollouts: list[Rollout], tokens_per_batch: int, world: World) -> list[list[int]]:
-    """Places of the rollouts of each batch: as many batches on every rank, since sharded ones pass forward together."""
+    """Places of the rollouts of each batch: as many batches on every rank, since sharded ones pass
+    forward together."""
     groups = batch_places(rollouts, tokens_per_batch)
     num_batches = distributed.max_over_ranks(len(groups), world)
-    return groups if len(groups) == num_batches else batch_places(rollouts, tokens_per_batch, num_batches)
+    return (
+        groups
+        if len(groups) == num_batches
+        else batch_places(rollouts, tokens_per_batch, num_batches)
+    )
 
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:
     models: dict[str, Teacher] = {"student": setup.student}
     if setup.teacher is not None:
         models["teacher"] = setup.teacher
-    prompts = [(p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached) for p in setup.prompts]
+    prompts = [
+        (p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached) for p in setup.prompts
+    ]
     return {
         "world_size": world.size,
         "device": str(world.device),
@@ -313,7 +361,11 @@ def _environment(setup: Setup, world: World) -> dict[str, Any]:
         "end_ids": list(setup.ends.stop_ids),
         "end_class": list(setup.ends.class_ids),
         "models": {
-            role: {"name": model.name, "weights": model.weights_digest(), "end_ids": list(model.end_ids)}
+            role: {
+                "name": model.name,
+                "weights": model.weights_digest(),
+                "end_ids": list(model.end_ids),
+            }
             for role, model in models.items()
         },
     }

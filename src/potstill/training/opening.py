@@ -28,7 +28,8 @@ def opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     for name, flops in (("student", setup.student_flops), ("teacher", setup.teacher_flops)):
         if flops is not None and flops.per_pair is None:
             lines.append(
-                f"warning: the {name}'s operations (flops) are counted without attention, whose sizes are unknown"
+                f"warning: the {name}'s operations (flops) are counted without attention, whose "
+                "sizes are unknown"
             )
     if setup.cache is not None:
         lines += setup.cache.describe()
@@ -37,28 +38,35 @@ def opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     lines += setup.notes
     lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
     if teacher is not None and example.teacher_ids is not None:
-        lines.append(f"the teacher reads: {teacher.tokenizer.decode(example.teacher_ids)[:SHOWN_CHARACTERS]!r}")
+        lines.append(
+            "the teacher reads: "
+            f"{teacher.tokenizer.decode(example.teacher_ids)[:SHOWN_CHARACTERS]!r}"
+        )
     return lines
 
 
 def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
-    """What ends a completion and how the loss counts it, with a warning where the two models end differently."""
+    """What ends a completion and how the loss counts it, with a warning where the two models end
+    differently."""
     student, teacher, ends = setup.student, setup.teacher, setup.ends
     tokenizer = student.tokenizer
     lines = [f"end set: {described(tokenizer, ends.stop_ids)}"]
     if len(ends.all_ids) > 1 and recipe.objective.signal != "labels":
         lines.append(
-            f"one class in the loss: {described(tokenizer, ends.class_ids) or 'none, each end token is apart'}"
+            "one class in the loss: "
+            f"{described(tokenizer, ends.class_ids) or 'none, each end token is apart'}"
         )
     if teacher is None:
         return lines
     if unknown := what_is_unknown(recipe.objective, ends):
         lines.append(unknown)
     if set(student.end_ids) != set(teacher.end_ids):
-        lines.append(f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}")
+        lines.append(
+            f"warning: the student ends on {student.end_ids}, the teacher on {teacher.end_ids}"
+        )
     if set(ends.stop_ids) != set(ends.all_ids):
         lines.append(
-            'warning: rollouts.end_set is "student", so the end tokens that only the teacher has end nothing: '
-            "expect responses that go on to the length cap"
+            'warning: rollouts.end_set is "student", so the end tokens that only the teacher has '
+            "end nothing: expect responses that go on to the length cap"
         )
     return lines

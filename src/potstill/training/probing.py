@@ -24,12 +24,19 @@ from potstill.types import Rollout, Writer
 
 @torch.no_grad()
 def probe_window(
-    recipe: Recipe, setup: Setup, decoders: Mapping[Writer, Any], state: WindowState, step: int, world: World
+    recipe: Recipe,
+    setup: Setup,
+    decoders: Mapping[Writer, Any],
+    state: WindowState,
+    step: int,
+    world: World,
 ) -> tuple[Probe, int]:
-    """Let the student write to the held-out prompts, measure it, and count the operations of this rank.
+    """Let the student write to the held-out prompts, measure it, and count the operations of this
+    rank.
 
-    Entropies are those of the models themselves, at temperature 1 and without truncation. The teacher's share of cut
-    responses is measured once a window: by letting it write, or from the cache. Ranks share the prompts.
+    Entropies are those of the models themselves, at temperature 1 and without truncation. The
+    teacher's share of cut responses is measured once a window: by letting it write, or from the
+    cache. Ranks share the prompts.
     """
     prompts = setup.probes[world.rank :: world.size]
     numbers = range(world.rank, len(setup.probes), world.size)
@@ -48,20 +55,39 @@ def probe_window(
     student = setup.student.around(decoders["student"], "student")
     rollouts = from_one("student", writing, prompts, seeds)
     flops = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
-    scores_teacher = recipe.window.reference == "teacher" and setup.teacher is not None and setup.teacher.can_score
-    texts = student.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+    scores_teacher = (
+        recipe.window.reference == "teacher"
+        and setup.teacher is not None
+        and setup.teacher.can_score
+    )
+    texts = student.tokenizer.batch_decode(
+        [list(r.completion_ids) for r in rollouts], skip_special_tokens=True
+    )
     places = batch_places(rollouts, recipe.train.tokens_per_batch)
     teacher = setup.teacher if scores_teacher else None
     entropies = _entropies(setup, student, teacher, rollouts, texts, places)
-    scored = training_flops(rollouts, setup.student_flops, setup.teacher_flops if scores_teacher else None)
+    scored = training_flops(
+        rollouts, setup.student_flops, setup.teacher_flops if scores_teacher else None
+    )
     # Forward alone: of the head's three products of the student, one.
     num_scored = sum(len(rollout.completion_ids) for rollout in rollouts)
-    flops += scored["student_forward"] + scored["teacher"] + scored["head"] - 2 * num_scored * setup.student_flops.head
+    flops += (
+        scored["student_forward"]
+        + scored["teacher"]
+        + scored["head"]
+        - 2 * num_scored * setup.student_flops.head
+    )
     num_cut, num_teachers_cut = _num_cut(rollouts), 0.0
     if state.teacher_truncation is None:
         if setup.cache is not None:
-            num_teachers_cut = _num_cut([setup.cache.rollout(prompt, state.tokens) for prompt in prompts])
-        elif setup.teacher is not None and setup.teacher.decoder is not None and setup.teacher_flops is not None:
+            num_teachers_cut = _num_cut(
+                [setup.cache.rollout(prompt, state.tokens) for prompt in prompts]
+            )
+        elif (
+            setup.teacher is not None
+            and setup.teacher.decoder is not None
+            and setup.teacher_flops is not None
+        ):
             written = from_one("teacher", writing, prompts, seeds)
             num_teachers_cut = _num_cut(written)
             flops += rollout_flops(written, {"teacher": setup.teacher_flops}, by_token=False)
@@ -88,7 +114,8 @@ def _entropies(
     texts: list[str],
     places: list[list[int]],
 ) -> list[float]:
-    """The number of tokens up to the answer, and the sums over them of both models' entropies (nats)."""
+    """The number of tokens up to the answer, and the sums over them of both models' entropies
+    (nats)."""
     num_tokens = entropy = teacher_entropy = 0.0
     options = setup.loss.shared_options() | {"temperature": 1.0}
     for batch_of in places:

@@ -1,10 +1,12 @@
-"""The learning rate of each step, what it is where the recipe does not say, and when a run is spent."""
+"""The learning rate of each step, what it is where the recipe does not say, and when a run is
+spent."""
 
 import math
 
 from potstill.config import Train
 
-# Of a student of up to a billion weights; larger ones take that over their billions, but no less than LEAST_LR.
+# Of a student of up to a billion weights; larger ones take that over their billions, but no less
+# than LEAST_LR.
 USUAL_LR, LEAST_LR = 1e-5, 1e-6
 
 
@@ -15,33 +17,40 @@ def usual_lr(num_weights: int) -> float:
 
 def with_lr(config: Train, num_weights: int) -> Train:
     """The settings with a learning rate, whether the recipe says one or not."""
-    return config if config.lr is not None else config.model_copy(update={"lr": usual_lr(num_weights)})
+    return (
+        config if config.lr is not None else config.model_copy(update={"lr": usual_lr(num_weights)})
+    )
 
 
 def describe_lr(config: Train, num_weights: int) -> str:
     """What a user should know where the recipe says no rate."""
     return (
-        f"train.lr is not set: {usual_lr(num_weights):.2g}, which is usual for a student of {num_weights:,} weights; "
-        "very small or fresh ones need far more"
+        f"train.lr is not set: {usual_lr(num_weights):.2g}, which is usual for a student of "
+        f"{num_weights:,} weights; very small or fresh ones need far more"
     )
 
 
 def planned_steps(config: Train, step: int) -> int:
-    """How many steps the run was to have when step 0, 1, ... was taken: what schedules over all steps go by."""
+    """How many steps the run was to have when step 0, 1, ... was taken: what schedules over all
+    steps go by."""
     return next((steps for until, steps in config.extended if step < until), config.steps)
 
 
 def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
-    """The rate of step 0, 1, ..., before which `flops` were spent: linear warm-up, then constant or a cosine.
+    """The rate of step 0, 1, ..., before which `flops` were spent: linear warm-up, then constant or
+    a cosine.
 
-    The cosine would reach 0 after the last step, or when the operations are spent, whichever is nearer.
+    The cosine would reach 0 after the last step, or when the operations are spent, whichever is
+    nearer.
     """
     assert config.lr is not None
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(planned_steps(config, step) - config.warmup_steps, 1)
+    progress = (step - config.warmup_steps) / max(
+        planned_steps(config, step) - config.warmup_steps, 1
+    )
     if config.flops is not None:
         progress = max(progress, flops / config.flops)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))

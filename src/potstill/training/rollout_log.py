@@ -1,4 +1,5 @@
-"""A few rollouts for the run log, with the numbers of each loss token and the likeliest tokens of both models.
+"""A few rollouts for the run log, with the numbers of each loss token and the likeliest tokens of
+both models.
 
 They are made of what the pass of the loss has computed, as far as it goes.
 """
@@ -28,8 +29,8 @@ DIGITS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What a pass of the loss knows of its N loss tokens: the student's hidden states [N, D], `known_of_teacher`, the
-    loss of each, and the statistics of both at the temperature of the loss.
+    """What a pass of the loss knows of its N loss tokens: the student's hidden states [N, D],
+    `known_of_teacher`, the loss of each, and the statistics of both at the temperature of the loss.
     """
 
     hidden_ND: torch.Tensor
@@ -50,13 +51,19 @@ def _rows(value: Any, rows: slice) -> Any:
         return value.detach()[rows]
     if value is None:
         return None
-    parts = {field.name: _rows(getattr(value, field.name), rows) for field in dataclasses.fields(value)}
+    parts = {
+        field.name: _rows(getattr(value, field.name), rows) for field in dataclasses.fields(value)
+    }
     return type(value)(**parts)
 
 
 @torch.no_grad()
 def scored_samples(
-    student: LanguageModel, teacher: Teacher | None, rollouts: Sequence[Rollout], loss: Loss, device: torch.device
+    student: LanguageModel,
+    teacher: Teacher | None,
+    rollouts: Sequence[Rollout],
+    loss: Loss,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """`logged_sample` of each rollout, after a pass of its own. Ranks must call this together."""
     batch = make_batch(rollouts, device)
@@ -65,34 +72,49 @@ def scored_samples(
     signal = signal_of(known, teacher, loss)
     _, loss_N, stats = batch_loss(student, teacher, signal, batch, loss, hidden_ND=hidden_ND)
     each = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats).each(rollouts)
-    return [logged_sample(student, teacher, *pair, loss) for pair in zip(rollouts, each, strict=True)]
+    return [
+        logged_sample(student, teacher, *pair, loss) for pair in zip(rollouts, each, strict=True)
+    ]
 
 
 @torch.no_grad()
 def logged_sample(
     student: LanguageModel, teacher: Teacher | None, rollout: Rollout, scored: Scored, loss: Loss
 ) -> dict[str, Any]:
-    """A rollout as plain data. What the loss does not know takes products of the heads: the likeliest tokens always,
-    whole distributions for `signal` "topk" and "sampled" and for another temperature than 1.
+    """A rollout as plain data. What the loss does not know takes products of the heads: the
+    likeliest tokens always, whole distributions for `signal` "topk" and "sampled" and for another
+    temperature than 1.
 
-    `prompt` is the text that the student read (`teacher_prompt` the teacher's, where it is another), `tokens` the
-    completion's, `writers` runs of [writer, number of tokens]. One value a loss token, in nats: `loss` is that of
-    training, but for the returns of `gamma`; both KLs and both entropies are those of the models at `temperature` 1,
-    end ids merged as in the loss. `student_choices` and `teacher_choices` are the likeliest tokens there, each with its
-    probability, no ids merged. With labels there is no teacher in them. A cache of the `kept` likeliest tokens knows no
-    other temperature than its own, and its KLs are lower bounds.
+    `prompt` is the text that the student read (`teacher_prompt` the teacher's, where it is
+    another), `tokens` the completion's, `writers` runs of [writer, number of tokens]. One value a
+    loss token, in nats: `loss` is that of training, but for the returns of `gamma`; both KLs and
+    both entropies are those of the models at `temperature` 1, end ids merged as in the loss.
+    `student_choices` and `teacher_choices` are the likeliest tokens there, each with its
+    probability, no ids merged. With labels there is no teacher in them. A cache of the `kept`
+    likeliest tokens knows no other temperature than its own, and its KLs are lower bounds.
     """
     known, tokenizer, prompt = scored.known, student.tokenizer, rollout.prompt
     temperature = loss.objective.temperature if isinstance(known, TopK) else 1.0
     given = {"vocab_size": loss.vocab_size, "temperature": temperature}
-    choices = {"student": _choices(top_k_of(scored.hidden_ND, student.head, NUM_CHOICES, **given), (), tokenizer)}
+    choices = {
+        "student": _choices(
+            top_k_of(scored.hidden_ND, student.head, NUM_CHOICES, **given), (), tokenizer
+        )
+    }
     if isinstance(known, TopK):
         choices["teacher"] = _choices(known, loss.end_class, tokenizer)
     elif known is not None and teacher is not None and teacher.head is not None:
-        choices["teacher"] = _choices(top_k_of(known, teacher.head, NUM_CHOICES, **given), (), tokenizer)
+        choices["teacher"] = _choices(
+            top_k_of(known, teacher.head, NUM_CHOICES, **given), (), tokenizer
+        )
     stats = _whole_statistics(student, teacher, scored, loss, temperature)
-    values = {"loss": scored.loss_N} | {name: getattr(stats, f"{name}_N") for name in TOKEN_STATISTICS}
-    sample: dict[str, Any] = {"prompt_id": prompt.example.id, "prompt": _text(tokenizer, prompt.token_ids)}
+    values = {"loss": scored.loss_N} | {
+        name: getattr(stats, f"{name}_N") for name in TOKEN_STATISTICS
+    }
+    sample: dict[str, Any] = {
+        "prompt_id": prompt.example.id,
+        "prompt": _text(tokenizer, prompt.token_ids),
+    }
     if teacher is not None and prompt.teacher_ids is not None:
         sample["teacher_prompt"] = _text(teacher.tokenizer, prompt.teacher_ids)
     sample |= {
@@ -110,14 +132,17 @@ def logged_sample(
 def _whole_statistics(
     student: LanguageModel, teacher: Teacher | None, scored: Scored, loss: Loss, temperature: float
 ) -> TokenStats:
-    """Statistics of all that is known of both models at a temperature: those of the loss where it has taken them."""
+    """Statistics of all that is known of both models at a temperature: those of the loss where it
+    has taken them."""
     known, hidden_ND = scored.known, scored.hidden_ND
     options: dict[str, Any] = loss.shared_options() | {"temperature": temperature}
     if isinstance(known, TopK):
         if loss.objective.top_k >= known.token_ids_NK.shape[1]:
             return scored.stats
         return top_k_loss(hidden_ND, student.head, known, loss.terms(), **options)[1]
-    has_both = known is None or (loss.objective.signal != "topk" and scored.stats.forward_kl_N is not None)
+    has_both = known is None or (
+        loss.objective.signal != "topk" and scored.stats.forward_kl_N is not None
+    )
     if has_both and temperature == loss.objective.temperature:
         return scored.stats
     teacher_head = None if known is None or teacher is None else teacher.head
@@ -126,7 +151,9 @@ def _whole_statistics(
 
 def token_text(tokenizer, token_id: int) -> str:
     """What a token writes; its name where it writes nothing, its id where it has no name."""
-    return _text(tokenizer, [token_id]) or tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>"
+    return (
+        _text(tokenizer, [token_id]) or tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>"
+    )
 
 
 def _text(tokenizer, ids: Sequence[int]) -> str:
@@ -135,10 +162,19 @@ def _text(tokenizer, ids: Sequence[int]) -> str:
 
 
 def _choices(kept: TopK, end_class: Sequence[int], tokenizer) -> list[list[list[Any]]]:
-    """The likeliest tokens of each position as [text, probability]; merged end ids are one of them."""
-    text_of = {i: token_text(tokenizer, i) for i in kept.token_ids_NK[:, :NUM_CHOICES].unique().tolist()}
-    ids_NK, probs_NK = kept.token_ids_NK[:, :NUM_CHOICES].tolist(), _rounded(kept.log_probs_NK[:, :NUM_CHOICES].exp())
-    rows = [[[text_of[i], p] for i, p in zip(*row, strict=True)] for row in zip(ids_NK, probs_NK, strict=True)]
+    """The likeliest tokens of each position as [text, probability]; merged end ids are one of
+    them."""
+    text_of = {
+        i: token_text(tokenizer, i) for i in kept.token_ids_NK[:, :NUM_CHOICES].unique().tolist()
+    }
+    ids_NK, probs_NK = (
+        kept.token_ids_NK[:, :NUM_CHOICES].tolist(),
+        _rounded(kept.log_probs_NK[:, :NUM_CHOICES].exp()),
+    )
+    rows = [
+        [[text_of[i], p] for i, p in zip(*row, strict=True)]
+        for row in zip(ids_NK, probs_NK, strict=True)
+    ]
     if kept.end_log_prob_N is not None:
         end_text = " or ".join(token_text(tokenizer, i) for i in end_class)
         for row, p in zip(rows, _rounded(kept.end_log_prob_N.exp()), strict=True):

@@ -53,7 +53,14 @@ class Setup:
 
 
 def prepare(
-    recipe: Recipe, world: World, *, student=None, teacher=None, tokenizer=None, prompts=None, date: str | None = None
+    recipe: Recipe,
+    world: World,
+    *,
+    student=None,
+    teacher=None,
+    tokenizer=None,
+    prompts=None,
+    date: str | None = None,
 ) -> Setup:
     """Load models and prompts and check that they fit together. Writes nothing.
 
@@ -84,15 +91,20 @@ def prepare(
     )
     _refuse_settings(recipe, loss, world)
     # The main rank's, as midnight may come between them.
-    date = str(distributed.gather(date or (today() if cache is None else cache.manifest.date), world)[0])
-    tokenised, notes = prepare_prompts(recipe, student, teacher, end_ids=ends.stop_ids, date=date, given=prompts)
+    date = str(
+        distributed.gather(date or (today() if cache is None else cache.manifest.date), world)[0]
+    )
+    tokenised, notes = prepare_prompts(
+        recipe, student, teacher, end_ids=ends.stop_ids, date=date, given=prompts
+    )
     _refuse_prompts(recipe, student, teacher, tokenised, loss.vocab_size)
     tokenised, probes = hold_out(recipe.window, tokenised)
     if cache is not None:
         cache.check_fit(ends.stop_ids, loss.vocab_size, loss.end_class)
         tokenised, probes = cache.attach(tokenised), cache.attach(probes)
     if recipe.evaluation.source is not None:
-        # Its prompts are made again when the run ends; here a bad one is refused before any work is done.
+        # Its prompts are made again when the run ends; here a bad one is refused before any work is
+        # done.
         prepare_problems(student, run_evaluation(recipe), date)
     has_task = prompts is None and not is_table(recipe.data.source)
     answer_end = make_task(str(recipe.data.source)).answer_end if has_task else lambda text: None
@@ -107,14 +119,17 @@ def prepare(
         answer_end=answer_end,
         student_flops=student.flops,
         teacher_flops=None if teacher is None else teacher.flops,
-        task_files=own_files(recipe.data.source if prompts is None else None, recipe.evaluation.source),
+        task_files=own_files(
+            recipe.data.source if prompts is None else None, recipe.evaluation.source
+        ),
         date=date,
         notes=tuple(notes),
     )
 
 
 def _refuse_settings(recipe: Recipe, loss: Loss, world: World) -> None:
-    """Raise for a loss backend that cannot run here, and for prompts that the ranks cannot share."""
+    """Raise for a loss backend that cannot run here, and for prompts that the ranks cannot
+    share."""
     if loss.backend != "plain":
         try:
             find_backend(loss.backend, world.device)
@@ -123,26 +138,39 @@ def _refuse_settings(recipe: Recipe, loss: Loss, world: World) -> None:
     per_step = recipe.train.prompts_per_step
     if per_step % world.size:
         raise DataError(
-            f"train.prompts_per_step is {per_step}, which {world.size} ranks cannot share evenly; use a multiple of "
-            f"{world.size}"
+            f"train.prompts_per_step is {per_step}, which {world.size} ranks cannot share "
+            f"evenly; use a multiple of {world.size}"
         )
 
 
 def _refuse_prompts(
-    recipe: Recipe, student: LanguageModel, teacher: Teacher | None, prompts: list[Prompt], vocab_size: int | None
+    recipe: Recipe,
+    student: LanguageModel,
+    teacher: Teacher | None,
+    prompts: list[Prompt],
+    vocab_size: int | None,
 ) -> None:
-    """Raise for ids that the two models do not share, and for texts that cross the border of a longrope model."""
+    """Raise for ids that the two models do not share, and for texts that cross the border of a
+    longrope model."""
     if vocab_size is not None:
         vocabulary.refuse_unshared_ids(prompts, vocab_size, student.tokenizer)
     refuse_crossing(student, [p.token_ids for p in prompts], recipe.window.tokens, "window.tokens")
     if teacher is not None:
-        refuse_crossing(teacher, [p.ids_of("teacher") for p in prompts], recipe.window.tokens, "window.tokens")
+        refuse_crossing(
+            teacher, [p.ids_of("teacher") for p in prompts], recipe.window.tokens, "window.tokens"
+        )
 
 
 def load_teacher(
-    recipe: Recipe, student: LanguageModel, cache: Cache | None, world: World, given=None, tokenizer=None
+    recipe: Recipe,
+    student: LanguageModel,
+    cache: Cache | None,
+    world: World,
+    given=None,
+    tokenizer=None,
 ) -> Teacher | None:
-    """The teacher of a run: `given`, loaded, the student as it is, or what a cache holds of one; None without need.
+    """The teacher of a run: `given`, loaded, the student as it is, or what a cache holds of one;
+    None without need.
 
     Raises CacheError for a cache of another teacher, or one that was written in another way.
     """
@@ -150,18 +178,26 @@ def load_teacher(
     if objective.signal == "labels" and objective.prefix not in ("teacher", "mixed"):
         return None
     teacher = None if given is None else ready(given, tokenizer, world.device)
-    if cache is not None and (cache.manifest.settings.payload != "completions" or objective.signal == "labels"):
+    if cache is not None and (
+        cache.manifest.settings.payload != "completions" or objective.signal == "labels"
+    ):
         cache.check_recipe(recipe, teacher)
         return CachedTeacher(cache, world.device, spec.trust_remote_code)
     if teacher is None and spec.model == "self":
-        # A copy: on a resume the student's weights come from the checkpoint, and these stay what they were.
+        # A copy: on a resume the student's weights come from the checkpoint, and these stay what
+        # they were.
         teacher = student.around(copy.deepcopy(student.model), "self")
     elif teacher is None:
-        teacher = ready(spec.model, device=world.device, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+        teacher = ready(
+            spec.model,
+            device=world.device,
+            dtype=spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
+        )
     if teacher.model is student.model:
         raise ModelError(
-            "student and teacher are one object, which cannot change and stay as it is; give a copy of it, or "
-            'teacher.model = "self"'
+            "student and teacher are one object, which cannot change and stay as it is; give a "
+            'copy of it, or teacher.model = "self"'
         )
     if cache is not None:
         cache.check_recipe(recipe, teacher)
@@ -170,7 +206,8 @@ def load_teacher(
 
 
 def hold_out(window: Window, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, and the last ones, which the length gate probes with and which are nowhere else.
+    """The prompts to train on, and the last ones, which the length gate probes with and which are
+    nowhere else.
 
     Raises DataError when too few are left.
     """
@@ -182,7 +219,7 @@ def hold_out(window: Window, prompts: list[Prompt]) -> tuple[list[Prompt], list[
     kept = [prompt for prompt in prompts[:-num] if prompt.token_ids not in held_out]
     if not kept:
         raise DataError(
-            f"window.num_probes is {num} and there are {len(prompts)} prompts: none is left to train on; lower it or "
-            "give more prompts"
+            f"window.num_probes is {num} and there are {len(prompts)} prompts: none is left to "
+            "train on; lower it or give more prompts"
         )
     return kept, probes

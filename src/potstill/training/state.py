@@ -25,8 +25,9 @@ from potstill.types import Prompt, Rollout, Writer
 class Trainer:
     """Everything that the steps of a run share. Its models and its optimiser change in place.
 
-    `settings` are `recipe.train` with a learning rate. `decoders` are the models that write; the student's is a whole
-    copy where the trained one is sharded. `follower` is a teacher that becomes the student every so many steps.
+    `settings` are `recipe.train` with a learning rate. `decoders` are the models that write; the
+    student's is a whole copy where the trained one is sharded. `follower` is a teacher that becomes
+    the student every so many steps.
     """
 
     recipe: Recipe
@@ -51,8 +52,8 @@ class Trainer:
 class Run:
     """A run between two steps: `step` finished ones, and what the next one needs to know of them.
 
-    `rollouts` are this rank's of the round in use, `flops` the operations of all ranks so far, `metrics` those of the
-    last step. The rest is plain data, which checkpoints keep.
+    `rollouts` are this rank's of the round in use, `flops` the operations of all ranks so far,
+    `metrics` those of the last step. The rest is plain data, which checkpoints keep.
     """
 
     step: int
@@ -98,7 +99,9 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
         assert isinstance(teacher, LanguageModel), "load_teacher copies the student"
         follower = teacher
     # Each step sets the rate.
-    optimizer = torch.optim.AdamW(student.parameters(), 0.0, settings.betas, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), 0.0, settings.betas, weight_decay=settings.weight_decay
+    )
     return Trainer(
         recipe=recipe,
         settings=settings,
@@ -111,12 +114,16 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
 
 
 def begin(trainer: Trainer) -> Run:
-    """The run before its first step, or where its newest checkpoint left it, without any trace of later steps."""
+    """The run before its first step, or where its newest checkpoint left it, without any trace of
+    later steps."""
     recipe, folder = trainer.recipe, trainer.folder
     path = checkpoint.latest(folder)
     if path is None:
         weight, window = WeightState(recipe.objective.forward_weight), first_window(recipe.window)
-        run, logs = Run(step=0, weight=weight, window=window, flops=0.0, rollouts=[], metrics={}), {}
+        run, logs = (
+            Run(step=0, weight=weight, window=window, flops=0.0, rollouts=[], metrics={}),
+            {},
+        )
     else:
         saved = checkpoint.load(path, trainer.setup.student, trainer.optimizer, trainer.follower)
         run, logs = _read_run(saved, trainer), saved.logs
@@ -136,10 +143,14 @@ def _read_run(saved: checkpoint.Saved, trainer: Trainer) -> Run:
         rollouts=[],
         metrics={},
     )
-    if run.step % trainer.recipe.rollouts.reuse == 0 or is_spent(trainer.settings, run.step, run.flops):
+    if run.step % trainer.recipe.rollouts.reuse == 0 or is_spent(
+        trainer.settings, run.step, run.flops
+    ):
         return run
     prompts, _ = prompts_and_seeds(trainer, run.step)
-    return dataclasses.replace(run, rollouts=checkpoint.load_rollouts(saved, prompts, trainer.world))
+    return dataclasses.replace(
+        run, rollouts=checkpoint.load_rollouts(saved, prompts, trainer.world)
+    )
 
 
 def prompts_and_seeds(trainer: Trainer, step: int) -> tuple[list[Prompt], list[tuple[int, ...]]]:
@@ -151,4 +162,6 @@ def prompts_and_seeds(trainer: Trainer, step: int) -> tuple[list[Prompt], list[t
     round_ = step // trainer.recipe.rollouts.reuse
     indices = step_indices(len(prompts), settings.prompts_per_step, round_, settings.seed)
     places = range(world.rank, settings.prompts_per_step, world.size)
-    return [prompts[indices[place]] for place in places], [(settings.seed, round_, place) for place in places]
+    return [prompts[indices[place]] for place in places], [
+        (settings.seed, round_, place) for place in places
+    ]

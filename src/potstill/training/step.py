@@ -24,15 +24,18 @@ from potstill.training.rollout_log import scored_samples
 from potstill.training.state import Run, Trainer, prompts_and_seeds
 from potstill.types import NonFiniteError, Prompt, Rollout, Writer
 
-# Decoded rollouts with per-token numbers are logged this many at a time, at step 1 and with every checkpoint.
+# Decoded rollouts with per-token numbers are logged this many at a time, at step 1 and with every
+# checkpoint.
 NUM_LOGGED_SAMPLES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """One step, decided on: its prompts, how they are answered, and the loss with its forward weight.
+    """One step, decided on: its prompts, how they are answered, and the loss with its forward
+    weight.
 
-    `age` is the number of steps that the round's rollouts have served already; at 0 they are written.
+    `age` is the number of steps that the round's rollouts have served already; at 0 they are
+    written.
     """
 
     step: int
@@ -55,20 +58,29 @@ def begin_step(trainer: Trainer, run: Run) -> None:
     """Seed the step, and bring every copy of the student that is due up to its present weights."""
     recipe, student = trainer.recipe, trainer.setup.student
     torch.manual_seed(step_seed("step", trainer.settings.seed, run.step, trainer.world.rank))
-    if trainer.follower is not None and run.step > 0 and run.step % (recipe.teacher.refresh_steps or 1) == 0:
+    if (
+        trainer.follower is not None
+        and run.step > 0
+        and run.step % (recipe.teacher.refresh_steps or 1) == 0
+    ):
         distributed.refresh(trainer.follower.model, student)
     student.eval()
     if run.step % recipe.rollouts.reuse == 0:
         distributed.refresh(trainer.decoders["student"], student)
 
 
-def probe_if_due(trainer: Trainer, run: Run, clock: Stopwatch, tell: Callable[[str], None]) -> tuple[Run, float]:
-    """The run with the window that the length gate decides on, and this rank's operations for it."""
+def probe_if_due(
+    trainer: Trainer, run: Run, clock: Stopwatch, tell: Callable[[str], None]
+) -> tuple[Run, float]:
+    """The run with the window that the length gate decides on, and this rank's operations for
+    it."""
     recipe, reuse = trainer.recipe, trainer.recipe.rollouts.reuse
     if run.step % reuse or not is_probe_due(recipe.window, run.window, run.step, reuse):
         return run, 0
     with clock("probe"):
-        probe, flops = probe_window(recipe, trainer.setup, trainer.decoders, run.window, run.step, trainer.world)
+        probe, flops = probe_window(
+            recipe, trainer.setup, trainer.decoders, run.window, run.step, trainer.world
+        )
     window, decision = decide(recipe.window, run.window, probe)
     tell(f"before step {run.step + 1}: {decision}")
     if trainer.world.is_main:
@@ -87,7 +99,9 @@ def plan_step(trainer: Trainer, run: Run) -> StepPlan:
     weight = run.weight.weight
     if recipe.weight_schedule.schedule != "entropy":
         num_steps = planned_steps(trainer.settings, step)
-        weight = scheduled_weight(recipe.weight_schedule, recipe.objective.forward_weight, step, num_steps)
+        weight = scheduled_weight(
+            recipe.weight_schedule, recipe.objective.forward_weight, step, num_steps
+        )
     prompts, seeds = prompts_and_seeds(trainer, step)
     writing = Writing(
         objective=recipe.objective,
@@ -103,8 +117,11 @@ def plan_step(trainer: Trainer, run: Run) -> StepPlan:
     return StepPlan(step=step, age=age, prompts=prompts, seeds=seeds, writing=writing, loss=loss)
 
 
-def write_round(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> tuple[list[Rollout], float]:
-    """This rank's rollouts of the step, and the operations that writing them took: none while they are used again."""
+def write_round(
+    trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch
+) -> tuple[list[Rollout], float]:
+    """This rank's rollouts of the step, and the operations that writing them took: none while they
+    are used again."""
     setup, objective = trainer.setup, trainer.recipe.objective
     flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
     if setup.teacher_flops is not None and setup.cache is None:
@@ -117,17 +134,22 @@ def write_round(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) ->
         return rollouts, rollout_flops(rollouts, flops, by_token)
 
 
-def count_flops(trainer: Trainer, run: Run, rollouts: list[Rollout], *, written: float, probed: float) -> Cost:
+def count_flops(
+    trainer: Trainer, run: Run, rollouts: list[Rollout], *, written: float, probed: float
+) -> Cost:
     """What the step costs over all ranks, beside what was `written` and `probed` by this one."""
     setup, looks_ahead = trainer.setup, trainer.recipe.objective.gamma > 0
     parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops, looks_ahead)
     parts |= {"rollout": written, "probe": probed}
-    parts = dict(zip(parts, distributed.sum_over_ranks(list(parts.values()), trainer.world), strict=True))
+    parts = dict(
+        zip(parts, distributed.sum_over_ranks(list(parts.values()), trainer.world), strict=True)
+    )
     return Cost(parts=parts, total=run.flops + sum(parts.values()))
 
 
 def is_saved(trainer: Trainer, run: Run, cost: Cost) -> bool:
-    """Whether a checkpoint follows the step: every so many, at the end, and where an extended run once ended."""
+    """Whether a checkpoint follows the step: every so many, at the end, and where an extended run
+    once ended."""
     settings, after = trainer.settings, run.step + 1
     ended = any(after == until for until, _ in settings.extended)
     return after % settings.checkpoint_every == 0 or ended or is_spent(settings, after, cost.total)
@@ -136,14 +158,18 @@ def is_saved(trainer: Trainer, run: Run, cost: Cost) -> bool:
 def samples_without_dropout(
     trainer: Trainer, plan: StepPlan, rollouts: list[Rollout], clock: Stopwatch
 ) -> list[dict[str, Any]]:
-    """Rollouts for the log where the student learns with dropout: the log is of the student that wrote."""
+    """Rollouts for the log where the student learns with dropout: the log is of the student that
+    wrote."""
     setup = trainer.setup
     with clock("samples"), naming(plan.step, plan.prompts):
-        return scored_samples(setup.student, setup.teacher, rollouts, plan.loss, trainer.world.device)
+        return scored_samples(
+            setup.student, setup.teacher, rollouts, plan.loss, trainer.world.device
+        )
 
 
 def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> dict[str, float]:
-    """Clip the gradient and take the optimiser's step; its norm before, and the rate. Refuses what is not finite."""
+    """Clip the gradient and take the optimiser's step; its norm before, and the rate. Refuses what
+    is not finite."""
     student, optimizer, settings = trainer.setup.student, trainer.optimizer, trainer.settings
     with clock("student"):
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
@@ -163,12 +189,18 @@ def step_metrics(
 ) -> dict[str, Any]:
     """A row of `metrics.jsonl` but its timings."""
     recipe, setup = trainer.recipe, trainer.setup
-    metrics = {"step": plan.step + 1, "prefix": recipe.objective.prefix, **step_means(sums, trainer.split_by)}
+    metrics = {
+        "step": plan.step + 1,
+        "prefix": recipe.objective.prefix,
+        **step_means(sums, trainer.split_by),
+    }
     metrics |= updated | {"window": plan.writing.window, "rollout_age": plan.age}
     if recipe.objective.kl == "mixed":
         metrics["forward_weight"] = plan.loss.forward_weight
     if setup.ends.compared_ids:
-        metrics["end_habits"] = step_habits(sums, recipe.objective, setup.ends, setup.student.tokenizer)
+        metrics["end_habits"] = step_habits(
+            sums, recipe.objective, setup.ends, setup.student.tokenizer
+        )
     return metrics | {"flops": cost.parts, "total_flops": cost.total}
 
 
@@ -185,6 +217,6 @@ def not_finite(what: str, step: int, prompts: Sequence[Prompt]) -> NonFiniteErro
     """The error that ends a run before a bad update."""
     ids = ", ".join(prompt.example.id for prompt in prompts[:8])
     return NonFiniteError(
-        f"step {step + 1}: {what}; nothing was updated. The first prompts are {ids}. Look at them and at both models' "
-        "logits, or lower train.lr"
+        f"step {step + 1}: {what}; nothing was updated. The first prompts are {ids}. Look at "
+        "them and at both models' logits, or lower train.lr"
     )
