@@ -5,39 +5,24 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import tiny_recipe
+from forked import Trouble
 from safetensors.torch import load_file
+from waiting import SECONDS, wait_until
 
 from potstill.config import to_toml
 from potstill.runs import run_folder
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def write_recipe(folder, **sections):
     (folder / "recipe.toml").write_text(to_toml(tiny_recipe(folder / "run", **sections).resolved()))
 
 
-def command(folder, name):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [
-        "-m",
-        "potstill",
-        "train",
-        str(folder / "recipe.toml"),
-        "--out",
-        str(folder / name),
-    ]
-    return [sys.executable, *launcher, *arguments]
-
-
 def train_on_one_and_on_two(forks, folder):
-    """The run folders `one` and `two`, by ranks as `torchrun` starts them; the slow tests have it
-    do so itself."""
+    """The run folders `one` and `two`, by ranks as `torchrun` starts them."""
     one = forks.run(folder, ["train", "recipe.toml", "--out", "one"])
     two = forks.run_ranks(folder, ["train", "recipe.toml", "--out", "two"], num_ranks=2)
     assert one.code == two.code == 0, one.err + two.err
@@ -127,25 +112,17 @@ def test_two_ranks_gate_the_window_and_look_ahead_as_one(tmp_path, forks):
 
 
 @pytest.mark.slow
-def test_two_ranks_that_are_killed_resume(tmp_path):
+def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path, forks):
+    """The rank that writes is killed at its fourth row, after the checkpoint of the second step."""
     train = {"steps": 10, "checkpoint_every": 2, "lr": 1e-3}
     write_recipe(tmp_path, objective={"prefix": "teacher", "kl": "forward"}, train=train)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    process = subprocess.Popen(
-        command(tmp_path, "killed"),
-        env=ONE_THREAD,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
-    while len(run_folder.read_rows(metrics)) < 4:
-        assert process.poll() is None, "the run ended before it was killed"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    argv, fourth_row = ["train", "recipe.toml", "--out"], Trouble(event=4, where="metrics.jsonl")
+    killed = forks.run_ranks(tmp_path, [*argv, "killed"], num_ranks=2, trouble=fourth_row)
+    assert killed.is_killed and "potstill: rank 1" in killed.err, killed.err
+    assert len(run_folder.read_rows(tmp_path / "killed/metrics.jsonl")) == 3
     for name in ("killed", "whole"):
-        subprocess.run(
-            command(tmp_path, name), env=ONE_THREAD, check=True, capture_output=True, timeout=120
-        )
+        ended = forks.run_ranks(tmp_path, [*argv, name], num_ranks=2)
+        assert ended.code == 0, ended.err
     killed, whole = (
         load_file(tmp_path / name / "model/model.safetensors") for name in ("killed", "whole")
     )
@@ -158,35 +135,33 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_limit(tmp_path):
     write_recipe(tmp_path, train={"steps": 5000})
     (tmp_path / "impatient.py").write_text(
         "from datetime import timedelta\n"
-        "from potstill import distributed\n"
+        "from potstill.models import distributed\n"
         "from potstill.__main__ import main\n"
-        "distributed.TIMEOUT = timedelta(seconds=5)\n"
+        "distributed.TIMEOUT = timedelta(seconds=30)\n"
         "main()\n"
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [str(tmp_path / "impatient.py"), "train", str(tmp_path / "recipe.toml")]
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *arguments],
-        env=ONE_THREAD,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    said = tmp_path / "said"
+    with said.open("w") as to_write:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=to_write,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     try:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert process.poll() is None
-            time.sleep(0.1)
+        wait_until((tmp_path / "run" / "metrics.jsonl").exists, process)
         ranks = subprocess.run(
             ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
         ).stdout.split()
         os.kill(int(ranks[-1]), signal.SIGSTOP)
-        time.sleep(20)
+        wait_until(lambda: "waited in vain for another rank" in said.read_text(), process)
         os.kill(int(ranks[-1]), signal.SIGCONT)
-        _, err = process.communicate(timeout=120)
+        assert process.wait(timeout=SECONDS) != 0
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    assert process.returncode != 0
-    assert "waited in vain for another rank" in err and "potstill: rank" in err
+        process.wait()
+    assert "potstill: rank" in said.read_text()

@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from waiting import SECONDS
+
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")
 TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PIPE_BYTES = 1 << 20
@@ -121,8 +123,13 @@ class Forks:
         """Call a function of a test file, by its name, as `run` does a command."""
         return self._ask(folder, [name_of(function), *arguments], trouble, [{}])
 
-    def run_ranks(self, folder: Path, argv: Sequence, num_ranks: int) -> Ended:
-        """The same on several ranks, which find each other as `torchrun` has them do it."""
+    def run_ranks(
+        self, folder: Path, argv: Sequence, num_ranks: int, *, trouble: Trouble | None = None
+    ) -> Ended:
+        """The same on several ranks, which find each other as `torchrun` has them do it.
+
+        Each rank counts its own events.
+        """
         from torch.distributed import TCPStore
 
         # The store takes a port that is free and keeps it; ranks that were told a number would race
@@ -135,7 +142,7 @@ class Forks:
         }
         shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-        return self._ask(folder, argv, None, ranks)
+        return self._ask(folder, argv, trouble, ranks)
 
     def _ask(
         self,
@@ -157,7 +164,7 @@ class Forks:
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=SECONDS)
         self.process.stdout.close()
 
 
@@ -190,6 +197,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         print(json.dumps(_fork(**json.loads(line))), file=answers, flush=True)
+    # Nothing is left to do, and taking apart all that was loaded takes seconds.
+    os._exit(0)
 
 
 def _fork(
@@ -233,13 +242,12 @@ def _wait(child: int, seconds: float | None) -> int:
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    for _ in range(500):
-        if not _members(child):
-            return code
+    ends = time.monotonic() + 60
+    while left := _members(child):
+        if time.monotonic() > ends:
+            raise RuntimeError(f"processes are left a minute after a command's end: {left}")
         time.sleep(0.02)
-    raise RuntimeError(
-        f"10 s after a command's end there are still processes of it: {_members(child)}"
-    )
+    return code
 
 
 def _members(session: int) -> list[str]:
