@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("POTSTILL_TEST_THREADS", "1")
 import pytest
 import torch
 from forked import Forks
+from waiting import SECONDS
 
 if not torch.cuda.is_available():
     # Triton then runs its kernels in Python; it looks when they are defined.
@@ -68,7 +69,9 @@ def browsed(page: Path) -> str:
         f"--user-data-dir={page.parent / 'browser'}",
         page.resolve().as_uri(),
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, check=True
+    ).stdout
 
 
 def make_model(

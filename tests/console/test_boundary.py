@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_recipe
 from synthetic_runs import evaluate, write_run
+from waiting import SECONDS, wait_until
 
 import potstill
 from potstill.config import RecipeError, make_recipe, to_toml
@@ -143,6 +144,8 @@ def test_signals_have_their_exit_codes(capsys):
 def test_a_second_signal_does_not_wait(monkeypatch):
     """One that comes with the first is the same, as where a terminal tells a study's processes and
     then the study."""
+    # However long this process is kept from its second call.
+    monkeypatch.setattr(limits, "AT_ONCE", float("inf"))
     with stop_asked_for() as asked:
         assert asked() == 0
         os.kill(os.getpid(), signal.SIGTERM)
@@ -175,7 +178,7 @@ def test_a_reader_that_has_gone_is_no_error(arguments, code):
     os.close(reader)
     process = command(*arguments, stdout=writer)
     os.close(writer)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == code and err == ""
 
 
@@ -183,7 +186,7 @@ def test_a_reader_that_has_gone_is_no_error(arguments, code):
 def test_a_full_output_is_one_line():
     with open("/dev/full", "w") as full:
         process = command("train", "demo", "--dry-run", stdout=full)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 2 and err.count("\n") == 1 and "no space left on device" in err
 
 
@@ -212,20 +215,18 @@ def test_a_signal_while_importing_is_no_traceback(number):
 def test_training_saves_its_step_when_it_is_asked_to_end(tmp_path):
     """The step that a signal finds is finished and saved, whatever checkpoint_every is; the end is
     the same."""
-    recipe = tiny_recipe(tmp_path / "run", train={"steps": 400, "checkpoint_every": 1000})
+    recipe = tiny_recipe(tmp_path / "run", train={"steps": 4000, "checkpoint_every": 10_000})
     (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
     process = command("train", str(tmp_path / "recipe.toml"), stdout=subprocess.DEVNULL)
     try:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
+        wait_until((tmp_path / "run" / "metrics.jsonl").exists, process)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=SECONDS)
     finally:
         process.kill()
         process.communicate()
     num_steps = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
-    assert process.returncode == 143 and 1 <= num_steps < 400
+    assert process.returncode == 143 and 1 <= num_steps < 4000
     assert f"stopped after step {num_steps}, which is saved" in err and "Traceback" not in err
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == [
         f"step-{num_steps:06}"
