@@ -28,6 +28,7 @@ COMMANDS = {
     "cache verify": "cache_commands",
     "methods": "recipe_commands",
     "verify": "model_commands",
+    "runs": "run_commands",
     "report": "run_commands",
     "study": "run_commands",
 }

@@ -118,12 +118,18 @@ def read_entry(path: Path) -> Entry:
     metrics, samples, decisions = (
         tuple(read_rows(path / name, keys)) for name, keys in STEP_LOGS.items()
     )
-    # Of the student as it is now, not of one that the run has gone on from; at each temperature the
-    # newest counts.
-    rows = read_rows(path / "evals.jsonl", ("step", *EVAL_COLUMNS))
-    num_steps = last_row(path)["step"]
-    evals = list({row["temperature"]: row for row in rows if row["step"] == num_steps}.values())
+    evals = newest_evals(path, last_row(path)["step"])
     return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions)
+
+
+def newest_evals(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The newest evaluation at each temperature of a run's student as it is now, after so many
+    steps.
+
+    Those of a student that the run has gone on from do not count. Raises RunError.
+    """
+    rows = read_rows(folder / "evals.jsonl", ("step", *EVAL_COLUMNS))
+    return list({row["temperature"]: row for row in rows if row["step"] == step}.values())
 
 
 def read_panels(paths: list[Path]) -> list[Panel]:

@@ -255,6 +255,21 @@ def locked(path: Path, what: str, waits: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder that `locked` takes. Writes nothing."""
+    import fcntl
+
+    lock = folder / ".lock"
+    if not lock.is_file():
+        return False
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def store_evals(folder: Path, step: int, rows: Sequence[dict[str, Any]]) -> None:
     """Add the rows of an evaluation to `evals.jsonl`, in place of those of the same step,
     temperature and settings."""
