@@ -53,7 +53,7 @@ def yard(tmp_path_factory):
         "empty-prompt.jsonl": b'{"prompt": ""}\n',
         "bad-message.jsonl": b'{"prompt": [{"role": "user"}]}\n',
         "chat.jsonl": b'{"prompt": [{"role": "user", "content": "12*3="}]}\n',
-        "prompts.txt": b"12*3=\n",
+        "prompts.md": b"12*3=\n",
         "not.parquet": b"PAR1 but no more",
         "good.jsonl": b'{"prompt": "__12*3="}\n{"prompt": "__13*3="}\n',
         "table.jsonl": b'{"prompt": "__12*3="}\n',

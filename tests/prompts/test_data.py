@@ -100,9 +100,9 @@ def test_sources_that_are_not_there(tmp_path):
         DataError, match=r"data set 'nobody/nothing' is not here nor in the hub's cache"
     ):
         load_examples("nobody/nothing")
-    (tmp_path / "rows.txt").write_text("hello")
+    (tmp_path / "rows.md").write_text("hello")
     with pytest.raises(DataError, match="of no known kind"):
-        load_examples(str(tmp_path / "rows.txt"))
+        load_examples(str(tmp_path / "rows.md"))
     with pytest.raises(DataError, match="no task 'gsm_symbolc'; the nearest are gsm_symbolic"):
         load_examples("reasoning-gym:gsm_symbolc")
 

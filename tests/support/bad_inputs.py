@@ -188,7 +188,7 @@ COMMANDS = [
     ("train demo --data.source empty-prompt.jsonl", "empty-prompt.jsonl"),
     ("train demo --data.source bad-message.jsonl", "bad-message.jsonl"),
     ("train demo --data.source chat.jsonl", "chat template"),
-    ("train demo --data.source prompts.txt", "prompts.txt"),
+    ("train demo --data.source prompts.md", "prompts.md"),
     ("train demo --data.source not.parquet", "not.parquet"),
     ("train demo --data.source good.jsonl --data.num_prompts 9", "9 examples are asked"),
     (

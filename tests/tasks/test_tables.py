@@ -12,7 +12,7 @@ import pytest
 
 from potstill.prompts.examples import load_examples
 from potstill.tasks import make_task
-from potstill.tasks.tables import read_rows
+from potstill.tasks.tables import blank_lines, read_rows
 from potstill.types import DataError
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -117,6 +117,31 @@ def test_files_of_every_kind_and_several_of_them(tmp_path):
         DataError, match=r"no\*\.jsonl' does not exist; give a file that ends in \.jsonl"
     ):
         load_examples(str(tmp_path / "no*.jsonl"))
+
+
+def test_text_has_a_prompt_a_line(tmp_path):
+    """Lines are as they stand but for their breaks; blank ones are counted and are no prompts."""
+    data = "\ufeffWhat is two?\r\n\n  And “three”? \n \t\n\f\nlast".encode()
+    (tmp_path / "a.txt").write_bytes(data)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "c.jsonl").write_text('{"prompt": "x"}\n\n')
+    expected = ["What is two?", "  And “three”? ", "last"]
+    for name in ("a.txt", "b.txt.gz"):
+        assert prompts_of(str(tmp_path / name)) == expected
+        assert blank_lines(str(tmp_path / name)) == {str(tmp_path / name): 3}
+    assert prompts_of(str(tmp_path / "*"), num_examples=5) == [*expected, *expected[:2]]
+    assert list(blank_lines([str(tmp_path / "*.txt*"), str(tmp_path / "c.jsonl")]).values()) == [
+        3,
+        3,
+    ]
+    (tmp_path / "latin1.txt").write_bytes("one\né\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"line 2 of .* is not UTF-8 \(byte 0xe9\)"):
+        load_examples(str(tmp_path / "latin1.txt"))
+    (tmp_path / "blank.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="has no rows"):
+        load_examples(str(tmp_path / "blank.txt"))
+    with pytest.raises(DataError, match=r"has no column 'question' .* only prompt"):
+        load_examples(str(tmp_path / "a.txt"), prompt_column="question")
 
 
 @pytest.mark.parametrize(

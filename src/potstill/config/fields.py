@@ -63,8 +63,8 @@ class Data(Section, role=Role.DATA):
     source: Annotated[str | tuple[str, ...], Place.FIRST] = "multiplication"
     """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a task of your own
     (my_task.py:MyTask, a class in a Python file, whose code is run), a file (.jsonl, .json, .csv,
-    .parquet, or these and .gz), a pattern of files, a hub data set or a folder of one; or a list of
-    files and data sets."""
+    .parquet, .txt with a prompt a line, or these and .gz), a pattern of files, a hub data set or a
+    folder of one; or a list of files and data sets."""
     split: str = "train"
     """Split of a task or hub data set."""
     config: str | None = None

@@ -12,6 +12,8 @@ from potstill.prompts.examples import (
     rows_of_objects,
     with_teacher_prompts,
 )
+from potstill.tasks import is_table
+from potstill.tasks.tables import blank_lines
 from potstill.types import Prompt
 
 
@@ -31,6 +33,7 @@ def prepare_prompts(
     """
     data = recipe.data
     teacher_column = recipe.teacher.prompt_column if teacher is not None else None
+    notes: list[str] = []
     if given is None:
         examples = load_examples(
             data.source,
@@ -41,6 +44,7 @@ def prepare_prompts(
             teacher_column=teacher_column,
             config=data.config,
         )
+        notes += _about_blank_lines(data.source)
     else:
         rows = rows_of_objects(given, data.prompt_column)
         examples = make_examples(rows, data.prompt_column, teacher_column)
@@ -75,6 +79,16 @@ def prepare_prompts(
             context_length=teacher.context_length,
             **options,
         )
-    return prompts, prompt_notes(
+    notes += prompt_notes(
         len(examples), prompts, student.tokenizer, data.template, data.template_arguments
     )
+    return prompts, notes
+
+
+def _about_blank_lines(source: str | Sequence[str]) -> list[str]:
+    if not is_table(source):
+        return []
+    return [
+        f"{file} has {num:,} blank lines, which are no prompts"
+        for file, num in blank_lines(source).items()
+    ]

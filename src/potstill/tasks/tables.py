@@ -1,5 +1,5 @@
-"""Rows of data files and data sets: JSON lines, JSON, CSV, Parquet, what is gzipped of these, and
-hub data sets.
+"""Rows of data files and data sets: JSON lines, JSON, CSV, Parquet, text, what is gzipped of these,
+and hub data sets.
 
 JSON is taken as it is written, each line by itself: no column has a type, and no row's shape binds
 another's. Only the columns that are asked for are kept, and no more rows are read than are asked
@@ -22,7 +22,9 @@ from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.types import DataError, Example
 
 # What the name of a data file ends in, or these and .gz.
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+# The one column of a text file.
+TEXT_COLUMN = "prompt"
 # Rows of a Parquet file that are decoded together.
 BATCH_ROWS = 1024
 UTF8 = "save the file as UTF-8"
@@ -94,8 +96,13 @@ def _find_files(name: str) -> list[str]:
     return files
 
 
+def _kind(file: str) -> str:
+    """The ending of a file's name, before .gz."""
+    return Path(file.removesuffix(".gz")).suffix
+
+
 def _rows_of_file(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[Row]:
-    kind = Path(file.removesuffix(".gz")).suffix
+    kind = _kind(file)
     if kind not in READERS:
         raise DataError(
             f"data file {file!r} is of no known kind; give a file that ends in "
@@ -194,7 +201,7 @@ def _csv(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[di
     """Rows under a header; an empty cell is absent."""
     csv.field_size_limit(2**31 - 1)
     with _opened(file) as data:
-        lines = (_csv_line(line, number, file) for number, line in enumerate(data, 1))
+        lines = (_decoded(line, number, file) for number, line in enumerate(data, 1))
         reader = csv.DictReader(lines, strict=True)
         try:
             for values in reader:
@@ -210,7 +217,29 @@ def _csv(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[di
             ) from None
 
 
-def _csv_line(line: bytes, number: int, file: str) -> str:
+def _text(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[dict[str, Any]]:
+    """A prompt a line; blank lines are none."""
+    with _opened(file) as lines:
+        for number, line in enumerate(lines, 1):
+            text = _decoded(line, number, file).rstrip("\r\n")
+            if text.strip():
+                yield {TEXT_COLUMN: text}
+
+
+def blank_lines(source: str | Sequence[str]) -> dict[str, int]:
+    """The number of blank lines in each text file of a data source that has some."""
+    names = [name for name in sources(source) if not is_hub_id(name)]
+    files = [file for name in names for file in _find_files(name)]
+    counts = {file: _num_blank(file) for file in files if _kind(file) == ".txt"}
+    return {file: count for file, count in counts.items() if count}
+
+
+def _num_blank(file: str) -> int:
+    with _opened(file) as lines:
+        return sum(not line.decode("utf-8-sig", "replace").strip() for line in lines)
+
+
+def _decoded(line: bytes, number: int, file: str) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -251,6 +280,7 @@ READERS: dict[str, Callable[[str, Sequence[str], int | None], Iterator[dict[str,
     ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
+    ".txt": _text,
 }
 
 
@@ -269,9 +299,7 @@ def _rows_of_data_set(
     try:
         if Path(name).is_dir():
             found = datasets.load_dataset_builder(name, config).config.data_files or {}
-            if split in found and all(
-                Path(file.removesuffix(".gz")).suffix in READERS for file in found[split]
-            ):
+            if split in found and all(_kind(file) in READERS for file in found[split]):
                 for file in found[split]:
                     yield from _rows_of_file(file, columns, num_rows)
                 return
