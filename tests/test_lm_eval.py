@@ -39,7 +39,7 @@ def test_lm_eval_reads_our_model_folder_and_gives_our_greedy_responses(tmp_path,
         source="multiplication", temperatures=(0.0,), num_responses=1, num_problems=60
     )
     (ours,) = evaluate(tmp_path / "run", evaluation, responses=tmp_path / "ours", quiet=True)
-    (file,) = (tmp_path / "ours").iterdir()
+    (file,) = (tmp_path / "ours").glob("*.jsonl")
     responses = read_rows(file)
     # Some are right and some wrong, and not all have the same length.
     assert 0.1 < ours["avg"].value < 0.9 and len({row["length"] for row in responses}) > 10
