@@ -41,17 +41,17 @@ from potstill.teachers.manifest import (
     sampling_settings,
     tensors_digest,
 )
-from potstill.teachers.store import (
+from potstill.teachers.shards import (
     INDEX,
     KEY_BYTES,
     SIGNALS,
     TEXT,
-    Cache,
     checksum,
     decode_rows,
     encode_rows,
     key_of,
 )
+from potstill.teachers.store import Cache
 from potstill.training.setup import Setup, prepare
 from potstill.types import Example, Prompt, Rollout
 

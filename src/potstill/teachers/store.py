@@ -5,26 +5,21 @@ What is stored is the last hidden state of each token (E numbers) and not its lo
 The head is stored once, and the loss applies it as it would to a live teacher's states. So one
 cache is exact for every KL, every mixture and every student of the vocabulary.
 
-    manifest.json       who wrote it and how, the shards with their checksums, and a checksum of
-    itself head.safetensors    the teacher's head (payload hidden) tokenizer/          the teacher's
-    tokenizer shards/*.safetensors    rollouts one after the other; R rollouts, N tokens of
-    completions, E or K numbers a token
+    manifest.json           who wrote it and how, the shards with their checksums, and its own
+    head.safetensors        the teacher's head (payload hidden)
+    tokenizer/              the teacher's tokenizer
+    shards/*.safetensors    rollouts one after the other, E or K numbers a token
 
 Shapes: R rollouts of a shard, N their completion tokens, E teacher hidden, K kept tokens.
 """
 
 import dataclasses
-import hashlib
-import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,13 +32,20 @@ from potstill.models.language_model import LanguageModel
 from potstill.teachers.manifest import (
     CacheError,
     Manifest,
-    ShardRecord,
     TeacherIdentity,
     identify,
     identify_folder,
     read_manifest,
     sampling_settings,
-    tensors_digest,
+)
+from potstill.teachers.shards import (
+    SIGNALS,
+    TEXT,
+    checksum,
+    decode_rows,
+    key_of,
+    open_shard,
+    read_index,
 )
 from potstill.types import Example, Prompt, Rollout, Stop
 
@@ -54,45 +56,7 @@ NUM_CHECKED = 8
 # Of a log-sum-exp, relative: above what float32 sums over a vocabulary differ by, below what
 # another head would give.
 HEAD_TOLERANCE = 1e-4
-KEY_BYTES = 16
-INDEX = ("keys", "completion_indices", "prompt_starts", "completion_starts", "ended", "checksums")
-TEXT = ("prompt_ids", "completion_ids")
-SIGNALS = {
-    "hidden": ("hidden", "scale", "log_sum_exp", "entropy", "log_prob"),
-    "topk": ("top_ids", "top_log_probs", "end_log_prob", "tail_log_prob", "entropy"),
-    "completions": (),
-}
 Place = tuple[int, int]
-
-
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """CRC-32 of some tensors' bytes: any one changed byte changes it."""
-    value = 0
-    for tensor in tensors:
-        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
-    return value
-
-
-def key_of(prompt: Prompt, writer: str) -> bytes:
-    """What a rollout is found by: what the teacher read, and the completion where it comes with the
-    data."""
-    ids = [prompt.ids_of("teacher")]
-    if writer == "dataset":
-        assert prompt.completion_ids is not None, "make_prompts checks this"
-        ids.append(prompt.completion_ids)
-    return hashlib.blake2b(repr(ids).encode(), digest_size=KEY_BYTES).digest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Index:
-    """Where the rollouts of a shard are."""
-
-    keys: np.ndarray
-    completion_indices: np.ndarray
-    prompt_starts: np.ndarray
-    completion_starts: np.ndarray
-    ended: np.ndarray
-    checksums: np.ndarray
 
 
 class Cache:
@@ -106,7 +70,7 @@ class Cache:
     def __init__(self, folder: Path, manifest: Manifest | None = None):
         self.folder = folder
         self.manifest = manifest or read_manifest(folder)
-        self.indices = [self._index_of(record) for record in self.manifest.shards]
+        self.indices = [read_index(self.folder, record) for record in self.manifest.shards]
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._checked: set[int] = set()
         # What `check_recipe` could not compare.
@@ -403,70 +367,12 @@ class Cache:
 
     def _file(self, shard: int):
         if shard not in self._open:
-            self._open[shard] = _map(self.path(shard))
+            self._open[shard] = open_shard(self.path(shard))
         self._open.move_to_end(shard)
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[shard]
 
-    def _index_of(self, record: ShardRecord) -> _Index:
-        path = self.folder / record.file
-        if not path.is_file():
-            raise CacheError(f"shard {str(path)!r} is missing; {_REPAIR.format(self.folder)}")
-        if (size := path.stat().st_size) != record.num_bytes:
-            raise CacheError(
-                f"shard {str(path)!r} has {size} bytes and not {record.num_bytes}; "
-                f"{_REPAIR.format(self.folder)}"
-            )
-        file = _map(path)
-        try:
-            tensors = {name: file.get_tensor(name) for name in INDEX}
-        except SafetensorError:
-            tensors = {}
-        if not tensors or tensors_digest(tensors, INDEX) != record.index:
-            raise CacheError(
-                f"shard {str(path)!r} is damaged: its index is not the manifest's; "
-                f"{_REPAIR.format(self.folder)}"
-            )
-        index = _Index(**{name: tensor.numpy() for name, tensor in tensors.items()})
-        if (len(index.keys), index.completion_starts[-1]) != (
-            record.num_rollouts,
-            record.num_tokens,
-        ):
-            raise CacheError(
-                f"shard {str(path)!r} does not have the manifest's number of rollouts and tokens; "
-                f"{_REPAIR.format(self.folder)}"
-            )
-        return index
-
-
-_REPAIR = "restore it, or run `potstill cache verify {} --drop-broken` and build again"
-
-
-def _map(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CacheError(f"shard {str(path)!r} cannot be read: {error}") from None
-
 
 def _squeezed(column: Tensor) -> Tensor | None:
     return column[:, 0] if column.shape[1] else None
-
-
-def encode_rows(hidden_NE: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Hidden states as they are stored, and a scale [N, 1] for int8 (else [N, 0])."""
-    if dtype != "int8":
-        return hidden_NE.to(getattr(torch, dtype)), torch.zeros(len(hidden_NE), 0)
-    scale_N1 = (
-        hidden_NE.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        / 127
-    )
-    return (hidden_NE.float() / scale_N1).round().to(torch.int8), scale_N1
-
-
-def decode_rows(stored_NE: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `encode_rows`, but for rounding."""
-    if scale.shape[1]:
-        return (stored_NE.float() * scale.to(stored_NE.device)).to(dtype)
-    return stored_NE.to(dtype)
