@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import potstill
 from potstill.cache import build as build_module
+from potstill.cache import make_shard as shard_module
 from potstill.cache.build import build_cache
 from potstill.cache.describe import findings, summary
 from potstill.cache.verify import verify_cache
@@ -724,15 +725,19 @@ def build_two_and_be_killed(out, kill_at):
 
         return call
 
-    for name in ("save_whole", "write_atomically"):
-        setattr(build_module, name, counted(getattr(build_module, name)))
+    for module, name in (
+        (build_module, "save_whole"),
+        (shard_module, "save_whole"),
+        (build_module, "write_atomically"),
+    ):
+        setattr(module, name, counted(getattr(module, name)))
     build_two(out)
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 3])
+@pytest.mark.parametrize("kill_at", [1, 2, 3, 4])
 def test_a_build_killed_before_its_manifest_goes_on(tmp_path, forks, kill_at):
-    """SIGKILL as the head gets its name, as the manifest is first written, and before a shard is
-    listed."""
+    """SIGKILL as the head gets its name, as the manifest is first written, as a shard gets its
+    name, and before it is listed."""
     build_two(tmp_path / "whole")
     assert forks.call(tmp_path, build_two_and_be_killed, "killed", kill_at).is_killed
     assert (tmp_path / "killed/manifest.json").exists() == (kill_at > 2)

@@ -8,28 +8,17 @@ when it is whole on disk, and the manifest lists it after that.
 
 import contextlib
 import dataclasses
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
+from potstill.cache.make_shard import make_shard, save_whole
 from potstill.config import CacheOptions, Recipe, RecipeError, check_recipe
 from potstill.console.progress import CacheDisplay
-from potstill.files import file_digest, flush, write_atomically
-from potstill.kl.fused import close_kl, fused_statistics
-from potstill.kl.topk import top_k_of
+from potstill.files import file_digest, write_atomically
 from potstill.models import distributed
-from potstill.models.batch import Batch
 from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
-from potstill.rollouts.batching import batch_places, make_batch
-from potstill.rollouts.prefixes import Writing, write_rollouts
 from potstill.teachers.manifest import (
     SHARD_FILE,
     CacheError,
@@ -39,24 +28,11 @@ from potstill.teachers.manifest import (
     identify,
     read_manifest,
     sampling_settings,
-    tensors_digest,
 )
-from potstill.teachers.shards import (
-    INDEX,
-    KEY_BYTES,
-    SIGNALS,
-    TEXT,
-    checksum,
-    decode_rows,
-    encode_rows,
-    key_of,
-)
+from potstill.teachers.shards import key_of
 from potstill.teachers.store import Cache
 from potstill.training.setup import Setup, prepare
-from potstill.types import Example, Prompt, Rollout
-
-# What a shard holds many of: a prompt, its key, and the number of its completion.
-Entry = tuple[Prompt, bytes, int]
+from potstill.types import Example
 
 
 def build_cache(
@@ -260,7 +236,7 @@ def _fill(
         record = (
             None
             if mine is None
-            else _make_shard(mine, recipe, setup, teacher, manifest.settings, out)
+            else make_shard(mine, recipe, setup, teacher, manifest.settings, out)
         )
         new = tuple(each for each in distributed.gather(record, world) if each is not None)
         manifest = dataclasses.replace(manifest, shards=manifest.shards + new)
@@ -277,164 +253,3 @@ def sizes_of(records: Sequence[ShardRecord]) -> dict[str, int]:
         "num_tokens": sum(record.num_tokens for record in records),
         "num_bytes": sum(record.num_bytes for record in records),
     }
-
-
-def _make_shard(
-    entries: Sequence[Entry],
-    recipe: Recipe,
-    setup: Setup,
-    teacher: LanguageModel,
-    settings: Settings,
-    out: Path,
-) -> ShardRecord:
-    """Write the completions of some entries, score them, and store both."""
-    writing = Writing(
-        objective=recipe.objective,
-        models={"teacher": teacher.model},
-        window=settings.window,
-        end_ids=setup.ends.stop_ids,
-        sampling=recipe.sampling,
-        rollouts_per_step=len(entries),
-        vocab_size=settings.vocab_size,
-    )
-    prompts = [prompt for prompt, _, _ in entries]
-    seeds = [(recipe.train.seed, int.from_bytes(key), number) for _, key, number in entries]
-    rollouts = [
-        # Rows are stored for all tokens; which of them are trained on is for the run to say.
-        dataclasses.replace(rollout, trained=(True,) * len(rollout.completion_ids))
-        for rollout in write_rollouts(writing, prompts, seeds)
-    ]
-    signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
-    kls: list[float] = []
-    if settings.payload != "completions":
-        groups = batch_places(rollouts, recipe.train.tokens_per_batch)
-        signals, kls = _signals_of(rollouts, groups, teacher, setup, settings)
-    # Ids are most of what is stored beside the signal, where prompts are long.
-    ids_type = torch.uint16 if teacher.vocab_size <= 2**16 else torch.int32
-    texts = [
-        {
-            "prompt_ids": torch.tensor(rollout.prompt.ids_of("teacher"), dtype=ids_type),
-            "completion_ids": torch.tensor(rollout.completion_ids, dtype=ids_type),
-        }
-        for rollout in rollouts
-    ]
-    of_signal = SIGNALS[settings.payload]
-    rows = [text | signal for text, signal in zip(texts, signals, strict=True)]
-    tensors = {
-        name: torch.cat([row[name] for row in rows]).contiguous() for name in (*TEXT, *of_signal)
-    }
-    keys = np.frombuffer(b"".join(key for _, key, _ in entries), np.uint8).reshape(-1, KEY_BYTES)
-    tensors |= {
-        "keys": torch.from_numpy(keys.copy()),
-        "completion_indices": torch.tensor([number for _, _, number in entries], dtype=torch.int32),
-        "prompt_starts": _starts([len(row["prompt_ids"]) for row in rows]),
-        "completion_starts": _starts([len(row["completion_ids"]) for row in rows]),
-        "ended": torch.tensor([rollout.stop == "end" for rollout in rollouts]),
-        "checksums": torch.tensor(
-            [[checksum([row[n] for n in names]) for names in (TEXT, of_signal)] for row in rows]
-        ),
-    }
-    name = hashlib.sha256(repr([(key, number) for _, key, number in entries]).encode()).hexdigest()[
-        :16
-    ]
-    path = out / "shards" / f"{name}.safetensors"
-    save_whole(tensors, path)
-    return ShardRecord(
-        file=str(path.relative_to(out)),
-        num_rollouts=len(entries),
-        num_tokens=len(tensors["completion_ids"]),
-        num_bytes=path.stat().st_size,
-        sha256=file_digest(path),
-        index=tensors_digest(tensors, INDEX),
-        kl=sum(kls) / len(kls) if kls else None,
-    )
-
-
-def _signals_of(
-    rollouts: Sequence[Rollout],
-    groups: Sequence[Sequence[int]],
-    teacher: LanguageModel,
-    setup: Setup,
-    settings: Settings,
-) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """The stored columns of each rollout, by its place, and the KL of each token to what is
-    stored."""
-    signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
-    kls: list[float] = []
-    for places in groups:
-        batch = make_batch([rollouts[place] for place in places], setup.student.device)
-        columns, kl_N = _score(batch, teacher, setup, settings)
-        kls += [] if kl_N is None else kl_N.tolist()
-        lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
-        split = {name: column.cpu().split(lengths) for name, column in columns.items()}
-        for i, place in enumerate(places):
-            signals[place] = {name: parts[i] for name, parts in split.items()}
-    return signals, kls
-
-
-@torch.no_grad()
-def _score(
-    batch: Batch, teacher: LanguageModel, setup: Setup, settings: Settings
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What is stored of each token of a batch [N, ...], and KL(teacher || stored) [N] where
-    something is rounded."""
-    hidden_NE = teacher.signal_at(batch)
-    head = teacher.head
-    if settings.payload == "topk":
-        assert settings.top_k is not None
-        options = setup.loss.shared_options()
-        known = top_k_of(
-            hidden_NE,
-            head,
-            settings.top_k,
-            **{k: options[k] for k in ("vocab_size", "temperature", "end_ids")},
-        )
-        columns = (
-            known.token_ids_NK.int(),
-            known.log_probs_NK,
-            _column(known.end_log_prob_N, hidden_NE),
-        )
-        columns += (_column(known.tail_log_prob_N, hidden_NE), known.entropy_N)
-        return dict(zip(SIGNALS["topk"], columns, strict=True)), None
-    assert settings.dtype is not None
-    stored_NE, scale = encode_rows(hidden_NE, settings.dtype)
-    rounded_NE = decode_rows(stored_NE, scale, hidden_NE.dtype)
-    labels_N = batch.target_ids_BT[batch.loss_mask_BT]
-    if torch.equal(rounded_NE, hidden_NE):
-        kl_N, stats = None, fused_statistics(rounded_NE, head, labels_N=labels_N)
-    else:
-        kl_N, stats = close_kl(rounded_NE, head, hidden_NE, head, labels_N=labels_N)
-    columns = (
-        stored_NE,
-        scale,
-        stats.student_log_sum_exp_N,
-        stats.student_entropy_N,
-        stats.student_log_prob_N,
-    )
-    return dict(zip(SIGNALS["hidden"], columns, strict=True)), kl_N  # pyright: ignore[reportReturnType]
-
-
-def _column(values_N: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros(len(like), 0) if values_N is None else values_N[:, None]
-
-
-def _starts(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0)
-
-
-def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that has its name only once it is whole on disk. Raises OSError."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        # safetensors makes its files readable for their owner alone; this one has the user's own
-        # mode.
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)
-        unfinished.chmod(mode)
-        flush(unfinished)
-    except (SafetensorError, OSError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(getattr(error, "errno", None) or 0, str(error), str(path)) from None
-    unfinished.rename(path)
-    flush(path.parent)
