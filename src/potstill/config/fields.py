@@ -17,6 +17,7 @@ from potstill.config.values import (
     MANY_AT_ONCE,
     Arguments,
     Beta,
+    Filled,
     Seed,
     Temperature,
 )
@@ -50,6 +51,8 @@ class TeacherSpec(Section, role=Role.MODEL):
     prompt_column: str | None = None
     """Column of a file or hub data set with prompts for the teacher alone, such as the prompt and a
     hint."""
+    prompt_template: Filled | None = None
+    """As data.prompt_template, for the teacher alone; in place of teacher.prompt_column."""
     cache: Annotated[str | None, Role.CACHE] = None
     """Folder that `potstill cache build` wrote: completions and signal come from it, and the
     teacher is not loaded."""
@@ -73,6 +76,9 @@ class Data(Section, role=Role.DATA):
     """Number of prompts; by default all of a file, and 4096 of a task."""
     prompt_column: str = "prompt"
     """Column of a file or hub data set that holds the prompt."""
+    prompt_template: Filled | None = None
+    """Prompt that is filled in from columns, such as "Question: {question}\\nAnswer:", in place of
+    data.prompt_column. Write a brace of the text twice."""
     template: Literal["chat", "raw"] | None = None
     """Render prompts with the chat template or take them as they are; by default chat for messages,
     raw for strings. data.template_arguments.NAME tells the template more."""

@@ -3,7 +3,14 @@ not in the hash."""
 
 from typing import Any
 
-from potstill.config.fields import GrpoFields, Objective, RecipeFields, Window
+from potstill.config.fields import (
+    Data,
+    GrpoFields,
+    Objective,
+    RecipeFields,
+    TeacherSpec,
+    Window,
+)
 from potstill.tasks import is_table
 from potstill.tasks.tables import is_hub_id, sources
 
@@ -19,7 +26,7 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
         unread["sampling"] = unread["rollouts"] = (
             'objective.prefix is "dataset", so nothing is sampled in training'
         )
-    unread |= _unread_of_teacher(recipe.teacher.model) | _unread_of_data(recipe.data.source)
+    unread |= _unread_of_teacher(recipe.teacher) | _unread_of_data(recipe.data)
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
     if recipe.evaluation.source is None:
@@ -114,8 +121,13 @@ def _unread_of_signal(recipe: RecipeFields) -> dict[str, str]:
     return unread
 
 
-def _unread_of_teacher(model: str) -> dict[str, str]:
+def _unread_of_teacher(teacher: TeacherSpec) -> dict[str, str]:
     unread: dict[str, str] = {}
+    model = teacher.model
+    if teacher.prompt_template is not None:
+        unread["teacher.prompt_column"] = (
+            "teacher.prompt_template is set, which takes the place of a column"
+        )
     if model == "self":
         reason = 'teacher.model is "self", which is loaded as the student is'
         unread |= {"teacher.dtype": reason, "teacher.trust_remote_code": reason}
@@ -127,21 +139,25 @@ def _unread_of_teacher(model: str) -> dict[str, str]:
     return unread
 
 
-def _unread_of_data(source: str | tuple[str, ...]) -> dict[str, str]:
+def _unread_of_data(data: Data) -> dict[str, str]:
     unread: dict[str, str] = {}
+    source = data.source
     if not is_table(source):
-        unread["teacher.prompt_column"] = (
-            f"data.source is the task {source!r}, which has no columns"
+        reason = f"data.source is the task {source!r}, which has no columns"
+        unread |= dict.fromkeys(
+            ("data.prompt_column", "data.prompt_template", "teacher.prompt_column"), reason
         )
-        unread["data.prompt_column"] = f"data.source is the task {source!r}, which has no columns"
+        unread["teacher.prompt_template"] = reason
         unread["data.config"] = f"data.source is the task {source!r}, which has one configuration"
-    else:
-        unread["data.seed"] = "only a task makes problems from a seed"
-        if not any(is_table(name) and is_hub_id(name) for name in sources(source)):
-            reason = (
-                f"data.source is the file {source!r}, which has no splits and no configurations"
-            )
-            unread |= {"data.split": reason, "data.config": reason}
+        return unread
+    unread["data.seed"] = "only a task makes problems from a seed"
+    if data.prompt_template is not None:
+        unread["data.prompt_column"] = (
+            "data.prompt_template is set, which takes the place of a column"
+        )
+    if not any(is_table(name) and is_hub_id(name) for name in sources(source)):
+        reason = f"data.source is the file {source!r}, which has no splits and no configurations"
+        unread |= {"data.split": reason, "data.config": reason}
     return unread
 
 
@@ -150,9 +166,8 @@ def unread_grpo_fields(recipe: GrpoFields) -> dict[str, str]:
     reason = (
         "GRPO needs scores, so data.source is a task, which has no columns and no configurations"
     )
-    unread = {"data.prompt_column": reason, "data.config": reason} | _unread_of_window(
-        recipe.window
-    )
+    fields = ("data.prompt_column", "data.prompt_template", "data.config")
+    unread = dict.fromkeys(fields, reason) | _unread_of_window(recipe.window)
     if recipe.evaluation.source is None:
         unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
     return unread

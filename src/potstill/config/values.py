@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from potstill.tasks.filling import parts_of
+
 NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # numpy and torch take no other seeds.
@@ -46,6 +48,14 @@ def _storable(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 Arguments = Annotated[dict[str, Any], AfterValidator(_storable)]
+
+
+def _fillable(template: str) -> str:
+    parts_of(template)
+    return template
+
+
+Filled = Annotated[str, AfterValidator(_fillable)]
 
 
 def items_of(value: Any) -> list[Any]:

@@ -3,24 +3,20 @@
 Everything about the prompts is checked here, before any work is done.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from potstill.models.templates import ChatTemplate
 from potstill.prompts.chat import render_examples
 from potstill.prompts.encoding import Encoding, Room, TooLong, close_completion, fit_prompts
+from potstill.prompts.rows import Asked, make_examples
 from potstill.tasks import Task, is_table, make_task
-from potstill.tasks.tables import Row, make_row, read_rows, sources, with_own_ids
-from potstill.types import DataError, Example, Message, Prompt
+from potstill.tasks.tables import read_rows, sources
+from potstill.types import DataError, Example, Prompt
 
 # A task makes any number of problems; this many when the recipe does not say.
 DEFAULT_TASK_PROMPTS = 4096
-# Columns beside the prompt's.
-COLUMNS = ("messages", "completion", "tools", "answer", "level", "id")
-# What an assistant's message may have with no content.
-INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 def load_task(
@@ -44,8 +40,10 @@ def load_examples(
     split: str = "train",
     num_examples: int | None = None,
     prompt_column: str = "prompt",
+    prompt_template: str | None = None,
     seed: int = 0,
     teacher_column: str | None = None,
+    teacher_template: str | None = None,
     config: str | None = None,
 ) -> list[Example]:
     """Examples of a task, of data files, or of a data set that `datasets` loads (a hub id or a
@@ -53,7 +51,9 @@ def load_examples(
 
     A row has `prompt` (a string or chat messages), `prompt` and `completion`, or `messages` whose
     last ones are the assistant's; `tools`, `answer`, `level` and `id` are kept when present.
-    `teacher_column` holds the teacher's own prompts. Raises DataError.
+    `prompt_template` is filled in from columns and takes the place of `prompt_column`.
+    `teacher_column` holds the teacher's own prompts, or `teacher_template` makes them. Raises
+    DataError.
     """
     if isinstance(source, str) and not is_table(source):
         return load_task(source, split=split, num_examples=num_examples, seed=seed)[1]
@@ -63,8 +63,13 @@ def load_examples(
                 f"{source!r} has the task {name!r} among its tables; give files and data sets, "
                 "or a task alone"
             )
-    columns = [prompt_column, *COLUMNS, *([] if teacher_column is None else [teacher_column])]
-    rows = read_rows(source, columns, num_rows=num_examples, split=split, config=config)
+    asked = Asked(
+        column=prompt_column,
+        template=prompt_template,
+        teacher_column=teacher_column,
+        teacher_template=teacher_template,
+    )
+    rows = read_rows(source, asked.columns(), num_rows=num_examples, split=split, config=config)
     if not rows:
         raise DataError(f"{source!r} has no rows; give a data source with at least one prompt")
     if num_examples is not None and num_examples > len(rows):
@@ -72,174 +77,7 @@ def load_examples(
             f"{num_examples} examples are asked of {source!r}, which has {len(rows)}; ask for at "
             "most that many"
         )
-    return make_examples(rows, prompt_column, teacher_column)
-
-
-def make_examples(
-    rows: Iterable[Row | Example], prompt_column: str = "prompt", teacher_column: str | None = None
-) -> list[Example]:
-    """Each row as an example with an id of its own. Raises DataError."""
-    return with_own_ids(
-        [
-            row
-            if isinstance(row, Example)
-            else example_from_row(row, i, prompt_column, teacher_column)
-            for i, row in enumerate(rows)
-        ]
-    )
-
-
-def rows_of_objects(prompts: Sequence[Any], prompt_column: str) -> list[Row | Example]:
-    """Rows of a list from Python: strings and lists of messages are prompts, dicts rows, Examples
-    stay as they are.
-
-    Raises DataError.
-    """
-    if isinstance(prompts, str):
-        raise DataError(
-            f"prompts is the string {prompts[:40]!r}; give a list of strings, rows or Examples"
-        )
-    if not isinstance(prompts, Iterable):
-        raise DataError(f"prompts is {prompts!r}; give a list of strings, rows or Examples")
-    rows: list[Row | Example] = []
-    for i, given in enumerate(prompts):
-        values = {prompt_column: given} if isinstance(given, str | list) else given
-        if not isinstance(values, dict | Example):
-            raise DataError(
-                f"prompts[{i}] is {given!r}; give a string, a list of messages, a row or an Example"
-            )
-        is_row = isinstance(values, dict)
-        rows.append(make_row(f"prompts[{i}]", values, list(values)) if is_row else values)
-    return rows
-
-
-def example_from_row(
-    row: Row, place: int, prompt_column: str = "prompt", teacher_column: str | None = None
-) -> Example:
-    """A row as an example, whose id is its place where it has none; raises DataError that names the
-    row."""
-    where, values = row.where, row.values
-    if "messages" in values and prompt_column not in values:
-        messages = messages_of(values["messages"], where)
-        num_given = len(messages)
-        while num_given and messages[num_given - 1]["role"] == "assistant":
-            num_given -= 1
-        prompt, completion = messages[:num_given], messages[num_given:]
-        if not completion:
-            role = messages[-1]["role"]
-            raise DataError(
-                f"{where}: the last of `messages` is by {role!r}; it must be the assistant's turn"
-            )
-    elif prompt_column in values:
-        prompt, completion = values[prompt_column], values.get("completion")
-        prompt = messages_of(prompt, where) if isinstance(prompt, list) else prompt
-        completion = messages_of(completion, where) if isinstance(completion, list) else completion
-    elif prompt_column in row.names:
-        raise DataError(
-            f"{where}: {prompt_column!r} is empty; each row needs a prompt: remove the row or "
-            "fill it"
-        )
-    else:
-        raise DataError(
-            f"{where} has no column {prompt_column!r} (nor `messages`), only "
-            f"{', '.join(sorted(row.names))}; name the column with data.prompt_column"
-        )
-    if not prompt or not isinstance(prompt, str | tuple):
-        raise DataError(
-            f"{where}: {prompt_column!r} is {prompt!r}; it must be a non-empty string or list of "
-            "messages"
-        )
-    answer = values.get("answer")
-    return Example(
-        id=str(values.get("id", place)),
-        prompt=prompt,
-        completion=_completion(completion, where),
-        answer=None if answer is None else str(answer),
-        level=str(values.get("level", "")),
-        teacher_prompt=None
-        if teacher_column is None
-        else _teacher_prompt(values.get(teacher_column), where, teacher_column),
-        tools=tools_of(values["tools"], where) if "tools" in values else None,
-        where=where,
-    )
-
-
-def _completion(completion: Any, where: str) -> Any:
-    """A completion as an example has it: segments, or messages of which the first and the last are
-    the assistant's."""
-    if completion is None or isinstance(completion, tuple):
-        for message in (completion[0], completion[-1]) if completion else ():
-            if message["role"] != "assistant":
-                raise DataError(
-                    f"{where}: `completion` begins or ends with a message by "
-                    f"{message['role']!r}; its first and its last must be the assistant's, so "
-                    "put what comes before them into the prompt"
-                )
-        return completion
-    if not isinstance(completion, str):
-        raise DataError(
-            f"{where}: `completion` is {completion!r}; it must be a string or list of messages"
-        )
-    return ((completion, True),)
-
-
-def _teacher_prompt(prompt: Any, where: str, column: str) -> Any:
-    prompt = messages_of(prompt, where) if isinstance(prompt, list) else prompt
-    if not prompt or not isinstance(prompt, str | tuple):
-        raise DataError(
-            f"{where}: {column!r} is {prompt!r}; teacher.prompt_column must name a column of "
-            "non-empty strings or lists of messages"
-        )
-    return prompt
-
-
-def messages_of(value: Any, where: str) -> tuple[Message, ...]:
-    """A list of messages, without nulls and otherwise as it is. Raises DataError."""
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{where}: messages are {value!r}; give a non-empty list of {{role, content}}"
-        )
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(
-                f"{where}: {message!r} is no message; each needs a `role` and `content` as strings"
-            )
-        content = message.get("content")
-        if isinstance(content, str) or (
-            content is None and any(message.get(key) for key in INSTEAD_OF_CONTENT)
-        ):
-            continue
-        if not isinstance(content, list) or not all(_is_text_part(part) for part in content):
-            raise DataError(
-                f"{where}: `content` of a message by {message['role']!r} is {str(content)[:80]}; "
-                "each needs `role` and `content` as a string or a list of text parts, or else "
-                "tool_calls or reasoning_content"
-            )
-    return tuple(
-        {key: item for key, item in message.items() if item is not None} for message in value
-    )
-
-
-def _is_text_part(part: Any) -> bool:
-    return (
-        isinstance(part, dict)
-        and part.get("type", "text") == "text"
-        and isinstance(part.get("text"), str)
-    )
-
-
-def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """The tools of a row: JSON schemas, or their JSON as a string. Raises DataError."""
-    try:
-        tools = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        tools = None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(
-            f"{where}: `tools` is {str(value)[:80]!r}; give a list of JSON schemas, or its JSON "
-            "as a string"
-        )
-    return tuple(tools)
+    return make_examples(rows, asked)
 
 
 def make_prompts(

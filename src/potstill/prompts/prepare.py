@@ -6,12 +6,11 @@ from typing import Any
 from potstill.config import Recipe
 from potstill.prompts.examples import (
     load_examples,
-    make_examples,
     make_prompts,
     prompt_notes,
-    rows_of_objects,
     with_teacher_prompts,
 )
+from potstill.prompts.rows import Asked, make_examples, rows_of_objects
 from potstill.tasks import is_table
 from potstill.tasks.tables import blank_lines
 from potstill.types import Prompt
@@ -32,7 +31,9 @@ def prepare_prompts(
     them a document. Raises DataError.
     """
     data = recipe.data
-    teacher_column = recipe.teacher.prompt_column if teacher is not None else None
+    has_teacher = teacher is not None
+    teacher_column = recipe.teacher.prompt_column if has_teacher else None
+    teacher_template = recipe.teacher.prompt_template if has_teacher else None
     notes: list[str] = []
     if given is None:
         examples = load_examples(
@@ -40,14 +41,22 @@ def prepare_prompts(
             split=data.split,
             num_examples=data.num_prompts,
             prompt_column=data.prompt_column,
+            prompt_template=data.prompt_template,
             seed=data.seed,
             teacher_column=teacher_column,
+            teacher_template=teacher_template,
             config=data.config,
         )
         notes += _about_blank_lines(data.source)
     else:
         rows = rows_of_objects(given, data.prompt_column)
-        examples = make_examples(rows, data.prompt_column, teacher_column)
+        asked = Asked(
+            column=data.prompt_column,
+            template=data.prompt_template,
+            teacher_column=teacher_column,
+            teacher_template=teacher_template,
+        )
+        examples = make_examples(rows, asked)
     options: dict[str, Any] = {
         "max_completion": recipe.window.tokens,
         "template_arguments": data.template_arguments,
