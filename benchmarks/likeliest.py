@@ -13,7 +13,7 @@ import tyro
 from potstill.kl.fused import fused_statistics
 from potstill.kl.head import Head
 from potstill.kl.topk import top_k_of
-from potstill.models.sampling import truncate
+from potstill.models.drawing import truncate
 
 
 def shortest(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from potstill.config import Sampling
+from potstill.models.drawing import draw, truncate
 from potstill.models.language_model import load_model
-from potstill.models.sampling import draw, sample, truncate
+from potstill.models.sampling import sample
 from potstill.tasks.multiplication import WRITERS, Multiplication, write_trace
 
 SHIPPED = ("potstill:base", "potstill:teacher")

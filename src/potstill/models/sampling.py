@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from potstill.config import Sampling
+from potstill.models.drawing import draw
 from potstill.types import Completion, NonFiniteError
 
 # Rows are dropped when the rest is at most this share of the batch: dropping copies the cache,
@@ -28,8 +29,6 @@ COMPACT_AT = 0.85
 # Tokens that a full cache gets room for: making room copies it, and dropping rows copies the unused
 # room as well.
 ROOM = 32
-# Tokens that are sorted in search of a nucleus, and how many times more where it is not among them.
-NUCLEUS, GROWTH = 128, 8
 
 
 class OtherWriter(NamedTuple):
@@ -327,117 +326,3 @@ def _with_room(cache):
         for layer in cache.layers
     ]
     return cache
-
-
-def draw(
-    logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [R], their log-probabilities and the entropies of the distribution they are drawn
-    from (nats).
-
-    `uniforms_R` are float64 in [0, 1). At temperature 0 the likeliest token is taken; both numbers
-    are then 0.
-    """
-    if sampling.temperature == 0:
-        ids_R = logits_RV.argmax(-1)
-        zeros_R = torch.zeros(len(ids_R), device=logits_RV.device)
-        return ids_R, zeros_R, zeros_R
-    scaled_RV = logits_RV.float() / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1:
-        scaled_RV = truncate(scaled_RV, sampling.top_k, sampling.top_p)
-    probs_RV = scaled_RV.softmax(-1)
-    # Float64, so that the sum over a large vocabulary does not round small probabilities away.
-    cumulative_RV = probs_RV.cumsum(-1, dtype=torch.float64)
-    ids_R1 = torch.searchsorted(
-        cumulative_RV, uniforms_R[:, None] * cumulative_RV[:, -1:], right=True
-    )
-    # Only NaN has no place in the sum. It gets an id that exists, and its log-probability, NaN too,
-    # tells of it.
-    ids_R1 = ids_R1.clamp(max=logits_RV.shape[-1] - 1)
-    log_probs_R1 = probs_RV.gather(-1, ids_R1).log()
-    entropies_R = torch.special.entr(probs_RV).sum(-1)
-    return ids_R1.squeeze(-1), log_probs_R1.squeeze(-1), entropies_R
-
-
-def truncate(log_probs_RV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set all but the `top_k` likeliest (0: all) tokens, then all outside the `top_p` nucleus of
-    the rest, to -inf.
-
-    A constant added to a row, such as that between logits and log-probabilities, changes nothing
-    but the row itself. The nucleus is the smallest set of likeliest tokens with at least `top_p` of
-    the mass; it holds at least one token.
-    """
-    vocab_size = log_probs_RV.shape[-1]
-    limit = min(top_k or vocab_size, vocab_size)
-    top_R1 = log_probs_RV.amax(-1, keepdim=True)
-    if top_p == 1:
-        total_R1, num_sorted = torch.ones_like(top_R1, dtype=torch.float64), limit
-    else:
-        whole = _largest(log_probs_RV, limit) if top_k else log_probs_RV
-        total_R1, num_sorted = (
-            (whole - top_R1).exp().sum(-1, keepdim=True, dtype=torch.float64),
-            NUCLEUS,
-        )
-    num_R1, least_R1, next_R1 = _nucleus(log_probs_RV, top_R1, total_R1, top_p, limit, num_sorted)
-    is_kept_RV, is_tied_R = log_probs_RV >= least_R1, (next_R1 == least_R1).squeeze(-1)
-    if is_tied_R.any():
-        # Of equally likely tokens those with the smallest ids are kept.
-        tied_RV, least_R1 = log_probs_RV[is_tied_R], least_R1[is_tied_R]
-        is_above_RV, is_least_RV = tied_RV > least_R1, tied_RV == least_R1
-        num_least_R1 = num_R1[is_tied_R] - is_above_RV.sum(-1, keepdim=True)
-        is_kept_RV[is_tied_R] = is_above_RV | (
-            is_least_RV & (is_least_RV.cumsum(-1) <= num_least_R1)
-        )
-    return log_probs_RV.masked_fill(~is_kept_RV, -torch.inf)
-
-
-def _nucleus(
-    log_probs_RV: Tensor,
-    top_R1: Tensor,
-    total_R1: Tensor,
-    top_p: float,
-    limit: int,
-    num_sorted: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """How many tokens the nucleus of each row has, how likely its least is, and the likeliest
-    outside (else NaN).
-
-    Few tokens hold most of the mass as a rule, so few are sorted at first, and more in the rows
-    where that was not enough. `top_R1` is the largest log-probability, `total_R1` the sum of all
-    that may be kept, over its exponential. With `top_p` 1 the first `limit` tokens are kept.
-    """
-    num_sorted = min(num_sorted, limit)
-    sorted_RK = nn.functional.pad(
-        _largest(log_probs_RV, min(num_sorted + 1, log_probs_RV.shape[-1])), (0, 1), value=math.nan
-    )
-    probs_RK = (sorted_RK[:, :num_sorted] - top_R1).exp().double() / total_R1
-    mass_RK = probs_RK.cumsum(-1)
-    num_R1 = (mass_RK - probs_RK < top_p).sum(-1, keepdim=True).clamp(min=1)
-    if top_p == 1:
-        num_R1.fill_(limit)
-    found = [num_R1, sorted_RK.gather(-1, num_R1 - 1), sorted_RK.gather(-1, num_R1)]
-    is_open_R = mass_RK[:, -1] < top_p
-    if num_sorted < limit and is_open_R.any():
-        open_RV, top_R1, total_R1 = log_probs_RV[is_open_R], top_R1[is_open_R], total_R1[is_open_R]
-        num_next = GROWTH * num_sorted if GROWTH**2 * num_sorted < limit else limit
-        for mine, theirs in zip(
-            found, _nucleus(open_RV, top_R1, total_R1, top_p, limit, num_next), strict=True
-        ):
-            mine[is_open_R] = theirs
-    return found[0], found[1], found[2]
-
-
-def _largest(values_RV: Tensor, k: int) -> Tensor:
-    """The `k` largest values [R, k] of each row, the largest first.
-
-    The columns are cut into chunks: only in the k chunks with the largest maxima can one of the k
-    be.
-    """
-    length = math.isqrt(values_RV.shape[-1] // k)
-    if length < 2:
-        return values_RV.sort(-1, descending=True).values[:, :k]
-    num_chunks = values_RV.shape[-1] // length
-    chunks_RLC = values_RV[:, : length * num_chunks].unflatten(1, (length, num_chunks))
-    chosen_RK = chunks_RLC.amax(1).topk(k, sorted=False).indices
-    found_RK = chunks_RLC.gather(2, chosen_RK[:, None].expand(-1, length, -1)).flatten(1)
-    return torch.cat([found_RK, values_RV[:, length * num_chunks :]], 1).topk(k).values
