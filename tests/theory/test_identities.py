@@ -13,7 +13,8 @@ from potstill.kl.terms import LossTerms
 from potstill.objectives import loss as loss_module
 from potstill.objectives.loss import Loss
 from potstill.rollouts import batching
-from potstill.theory.identities import BOUND, identities
+from potstill.theory.check import BOUND
+from potstill.theory.identities import identities
 from potstill.theory.real_model import check_model
 
 

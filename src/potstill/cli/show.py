@@ -24,7 +24,7 @@ from potstill.tasks.own import describe_files, own_files
 from potstill.teachers.ends import end_set
 from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.vocabulary import num_named_rows
-from potstill.theory.identities import Check
+from potstill.theory.check import Check
 from potstill.types import Example
 
 

@@ -8,8 +8,9 @@ from potstill.kl.definition import DIVERGENCES
 from potstill.kl.fused import fused_loss
 from potstill.models.language_model import LanguageModel
 from potstill.models.probe import logits_error
+from potstill.theory.check import Check
+from potstill.theory.divergences import definition, plain_terms
 from potstill.theory.enumeration import apart, relative
-from potstill.theory.identities import Check, definition, plain_terms
 
 
 def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_384) -> list[Check]:
