@@ -13,6 +13,8 @@ from potstill.types import Example, Prompt
 
 # From 2^32 on a seed is two of numpy's words, and there its keys are one longer.
 SEEDS = (0, 1, 2, 5, 2**32 - 1, 2**32 + 1, 2**63 - 1)
+# Those of validation are the same for all seeds.
+OF_VALIDATION = [stream_key((0, 0, place), Stream.VALIDATION) for place in range(9)]
 OF_A_DISTILLATION = (
     Stream.TOKENS,
     Stream.TURNS,
@@ -46,6 +48,11 @@ def keys_of_grpo(seed: int) -> list[tuple[int, ...]]:
     ]
 
 
+def test_validation_shares_no_stream_with_steps():
+    of_steps = {state_of(key) for seed in SEEDS for key in keys_of_a_distillation(seed)}
+    assert not of_steps & {state_of(key) for key in OF_VALIDATION}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("keys_of", [keys_of_a_distillation, keys_of_grpo])
 def test_no_two_uses_of_a_run_share_a_stream(keys_of, seed):
@@ -60,12 +67,20 @@ def test_seeds_of_one_word_share_no_stream(keys_of):
 
 
 def test_every_stream_is_enumerated():
-    assert {*OF_A_DISTILLATION, Stream.START} == set(Stream)
+    assert {*OF_A_DISTILLATION, Stream.START, Stream.VALIDATION} == set(Stream)
 
 
 def test_a_seed_means_what_it_meant():
     """These keys are behind every run that there is."""
-    numbers = {"TOKENS": 0, "TURNS": 1, "SECOND_WRITER": 2, "HANDOFF": 3, "PROBE": 4, "START": 5}
+    numbers = {
+        "TOKENS": 0,
+        "TURNS": 1,
+        "SECOND_WRITER": 2,
+        "HANDOFF": 3,
+        "PROBE": 4,
+        "START": 5,
+        "VALIDATION": 6,
+    }
     assert {stream.name: stream.value for stream in Stream} == numbers
     assert stream_key((7, 2, 5), Stream.TOKENS) == (7, 2, 5)
     assert stream_key((7, 2, 5), Stream.HANDOFF) == (7, 2, 5, 3)

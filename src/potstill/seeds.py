@@ -30,6 +30,9 @@ class Stream(IntEnum):
     """Draws the tokens of the length gate's probes, whose rounds are steps."""
     START = 5
     """Draws the tokens of the check that GRPO begins with."""
+    VALIDATION = 6
+    """Draws the tokens of validations, which are the same for all seeds: their first numbers are
+    zeros."""
 
 
 def stream_key(rollout: Key, stream: Stream) -> Key:

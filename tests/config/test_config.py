@@ -20,6 +20,7 @@ from potstill.config import (
     Sampling,
     Section,
     Train,
+    Validation,
     field_names,
     fields_with,
     left_out,
@@ -460,7 +461,7 @@ def test_unread_fields_exist():
 FIELDS_WITH = {
     Role.SEED: {"data.seed", "train.seed", "grpo.seed"},
     Role.TUNED: {"train.lr", "grpo.lr"},
-    Role.LENGTH: {"train.steps", "train.extended", "grpo.steps"},
+    Role.LENGTH: {"train.steps", "train.extended", "grpo.steps", "validation.patience"},
     Role.WARM_UP: {"train.warmup_steps", "grpo.warmup_steps"},
     Role.BUDGET: {"train.flops"},
     Role.START: {"model"},
@@ -468,7 +469,18 @@ FIELDS_WITH = {
     Role.BACKEND: {"train.loss_backend"},
     Role.ROUNDING: {"train.tokens_per_batch", "sampling.batch_size", "grpo.rows_per_batch"},
     Role.SPEED: {"train.loss_memory"},
-    Role.OUTPUT: {"out", "train.checkpoint_every", "grpo.checkpoint_every"},
+    Role.OUTPUT: {
+        "out",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "grpo.checkpoint_every",
+        "validation.every",
+    },
+    Role.VALIDATION: {
+        f"validation.{name}"
+        for name in Validation.model_fields
+        if name not in ("patience", "every")
+    },
     Role.EVALUATION: {f"evaluation.{name}" for name in Evaluation.model_fields},
 }
 

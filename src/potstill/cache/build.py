@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from potstill.cache.make_shard import make_shard, save_whole
-from potstill.config import CacheOptions, Recipe, RecipeError, check_recipe
+from potstill.config import CacheOptions, Recipe, RecipeError, Validation, check_recipe
 from potstill.console.progress import CacheDisplay
 from potstill.files import file_digest, write_atomically
 from potstill.models import distributed
@@ -117,7 +117,11 @@ def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
     signal = "topk" if options.payload == "topk" else "full"
     objective = recipe.objective.model_copy(update={"prefix": writer, "signal": signal})
     teacher = recipe.teacher.model_copy(update={"cache": None})
-    return recipe.model_copy(update={"objective": objective, "teacher": teacher})
+    # A cache has all prompts, whichever a run then holds out.
+    validation = Validation(num_prompts=0)
+    return recipe.model_copy(
+        update={"objective": objective, "teacher": teacher, "validation": validation}
+    )
 
 
 def _check_folder(out: Path) -> None:

@@ -37,17 +37,29 @@ from potstill.config.toml import (
     with_fields,
 )
 from potstill.config.unread import unread_fields
+from potstill.config.validation_fields import (
+    DEFAULT_PROMPTS,
+    HIGHER_IS_BETTER,
+    PART,
+    Goal,
+    Validation,
+    steps_between,
+)
 
 __all__ = [
     "ALIKE",
     "CHANGE_NOTHING",
     "CHANGE_ROUNDING",
+    "DEFAULT_PROMPTS",
+    "HIGHER_IS_BETTER",
     "METHODS",
     "NAMED",
+    "PART",
     "SHIPPED_RECIPES",
     "CacheOptions",
     "Data",
     "Evaluation",
+    "Goal",
     "Grpo",
     "GrpoFields",
     "GrpoRecipe",
@@ -65,6 +77,7 @@ __all__ = [
     "StudentSpec",
     "TeacherSpec",
     "Train",
+    "Validation",
     "WeightSchedule",
     "Window",
     "check_recipe",
@@ -81,6 +94,7 @@ __all__ = [
     "role_of",
     "roles_of",
     "run_evaluation",
+    "steps_between",
     "to_toml",
     "toml_value",
     "unread_fields",

@@ -11,6 +11,7 @@ from potstill.config.objective_fields import Objective, WeightSchedule
 from potstill.config.roles import Place, Role
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import Section
+from potstill.config.validation_fields import Validation
 from potstill.config.values import (
     LARGEST_RATE,
     MANY,
@@ -202,6 +203,8 @@ class Train(Section, role=Role.UPDATE):
     memory."""
     checkpoint_every: Annotated[int, Role.OUTPUT] = Field(default=20, ge=1)
     """Steps between checkpoints; one is also written at the end."""
+    keep_checkpoints: Annotated[int | None, Role.OUTPUT] = Field(default=None, ge=1)
+    """Checkpoints that are kept, the last ones; 1 by default."""
     seed: Annotated[Seed, Role.SEED] = 0
     """Seed of the data order, of sampling and of fresh weights."""
     extended: Annotated[tuple[tuple[int, int], ...], Role.LENGTH] = ()
@@ -316,6 +319,7 @@ class RecipeFields(RunRecipe):
     rollouts: Rollouts = Rollouts()
     window: Window = Window()
     train: Train = Train()
+    validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
 
 

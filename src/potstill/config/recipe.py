@@ -51,6 +51,11 @@ class Recipe(RecipeFields):
                 'teacher.cache is set and teacher.model is "self"; name the model that the cache '
                 "was built with"
             )
+        if self.validation.patience is not None and self.validation.keep_best is None:
+            raise ValueError(
+                f"validation.patience is {self.validation.patience} and validation.keep_best "
+                "names nothing that could get better; set it, or remove validation.patience"
+            )
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps is {self.train.warmup_steps}, more than train.steps = "

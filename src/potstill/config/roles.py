@@ -30,6 +30,10 @@ class Role(Enum):
     ROUNDING = "how work is sliced; results differ by rounding"
     SPEED = "memory for time; no number depends on it"
     OUTPUT = "what is written, where and when; no number depends on it"
+    VALIDATION = (
+        "how the student is measured between steps; no step depends on it, but for the "
+        "prompts held out"
+    )
     EVALUATION = "how the finished student is evaluated; no step depends on it"
 
 
@@ -48,6 +52,14 @@ CHANGE_NOTHING = (Role.OUTPUT, Role.EVALUATION, Role.SPEED)
 # run.
 CHANGE_ROUNDING = (Role.ROUNDING,)
 # Runs that differ in these alone have one objective: a comparison may take them for alike.
-ALIKE = (Role.TUNED, Role.CACHE, Role.BACKEND, Role.ROUNDING, Role.SPEED, Role.OUTPUT)
+ALIKE = (
+    Role.TUNED,
+    Role.CACHE,
+    Role.BACKEND,
+    Role.ROUNDING,
+    Role.SPEED,
+    Role.OUTPUT,
+    Role.VALIDATION,
+)
 # A method's name says what these fields are.
 NAMED = (Role.PREFIX, Role.DIVERGENCE, Role.TOKEN_WEIGHT)

@@ -11,6 +11,7 @@ from potstill.config.fields import (
     TeacherSpec,
     Window,
 )
+from potstill.config.validation_fields import Validation
 from potstill.tasks import is_table
 from potstill.tasks.tables import is_hub_id, sources
 
@@ -29,9 +30,29 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
     unread |= _unread_of_teacher(recipe.teacher) | _unread_of_data(recipe.data)
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
+    unread |= _unread_of_validation(recipe.validation)
     if recipe.evaluation.source is None:
         unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
     return unread
+
+
+def _unread_of_validation(validation: Validation) -> dict[str, str]:
+    if validation.num_prompts == 0:
+        fields = [field for field in Validation.model_fields if field != "num_prompts"]
+        return {
+            f"validation.{field}": "validation.num_prompts is 0, so nothing is validated"
+            for field in fields
+        }
+    source = validation.source
+    if source is None:
+        return {
+            "validation.split": "validation.source is not set, and the prompts come from the data"
+        }
+    if is_table(source) and not any(is_table(name) and is_hub_id(name) for name in sources(source)):
+        return {
+            "validation.split": f"validation.source is the file {source!r}, which has no splits"
+        }
+    return {}
 
 
 def _unread_of_prefix(objective: Objective) -> dict[str, str]:

@@ -13,7 +13,7 @@ from potstill.prompts.examples import (
 from potstill.prompts.rows import Asked, make_examples, rows_of_objects
 from potstill.tasks import is_table
 from potstill.tasks.tables import blank_lines
-from potstill.types import Prompt
+from potstill.types import Example, Prompt
 
 
 def prepare_prompts(
@@ -57,8 +57,40 @@ def prepare_prompts(
             teacher_template=teacher_template,
         )
         examples = make_examples(rows, asked)
+    closing_ids = end_ids if recipe.objective.prefix == "dataset" else None
+    prompts = as_read(
+        examples,
+        recipe,
+        student,
+        teacher,
+        end_ids=closing_ids,
+        max_completion=recipe.window.tokens,
+        date=date,
+    )
+    notes += prompt_notes(
+        len(examples), prompts, student.tokenizer, data.template, data.template_arguments
+    )
+    return prompts, notes
+
+
+def as_read(
+    examples: Sequence[Example],
+    recipe: Recipe,
+    student,
+    teacher,
+    *,
+    end_ids: Sequence[int] | None,
+    max_completion: int,
+    date: str,
+) -> list[Prompt]:
+    """Examples as prompts that both models of a run read, with room for completions. Raises
+    DataError.
+
+    With `end_ids` each example must have a completion, which one of them closes.
+    """
+    data = recipe.data
     options: dict[str, Any] = {
-        "max_completion": recipe.window.tokens,
+        "max_completion": max_completion,
         "template_arguments": data.template_arguments,
         "date": date,
         "max_prompt_tokens": data.max_prompt_tokens,
@@ -74,7 +106,7 @@ def prepare_prompts(
         student.tokenizer,
         template=data.template,
         context_length=min(lengths, default=None),
-        end_ids=end_ids if recipe.objective.prefix == "dataset" else None,
+        end_ids=end_ids,
         **options,
     )
     asks_otherwise = recipe.teacher.template is not None or any(
@@ -88,10 +120,7 @@ def prepare_prompts(
             context_length=teacher.context_length,
             **options,
         )
-    notes += prompt_notes(
-        len(examples), prompts, student.tokenizer, data.template, data.template_arguments
-    )
-    return prompts, notes
+    return prompts
 
 
 def _about_blank_lines(source: str | Sequence[str]) -> list[str]:

@@ -43,8 +43,8 @@ EVAL_COLUMNS = (
 class Entry:
     """A finished run, or an evaluated model without one.
 
-    `evals` has one row a temperature (`evaluation.evaluate` says what is in it), `decisions` what
-    the length gate did.
+    `evals` has one row a temperature (`evaluation.scores.evaluate` says what is in it), `decisions`
+    what the length gate did, `validations` a row for each validation of the student as it learnt.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Entry:
     metrics: tuple[dict[str, Any], ...] = ()
     samples: tuple[dict[str, Any], ...] = ()
     decisions: tuple[dict[str, Any], ...] = ()
+    validations: tuple[dict[str, Any], ...] = ()
 
     @property
     def cell(self) -> str | None:
@@ -115,11 +116,11 @@ def read_entry(path: Path) -> Entry:
     recipe = load_any_recipe(path / "recipe.toml")
     if not is_done(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
-    metrics, samples, decisions = (
+    metrics, samples, decisions, validations = (
         tuple(read_rows(path / name, keys)) for name, keys in STEP_LOGS.items()
     )
     evals = newest_evals(path, last_row(path)["step"])
-    return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions)
+    return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions, validations)
 
 
 def newest_evals(folder: Path, step: int) -> list[dict[str, Any]]:

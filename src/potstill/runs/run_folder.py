@@ -1,9 +1,9 @@
 """The run folder: what a run writes beside its weights, and what makes it a result.
 
 `recipe.toml`, `environment.json`, `metrics.jsonl`, `window.jsonl` (what the length gate decided and
-why), `evals.jsonl`, `responses/`, `samples.jsonl`, `checkpoint/`, `model/`, `DONE`. `DONE` holds
-the recipe's identity and is written last; a folder without a matching one is not a result. Needs no
-torch.
+why), `validation.jsonl` (both models on prompts that are not trained on), `evals.jsonl`,
+`responses/`, `samples.jsonl`, `checkpoint/`, `model/`, `DONE`. `DONE` holds the recipe's identity
+and is written last; a folder without a matching one is not a result. Needs no torch.
 """
 
 import importlib.metadata
@@ -35,6 +35,7 @@ STEP_LOGS = {
     "metrics.jsonl": ("step", "seconds"),
     "samples.jsonl": ("step", "tokens", "trained"),
     "window.jsonl": ("step", "window", "action", "failed"),
+    "validation.jsonl": ("step", "num_prompts"),
 }
 # What tells one evaluation of a run from another.
 EVAL_KEYS = ("step", "temperature", "settings")

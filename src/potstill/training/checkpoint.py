@@ -26,13 +26,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from potstill.console.boundary import Stopped
-from potstill.files import file_digest, flush, seal, unseal
+from potstill.files import file_digest, flush, json_line, seal, unseal
 from potstill.models.distributed import World, gather, wait_for_all
-from potstill.models.language_model import LanguageModel
+from potstill.models.language_model import LanguageModel, save_model
 from potstill.runs.run_folder import RunError, read_json, seal_logs
 from potstill.types import Prompt, Rollout
 
 STATE = "state.json"
+# In the folder of the best student, its row of the log.
+VALIDATION = "validation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +67,53 @@ def _ours(folder: Path) -> list[tuple[Path, re.Match[str]]]:
     return [(path, match) for path, match in matches if match is not None and path.is_dir()]
 
 
-def tidy(folder: Path, step: int) -> None:
-    """Remove checkpoints before that of `step`, and those that a kill left unfinished."""
-    for path, match in _ours(folder / "checkpoint"):
-        if (match[1] or step_of(path) < step) and not path.is_symlink():
+def tidy(folder: Path, step: int, num_kept: int | None = None) -> None:
+    """Remove checkpoints but the last ones up to that of `step`, and those that a kill left
+    unfinished."""
+    found = _ours(folder / "checkpoint")
+    steps = sorted(step_of(path) for path, match in found if not match[1] and step_of(path) <= step)
+    first = min(steps[-(num_kept or 1) :], default=step)
+    for path, match in found:
+        if (match[1] or step_of(path) < first) and not path.is_symlink():
             shutil.rmtree(path)
+
+
+def stage_best(
+    folder: Path,
+    step: int,
+    student: LanguageModel,
+    weights: dict[str, torch.Tensor],
+    end_ids: Sequence[int],
+    row: dict[str, Any],
+) -> None:
+    """Write the best student so far as a model folder, with its validation, until a checkpoint
+    knows of it."""
+    staged = folder / "checkpoint" / _staged(step)
+    staged.parent.mkdir(exist_ok=True)
+    save_model(student, weights, end_ids, staged)
+    (staged / VALIDATION).write_text(json_line(row))
+    for path in (*staged.iterdir(), staged):
+        flush(path)
+
+
+def settle_best(folder: Path, step: int | None) -> None:
+    """Make the best student that the newest checkpoint knows of `best/`, and remove those that no
+    checkpoint knows."""
+    for path in (folder / "checkpoint").glob("*best-*"):
+        if step is not None and path.name == _staged(step):
+            best = folder / "best"
+            shutil.rmtree(best, ignore_errors=True)
+            path.rename(best)
+            flush(folder)
+        elif (
+            re.fullmatch(r"best-\d{6,}|\.best-\d{6,}\.unfinished", path.name)
+            and not path.is_symlink()
+        ):
+            shutil.rmtree(path)
+
+
+def _staged(step: int) -> str:
+    return f"best-{step:06d}"
 
 
 def save(
@@ -81,9 +125,11 @@ def save(
     state: dict[str, Any],
     rollouts: Sequence[Rollout] = (),
     teacher: LanguageModel | None = None,
+    num_kept: int | None = None,
 ) -> None:
-    """Write the checkpoint after `step` finished steps, then remove older ones. Every rank must
-    call this.
+    """Write the checkpoint after `step` finished steps, then remove older ones.
+
+    The last `num_kept` stay, 1 by default. Every rank must call this.
 
     `state` is plain data for the next step; `rollouts` are this rank's, if they are to be used
     again; a `teacher` is saved where its weights change.
@@ -119,7 +165,7 @@ def save(
             flush(path)
         unfinished.rename(target)
         flush(target.parent)
-        tidy(folder, step)
+        tidy(folder, step, num_kept)
     wait_for_all(world)
 
 

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from potstill.config import WeightSchedule, Window
+from potstill.config import HIGHER_IS_BETTER, Goal, WeightSchedule, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,24 @@ def next_weight(
     change = schedule.rate * max(-1.0, min(miss / floor, 1.0)) if floor > 0 else 0.0
     low, high = schedule.bounds
     return WeightState(min(max(state.weight + change, low), high), first)
+
+
+@dataclass(frozen=True, slots=True)
+class BestState:
+    """The best validation so far: after which step, its value, and how many came since that were
+    not better."""
+
+    step: int | None = None
+    value: float | None = None
+    num_since: int = 0
+
+
+def next_best(goal: Goal, state: BestState, step: int, value: float) -> BestState:
+    """The best validation once there is one more. Equal is not better."""
+    sign = -1 if goal in HIGHER_IS_BETTER else 1
+    if state.value is None or sign * value < sign * state.value:
+        return BestState(step, value)
+    return BestState(state.step, state.value, state.num_since + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

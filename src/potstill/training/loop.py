@@ -55,6 +55,7 @@ from potstill.training.step import (
     update,
     write_round,
 )
+from potstill.training.validation import is_exhausted, validate_if_due
 from potstill.types import Example, Rollout, Writer
 
 
@@ -157,6 +158,8 @@ def _run(
         stop_asked_for() as asked,
     ):
         display.note(*opening(recipe, setup, run.step), *notes)
+        if run.step == 0:
+            run = validate_if_due(trainer, run, display)
         run = _take_steps(trainer, run, display, asked)
     return _finish(trainer, run, quiet)
 
@@ -165,7 +168,7 @@ def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callabl
     """The loop. `run` is the state before a step, `plan` what that step is to do."""
     settings, world, student = trainer.settings, trainer.world, trainer.setup.student
     has_dropout = trainer.recipe.student.dropout
-    while not is_spent(settings, run.step, run.flops):
+    while not is_spent(settings, run.step, run.flops) and not is_exhausted(trainer, run):
         clock = Stopwatch(world.device)
         begin_step(trainer, run)
         run, probed = probe_if_due(trainer, run, clock, display.note)
@@ -193,14 +196,26 @@ def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callabl
         metrics = step_metrics(trainer, plan, sums, updated, cost)
         run = run.after(trainer.recipe, metrics, rollouts)
         _record(trainer, run, samples + seen, display, clock)
+        run = validate_if_due(trainer, run, display)
+        ends_early = is_exhausted(trainer, run)
         # The ranks stop together.
         signal = distributed.max_over_ranks(asked(), world)
-        if saves or signal:
+        if saves or signal or ends_early:
             _save(trainer, run)
         display.update(run.metrics)
         if signal:
             raise stopped_after(run.step, signal)
+        if ends_early:
+            display.note(_ended_early(trainer, run))
     return run
+
+
+def _ended_early(trainer: Trainer, run: Run) -> str:
+    goal = trainer.recipe.validation.keep_best
+    return (
+        f"ended early after step {run.step}: {run.best.num_since} validations in a row had no "
+        f"better {goal} than the one after step {run.best.step}"
+    )
 
 
 def _record(
@@ -233,7 +248,10 @@ def _save(trainer: Trainer, run: Run) -> None:
         state=run.as_data(),
         rollouts=run.rollouts if is_used_again else (),
         teacher=trainer.follower,
+        num_kept=trainer.settings.keep_checkpoints,
     )
+    if trainer.world.is_main:
+        checkpoint.settle_best(trainer.folder, run.best.step)
 
 
 def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:

@@ -59,3 +59,8 @@ def learning_rate(config: Train, step: int, flops: float = 0.0) -> float:
 def is_spent(config: Train, num_steps: int, flops: float) -> bool:
     """Whether a run that has done this much has reached its last step or its operations."""
     return num_steps >= config.steps or (config.flops is not None and flops >= config.flops)
+
+
+def is_extended_at(config: Train, num_steps: int) -> bool:
+    """Whether a run ended after so many steps once and was extended."""
+    return any(num_steps == until for until, _ in config.extended)

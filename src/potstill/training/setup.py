@@ -1,6 +1,7 @@
 """A run made ready: models, prompts and loss, loaded and checked before anything is written."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from potstill.models.language_model import LanguageModel, ModelError
 from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.objectives.loss import Loss
+from potstill.prompts.held_out import HeldOut, validation_prompts
 from potstill.prompts.prepare import prepare_prompts
 from potstill.tasks import is_table, make_task
 from potstill.tasks.own import own_files
@@ -37,6 +39,7 @@ class Setup:
     cache: Cache | None
     prompts: list[Prompt]
     probes: list[Prompt]
+    held_out: HeldOut | None
     ends: Ends
     loss: Loss
     answer_end: Callable[[str], int | None]
@@ -99,9 +102,17 @@ def prepare(
     )
     _refuse_prompts(recipe, student, teacher, tokenised, loss.vocab_size)
     tokenised, probes = hold_out(recipe.window, tokenised)
+    models = {"student": student, "teacher": teacher}
+    tokenised, held_out, said = validation_prompts(
+        recipe, tokenised, **models, is_given=prompts is not None, date=date
+    )
     if cache is not None:
         cache.check_fit(ends.stop_ids, loss.vocab_size, loss.end_class)
         tokenised, probes = cache.attach(tokenised), cache.attach(probes)
+    if held_out is not None:
+        held_out = _check_held_out(
+            recipe, held_out, **models, cache=cache, vocab_size=loss.vocab_size
+        )
     if recipe.evaluation.source is not None:
         # Its prompts are made again when the run ends; here a bad one is refused before any work is
         # done.
@@ -114,6 +125,7 @@ def prepare(
         cache=cache,
         prompts=tokenised,
         probes=probes,
+        held_out=held_out,
         ends=ends,
         loss=loss,
         answer_end=answer_end,
@@ -123,7 +135,7 @@ def prepare(
             recipe.data.source if prompts is None else None, recipe.evaluation.source
         ),
         date=date,
-        notes=tuple(notes),
+        notes=(*notes, *said),
     )
 
 
@@ -159,6 +171,79 @@ def _refuse_prompts(
         refuse_crossing(
             teacher, [p.ids_of("teacher") for p in prompts], recipe.window.tokens, "window.tokens"
         )
+
+
+def _check_held_out(
+    recipe: Recipe,
+    held_out: HeldOut,
+    *,
+    student: LanguageModel,
+    teacher: Teacher | None,
+    cache: Cache | None,
+    vocab_size: int | None,
+) -> HeldOut:
+    """The prompts of validation, with what a cache has of them. Raises for what it does not have,
+    and as training's."""
+    goal = recipe.validation.keep_best
+    if teacher is not None and not teacher.can_score:
+        if cache is not None:
+            held_out = dataclasses.replace(
+                held_out, prompts=_cached_once(recipe, cache, held_out.prompts)
+            )
+        if goal is not None and (goal.startswith("student_prefix") or goal == "teacher_log_prob"):
+            raise RecipeError(
+                f'validation.keep_best is "{goal}" and this teacher, such as a cache, cannot '
+                'score what the student writes; use "teacher_prefix_forward_kl" or a live teacher'
+            )
+    elif teacher is None and goal not in (None, "truncation", "repetition", "score"):
+        raise RecipeError(
+            f'validation.keep_best is "{goal}", for which it takes a teacher, and this run has '
+            'none; use "score", "truncation" or "repetition"'
+        )
+    if goal == "score" and held_out.task is None:
+        raise RecipeError(
+            'validation.keep_best is "score" and the prompts are of no task, which alone can score'
+        )
+    max_tokens = recipe.validation.max_tokens or recipe.window.tokens
+    if vocab_size is not None:
+        vocabulary.refuse_unshared_ids(held_out.prompts, vocab_size, student.tokenizer)
+    refuse_crossing(
+        student, [p.token_ids for p in held_out.prompts], max_tokens, "validation.max_tokens"
+    )
+    if teacher is not None:
+        refuse_crossing(
+            teacher,
+            [p.ids_of("teacher") for p in held_out.prompts],
+            max_tokens,
+            "validation.max_tokens",
+        )
+    return held_out
+
+
+def _cached_once(recipe: Recipe, cache: Cache, prompts: list[Prompt]) -> list[Prompt]:
+    """Each prompt with the first of its cached completions. Raises RecipeError for a cache without
+    whole KLs."""
+    settings, max_tokens = cache.manifest.settings, recipe.validation.max_tokens or 0
+    if settings.writer != "teacher" or settings.payload != "hidden":
+        held = (
+            "the data's completions"
+            if settings.writer != "teacher"
+            else "the teacher's likeliest tokens alone"
+        )
+        raise RecipeError(
+            f"validation is asked for and the cache {str(cache.folder)!r} holds {held}, of which "
+            "no exact KL is known; build a cache of the teacher's completions with --payload "
+            "hidden, or set validation.num_prompts = 0"
+        )
+    if max_tokens > settings.window:
+        raise RecipeError(
+            f"validation.max_tokens is {max_tokens} and the cache {str(cache.folder)!r} has "
+            f"completions of at most {settings.window} tokens; lower it"
+        )
+    first: dict[tuple[int, ...], Prompt] = {}
+    for prompt in cache.attach(prompts):
+        first.setdefault(prompt.token_ids, prompt)
+    return list(first.values())
 
 
 def load_teacher(

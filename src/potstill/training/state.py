@@ -15,8 +15,14 @@ from potstill.models.language_model import LanguageModel
 from potstill.runs import run_folder
 from potstill.seeds import step_indices
 from potstill.training import checkpoint
-from potstill.training.controllers import WeightState, WindowState, first_window, next_weight
-from potstill.training.rates import is_spent, with_lr
+from potstill.training.controllers import (
+    BestState,
+    WeightState,
+    WindowState,
+    first_window,
+    next_weight,
+)
+from potstill.training.rates import is_extended_at, is_spent, with_lr
 from potstill.training.setup import Setup
 from potstill.types import Prompt, Rollout, Writer
 
@@ -59,6 +65,7 @@ class Run:
     step: int
     weight: WeightState
     window: WindowState
+    best: BestState
     flops: float
     rollouts: list[Rollout]
     metrics: dict[str, Any]
@@ -68,6 +75,7 @@ class Run:
         return {
             "weight": dataclasses.asdict(self.weight),
             "window": dataclasses.asdict(self.window),
+            "best": dataclasses.asdict(self.best),
             "flops": self.flops,
         }
 
@@ -120,16 +128,17 @@ def begin(trainer: Trainer) -> Run:
     path = checkpoint.latest(folder)
     if path is None:
         weight, window = WeightState(recipe.objective.forward_weight), first_window(recipe.window)
-        run, logs = (
-            Run(step=0, weight=weight, window=window, flops=0.0, rollouts=[], metrics={}),
-            {},
-        )
+        state = {"weight": weight, "window": window, "best": BestState()}
+        run, logs = Run(step=0, **state, flops=0.0, rollouts=[], metrics={}), {}
     else:
         saved = checkpoint.load(path, trainer.setup.student, trainer.optimizer, trainer.follower)
         run, logs = _read_run(saved, trainer), saved.logs
+    if is_extended_at(trainer.settings, run.step):
+        run = dataclasses.replace(run, best=dataclasses.replace(run.best, num_since=0))
     if trainer.world.is_main:
         run_folder.rewind(folder, run.step, logs)
-        checkpoint.tidy(folder, run.step)
+        checkpoint.tidy(folder, run.step, trainer.settings.keep_checkpoints)
+        checkpoint.settle_best(folder, run.best.step)
     return run
 
 
@@ -139,6 +148,7 @@ def _read_run(saved: checkpoint.Saved, trainer: Trainer) -> Run:
         step=saved.step,
         weight=WeightState(**data["weight"]),
         window=WindowState(**data["window"]),
+        best=BestState(**data.get("best", {})),
         flops=data["flops"],
         rollouts=[],
         metrics={},

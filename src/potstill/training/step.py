@@ -19,7 +19,7 @@ from potstill.seeds import step_seed
 from potstill.training.controllers import decide, is_probe_due, scheduled_weight, scheduled_window
 from potstill.training.metrics import Stopwatch, step_means
 from potstill.training.probing import probe_window
-from potstill.training.rates import is_spent, learning_rate, planned_steps
+from potstill.training.rates import is_extended_at, is_spent, learning_rate, planned_steps
 from potstill.training.rollout_log import scored_samples
 from potstill.training.state import Run, Trainer, prompts_and_seeds
 from potstill.types import NonFiniteError, Prompt, Rollout, Writer
@@ -151,8 +151,8 @@ def is_saved(trainer: Trainer, run: Run, cost: Cost) -> bool:
     """Whether a checkpoint follows the step: every so many, at the end, and where an extended run
     once ended."""
     settings, after = trainer.settings, run.step + 1
-    ended = any(after == until for until, _ in settings.extended)
-    return after % settings.checkpoint_every == 0 or ended or is_spent(settings, after, cost.total)
+    ends = is_spent(settings, after, cost.total) or is_extended_at(settings, after)
+    return after % settings.checkpoint_every == 0 or ends
 
 
 def samples_without_dropout(

@@ -1,0 +1,249 @@
+"""Validation: both models on prompts that are not trained on, before the first step, between steps
+and after the last.
+
+The prompts and the random numbers are the same each time, and for all seeds. The teacher writes
+once; its completions are kept in the run folder. A validation that a kill has cut off the log is
+done again, and finds the same.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from potstill import files
+from potstill.config import Sampling
+from potstill.console.progress import StepDisplay
+from potstill.evaluation.quality import STUDENT, TEACHER, Pair, Sums, estimates, measure
+from potstill.models import distributed
+from potstill.prompts.held_out import HeldOut, every_steps
+from potstill.rollouts.prefixes import Writing, from_one
+from potstill.runs.run_folder import RunError, read_json
+from potstill.seeds import Key, Stream, stream_key
+from potstill.training import checkpoint
+from potstill.training.controllers import next_best
+from potstill.training.rates import is_extended_at, is_spent, planned_steps
+from potstill.training.state import Run, Trainer
+from potstill.training.step import naming
+from potstill.types import Prompt, Rollout, Stop, Writer
+
+LOG, TEACHERS_FILE = "validation.jsonl", "validation_teacher.json"
+
+
+def is_due(trainer: Trainer, run: Run) -> bool:
+    """Whether the student is validated as it is: at both ends, every so many steps, and where an
+    extended run ended."""
+    settings = trainer.settings
+    if trainer.setup.held_out is None:
+        return False
+    if (
+        run.step == 0
+        or is_extended_at(settings, run.step)
+        or is_spent(settings, run.step, run.flops)
+    ):
+        return True
+    every = every_steps(trainer.recipe, planned_steps(settings, run.step - 1))
+    # By default the prompts are held out by the number of steps in the end, which may once have
+    # been too few.
+    return every is not None and run.step % every == 0
+
+
+def validate_if_due(trainer: Trainer, run: Run, display: StepDisplay) -> Run:
+    """The run with what its validation shows, which is logged; the same run where none is due.
+
+    Ranks share the prompts; each knows the result.
+    """
+    held_out = trainer.setup.held_out
+    if held_out is None or not is_due(trainer, run):
+        return run
+    student, world = trainer.setup.student, trainer.world
+    student.eval()
+    distributed.refresh(trainer.decoders["student"], student)
+    with naming(run.step - 1, held_out.prompts):
+        sums = _over_ranks(_measured(trainer, held_out), trainer)
+    found = estimates(sums)
+    timing = display.timing({})
+    row = {
+        "step": run.step,
+        "num_prompts": len(sums),
+        "max_tokens": _max_tokens(trainer),
+        **found,
+        **timing,
+    }
+    if world.is_main:
+        files.append(trainer.folder / LOG, row)
+    display.note(f"validation {_when(run.step)}: {described(row)}")
+    return _with_best(trainer, run, row)
+
+
+def _with_best(trainer: Trainer, run: Run, row: dict[str, Any]) -> Run:
+    """The run with its best validation so far, whose student is kept if this is the one. Every rank
+    must call this."""
+    goal = trainer.recipe.validation.keep_best
+    if goal is None:
+        return run
+    best = next_best(goal, run.best, run.step, row[goal][0])
+    if best.step == run.step:
+        setup = trainer.setup
+        weights = checkpoint.weights(setup.student)
+        if trainer.world.is_main:
+            checkpoint.stage_best(
+                trainer.folder, run.step, setup.student, weights, setup.ends.stop_ids, row
+            )
+    if is_extended_at(trainer.settings, run.step):
+        best = dataclasses.replace(best, num_since=0)
+    return dataclasses.replace(run, best=best)
+
+
+def is_exhausted(trainer: Trainer, run: Run) -> bool:
+    """Whether so many validations in a row were not better that the run is to end."""
+    patience = trainer.recipe.validation.patience
+    return patience is not None and run.best.num_since >= patience
+
+
+def _when(step: int) -> str:
+    return f"after step {step}" if step else "before the first step"
+
+
+def described(row: dict[str, Any]) -> str:
+    """The values of a validation that a line has room for."""
+    parts = []
+    for writer in (TEACHER, STUDENT):
+        names = [f"{writer}_prefix_{direction}_kl" for direction in ("forward", "reverse")]
+        if all(name in row for name in names):
+            forward, reverse = (row[name][0] for name in names)
+            parts.append(f"on {writer}'s text KL fwd {forward:.4f} rev {reverse:.4f}")
+    parts.append(f"entropy {row['student_entropy_before_answer'][0]:.3f}")
+    parts.append(f"length {row['length'][0]:.0f}")
+    parts += [f"{name} {row[name][0]:.0%}" for name in ("truncation", "repetition") if row[name][0]]
+    if "score" in row:
+        parts.append(f"score {row['score'][0]:.3f}")
+    return "  ".join(parts)
+
+
+def _max_tokens(trainer: Trainer) -> int:
+    recipe = trainer.recipe
+    return recipe.validation.max_tokens or recipe.window.tokens
+
+
+def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
+    """The sums of this rank's prompts, in their order."""
+    setup, recipe, world = trainer.setup, trainer.recipe, trainer.world
+    prompts = held_out.prompts[world.rank :: world.size]
+    keys = [
+        stream_key((0, 0, place), Stream.VALIDATION)
+        for place in range(world.rank, len(held_out.prompts), world.size)
+    ]
+    writing = Writing(
+        objective=recipe.objective,
+        models=trainer.decoders,
+        window=_max_tokens(trainer),
+        end_ids=setup.ends.stop_ids,
+        # As the models are, whatever training draws from them.
+        sampling=Sampling(batch_size=recipe.sampling.batch_size),
+        rollouts_per_step=len(held_out.prompts),
+        vocab_size=setup.loss.vocab_size,
+        cache=setup.cache,
+    )
+
+    def pair(teacher) -> Pair:
+        return Pair(
+            # The whole copy that decodes: ranks do not take the same number of passes here.
+            student=setup.student.around(trainer.decoders["student"], "student"),
+            teacher=teacher,
+            vocab_size=setup.loss.vocab_size,
+            end_class=setup.loss.end_class,
+            backend=setup.loss.backend,
+            tokens_per_batch=recipe.train.tokens_per_batch,
+            answer_end=held_out.answer_end,
+        )
+
+    scoring = setup.teacher if setup.teacher is not None and setup.teacher.can_score else None
+    sums: list[Sums] = [{} for _ in prompts]
+    written = _of_teacher(trainer, writing, held_out.prompts, prompts, keys)
+    if written:
+        for mine, found in zip(sums, measure(pair(setup.teacher), TEACHER, written), strict=True):
+            mine |= found
+    rollouts = from_one(STUDENT, writing, prompts, keys) if prompts else []
+    for mine, found in zip(
+        sums, measure(pair(scoring), STUDENT, rollouts, held_out.task), strict=True
+    ):
+        mine |= found
+    return sums
+
+
+def _over_ranks(mine: list[Any], trainer: Trainer) -> list[Any]:
+    """All ranks' values, one a prompt, in the order of the prompts."""
+    parts = distributed.gather(mine, trainer.world)
+    return [parts[place % len(parts)][place // len(parts)] for place in range(sum(map(len, parts)))]
+
+
+def _of_teacher(
+    trainer: Trainer,
+    writing: Writing,
+    all_prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt],
+    keys: Sequence[Key],
+) -> list[Rollout]:
+    """What the teacher has written to this rank's prompts: in the cache, once for this run, or now
+    if it changes.
+
+    Nothing where it cannot write, or not score what it writes.
+    """
+    teacher, world = trainer.setup.teacher, trainer.world
+    if teacher is not None and not teacher.can_score:
+        cache = trainer.setup.cache
+        return (
+            [] if cache is None else [cache.rollout(prompt, writing.window) for prompt in prompts]
+        )
+    if "teacher" not in trainer.decoders:
+        return []
+    path = trainer.folder / TEACHERS_FILE
+    asked = files.json_digest(
+        [[prompt.ids_of("teacher") for prompt in all_prompts], writing.window, writing.end_ids]
+    )
+    known = _read_written(path, asked) if world.is_main and trainer.follower is None else None
+    known = distributed.gather(known, world)[0]
+    if known is None:
+        written = from_one(TEACHER, writing, prompts, keys) if prompts else []
+        known = _over_ranks(
+            [(rollout.completion_ids, rollout.stop) for rollout in written], trainer
+        )
+        if world.is_main and trainer.follower is None:
+            texts = trainer.setup.student.tokenizer.batch_decode([list(ids) for ids, _ in known])
+            rows = [
+                {"prompt": prompt.example.id, "text": text, "completion_ids": ids, "stop": stop}
+                for prompt, text, (ids, stop) in zip(all_prompts, texts, known, strict=True)
+            ]
+            files.write_atomically(path, files.seal({"asked": asked, "completions": rows}))
+    mine = known[world.rank :: world.size]
+    return [
+        _rollout(prompt, tuple(ids), stop)
+        for prompt, (ids, stop) in zip(prompts, mine, strict=True)
+    ]
+
+
+def _read_written(path: Path, asked: str) -> list[tuple[list[int], Stop]] | None:
+    """The teacher's completions that are there; None where there are none, or those of another
+    question.
+
+    Raises RunError where the file was changed.
+    """
+    if not path.exists():
+        return None
+    found = files.unseal(read_json(path))
+    if found is None:
+        raise RunError(
+            f"{str(path)!r} was changed after it was written; remove it, and the teacher writes "
+            "it again"
+        )
+    if found["asked"] != asked:
+        return None
+    return [(row["completion_ids"], row["stop"]) for row in found["completions"]]
+
+
+def _rollout(prompt: Prompt, ids: tuple[int, ...], stop: Stop) -> Rollout:
+    writers: tuple[Writer, ...] = ("teacher",) * len(ids)
+    return Rollout(
+        prompt=prompt, completion_ids=ids, trained=(True,) * len(ids), writers=writers, stop=stop
+    )
