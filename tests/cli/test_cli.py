@@ -45,6 +45,13 @@ def test_every_command_is_a_function_and_has_a_line(capsys):
         assert f"  {command}  {summary}" in re.sub(r" {2,}", "  ", text) and summary.endswith(".")
 
 
+def test_help_says_what_each_option_is(capsys):
+    """A docstring whose continued lines are not indented would be printed as it is."""
+    for command in COMMANDS:
+        code, text, _ = run(capsys, *command.split(), "--help")
+        assert code == 0 and "Args:" not in text and "A section from Python" not in text
+
+
 def test_the_list_of_commands_loads_nothing_but_what_prints_it():
     before = subprocess.run(
         [sys.executable, "-c", "import sys; print(*sys.modules)"],

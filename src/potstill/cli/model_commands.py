@@ -27,11 +27,10 @@ def evaluate(
 
     Args:
         models: Run folders, model folders, hub ids, or potstill:teacher and potstill:base.
-        out: Also write the results to this JSON file (one model). A run's results are added to its
-        folder.
+        out: Also write the results to this JSON file (one model). A run's results are added to
+            its folder.
         responses: Folder for the responses of models that are no runs; an evaluation that was
-        stopped goes on from
-            them. Those of a run are in its own folder.
+            stopped goes on from them. Those of a run are in its own folder.
     """
     from potstill.cli.show import evaluate_and_store
 
@@ -63,9 +62,8 @@ def sample(
         model: A run folder, a model folder, a hub id, or potstill:teacher or potstill:base.
         prompt: Prompts; held-out problems of the source when there are none.
         source: The task to take problems from.
-        template: Render the prompts with the chat template, or take them as they are. What it reads
-        beside the
-            messages is said by --template-arguments.NAME VALUE.
+        template: Render the prompts with the chat template, or take them as they are. What it
+            reads beside the messages is said by --template-arguments.NAME VALUE.
         num: How many problems, or responses to each given prompt.
         max_tokens: Completion length cap.
         seed: Seed of the problems and of sampling.
@@ -90,7 +88,7 @@ def verify(
 
     Args:
         model: Check a real model instead, as far as that needs no enumeration: a folder, hub id or
-        run folder.
+            run folder.
         json_file: Also write the rows to this JSON file.
     """
     from potstill.cli.show import print_checks

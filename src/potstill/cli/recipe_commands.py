@@ -32,10 +32,8 @@ def train(
         method: A corner of the grid; sets objective.prefix and objective.kl.
         dry_run: Print the resolved recipe and stop.
         extend_to: Go on with the run in the folder, finished or not, to this step. The steps that
-        are done keep
-            what they were; what follows a schedule over all steps goes on as in a run of so many,
-            so that a cosine
-            learning rate that has decayed rises again.
+            are done keep what they were; what follows a schedule over all steps goes on as in a run
+            of so many, so that a cosine learning rate that has decayed rises again.
     """
     resolved = load_recipe(recipe, _with_method(method, overrides))
     if dry_run:

@@ -32,7 +32,8 @@ class Section(BaseModel):
         cls.default_role = role or cls.default_role
 
     def __init__(self, /, **fields: Any) -> None:
-        """A section from Python. Raises RecipeError with one line."""
+        # From Python. Raises RecipeError with one line. A docstring here would be the help text of
+        # every section that has none of its own.
         try:
             super().__init__(**fields)
         except ValidationError as error:
