@@ -23,6 +23,7 @@ COMMANDS = {
     "grpo": "recipe_commands",
     "evaluate": "model_commands",
     "sample": "model_commands",
+    "chat": "model_commands",
     "cache build": "cache_commands",
     "cache info": "cache_commands",
     "cache verify": "cache_commands",

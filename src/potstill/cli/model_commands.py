@@ -1,4 +1,4 @@
-"""The commands about models: `potstill evaluate`, `sample` and `verify`, one function for each."""
+"""The commands about models: `potstill evaluate`, `sample`, `chat` and `verify`."""
 
 import sys
 from pathlib import Path
@@ -71,10 +71,35 @@ def sample(
     from potstill.cli.show import show_responses
 
     told = template_arguments(overrides)
-    for name, value, least in (("num", num, 1), ("max-tokens", max_tokens, 1), ("seed", seed, 0)):
-        if value < least:
-            raise UsageError(f"--{name} is {value}; it must be at least {least}")
+    _refuse_small(("num", num, 1), ("max-tokens", max_tokens, 1), ("seed", seed, 0))
     show_responses(model, prompt, source, template, num, max_tokens, seed, sampling, **told)
+
+
+def chat(
+    overrides: dict[str, Any],
+    model: Positional[str],
+    system: str | None = None,
+    max_tokens: int = 512,
+    seed: int = 0,
+    sampling: OmitArgPrefixes[Sampling] = EXACT_SAMPLING,
+) -> None:
+    """Talk to a model, line by line, through its chat template.
+
+    /new begins anew, /exit or Ctrl-D ends, and Ctrl-C stops an answer. A model without a chat
+    template completes each line as it is. From a pipe each line is a turn.
+
+    Args:
+        model: A run folder, a model folder, a hub id, or potstill:teacher or potstill:base.
+        system: A system message, which every conversation begins with. What the template reads
+            beside the messages is said by --template-arguments.NAME VALUE.
+        max_tokens: Cap on the length of an answer.
+        seed: Seed of sampling.
+    """
+    from potstill.cli.chat import converse
+
+    told = template_arguments(overrides)
+    _refuse_small(("max-tokens", max_tokens, 1), ("seed", seed, 0))
+    converse(model, system=system, max_tokens=max_tokens, seed=seed, sampling=sampling, **told)
 
 
 def verify(
@@ -104,3 +129,10 @@ def verify(
         checks = check_model(ready(model))
     if not print_checks(checks, json_file):
         sys.exit(1)
+
+
+def _refuse_small(*options: tuple[str, int, int]) -> None:
+    """Raise UsageError for an option whose value is below its least."""
+    for name, value, least in options:
+        if value < least:
+            raise UsageError(f"--{name} is {value}; it must be at least {least}")

@@ -30,6 +30,11 @@ def say(*lines: object, error: bool = False) -> None:
         print(printable(line), file=sys.stderr if error else sys.stdout, flush=error)
 
 
+def say_on(text: str) -> None:
+    """Print a piece of text at once, with nothing after it."""
+    print(printable(text), end="", flush=True)
+
+
 def plain(text: object, style: str = ""):
     """The text for rich: no markup, and nothing that steers the terminal."""
     from rich.text import Text

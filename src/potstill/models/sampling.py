@@ -10,6 +10,7 @@ is another one where its random number falls into that gap. The same batch on th
 the same bits.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ def sample(
     end_ids: Sequence[int],
     sampling: Sampling,
     vocab_size: int | None = None,
+    on_token: Callable[[int, int], None] = lambda place, token_id: None,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
     other: OtherWriter | None = None,
 ) -> list[Completion]:
@@ -70,11 +72,12 @@ def sample(
     `model` is a Hugging Face causal LM, `seeds` holds integers that name each row's random stream,
     and decoding stops after any of `end_ids`, which is then part of the completion. Only ids below
     `vocab_size` are drawn, from the distribution over them; the rows of a head beyond that may have
-    no token. `on_tokens` is told how many tokens each batch wrote. With an `other` writer each
-    token comes from it with the probability that is its share: an exact draw from the mixture of
-    both distributions, of which it is also known whose it was. Raises NonFiniteError when a model
-    gives no distribution to draw from. With temperature 1 and no truncation this is exact ancestral
-    sampling, by inversion of the cumulative distribution.
+    no token. `on_token` is told each token as it is drawn, after the place of its prompt, and
+    `on_tokens` how many tokens each batch wrote. With an `other` writer each token comes from it
+    with the probability that is its share: an exact draw from the mixture of both distributions, of
+    which it is also known whose it was. Raises NonFiniteError when a model gives no distribution to
+    draw from. With temperature 1 and no truncation this is exact ancestral sampling, by inversion
+    of the cumulative distribution.
     """
     caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -93,6 +96,7 @@ def sample(
             end_ids=frozenset(end_ids),
             sampling=sampling,
             vocab_size=vocab_size,
+            on_token=[functools.partial(on_token, i) for i in rows],
         )
         for i, completion in zip(rows, decoded, strict=True):
             completions[i] = completion
@@ -182,8 +186,10 @@ def _decode(
     end_ids: frozenset[int],
     sampling: Sampling,
     vocab_size: int | None,
+    on_token: Sequence[Callable[[int], None]],
 ) -> list[Completion]:
-    """Decode one batch. R is the number of rows still in it, L the largest cap."""
+    """Decode one batch. R is the number of rows still in it, L the largest cap. Each row has an
+    `on_token`."""
     written = [_Written([], [], [], []) for _ in caps]
     rows = list(range(len(caps)))
     running = set(rows)
@@ -201,6 +207,7 @@ def _decode(
         for row, token_id, *numbers in zip(rows, *columns, strict=True):
             if row in running:
                 written[row].add(token_id, *numbers)
+                on_token[row](token_id)
                 if token_id in end_ids or step + 1 == caps[row]:
                     running.remove(row)
         if not running:
