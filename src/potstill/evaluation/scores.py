@@ -1,9 +1,6 @@
 """Evaluation: n responses a problem, graded up to their first end token; Avg@n, Pass@k, entropy,
 length, truncation."""
 
-import hashlib
-import json
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,31 +14,22 @@ from potstill.config import (
     GrpoRecipe,
     Recipe,
     RecipeError,
-    Sampling,
     run_evaluation,
     to_toml,
 )
 from potstill.console.printable import say
-from potstill.console.progress import token_bar
-from potstill.files import append, flush, write_atomically, write_rows
-from potstill.models.language_model import LanguageModel, fingerprint
+from potstill.evaluation.responses import Row, file_name, settings_of, write_responses
+from potstill.files import write_atomically
+from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
-from potstill.models.sampling import sample
 from potstill.prompts.examples import make_prompts, prompt_notes
-from potstill.rollouts.text import is_loop, num_tokens_to_answer, zlib_ratio
-from potstill.runs.run_folder import begun_on, last_row, locked, read_json, read_rows, store_evals
+from potstill.runs.run_folder import begun_on, last_row, locked, read_json, store_evals
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import TASKS, Task, is_table, make_task
 from potstill.tasks.own import describe_files, own_files
 from potstill.teachers.ends import end_set, named_end_ids
 from potstill.teachers.rope import refuse_crossing
-from potstill.teachers.vocabulary import num_named_rows
 from potstill.types import DataError, Example, Prompt
-
-Row = dict[str, Any]
-# Of each response, beside which one it is; the second are numbers.
-TEXTS = ("level", "text", "stop", "answer", "note", "is_loop")
-NUMBERS = ("score", "length", "length_to_answer", "entropy", "entropy_before_answer", "zlib_ratio")
 
 
 def evaluate(
@@ -86,160 +74,33 @@ def evaluate(
         started = time.perf_counter()
         file = None
         if responses is not None:
-            file = responses / _file_name(model, evaluation, temperature, end_ids, prompts)
+            file = responses / file_name(model, evaluation, temperature, end_ids, prompts)
             file.parent.mkdir(parents=True, exist_ok=True)
         with nullcontext() if file is None else locked(file, "responses file"):
             found = write_responses(
                 model, evaluation, temperature, task, examples, prompts, end_ids, file, quiet
             )
-        problems = by_problem(found, evaluation.num_responses)
-        row = {
-            "model": model.name,
-            "temperature": temperature,
-            **summarize(found, evaluation.num_responses),
-        }
-        row["levels"] = {
-            level: accuracy(
-                [rows for rows in problems if rows[0]["level"] == level], evaluation.num_responses
-            )
-            for level in sorted({example.level for example in examples})
-        }
-        row["problems"] = per_problem(problems)
-        row["notes"] = dict(Counter(r["note"] for r in found if r["note"]))
-        row["num_tokens"] = sum(r["length"] for r in found)
+        row = {"model": model.name, "temperature": temperature}
+        row |= _measures(found, evaluation.num_responses, {each.level for each in examples})
         row["seconds"] = round(time.perf_counter() - started, 2)
-        row["settings"] = _settings(evaluation) | {"end_ids": list(end_ids)}
+        row["settings"] = settings_of(evaluation) | {"end_ids": list(end_ids)}
         rows.append(row)
     return rows
 
 
-def write_responses(
-    model: LanguageModel,
-    evaluation: Evaluation,
-    temperature: float,
-    task: Task,
-    examples: Sequence[Example],
-    prompts: Sequence[Prompt],
-    end_ids: Sequence[int],
-    file: Path | None = None,
-    quiet: bool = False,
-) -> list[dict[str, Any]]:
-    """Sample and grade all responses at one temperature, batch by batch; those of a file are not
-    sampled again."""
-    places = [(i, j) for i in range(len(prompts)) for j in range(evaluation.num_responses)]
-    size = evaluation.batch_size
-    sampling = Sampling(
-        temperature=temperature, top_p=evaluation.top_p, top_k=evaluation.top_k, batch_size=size
-    )
-    rows = [] if file is None else read_responses(file, examples, evaluation)
-    with token_bar(f"{model.name} at T={temperature:g}", len(places), len(rows), quiet) as advance:
-        for start in range(len(rows), len(places), size):
-            batch = places[start : start + size]
-            completions = sample(
-                model.model,
-                [prompts[i].token_ids for i, _ in batch],
-                [(evaluation.seed, i, j) for i, j in batch],
-                max_tokens=evaluation.max_tokens,
-                end_ids=end_ids,
-                sampling=sampling,
-                vocab_size=num_named_rows(model),
-            )
-            texts = model.tokenizer.batch_decode(
-                [list(c.token_ids) for c in completions], skip_special_tokens=True
-            )
-            grades = task.grade([examples[i] for i, _ in batch], texts)
-            for (i, j), completion, text, grade in zip(
-                batch, completions, texts, grades, strict=True
-            ):
-                num = num_tokens_to_answer(
-                    completion.token_ids, text, model.tokenizer, task.answer_end
-                )
-                row = {
-                    "problem": examples[i].id,
-                    "level": examples[i].level,
-                    "response": j,
-                    "text": text,
-                    "stop": completion.stop,
-                    "score": grade.score,
-                    "answer": grade.answer,
-                    "note": grade.note,
-                    "length": len(completion.token_ids),
-                    "length_to_answer": num,
-                    "entropy": sum(completion.entropies),
-                    "entropy_before_answer": sum(completion.entropies[:num]),
-                    "zlib_ratio": zlib_ratio(text),
-                    "is_loop": is_loop(text),
-                }
-                rows.append(row)
-                if file is not None:
-                    append(file, row)
-            advance(len(batch))
-    if file is not None:
-        flush(file)
-    return rows
-
-
-def read_responses(file: Path, examples: Sequence[Example], evaluation: Evaluation) -> list[Row]:
-    """The responses that a file has of an evaluation, in whole batches; what comes after them is
-    cut off the file.
-
-    Raises DataError for a row that is not the response whose place it stands in.
-    """
-    rows, num = read_rows(file, (*TEXTS, *NUMBERS)), evaluation.num_responses
-    for k, row in enumerate(rows):
-        problem, response = divmod(k, num)
-        if problem >= len(examples) or (row.get("problem"), row.get("response")) != (
-            examples[problem].id,
-            response,
-        ):
-            raise DataError(
-                f"responses file {str(file)!r}, line {k + 1} is response {row.get('response')!r} "
-                f"to problem {row.get('problem')!r}, which does not stand there in this "
-                "evaluation; remove the file to sample anew"
-            )
-        if (
-            not all(isinstance(row[name], int | float) for name in NUMBERS)
-            or not 0 <= row["score"] <= 1
-        ):
-            raise DataError(
-                f"responses file {str(file)!r}, line {k + 1} is not as it was graded: "
-                f"{ {name: row[name] for name in NUMBERS} }; remove the file to sample anew"
-            )
-    # Batches are always the same rows, so that a resumed evaluation rounds as an uninterrupted one.
-    if len(rows) < len(examples) * num:
-        rows = rows[: len(rows) // evaluation.batch_size * evaluation.batch_size]
-    if file.exists():
-        write_rows(file, rows)
-    return rows
-
-
-def _file_name(
-    model: LanguageModel,
-    evaluation: Evaluation,
-    temperature: float,
-    end_ids: Sequence[int],
-    prompts: Sequence[Prompt],
-) -> str:
-    """One file for each set of weights, settings and temperature: what would be sampled otherwise
-    is never mixed."""
-    settings = _settings(evaluation)
-    # A template may write another date than yesterday's.
-    asked = [prompt.token_ids for prompt in prompts]
-    identity = json.dumps(
-        [fingerprint(model), settings, temperature, list(end_ids), asked], sort_keys=True
-    )
-    source = re.sub(r"[^\w.-]+", "-", str(evaluation.source))[:60]
-    return f"{source}-T{temperature:g}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
-
-
-def _settings(evaluation: Evaluation) -> dict[str, Any]:
-    """The settings of an evaluation at one temperature; of a task of the user's own also which code
-    it was."""
-    settings, files = (
-        evaluation.model_dump(mode="json", exclude={"temperatures"}),
-        own_files(evaluation.source),
-    )
-    return settings | ({"source_sha256": next(iter(files.values()))} if files else {})
+def _measures(found: Sequence[Row], num_responses: int, levels: set[str]) -> dict[str, Any]:
+    """Everything that is measured of responses at one temperature: over all problems, by level, and
+    for each problem."""
+    problems = by_problem(found, num_responses)
+    row = summarize(found, num_responses)
+    row["levels"] = {
+        level: accuracy([rows for rows in problems if rows[0]["level"] == level], num_responses)
+        for level in sorted(levels)
+    }
+    row["problems"] = per_problem(problems)
+    row["notes"] = dict(Counter(r["note"] for r in found if r["note"]))
+    row["num_tokens"] = sum(r["length"] for r in found)
+    return row
 
 
 def by_problem(rows: Sequence[Row], num_responses: int) -> list[Sequence[Row]]:
