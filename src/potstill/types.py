@@ -12,6 +12,8 @@ from typing import Any, Literal
 # Of a chat: `role`, `content` (a text, or a list of text parts) and whatever else a template may
 # read.
 Message = dict[str, Any]
+# Of messages that say how to answer.
+SYSTEM_ROLES = ("system", "developer")
 Writer = Literal["teacher", "student", "dataset"]
 Stop = Literal["end", "length"]
 
@@ -35,8 +37,8 @@ class Example:
     `prompt` is a string or a list of chat messages, `teacher_prompt` what the teacher is asked
     instead; `completion` is a list of (text, is it trained on) segments, taken as they are, or of
     messages, whose assistant's turns are trained on; `tools` are what the messages may call;
-    `answer` is for the task's scorer; `level` names a difficulty; `where` says in messages where
-    the example came from.
+    `system` is put before a chat that has no such message; `answer` is for the task's scorer;
+    `level` names a difficulty; `where` says in messages where the example came from.
     """
 
     id: str
@@ -46,6 +48,7 @@ class Example:
     level: str = ""
     teacher_prompt: str | tuple[Message, ...] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
+    system: str | None = None
     where: str = field(default="", compare=False)
 
     @property

@@ -51,6 +51,7 @@ def sample(
     prompt: tuple[str, ...] = (),
     source: str = "multiplication",
     template: Literal["chat", "raw"] | None = None,
+    system: str | None = None,
     num: int = 4,
     max_tokens: int = 128,
     seed: int = 0,
@@ -64,6 +65,7 @@ def sample(
         source: The task to take problems from.
         template: Render the prompts with the chat template, or take them as they are. What it
             reads beside the messages is said by --template-arguments.NAME VALUE.
+        system: System prompt before every chat.
         num: How many problems, or responses to each given prompt.
         max_tokens: Completion length cap.
         seed: Seed of the problems and of sampling.
@@ -72,7 +74,9 @@ def sample(
 
     told = template_arguments(overrides)
     _refuse_small(("num", num, 1), ("max-tokens", max_tokens, 1), ("seed", seed, 0))
-    show_responses(model, prompt, source, template, num, max_tokens, seed, sampling, **told)
+    show_responses(
+        model, prompt, source, template, num, max_tokens, seed, sampling, system=system, **told
+    )
 
 
 def chat(

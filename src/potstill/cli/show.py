@@ -16,6 +16,7 @@ from potstill.models.language_model import is_run, locate
 from potstill.models.probe import ready
 from potstill.models.sampling import sample
 from potstill.prompts.examples import make_prompts, prompt_notes
+from potstill.prompts.system import with_system
 from potstill.report.terminal import print_table
 from potstill.runs.results import Entry, read_entry
 from potstill.runs.run_folder import begun_on, last_row, store_evals
@@ -126,6 +127,7 @@ def show_responses(
     max_tokens: int,
     seed: int,
     sampling: Sampling,
+    system: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Print `num` responses: to problems of a task with their scores, or to each of the given
@@ -140,7 +142,7 @@ def show_responses(
         task, examples = make_problems(Evaluation(source=source, num_problems=num, seed=seed))
     model = ready(model_name)
     prompts = make_prompts(
-        examples,
+        with_system(examples, system, template),
         model.tokenizer,
         template=template,
         max_completion=max_tokens,

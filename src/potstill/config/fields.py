@@ -83,6 +83,9 @@ class Data(Section, role=Role.DATA):
     template: Literal["chat", "raw"] | None = None
     """Render prompts with the chat template or take them as they are; by default chat for messages,
     raw for strings. data.template_arguments.NAME tells the template more."""
+    system: str | None = None
+    """System prompt before every chat; a chat that has a system message of its own keeps that
+    one."""
     template_arguments: Arguments = Field(default_factory=dict)
     """Arguments for the chat templates of student and teacher, such as {enable_thinking =
     false}."""
@@ -220,6 +223,9 @@ class Evaluation(Section, role=Role.EVALUATION):
     """Split of a task or hub data set."""
     template: Literal["chat", "raw"] | None = None
     """As in data.template; template_arguments.NAME tells the template more."""
+    system: str | None = None
+    """As in data.system; when a run is trained and template is "chat", that one by default. An
+    empty text is none."""
     template_arguments: Arguments = Field(default_factory=dict)
     """As in data.template_arguments; when a run is trained, those by default."""
     num_problems: int = Field(default=60, ge=1, le=MANY_AT_ONCE)
@@ -338,6 +344,12 @@ class GrpoFields(RunRecipe):
 
 
 def run_evaluation(recipe: RecipeFields | GrpoFields) -> Evaluation:
-    """The evaluation of a run, whose chat template is told by default what that of the data is."""
-    arguments = recipe.evaluation.template_arguments or recipe.data.template_arguments
-    return recipe.evaluation.model_copy(update={"template_arguments": arguments})
+    """The evaluation of a run, whose chats are told by default what those of the data are: the
+    arguments of the template, and the system prompt."""
+    evaluation, data = recipe.evaluation, recipe.data
+    told: dict[str, Any] = {
+        "template_arguments": evaluation.template_arguments or data.template_arguments
+    }
+    if evaluation.system is None and evaluation.template == "chat":
+        told["system"] = data.system
+    return evaluation.model_copy(update=told)

@@ -160,8 +160,14 @@ def _unread_of_teacher(teacher: TeacherSpec) -> dict[str, str]:
     return unread
 
 
+def _unread_of_template(data: Data) -> dict[str, str]:
+    if data.template != "raw":
+        return {}
+    return {"data.system": 'data.template is "raw", and a system prompt needs a chat'}
+
+
 def _unread_of_data(data: Data) -> dict[str, str]:
-    unread: dict[str, str] = {}
+    unread = _unread_of_template(data)
     source = data.source
     if not is_table(source):
         reason = f"data.source is the task {source!r}, which has no columns"
@@ -189,6 +195,7 @@ def unread_grpo_fields(recipe: GrpoFields) -> dict[str, str]:
     )
     fields = ("data.prompt_column", "data.prompt_template", "data.config")
     unread = dict.fromkeys(fields, reason) | _unread_of_window(recipe.window)
+    unread |= _unread_of_template(recipe.data)
     if recipe.evaluation.source is None:
         unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
     return unread

@@ -160,8 +160,8 @@ def file_name(
 def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     """The settings of an evaluation at one temperature; of a task of the user's own also which code
     it was."""
-    settings, files = (
-        evaluation.model_dump(mode="json", exclude={"temperatures"}),
-        own_files(evaluation.source),
-    )
+    # An empty system prompt is none.
+    unset = {"temperatures"} if evaluation.system else {"temperatures", "system"}
+    settings = evaluation.model_dump(mode="json", exclude=unset)
+    files = own_files(evaluation.source)
     return settings | ({"source_sha256": next(iter(files.values()))} if files else {})

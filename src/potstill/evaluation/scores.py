@@ -23,6 +23,7 @@ from potstill.files import write_atomically
 from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
 from potstill.prompts.examples import make_prompts, prompt_notes
+from potstill.prompts.system import with_system
 from potstill.runs.run_folder import begun_on, last_row, locked, read_json, store_evals
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import TASKS, Task, is_table, make_task
@@ -180,7 +181,7 @@ def prepare_problems(
     task, examples = make_problems(evaluation)
     named_end_ids(model.tokenizer, evaluation.end_tokens)
     prompts = make_prompts(
-        examples,
+        with_system(examples, evaluation.system, evaluation.template),
         model.tokenizer,
         template=evaluation.template,
         max_completion=evaluation.max_tokens,

@@ -28,6 +28,7 @@ from potstill.models.language_model import fingerprint, load_model, save_model
 from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.prompts.examples import load_task, make_prompts, prompt_notes
+from potstill.prompts.system import system_notes, with_system
 from potstill.runs import run_folder
 from potstill.seeds import Stream, stream_key
 from potstill.tasks.own import describe_files, own_files
@@ -90,6 +91,7 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     task, examples = load_task(
         source, split=data.split, num_examples=data.num_prompts, seed=data.seed
     )
+    examples = with_system(examples, data.system, data.template)
     prompts = make_prompts(
         examples,
         model.tokenizer,
@@ -101,7 +103,7 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
         max_prompt_tokens=data.max_prompt_tokens,
         too_long=data.too_long,
     )
-    notes = prompt_notes(
+    notes = system_notes(examples, data.system) + prompt_notes(
         len(examples), prompts, model.tokenizer, data.template, data.template_arguments
     )
     refuse_crossing(model, [p.token_ids for p in prompts], recipe.window.tokens, "window.tokens")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from potstill.models.templates import ChatTemplate, Conversation, TemplateError, lost, text_of
-from potstill.types import DataError, Example, Message
+from potstill.prompts.system import has_own_system
+from potstill.types import SYSTEM_ROLES, DataError, Example, Message
 
 # Takes the place of a message's content, to see where that message begins; no text begins with it.
 OTHER = "\ue000"
@@ -56,6 +57,8 @@ def make_chat(example: Example) -> Chat:
         if isinstance(example.prompt, str)
         else example.prompt
     )
+    if example.system is not None and not has_own_system(example):
+        given = ({"role": "system", "content": example.system}, *given)
     answers = answers_of(example)
     if given[-1]["role"] != "assistant" or not answers:
         return Chat(example=example, given=given, messages=(*given, *answers), first=len(given))
@@ -117,13 +120,29 @@ def _render(
     try:
         texts = template.render(conversations)
     except TemplateError as error:
-        raise chats[error.place].refuse(f"{error}") from None
+        chat, conversation = chats[error.place], conversations[error.place]
+        raise chat.refuse(_why_refused(conversation, template, error)) from None
     except TypeError as error:
         raise DataError(f"messages or tools hold what JSON cannot: {error}") from None
     for chat, conversation, text in zip(chats, conversations, texts, strict=True):
         if what := lost(conversation, text, chat.first):
             raise chat.refuse(f"drops {what}; use messages that it takes, or another template")
     return texts
+
+
+def _why_refused(conversation: Conversation, template: ChatTemplate, error: TemplateError) -> str:
+    """The template's reason; where it would render the rest, that it takes no system message."""
+    first, *others = conversation.messages
+    if error.is_limit or first["role"] not in SYSTEM_ROLES or not others:
+        return f"{error}"
+    try:
+        template.render([conversation._replace(messages=others)])
+    except TemplateError:
+        return f"{error}"
+    return (
+        f"takes no {first['role']} message (it {error}); leave data.system or that message out, "
+        "or put its words into what the user says"
+    )
 
 
 def _turns(

@@ -11,6 +11,7 @@ from potstill.prompts.examples import (
     with_teacher_prompts,
 )
 from potstill.prompts.rows import Asked, make_examples, rows_of_objects
+from potstill.prompts.system import system_notes, with_system
 from potstill.tasks import is_table
 from potstill.tasks.tables import blank_lines
 from potstill.types import Example, Prompt
@@ -67,7 +68,7 @@ def prepare_prompts(
         max_completion=recipe.window.tokens,
         date=date,
     )
-    notes += prompt_notes(
+    notes += system_notes(examples, data.system) + prompt_notes(
         len(examples), prompts, student.tokenizer, data.template, data.template_arguments
     )
     return prompts, notes
@@ -89,6 +90,7 @@ def as_read(
     With `end_ids` each example must have a completion, which one of them closes.
     """
     data = recipe.data
+    examples = with_system(examples, data.system, data.template)
     options: dict[str, Any] = {
         "max_completion": max_completion,
         "template_arguments": data.template_arguments,

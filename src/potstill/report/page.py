@@ -122,6 +122,7 @@ def settings_warning(entries: Sequence[Entry]) -> list[str]:
         "source",
         "split",
         "template",
+        "system",
         "num_problems",
         "num_responses",
         "max_tokens",
