@@ -73,15 +73,16 @@ def left_out(recipe: str | Path, fields: dict[str, Any]) -> list[str]:
     if path.parent != SHIPPED_RECIPES:
         return []
     data = read_toml(path)
-    model = fields.get("student.model", fields.get("model", "potstill:base"))
-    has_own_model = not _first_model(str(model)).startswith("potstill:")
-    has_own_data = is_table(fields.get("data.source", "multiplication"))
+    own_model, own_source = data.get("model") or data["student"]["model"], data["data"]["source"]
+    model = _first_model(str(fields.get("student.model", fields.get("model", own_model))))
+    source = fields.get("data.source", own_source)
     steps = fields.get("train.steps")
     is_short = isinstance(steps, int) and steps < data.get("train", {}).get("warmup_steps", 0)
+    is_other_model = model != own_model and not model.startswith("potstill:")
     is_other = {
-        "train.lr": has_own_model,
-        "grpo.lr": has_own_model,
-        "data.num_prompts": has_own_data,
+        "train.lr": is_other_model,
+        "grpo.lr": is_other_model,
+        "data.num_prompts": source != own_source and is_table(source),
         "train.warmup_steps": is_short,
     }
     sections = [name.split(".") for name, is_so in is_other.items() if is_so and name not in fields]
