@@ -311,7 +311,14 @@ COMMANDS = [
     ("verify --json", "missing value"),
     ("verify extra", "unrecognized options: extra"),
     ("methods extra", "unrecognized options: extra"),
-    ("--verison", "'--verison' is no command of potstill; the nearest is verify"),
+    ("--verison", "'--verison' is no option of potstill; see potstill --help"),
+    ("runs", "missing from potstill runs"),
+    ("runs full", "folder 'full' has no runs in it"),
+    ("runs a-file", "folder 'a-file' is a file"),
+    ("chat", "missing from potstill chat"),
+    ("chat potstill:nobody", "is not a shipped model"),
+    ("chat potstill:base --max-tokens 0", "--max-tokens is 0; it must be at least 1"),
+    ("chat potstill:base --train.lr 3", "--train.lr is a field of a recipe"),
 ]
 
 PANEL = '[[panels]]\ntitle = "a"\n[[panels.groups]]\naxes.method = ["opd"]\n'

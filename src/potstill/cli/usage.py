@@ -25,6 +25,8 @@ def no_command(group: str, words: Sequence[str], known: Sequence[str]) -> UsageE
     program = f"potstill {group}".strip()
     if not words:
         return UsageError(f"{program} needs a command: {', '.join(known)}; see {program} --help")
+    if words[0].startswith("-"):
+        return UsageError(f"{words[0]!r} is no option of {program}; see {program} --help")
     return UsageError(
         f"{words[0]!r} is no command of {program}; the nearest is {nearest(words[0], known)}; "
         f"see {program} --help"
