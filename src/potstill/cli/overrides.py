@@ -19,6 +19,7 @@ from potstill.console.names import SYNONYMS, nearest, nearest_field
 # The recipe that a command takes.
 SCHEMAS: dict[str, type[BaseModel]] = {
     "train": RecipeFields,
+    "doctor": RecipeFields,
     "grpo": GrpoFields,
     "cache build": RecipeFields,
 }
@@ -33,7 +34,7 @@ def split_overrides(command: str, argv: list[str]) -> tuple[list[str], dict[str,
     rest: list[str] = []
     overrides: dict[str, Any] = {}
     schema = SCHEMAS.get(command)
-    own = {"method", "dry_run", "help"}
+    own = {"method", "dry_run", "json", "help"}
     top_level = {name for name in field_names(schema) if "." not in name} if schema else set()
     if command == "cache build":
         # --out is the folder of the cache.

@@ -35,7 +35,7 @@ def train(
             are done keep what they were; what follows a schedule over all steps goes on as in a run
             of so many, so that a cosine learning rate that has decayed rises again.
     """
-    resolved = load_recipe(recipe, _with_method(method, overrides))
+    resolved = load_recipe(recipe, with_method(method, overrides))
     if dry_run:
         _print_recipe(resolved)
         return
@@ -80,7 +80,7 @@ def methods(overrides: dict[str, Any]) -> None:
     _print_grid()
 
 
-def _with_method(method: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
+def with_method(method: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides, and those that a method stands for."""
     if method is None:
         return overrides

@@ -157,7 +157,7 @@ def _run(
         StepDisplay(settings.steps, run.step, quiet, settings.flops) as display,
         stop_asked_for() as asked,
     ):
-        display.note(*opening(recipe, setup, run.step), *notes)
+        display.note(*opening(recipe, setup, world, run.step), *notes)
         if run.step == 0:
             run = validate_if_due(trainer, run, display)
         run = _take_steps(trainer, run, display, asked)

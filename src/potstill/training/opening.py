@@ -1,19 +1,41 @@
 """The lines a user should see before the first step."""
 
+from potstill.checks.finding import Subject
+from potstill.checks.run import faults_at_start
 from potstill.config import Recipe
+from potstill.models.distributed import World
 from potstill.models.weights import cautions
 from potstill.objectives.habits import what_is_unknown
 from potstill.tasks.own import describe_files
 from potstill.teachers import vocabulary
 from potstill.teachers.ends import described
-from potstill.training.rates import describe_lr, with_lr
+from potstill.training.rates import describe_lr, usual_lr, with_lr
 from potstill.training.setup import Setup
 
 # Of the first prompt, to show that the template is right.
 SHOWN_CHARACTERS = 400
 
 
-def opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
+def subject_of(recipe: Recipe, setup: Setup, world: World) -> Subject:
+    """What checks look at, of a run that is ready."""
+    num_weights = setup.student.num_weights
+    lr = with_lr(recipe.train, num_weights).lr
+    assert lr is not None, "with_lr sets one"
+    return Subject(
+        recipe=recipe,
+        student=setup.student,
+        teacher=setup.teacher,
+        prompts=setup.prompts,
+        ends=setup.ends,
+        loss=setup.loss,
+        lr=lr,
+        usual_lr=usual_lr(num_weights),
+        date=setup.date,
+        device=world.device,
+    )
+
+
+def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]:
     """Everything a user should see before the first step, warnings included."""
     student, teacher = setup.student, setup.teacher
     lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
@@ -23,6 +45,7 @@ def opening(recipe: Recipe, setup: Setup, start: int) -> list[str]:
     if recipe.train.lr is None:
         lines.append(describe_lr(recipe.train, student.num_weights))
     lines += cautions(student.model, with_lr(recipe.train, student.num_weights).lr or 0)
+    lines += faults_at_start(subject_of(recipe, setup, world))
     if teacher is not None and setup.loss.vocab_size is not None:
         lines += vocabulary.describe(student, teacher, setup.loss.vocab_size)
     for name, flops in (("student", setup.student_flops), ("teacher", setup.teacher_flops)):
