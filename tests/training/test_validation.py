@@ -13,12 +13,16 @@ from safetensors.torch import load_file
 from small_runs import kill, rows_of, weights_of
 
 import potstill
+from potstill.cli.show import print_results
 from potstill.config import RecipeError, Validation, steps_between
 from potstill.evaluation.quality import QUANTITIES, Pair, estimates, measure
 from potstill.files import write_rows
 from potstill.models import distributed
 from potstill.models.language_model import load_model
 from potstill.prompts.held_out import hold_out_of
+from potstill.report.page import write_report
+from potstill.report.validation import validation_curves
+from potstill.runs.results import read_entry
 from potstill.runs.run_folder import RunError
 from potstill.statistics import Estimate
 from potstill.training import checkpoint, loop, validation
@@ -212,6 +216,30 @@ def test_the_best_student_is_kept_and_patience_ends_the_run(tmp_path, scripted, 
     # It is finished, and an extension begins to wait anew.
     assert potstill.train(recipe, quiet=True).metrics["step"] == 3
     assert potstill.train(recipe, extend_to=10, quiet=True).metrics["step"] == 5
+
+
+def test_the_report_and_the_terminal_show_it(whole, tmp_path, capsys):
+    """Numbers of the file, as the page's data and the table have them."""
+    page = write_report([whole], tmp_path / "report.html")
+    last = validations(whole)[-1]
+    value, low, high = last["student_prefix_reverse_kl"]
+    text = page.read_text()
+    assert "On prompts that are not trained on" in text
+    assert f"<td>{value:.4f}<br><small>[{low:.4f}, {high:.4f}]</small></td>" in text
+    (run,) = json.loads((tmp_path / "results.json").read_text())["panels"][0]["runs"]
+    assert [row["step"] for row in run["validations"]] == [0, 2, 4]
+    (figure,) = [
+        figure
+        for figure in validation_curves([read_entry(whole)], {whole: "a"}, {whole}, str)
+        if figure["title"].startswith("reverse KL on the student's")
+    ]
+    (line,) = figure["data"]
+    assert line["x"] == [0, 2, 4] and line["y"][-1] == pytest.approx(value, rel=1e-4)
+    assert line["error_y"]["array"][-1] == pytest.approx(high - value, rel=1e-4)
+    print_results([whole])
+    said = capsys.readouterr().out
+    assert "5 prompts that were not trained on" in said
+    assert f"-> {value:.4f} [{low:.4f}, {high:.4f}]" in said
 
 
 def test_a_best_student_that_no_checkpoint_knows_is_not_kept(tmp_path, scripted):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from potstill.config import Evaluation, Sampling
+from potstill.config import Evaluation, Recipe, Sampling
 from potstill.console.boundary import Stopped
 from potstill.console.printable import plain, say
 from potstill.evaluation.scores import evaluate, make_problems
@@ -18,8 +18,9 @@ from potstill.models.sampling import sample
 from potstill.prompts.examples import make_prompts, prompt_notes
 from potstill.prompts.system import with_system
 from potstill.report.terminal import print_table
+from potstill.report.validation import validation_lines
 from potstill.runs.results import Entry, read_entry
-from potstill.runs.run_folder import begun_on, last_row, store_evals
+from potstill.runs.run_folder import begun_on, last_row, read_json, store_evals
 from potstill.statistics import holm, paired
 from potstill.tasks.own import describe_files, own_files
 from potstill.teachers.ends import end_set
@@ -204,7 +205,27 @@ def print_checks(checks: list[Check], json_file: Path | None = None) -> bool:
 
 
 def print_results(folders: list[Path]) -> None:
-    """Print the comparison table of runs and evaluation files, when they hold an evaluation."""
-    entries = [entry for entry in map(read_entry, folders) if entry.evals]
-    if entries:
-        print_table(entries)
+    """Print the comparison table of runs and evaluation files that hold an evaluation; of other
+    runs the last validation; and where the best students are."""
+    entries = [read_entry(folder) for folder in folders]
+    for entry in entries:
+        say(*describe_best(entry))
+        if not entry.evals:
+            say(*validation_lines(entry))
+    evaluated = [entry for entry in entries if entry.evals]
+    if evaluated:
+        print_table(evaluated)
+
+
+def describe_best(entry: Entry) -> list[str]:
+    """Where the best student of a run is and how good, where the run has kept it."""
+    file = entry.path / "best" / "validation.json"
+    if not isinstance(entry.recipe, Recipe) or not file.exists():
+        return []
+    goal = str(entry.recipe.validation.keep_best)
+    row = read_json(file, ("step", goal))
+    value, low, high = row[goal]
+    return [
+        f"the best by {goal}, {value:.4g} [{low:.4g}, {high:.4g}], after step {row['step']}, is in "
+        f"{file.parent}"
+    ]

@@ -158,6 +158,7 @@ def run_numbers(entry: Entry, label: str, link: Link) -> dict[str, Any]:
             if any(row.get(name) is not None for row in entry.metrics)
         },
         "decisions": list(entry.decisions),
+        "validations": list(entry.validations),
         "end_habits": first_and_last_habits(entry),
     }
 

@@ -34,6 +34,7 @@ from potstill.report.comparison import (
 from potstill.report.figures import Link
 from potstill.report.findings import findings, habit_table, number, seeds_of, values
 from potstill.report.numbers import Comparison, compare, finite, numbers_of
+from potstill.report.validation import validation_curves, validation_table
 from potstill.report.viewer import reader_data
 from potstill.runs.results import Entry, read_panels
 from potstill.runs.run_folder import RunError
@@ -348,13 +349,14 @@ def table_section(comparison: Comparison, link: Link) -> dict[str, Any]:
 
 
 def curves_section(comparison: Comparison, link: Link) -> dict[str, Any]:
-    """Curves over the steps, the habits of ending, and sweeps of the forward weight."""
+    """Curves over the steps, validations, habits of ending, and sweeps of the forward weight."""
     groups, labels = comparison.groups, comparison.labels
     runs = [entry for entry in comparison.panel.entries if entry.metrics]
     drawn = drawn_first(groups)
     sweeps = forward_weight_sweeps(groups)
     swept = [metric for metric in comparison.metrics if metric.temperature is not None]
     habits_header, habits = habit_table(comparison.panel.entries)
+    header, validated = validation_table(comparison.panel.entries)
     return {
         "runs": [
             (labels[run.path], link(run.path), figures.family(run), run.path in drawn)
@@ -364,6 +366,9 @@ def curves_section(comparison: Comparison, link: Link) -> dict[str, Any]:
             figures.curve(name, title, runs, labels, drawn, link)
             for name, title in figures.shown_curves(runs)
         ],
+        "validations": validation_curves(runs, labels, drawn, link),
+        "validated_header": header,
+        "validated": [(labels[entry.path], link(entry.path), cells) for entry, cells in validated],
         "habits_header": habits_header,
         "habits": [(labels[entry.path], link(entry.path), cells) for entry, cells in habits],
         "sweeps": [figures.sweep(metric, sweeps, link) for metric in swept] if sweeps else [],

@@ -1,0 +1,117 @@
+"""Validations of runs for the report and the terminal: curves with their intervals, and a table."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from potstill.report.figures import Figure, Link, axis, layout, line_styles, rounded
+from potstill.runs.results import Entry
+
+
+class Shown(NamedTuple):
+    """A quantity of a validation: its title, how it is called in a table, and in what it is shown.
+
+    It is shown times `scale`.
+    """
+
+    title: str
+    column: str
+    scale: float = 1.0
+    digits: int = 4
+
+
+SHOWN = {
+    "teacher_prefix_forward_kl": Shown("forward KL on the teacher's text (nats)", "teacher fwd"),
+    "teacher_prefix_reverse_kl": Shown("reverse KL on the teacher's text (nats)", "teacher rev"),
+    "student_prefix_forward_kl": Shown("forward KL on the student's text (nats)", "student fwd"),
+    "student_prefix_reverse_kl": Shown("reverse KL on the student's text (nats)", "student rev"),
+    "student_perplexity": Shown("student's perplexity of the teacher's text", "perplexity", 1, 3),
+    "teacher_log_prob": Shown("teacher's log-probability of the student's text", "log-prob", 1, 3),
+    "student_entropy_before_answer": Shown("student entropy up to the answer", "entropy", 1, 3),
+    "length": Shown("length of the student's text (tokens)", "length", 1, 0),
+    "truncation": Shown("share of the student's text that is cut (%)", "cut %", 100, 0),
+    "repetition": Shown("share of the student's text that is a loop (%)", "loops %", 100, 0),
+    "score": Shown("score of the student's text (%)", "score %", 100, 1),
+}
+
+
+def validation_curves(
+    runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link
+) -> list[Figure]:
+    """A figure a quantity that some run has validated, with 95 % intervals over prompts."""
+    known = [name for name in SHOWN if any(name in row for run in runs for row in run.validations)]
+    return [_curve(name, runs, labels, visible, link) for name in known]
+
+
+def _curve(
+    name: str, runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link
+) -> Figure:
+    shown, lines = SHOWN[name], []
+    for run, line in zip(runs, line_styles(runs), strict=True):
+        rows = [row for row in run.validations if name in row]
+        estimates = [[shown.scale * end for end in row[name]] for row in rows]
+        lines.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "x": [row["step"] for row in rows],
+                "y": [rounded(value) for value, _, _ in estimates],
+                "error_y": {
+                    "type": "data",
+                    "array": [rounded(high - value) for value, _, high in estimates],
+                    "arrayminus": [rounded(value - low) for value, low, _ in estimates],
+                    "thickness": 1,
+                    "width": 2,
+                },
+                "name": html.escape(labels[run.path]),
+                "line": line,
+                "marker": {"size": 5},
+                "visible": run.path in visible,
+                "meta": link(run.path),
+                "hovertemplate": "%{y:.4~g} after step %{x}<br>%{fullData.name}<extra></extra>",
+            }
+        )
+    return layout(lines, 280, axis("step"), axis(""), shown.title)
+
+
+def validation_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[Entry, list[str]]]]:
+    """Header and rows of each run's last validation: value and interval of what some run knows."""
+    validated = [entry for entry in entries if entry.validations]
+    known = [name for name in SHOWN if any(name in run.validations[-1] for run in validated)]
+    header = ["run", "step", *(SHOWN[name].column for name in known)]
+    rows = []
+    for entry in validated:
+        row = entry.validations[-1]
+        cells = [_cell(row[name], SHOWN[name]) if name in row else "" for name in known]
+        rows.append((entry, [str(row["step"]), *cells]))
+    return header, rows
+
+
+def _cell(estimate: Sequence[float], shown: Shown) -> str:
+    value, low, high = (f"{shown.scale * end:.{shown.digits}f}" for end in estimate)
+    return f"{value} [{low}, {high}]"
+
+
+def validation_lines(entry: Entry) -> list[str]:
+    """The last validation of a run beside its first, a line a quantity, for the terminal."""
+    if not entry.validations:
+        return []
+    first, last = entry.validations[0], entry.validations[-1]
+    names = [name for name in SHOWN if name in last]
+    width = max(len(SHOWN[name].title) for name in names)
+    lines = [
+        f"{SHOWN[name].title:{width}}  {_before(first, name)}{_cell(last[name], SHOWN[name])}"
+        for name in names
+    ]
+    about = (
+        f"{last['num_prompts']} prompts that were not trained on, at most {last['max_tokens']} "
+        f"tokens; before the first step -> after step {last['step']} [95 % interval over prompts]:"
+    )
+    return [about, *lines]
+
+
+def _before(row: dict[str, Any], name: str) -> str:
+    """The value of another validation, where there is one."""
+    shown = SHOWN[name]
+    return f"{shown.scale * row[name][0]:.{shown.digits}f} -> " if name in row else ""
