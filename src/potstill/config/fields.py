@@ -80,6 +80,10 @@ class Data(Section, role=Role.DATA):
     prompt_template: Filled | None = None
     """Prompt that is filled in from columns, such as "Question: {question}\\nAnswer:", in place of
     data.prompt_column. Write a brace of the text twice."""
+    train_on: Literal["last", "all"] = "last"
+    """objective.prefix = "dataset": the turns of the assistant's in a row's `messages` that are
+    trained on. last: those at the end; all: each one, up to window.tokens after the first
+    begins."""
     template: Literal["chat", "raw"] | None = None
     """Render prompts with the chat template or take them as they are; by default chat for messages,
     raw for strings. data.template_arguments.NAME tells the template more."""

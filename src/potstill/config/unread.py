@@ -27,6 +27,10 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
         unread["sampling"] = unread["rollouts"] = (
             'objective.prefix is "dataset", so nothing is sampled in training'
         )
+    else:
+        unread["data.train_on"] = (
+            f'objective.prefix is "{objective.prefix}", whose completions are not the data\'s'
+        )
     unread |= _unread_of_teacher(recipe.teacher) | _unread_of_data(recipe.data)
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
@@ -172,9 +176,12 @@ def _unread_of_data(data: Data) -> dict[str, str]:
     if not is_table(source):
         reason = f"data.source is the task {source!r}, which has no columns"
         unread |= dict.fromkeys(
-            ("data.prompt_column", "data.prompt_template", "teacher.prompt_column"), reason
+            (
+                *("data.prompt_column", "data.prompt_template", "data.train_on"),
+                *("teacher.prompt_column", "teacher.prompt_template"),
+            ),
+            reason,
         )
-        unread["teacher.prompt_template"] = reason
         unread["data.config"] = f"data.source is the task {source!r}, which has one configuration"
         return unread
     unread["data.seed"] = "only a task makes problems from a seed"
@@ -193,7 +200,7 @@ def unread_grpo_fields(recipe: GrpoFields) -> dict[str, str]:
     reason = (
         "GRPO needs scores, so data.source is a task, which has no columns and no configurations"
     )
-    fields = ("data.prompt_column", "data.prompt_template", "data.config")
+    fields = ("data.prompt_column", "data.prompt_template", "data.train_on", "data.config")
     unread = dict.fromkeys(fields, reason) | _unread_of_window(recipe.window)
     unread |= _unread_of_template(recipe.data)
     if recipe.evaluation.source is None:

@@ -74,13 +74,17 @@ def close_completion(
     trained: list[bool] = []
     if texts is not None and texts.turns:
         closing = closing_ids(template, end_ids)
+        so_far = texts.prompt
         for text, is_trained in texts.turns:
             turn = encoding.continuation(text)
             if is_trained:
+                if ids:
+                    _refuse_other_tokens(so_far, ids, texts, encoding, example)
                 end_id = turn[-1] if turn[-1] in closing else end_ids[0]
                 turn = (*turn[: _num_before_end(turn, closing, end_ids, example)], end_id)
             ids += turn
             trained += [is_trained] * len(turn)
+            so_far += text
         return tuple(ids), tuple(trained)
     for text, is_trained in _segments(example):
         segment = encoding.continuation(text)
@@ -94,6 +98,26 @@ def close_completion(
     elif texts is not None and template.end_id is not None:
         end_id = template.end_id
     return (*ids[:num], end_id), (*trained[:num], True)
+
+
+def _refuse_other_tokens(
+    so_far: str, ids: Sequence[int], texts: Texts, encoding: Encoding, example: Example
+) -> None:
+    """Raise DataError where what stands before a turn, as one text, has other tokens than turn by
+    turn: a model that is to answer reads it as one text."""
+    whole, parts = encoding.encode(so_far), (*encoding.encode(texts.prompt), *ids)
+    if whole == parts:
+        return
+    place = next(
+        (i for i, (a, b) in enumerate(zip(whole, parts, strict=False)) if a != b),
+        min(len(whole), len(parts)),
+    )
+    near = encoding.tokenizer.decode(list(whole[max(place - 3, 0) : place + 4]))
+    raise DataError(
+        f"{example.name}: a model that reads its turns as one text has other tokens near "
+        f"{near!r}, where a turn begins or ends; mend the text there, or make a row of each turn "
+        '(data.train_on = "last" trains on the last one)'
+    )
 
 
 def _num_before_end(

@@ -45,12 +45,15 @@ def load_examples(
     teacher_column: str | None = None,
     teacher_template: str | None = None,
     config: str | None = None,
+    train_on: Literal["last", "all"] = "last",
 ) -> list[Example]:
     """Examples of a task, of data files, or of a data set that `datasets` loads (a hub id or a
     folder).
 
     A row has `prompt` (a string or chat messages), `prompt` and `completion`, or `messages` whose
-    last ones are the assistant's; `tools`, `answer`, `level` and `id` are kept when present.
+    last one is the assistant's. The completion of `messages` is the assistant's last turn, or by
+    `train_on` all that follows its first one. `tools`, `answer`, `level` and `id` are kept when
+    present.
     `prompt_template` is filled in from columns and takes the place of `prompt_column`.
     `teacher_column` holds the teacher's own prompts, or `teacher_template` makes them. Raises
     DataError.
@@ -68,6 +71,7 @@ def load_examples(
         template=prompt_template,
         teacher_column=teacher_column,
         teacher_template=teacher_template,
+        train_on=train_on,
     )
     rows = read_rows(source, asked.columns(), num_rows=num_examples, split=split, config=config)
     if not rows:

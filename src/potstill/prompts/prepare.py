@@ -47,6 +47,7 @@ def prepare_prompts(
             teacher_column=teacher_column,
             teacher_template=teacher_template,
             config=data.config,
+            train_on=data.train_on,
         )
         notes += _about_blank_lines(data.source)
     else:
@@ -56,6 +57,7 @@ def prepare_prompts(
             template=data.prompt_template,
             teacher_column=teacher_column,
             teacher_template=teacher_template,
+            train_on=data.train_on,
         )
         examples = make_examples(rows, asked)
     closing_ids = end_ids if recipe.objective.prefix == "dataset" else None

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from potstill.tasks.filling import columns_of, filled
 from potstill.tasks.tables import Row, make_row, with_own_ids
@@ -20,13 +20,15 @@ class Asked:
     """Where rows have what the student and the teacher are asked: a column, or a template that is
     filled in from columns.
 
-    Without a column and a template of its own the teacher is asked what the student is.
+    Without a column and a template of its own the teacher is asked what the student is. Of a row's
+    `messages` the assistant's last turn is the completion, or all that follows its first one.
     """
 
     column: str = "prompt"
     template: str | None = None
     teacher_column: str | None = None
     teacher_template: str | None = None
+    train_on: Literal["last", "all"] = "last"
 
     def columns(self) -> list[str]:
         """All columns that are read, each once."""
@@ -98,7 +100,7 @@ def _prompt_and_completion(row: Row, asked: Asked) -> tuple[Any, Any]:
     if asked.template is not None:
         return filled(asked.template, row, "data.prompt_template"), completion
     if "messages" in values and column not in values:
-        return _parted(messages_of(values["messages"], where), where)
+        return _parted(messages_of(values["messages"], where), where, asked.train_on)
     if column not in values and column in row.names:
         raise DataError(
             f"{where}: {column!r} is empty; each row needs a prompt: remove the row or fill it"
@@ -118,20 +120,24 @@ def _prompt_and_completion(row: Row, asked: Asked) -> tuple[Any, Any]:
 
 
 def _parted(
-    messages: tuple[Message, ...], where: str
+    messages: tuple[Message, ...], where: str, train_on: Literal["last", "all"]
 ) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """A chat as the prompt and the assistant's messages at its end."""
-    num_given = len(messages)
-    while num_given and messages[num_given - 1]["role"] == "assistant":
-        num_given -= 1
-    if num_given == len(messages):
-        role = messages[-1]["role"]
+    """A chat as the prompt and the completion, which is of the assistant's messages at the end, or
+    of all from its first one on."""
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant":
         raise DataError(
-            f"{where}: the last of `messages` is by {role!r}; it must be the assistant's turn"
+            f"{where}: the last of `messages` is by {roles[-1]!r}; it must be the assistant's turn"
         )
+    if train_on == "all":
+        num_given = roles.index("assistant")
+    else:
+        num_given = len(roles)
+        while num_given and roles[num_given - 1] == "assistant":
+            num_given -= 1
     if num_given == 0:
         raise DataError(
-            f"{where}: all of `messages` are the assistant's; one before them must be the prompt"
+            f"{where}: the first of `messages` is the assistant's; one before it must be the prompt"
         )
     return messages[:num_given], messages[num_given:]
 
