@@ -8,7 +8,7 @@ import pytest
 READERS = ["claims", "comparison", "figures", "findings", "page", "terminal", "viewer"]
 REPORT = [f"report.{name}" for name in READERS]
 RUNS = ["runs.results", "runs.run_folder", "statistics"]
-STUDY = ["study.estimates", "study.file", "study.planning", "study.run"]
+STUDY = ["study.estimates", "study.file", "study.items", "study.planning", "study.run"]
 OTHERS = ["answers", "config", "console.progress", "files", "tasks", "tasks.tables", "types"]
 
 

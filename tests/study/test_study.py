@@ -16,7 +16,7 @@ from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with
 from potstill.files import append
 from potstill.runs.results import EVAL_COLUMNS, read_panels
 from potstill.runs.run_folder import finish, is_done, read_rows
-from potstill.study import planning
+from potstill.study import items
 from potstill.study.estimates import estimate
 from potstill.study.file import read_study_file
 from potstill.study.planning import SWEEP_EVALUATION_SEED, choose, plan
@@ -430,7 +430,7 @@ def test_plan_file_is_plain_data(tmp_path):
 def test_an_evaluation_is_told_all_that_its_settings_say():
     told = {"enable_thinking": False, "style": "short", "depth": 2}
     for arguments in ({}, told):
-        flags = planning._flags(
+        flags = items._flags(
             {"template_arguments": arguments, "end_tokens": [], "temperatures": [1.0, 0.5]}
         )
         rest, overrides = split_overrides("evaluate", flags)

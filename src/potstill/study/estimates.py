@@ -23,7 +23,7 @@ from potstill.tasks.own import own_task
 from potstill.types import NonFiniteError
 
 if TYPE_CHECKING:
-    from potstill.study.planning import Item
+    from potstill.study.items import Item
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 NUM_TRIAL_STEPS = 2

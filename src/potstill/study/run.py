@@ -17,8 +17,9 @@ from potstill.files import write_atomically
 from potstill.runs.results import PLAN_FILE, read_entry, read_plan
 from potstill.runs.run_folder import edited_files, locked
 from potstill.study.file import Study
+from potstill.study.items import Item, recipe_file
 from potstill.study.jobs import Execute, Job, run_jobs
-from potstill.study.planning import Item, PlannedPanel, choose, plan, recipe_file
+from potstill.study.planning import PlannedPanel, choose, plan
 from potstill.tasks import make_task
 from potstill.tasks.own import check_file, own_files, own_task
 

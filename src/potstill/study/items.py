@@ -1,0 +1,227 @@
+"""The items of a study: a run, a cache or an evaluation, each with its recipe, folder and process.
+
+A run's folder is named by the hash of its resolved recipe, so that whatever is there with a
+matching DONE is that run, whoever made it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from potstill.config import (
+    Evaluation,
+    GrpoRecipe,
+    Recipe,
+    make_recipe,
+    read_recipe,
+    toml_value,
+    validate,
+    with_fields,
+)
+from potstill.runs.run_folder import is_done
+from potstill.study.cells import cells, corner
+from potstill.study.file import PanelPlan, Study
+from potstill.study.jobs import Job
+from potstill.tasks import is_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One thing that a study makes: a run, a cache or an evaluation.
+
+    `label` is what the report calls it, the same for all seeds of a run; `pending`: its recipe
+    waits for a sweep.
+    """
+
+    kind: Literal["train", "grpo", "cache", "evaluate"]
+    label: str
+    job: Job
+    recipe: Recipe | GrpoRecipe
+    evaluation: Evaluation
+    pending: bool = False
+    shown: bool = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is there, whole and of this recipe."""
+        return (
+            is_done(self.job.path, self.recipe)
+            if self.kind in ("train", "grpo")
+            else self.job.done.exists()
+        )
+
+
+def panel_recipe(panel: PanelPlan, fields: dict[str, Any], seed: int, out: Path) -> Recipe:
+    """The panel's recipe with these fields and this seed."""
+    assert panel.recipe is not None
+    data = read_recipe(panel.recipe, fields)
+    source = data.get("data", {}).get("source", "multiplication")
+    seeds = {"train.seed": seed} | ({} if is_table(source) else {"data.seed": seed})
+    return make_recipe(with_fields(data, seeds | {"out": str(out)}), f"panel {panel.title!r}")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")[:60]
+
+
+def run_items(
+    study: Study,
+    panel: PanelPlan,
+    fields: dict[str, Any],
+    seed: int,
+    details: Sequence[str],
+    which: str,
+    cached: bool,
+    pending: bool = False,
+) -> Iterator[Item]:
+    """A run, after the cache that it reads if it reads one; `details` and `which` seed follow its
+    method's name."""
+    recipe = panel_recipe(panel, fields, seed, study.out)
+    needs: tuple[Path, ...] = ()
+    if cached and recipe.objective.prefix == "teacher":
+        cache = _cache(study, panel, recipe)
+        yield cache
+        needs = (cache.job.path,)
+        recipe = make_recipe(with_fields(recipe.resolved(), {"teacher.cache": str(cache.job.path)}))
+    folder = study.out / "runs" / f"{_slug(recipe.method)}-{recipe.hash()}"
+    recipe = recipe.model_copy(update={"out": folder})
+    label = ", ".join([recipe.method, *details])
+    job = _job(study, "train", label + which, folder, recipe.train.steps, needs)
+    yield Item(
+        kind="train",
+        label=label,
+        job=job,
+        recipe=recipe,
+        evaluation=recipe.evaluation,
+        pending=pending,
+    )
+
+
+def _job(
+    study: Study, command: str, name: str, folder: Path, num_steps: int, needs: tuple[Path, ...]
+) -> Job:
+    return Job(
+        name=name,
+        arguments=(command, str(recipe_file(study, folder))),
+        path=folder,
+        log=study.out / "logs" / f"{folder.name}.log",
+        done=folder / "DONE",
+        needs=needs,
+        num_steps=num_steps,
+    )
+
+
+def recipe_file(study: Study, folder: Path) -> Path:
+    """What a process of the study is given, written before it begins."""
+    return study.out / "recipes" / f"{folder.name}.toml"
+
+
+def _cache(study: Study, panel: PanelPlan, recipe: Recipe) -> Item:
+    """The cache of a run's teacher, wide enough for every window of the panel."""
+    windows = [
+        cell.fields.get("window.tokens", recipe.window.tokens) for cell in cells(study, panel)
+    ]
+    read = ("student", "teacher", "data", "sampling")
+    data = {key: value for key, value in recipe.resolved().items() if key in read}
+    fields = corner("sft") | {
+        "window.tokens": max([recipe.window.tokens, *windows]),
+        "train.seed": recipe.train.seed,
+    }
+    fields |= {
+        "rollouts.end_set": recipe.rollouts.end_set,
+        "objective.end_class": recipe.objective.end_class,
+    }
+    written = make_recipe(with_fields(data, fields))
+    folder = study.out / "caches" / f"{_slug(recipe.teacher.model)}-{written.hash()}"
+    written = written.model_copy(update={"out": folder})
+    job = _job(study, "cache", f"cache of {recipe.teacher.model}", folder, 0, ())
+    job = dataclasses.replace(
+        job,
+        arguments=("cache", "build", str(recipe_file(study, folder)), "--out", str(folder)),
+        done=folder.with_name(f"{folder.name}.DONE"),
+        marks=True,
+    )
+    return Item(
+        kind="cache", label=job.name, job=job, recipe=written, evaluation=Evaluation(), shown=False
+    )
+
+
+def grpo_item(
+    study: Study,
+    model: str,
+    start: Recipe,
+    seed: int,
+    label: str,
+    which: str,
+    pending: bool,
+    needs: tuple[Path, ...] = (),
+) -> Item:
+    """A GRPO run from a model, on the task and with the evaluation of the recipe `start`."""
+    fields = {"model": model, "grpo.seed": seed, "data.source": start.data.source}
+    fields |= {} if is_table(start.data.source) else {"data.seed": seed}
+    # What a shipped recipe says of rates is for models of its kind: those that this one began with.
+    first = start.student.model if needs else model
+    data = read_recipe(study.grpo.recipe, study.grpo.fields | fields | {"model": first}) | {
+        "model": model
+    }
+    data["evaluation"] = start.resolved().get("evaluation", {})
+    recipe = validate(data, "grpo", GrpoRecipe)
+    folder = study.out / "runs" / f"grpo-{recipe.hash()}"
+    recipe = recipe.model_copy(update={"out": folder})
+    job = _job(study, "grpo", label + which, folder, recipe.grpo.steps, needs)
+    return Item(
+        kind="grpo",
+        label=label,
+        job=job,
+        recipe=recipe,
+        evaluation=recipe.evaluation,
+        pending=pending,
+    )
+
+
+def evaluation_item(
+    study: Study,
+    name: str,
+    model: str,
+    recipe: Recipe,
+    settings: Evaluation,
+    pending: bool = False,
+    needs: tuple[Path, ...] = (),
+) -> Item:
+    """An evaluation of a model that is no run of its own, to a file named by model and settings."""
+    plain = settings.model_dump(mode="json", exclude_none=True)
+    identity = hashlib.sha256(json.dumps([model, plain], sort_keys=True).encode()).hexdigest()[:16]
+    file = study.out / "evaluations" / f"{_slug(name)}-{identity}.json"
+    # A folder of its own: two evaluations of equal weights would write one file at the same time.
+    responses = study.out / "responses" / file.stem
+    arguments = (
+        "evaluate",
+        model,
+        "--out",
+        str(file),
+        "--responses",
+        str(responses),
+        *_flags(plain),
+    )
+    log = study.out / "logs" / f"{file.stem}.log"
+    job = Job(name=name, arguments=arguments, path=file, log=log, done=file, needs=needs)
+    return Item(
+        kind="evaluate", label=name, job=job, recipe=recipe, evaluation=settings, pending=pending
+    )
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    """The settings of an evaluation as `potstill evaluate` takes them."""
+    words: list[str] = []
+    for field, value in settings.items():
+        name = f"--{field.replace('_', '-')}"
+        if isinstance(value, dict):
+            words += [f"{name}.{key}={toml_value(inner)}" for key, inner in value.items()]
+        elif value not in ((), []):
+            words += [name, *map(str, value if isinstance(value, list) else [value])]
+    return words
