@@ -1,5 +1,5 @@
-"""Write what the documentation repeats from the code: recipe fields, the map of modules, and the
-tree in the README.
+"""Write what the documentation repeats from the code: recipe fields, the rows of a run's files, the
+map of modules, and the tree in the README.
 
 `python scripts/write_docs.py` replaces the text between a line `<!-- generated: NAME -->` and the
 next `<!-- end -->` in each page. A test compares the pages with what this would write.
@@ -10,6 +10,8 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+
+from row_tables import row_tables
 
 from potstill.config import GrpoFields, RecipeFields, RunRecipe
 from potstill.config.reference import DescribedField, about_section, described
@@ -170,6 +172,7 @@ def cell(text: str) -> str:
 GENERATED = {
     "recipe fields": recipe_fields,
     "grpo fields": grpo_fields,
+    "rows": row_tables,
     "map": module_map,
     "layers": layers,
     "tree": tree,

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append(path: Path, row: Mapping[str, Any]) -> None:
     """Add one JSON line; a last line that a kill or a full disk has torn is cut off before."""
     with path.open("ab+") as file:
         size = file.tell()
@@ -20,12 +20,12 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(json_line(row).encode())
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace a JSONL file by these rows, as `write_atomically` does."""
     write_atomically(path, "".join(map(json_line, rows)))
 
 
-def json_line(row: dict[str, Any]) -> str:
+def json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from potstill.console.printable import plain, printable, say
 
@@ -14,8 +13,7 @@ PLAIN_INTERVAL = 5.0
 
 
 class StepDisplay:
-    """Progress of a training run: step, tokens/s, KLs or rewards, entropies, length, window, time
-    left."""
+    """Progress of a training run: step, tokens/s, the numbers of the step, time left."""
 
     def __init__(self, num_steps: int, start: int, quiet: bool, flops: float | None = None):
         self.num_steps = num_steps
@@ -69,50 +67,30 @@ class StepDisplay:
             self.has_warned = True
             self.note(warning)
 
-    def timing(self, seconds: dict[str, float]) -> dict[str, float]:
-        """Seconds of the step that ends now, whole and by part."""
+    def lap(self) -> float:
+        """Seconds of the step that ends now."""
         now = time.perf_counter()
-        total, self.last_step = now - self.last_step, now
-        return {"seconds": round(total, 4)} | {
-            f"{part}_seconds": round(value, 4) for part, value in seconds.items()
-        }
+        seconds, self.last_step = now - self.last_step, now
+        return seconds
 
-    def update(self, metrics: dict[str, Any]) -> None:
-        """Show the metrics of a finished step."""
+    def update(self, step: int, *, num_tokens: int, total_flops: float, numbers: str) -> None:
+        """Show a finished step: tokens/s, its `numbers` as text, and the time left."""
         if self.quiet:
             return
-        now, step = time.perf_counter(), metrics["step"]
+        now = time.perf_counter()
         num_steps = self.num_steps
         if self.flops is not None:
             # As many as the operations so far promise.
-            promised = math.ceil(step * self.flops / metrics["total_flops"])
+            promised = math.ceil(step * self.flops / total_flops)
             num_steps = min(num_steps, max(promised, step))
-        self.num_tokens += metrics["num_loss_tokens"]
-        shown = _describe(metrics, self.num_tokens / (now - self.began))
+        self.num_tokens += num_tokens
+        shown = f"{self.num_tokens / (now - self.began):,.0f} tok/s  {numbers}"
         if self.live:
             self.progress.update(self.task, completed=step, total=num_steps, description=shown)
         elif now - self.last_line >= PLAIN_INTERVAL or step in (self.start + 1, num_steps):
             self.last_line = now
             left = (now - self.began) / (step - self.start) * (num_steps - step)
             say(f"step {step}/{num_steps}  {shown}  {left:.0f} s left", error=True)
-
-
-def _describe(metrics: dict[str, Any], tokens_per_second: float) -> str:
-    parts = [f"{tokens_per_second:,.0f} tok/s", f"loss {metrics['loss']:.4f}"]
-    if "forward_kl" in metrics:
-        parts.append(f"KL fwd {metrics['forward_kl']:.4f} rev {metrics['reverse_kl']:.4f}")
-        parts.append(
-            f"entropy {metrics['student_entropy']:.3f} (teacher {metrics['teacher_entropy']:.3f})"
-        )
-    else:
-        if "reward" in metrics:
-            parts.append(
-                f"reward {metrics['reward']:.3f} (groups with signal "
-                f"{metrics['groups_with_signal']:.0%})"
-            )
-        parts.append(f"entropy {metrics['student_entropy']:.3f}")
-    parts.append(f"length {metrics['length']:.0f}/{metrics['window']}")
-    return "  ".join(parts)
 
 
 class CacheDisplay:

@@ -9,6 +9,7 @@ from potstill.models.flops import ModelFlops, rollout_flops
 from potstill.models.language_model import LanguageModel
 from potstill.models.sampling import sample
 from potstill.rollouts.text import is_loop, num_tokens_to_answer, zlib_ratio
+from potstill.runs.schema import ResponseMeans
 from potstill.seeds import Key, Stream, stream_key
 from potstill.tasks import Task
 from potstill.training.controllers import Probe, WindowState
@@ -101,7 +102,7 @@ def score(task: Task, responses: Sequence[Response]) -> list[float]:
     return [grade.score for grade in grades]
 
 
-def response_means(responses: Sequence[Response]) -> dict[str, float]:
+def response_means(responses: Sequence[Response]) -> ResponseMeans:
     """Means per token (nats, of the distribution sampled from) and per response, by the names of
     the run log."""
     num_tokens = sum(len(response.completion.token_ids) for response in responses)
@@ -123,7 +124,7 @@ def response_means(responses: Sequence[Response]) -> dict[str, float]:
 
 def probe_window(
     recipe: GrpoRecipe, setup: Setup, state: WindowState, step: int
-) -> tuple[Probe, int]:
+) -> tuple[Probe, float]:
     """What the length gate looks at: one response to each held-out prompt. Also the operations that
     this took."""
     seeds = [

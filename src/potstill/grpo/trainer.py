@@ -28,10 +28,11 @@ from potstill.grpo.responses import (
 )
 from potstill.models.flops import rollout_flops, training_flops
 from potstill.models.language_model import without_progress_bars
+from potstill.runs.schema import FLOPS_PARTS, GrpoMetrics, GrpoRow, Rewards
 from potstill.seeds import step_indices, step_seed
 from potstill.training import checkpoint
 from potstill.training.controllers import decide, is_probe_due, scheduled_window
-from potstill.training.metrics import Stopwatch
+from potstill.training.metrics import Stopwatch, describe, timing
 from potstill.training.rates import learning_rate
 from potstill.types import NonFiniteError
 
@@ -123,7 +124,7 @@ class Steps(TrainerCallback):
         self.window = state.window.tokens
         self.responses: list[Response] = []
         self.clock = Stopwatch(setup.world.device)
-        self.probe_flops = 0
+        self.probe_flops: float = 0
 
     def write(self, places: list[str], trainer) -> dict[str, Any]:
         """Respond to the prompts at these places, each group in a row; before that, probe the
@@ -133,7 +134,7 @@ class Steps(TrainerCallback):
         self.clock, self.probe_flops = Stopwatch(setup.world.device), 0
         setup.model.eval()
         if is_probe_due(recipe.window, self.state.window, step, reuse=1):
-            with self.clock("probe"):
+            with self.clock("probe_seconds"):
                 probe, self.probe_flops = probe_window(recipe, setup, self.state.window, step)
             gate, decision = decide(recipe.window, self.state.window, probe)
             self.state = dataclasses.replace(self.state, window=gate)
@@ -145,7 +146,7 @@ class Steps(TrainerCallback):
         prompts = [setup.prompts[int(place)] for place in places]
         size = recipe.grpo.group_size
         seeds = [(recipe.grpo.seed, step, i // size, i % size) for i in range(len(prompts))]
-        with self.clock("rollout"):
+        with self.clock("rollout_seconds"):
             self.responses = write(recipe, setup, prompts, seeds, self.window)
         setup.model.train()
         return {
@@ -156,7 +157,7 @@ class Steps(TrainerCallback):
 
     def score(self, **columns: Any) -> list[float | None]:
         """The rewards of what was written last."""
-        with self.clock("grading"):
+        with self.clock("grading_seconds"):
             return [*score(self.setup.task, self.responses)]
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
@@ -185,22 +186,31 @@ class Steps(TrainerCallback):
         )
         parts["rollout"] = rollout_flops(rollouts, {"student": setup.flops}, by_token=False)
         parts["probe"] = self.probe_flops
-        self.state = dataclasses.replace(self.state, flops=self.state.flops + sum(parts.values()))
+        self.state = dataclasses.replace(
+            self.state, flops=self.state.flops + sum(parts[part] for part in FLOPS_PARTS)
+        )
         self.step += 1
-        metrics = {"step": self.step, "loss": logs["loss"]}
-        metrics |= {"reward": logs["reward"], "reward_std": logs["reward_std"]}
-        metrics["groups_with_signal"] = 1 - logs["frac_reward_zero_std"]
-        metrics |= {"kl_to_start": logs["kl"]} if "kl" in logs else {}
-        metrics |= response_means(self.responses)
-        metrics |= {
+        rewards: Rewards = {
+            "reward": logs["reward"],
+            "reward_std": logs["reward_std"],
+            "groups_with_signal": 1 - logs["frac_reward_zero_std"],
+        }
+        if "kl" in logs:
+            rewards["kl_to_start"] = logs["kl"]
+        metrics: GrpoMetrics = {
+            "step": self.step,
+            "loss": logs["loss"],
+            **rewards,
+            **response_means(self.responses),
             "grad_norm": logs["grad_norm"],
             "lr": logs["learning_rate"],
             "window": self.window,
+            "flops": parts,
+            "total_flops": self.state.flops,
         }
-        metrics |= {"flops": parts, "total_flops": self.state.flops}
-        timing = self.display.timing(self.clock.seconds)
-        timing["student_seconds"] = round(timing["seconds"] - sum(self.clock.seconds.values()), 4)
-        files.append(recipe.out / "metrics.jsonl", metrics | timing)
+        row: GrpoRow = {**metrics, **timing(self.display.lap(), self.clock.seconds)}
+        row["student_seconds"] = round(row["seconds"] - sum(self.clock.seconds.values()), 4)
+        files.append(recipe.out / "metrics.jsonl", row)
         signal = self.asked()
         if (
             self.step % recipe.grpo.checkpoint_every == 0
@@ -209,7 +219,12 @@ class Steps(TrainerCallback):
         ):
             data = dataclasses.asdict(self.state)
             checkpoint.save(recipe.out, self.step, setup.model, self.optimizer, setup.world, data)
-        self.display.update(metrics)
+        self.display.update(
+            self.step,
+            num_tokens=metrics["num_loss_tokens"],
+            total_flops=self.state.flops,
+            numbers=describe(metrics),
+        )
         if signal:
             raise stopped_after(self.step, signal)
 

@@ -12,10 +12,8 @@ from typing import Any
 from torch import nn
 
 from potstill.kl.head import Head
+from potstill.runs.schema import Flops
 from potstill.types import Rollout, Writer
-
-# Where a step's operations go.
-PARTS = ("rollout", "probe", "teacher", "student_forward", "student_backward", "head")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def training_flops(
     student: ModelFlops,
     teacher: ModelFlops | None,
     looks_ahead: bool = False,
-) -> dict[str, int]:
+) -> Flops:
     """One forward and backward pass, which counts as two forward ones. `teacher` is None where none
     scores.
 
@@ -112,7 +110,14 @@ def training_flops(
     `head` is that of both models. A cached teacher has no body, so what it scores costs its head
     alone, or nothing.
     """
-    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    parts: Flops = {
+        "rollout": 0,
+        "probe": 0,
+        "teacher": 0,
+        "student_forward": 0,
+        "student_backward": 0,
+        "head": 0,
+    }
     for rollout in rollouts:
         num_written = len(rollout.completion_ids) - 1
         num_loss_tokens = sum(rollout.trained)

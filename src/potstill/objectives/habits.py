@@ -8,7 +8,6 @@ nothing.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from potstill.config import Objective
 from potstill.kl.head import Head
 from potstill.kl.terms import TokenStats
+from potstill.runs.schema import EndHabits
 from potstill.teachers.ends import Ends, end_names
 from potstill.types import Rollout
 
@@ -93,11 +93,11 @@ def habit_sums(
 
 def step_habits(
     sums: Mapping[str, float], objective: Objective, ends: Ends, tokenizer
-) -> dict[str, Any]:
+) -> EndHabits:
     """A step's `end_habits` for the run log: whose ends, how many, and mean probabilities by the
     token's name."""
     num = int(sums["num_ends"])
-    habits: dict[str, Any] = {"ends_of": writer_of_ends(objective), "num_ends": num}
+    habits: EndHabits = {"ends_of": writer_of_ends(objective), "num_ends": num}
     names = end_names(tokenizer, ends.compared_ids)
     for who in ("student", "teacher"):
         keys = [f"end/{who}/{i}" for i in ends.compared_ids]
@@ -106,13 +106,13 @@ def step_habits(
     return habits
 
 
-def disagreement(habits: dict[str, Any], ends: Ends, tokenizer) -> str | None:
+def disagreement(habits: EndHabits, ends: Ends, tokenizer) -> str | None:
     """A warning where the two models' likeliest end tokens differ; None where they agree or one is
     not known."""
     if "student" not in habits or "teacher" not in habits:
         return None
     student, teacher = habits["student"], habits["teacher"]
-    mine, theirs = max(student, key=student.get), max(teacher, key=teacher.get)
+    mine, theirs = max(student, key=student.__getitem__), max(teacher, key=teacher.__getitem__)
     if mine == theirs:
         return None
     id_of = dict(zip(end_names(tokenizer, ends.compared_ids), ends.compared_ids, strict=True))

@@ -31,6 +31,7 @@ import numpy as np
 from potstill.config import ALIKE, GrpoRecipe, Recipe, Role
 from potstill.report.questions import ABOVE_TEACHER, QUESTIONS, UNITS, Claim, Question, Run, Verdict
 from potstill.runs.results import Entry, recipe_key
+from potstill.runs.schema import MetricsRow, value_in
 from potstill.statistics import SEEDS_TO_JUDGE, Estimate, pass_at_k, seeds_and_problems
 
 # May differ within a comparison. How a run was evaluated is read from the evaluation, which can be
@@ -231,11 +232,11 @@ def _measure(
         )
     if metric == "entropy above the teacher's":
         # On the tokens of the last training steps.
-        names = ("student_entropy_before_answer", "teacher_entropy_before_answer")
-        pairs = [[row.get(name) for name in names] for row in entry.metrics[-NUM_LAST_STEPS:]]
-        found = {
-            f"step {i}": a - b for i, (a, b) in enumerate(pairs) if a is not None and b is not None
+        gaps = {
+            f"step {i}": _entropy_above(row)
+            for i, row in enumerate(entry.metrics[-NUM_LAST_STEPS:])
         }
+        found = {step: gap for step, gap in gaps.items() if gap is not None}
         return ("", found) if len(found) > 1 else None
     row: dict[str, Any] | None = next(
         (row for row in entry.evals if row["temperature"] == temperature), None
@@ -266,6 +267,14 @@ def _measure(
     origin = " ".join(str(settings[name]) for name in ("source", "split", "seed"))
     named = {f"{origin} {name}": value for name, value in zip(columns["id"], values, strict=True)}
     return json.dumps([settings, sorted(columns["id"])]), named
+
+
+def _entropy_above(row: MetricsRow) -> float | None:
+    """The student's entropy before the answer less the teacher's, in nats a token; None where one
+    is not known."""
+    student = value_in(row, "student_entropy_before_answer")
+    teacher = value_in(row, "teacher_entropy_before_answer")
+    return None if student is None or teacher is None else student - teacher
 
 
 def _mean(values: dict[str, float]) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 from potstill.config import METHODS, Recipe
 from potstill.report.comparison import BeforeAndAfter, Group, Metric, Part, forward_weight, stored
 from potstill.runs.results import Entry
+from potstill.runs.schema import MetricsRow, StepNumber, value_in
 
 Figure = dict[str, Any]
 Link = Callable[[Path], str]
@@ -51,7 +52,7 @@ SYMBOLS = dict(
     )
 )
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-CURVES = (
+CURVES: tuple[tuple[StepNumber, str], ...] = (
     ("forward_kl", "forward KL (nats a token)"),
     ("reverse_kl", "reverse KL (nats a token)"),
     ("student_entropy_before_answer", "student entropy up to the answer (nats)"),
@@ -63,7 +64,10 @@ CURVES = (
     ("grad_norm", "gradient norm before clipping"),
 )
 # What controllers move, shown where it moves in any run.
-CONTROLLED = (("window", "window (tokens)"), ("forward_weight", "weight of the forward KL"))
+CONTROLLED: tuple[tuple[StepNumber, str], ...] = (
+    ("window", "window (tokens)"),
+    ("forward_weight", "weight of the forward KL"),
+)
 ACTIONS = {
     "climb": "triangle-up",
     "hold": "circle-open",
@@ -81,30 +85,29 @@ def family(entry: Entry) -> str:
     return f"{entry.recipe.objective.prefix} prefix" if isinstance(entry.recipe, Recipe) else "GRPO"
 
 
-def thin(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def thin(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
     """At most MAX_POINTS of a run's steps, evenly, the last one among them."""
     every = -(-len(rows) // MAX_POINTS)
     return list(rows[::-every])[::-1] if every else []
 
 
-def shown_curves(runs: Sequence[Entry]) -> list[tuple[str, str]]:
+def shown_curves(runs: Sequence[Entry]) -> list[tuple[StepNumber, str]]:
     """Name and title of the quantities that these runs logged, and of those that a controller moved
     in any of them."""
     shown = [
-        (name, title)
-        for name, title in CURVES
-        if any(run.metrics[0].get(name) is not None for run in runs)
-    ]
-    moved = [
         each
-        for each in CONTROLLED
-        if any(len({row.get(each[0]) for row in run.metrics}) > 1 for run in runs)
+        for each in CURVES
+        if any(value_in(run.metrics[0], each[0]) is not None for run in runs)
     ]
-    return shown + moved
+    return shown + [each for each in CONTROLLED if any(_moves(run, each[0]) for run in runs)]
+
+
+def _moves(run: Entry, name: StepNumber) -> bool:
+    return len({value_in(row, name) for row in run.metrics}) > 1
 
 
 def curve(
-    name: str,
+    name: StepNumber,
     title: str,
     runs: Sequence[Entry],
     labels: dict[Path, str],
@@ -122,7 +125,7 @@ def curve(
                 "type": "scatter",
                 "mode": "lines",
                 "x": [row["step"] for row in rows],
-                "y": [rounded(row.get(name)) for row in rows],
+                "y": [rounded(value_in(row, name)) for row in rows],
                 "name": html.escape(labels[run.path]),
                 "line": line | {"shape": shape},
                 "visible": run.path in visible,
@@ -262,7 +265,7 @@ def windows(
             | {
                 "mode": "lines",
                 "x": [row["step"] for row in rows],
-                "y": [row.get("window") for row in rows],
+                "y": [value_in(row, "window") for row in rows],
                 "line": line | {"shape": "hv"},
                 "hoverinfo": "skip",
             }

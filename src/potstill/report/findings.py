@@ -7,18 +7,28 @@ there are: another seed, or the rounding of another machine, can turn over what 
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from potstill.config import Recipe
 from potstill.report.comparison import BeforeAndAfter, Group, Metric, difference, pair_up
 from potstill.runs.results import Entry
+from potstill.runs.schema import EndHabits
 from potstill.statistics import SEEDS_TO_JUDGE, seeds_in_words
 
 # How many names a sentence lists.
 NUM_NAMED = 6
 
+Side = Literal["student", "teacher"]
+SIDES: tuple[Side, ...] = ("student", "teacher")
+
 # With the run folders that it speaks of.
 Sentence = tuple[str, list[Path]]
+
+
+class StepHabits(EndHabits):
+    """End habits and the step that they are of."""
+
+    step: int
 
 
 def findings(
@@ -109,20 +119,26 @@ def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]
     ]
 
 
-def first_and_last_habits(entry: Entry) -> list[dict[str, Any]]:
+def first_and_last_habits(entry: Entry) -> list[StepHabits]:
     """A run's end habits at the first and the last step in which a completion ended, each with its
     step; or fewer."""
-    rows = [
-        row["end_habits"] | {"step": row["step"]} for row in entry.metrics if "end_habits" in row
+    rows: list[StepHabits] = [
+        {**row["end_habits"], "step": row["step"]}
+        for row in entry.metrics
+        if "end_habits" in row and row["end_habits"]["num_ends"]
     ]
-    rows = [row for row in rows if row["num_ends"]]
     return rows[:1] + rows[1:][-1:]
 
 
-def ends_alike(habits: dict[str, Any]) -> bool | None:
+def probs_of(habits: EndHabits, who: Side) -> dict[str, float]:
+    """The probability that a model gives each end token; none where it is not known."""
+    return habits.get(who, {})
+
+
+def ends_alike(habits: EndHabits) -> bool | None:
     """Whether both models' likeliest end token is the same; None where one is not known."""
-    sides = [habits.get(who) for who in ("student", "teacher")]
-    likeliest = {max(side, key=side.get) for side in sides if side}
+    sides = [probs_of(habits, who) for who in SIDES]
+    likeliest = {max(side, key=side.__getitem__) for side in sides if side}
     return len(likeliest) == 1 if all(sides) else None
 
 
@@ -143,15 +159,18 @@ def habit_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[Entry, 
     """Header and rows of the end habits: of each run whose ends, and each token's probability,
     first to last."""
     compared = [(entry, found) for entry in entries if (found := first_and_last_habits(entry))]
-    names = dict.fromkeys(name for _, found in compared for row in found for name in row["student"])
-    columns = [(who, name) for name in names for who in ("student", "teacher")]
+    names = dict.fromkeys(
+        name for _, found in compared for row in found for name in probs_of(row, "student")
+    )
+    columns: list[tuple[Side, str]] = [(who, name) for name in names for who in SIDES]
     rows = []
     for entry, found in compared:
         cells = [f"the {found[0]['ends_of']}'s"]
-        cells += [_to(row[key] for row in found) for key in ("step", "num_ends")]
+        cells += [_to(row["step"] for row in found), _to(row["num_ends"] for row in found)]
         for who, name in columns:
-            known = _to(f"{row[who][name]:.3f}" for row in found if name in row.get(who, {}))
-            cells.append(known or ("not known" if name in found[0]["student"] else ""))
+            probs = [probs_of(row, who) for row in found]
+            known = _to(f"{each[name]:.3f}" for each in probs if name in each)
+            cells.append(known or ("not known" if name in probs_of(found[0], "student") else ""))
         alike = {True: "yes", False: "no", None: "not known"}
         rows.append((entry, [*cells, _to(alike[ends_alike(row)] for row in found)]))
     return [

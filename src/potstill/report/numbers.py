@@ -24,6 +24,7 @@ from potstill.report.figures import Link
 from potstill.report.findings import findings, first_and_last_habits
 from potstill.report.questions import Claim
 from potstill.runs.results import Entry, Panel
+from potstill.runs.schema import StepNumber, value_in
 from potstill.statistics import Estimate
 
 
@@ -152,15 +153,21 @@ def run_numbers(entry: Entry, label: str, link: Link) -> dict[str, Any]:
         "flops": entry.flops,
         "seconds": entry.seconds,
         "evals": [evaluation_of(row) for row in entry.evals],
-        "curves": {
-            name: [row.get(name) for row in figures.thin(entry.metrics)]
-            for name in ("step", *(name for name, _ in figures.CURVES + figures.CONTROLLED))
-            if any(row.get(name) is not None for row in entry.metrics)
-        },
+        "curves": curve_numbers(entry),
         "decisions": list(entry.decisions),
         "validations": list(entry.validations),
         "end_habits": first_and_last_habits(entry),
     }
+
+
+def curve_numbers(entry: Entry) -> dict[StepNumber, list[float | None]]:
+    """What a run logged of each curve, at the steps that figures show."""
+    names: list[StepNumber] = ["step", *(name for name, _ in figures.CURVES + figures.CONTROLLED)]
+    logged: list[StepNumber] = [
+        name for name in names if any(value_in(row, name) is not None for row in entry.metrics)
+    ]
+    rows = figures.thin(entry.metrics)
+    return {name: [value_in(row, name) for row in rows] for name in logged}
 
 
 def summary_numbers(summaries: dict[str, Summary], link: Link) -> dict[str, Any]:

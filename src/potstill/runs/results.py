@@ -18,9 +18,11 @@ from potstill.runs.run_folder import (
     last_row,
     read_json,
     read_json_list,
+    read_metrics,
     read_rows,
     resume_command,
 )
+from potstill.runs.schema import MetricsRow, value_in
 
 # Of a study's folder: what it consists of, written before the first run.
 PLAN_FILE = "plan.json"
@@ -51,7 +53,7 @@ class Entry:
     path: Path
     evals: list[dict[str, Any]]
     recipe: Recipe | GrpoRecipe | None = None
-    metrics: tuple[dict[str, Any], ...] = ()
+    metrics: tuple[MetricsRow, ...] = ()
     samples: tuple[dict[str, Any], ...] = ()
     decisions: tuple[dict[str, Any], ...] = ()
     validations: tuple[dict[str, Any], ...] = ()
@@ -78,7 +80,7 @@ class Entry:
 
     @property
     def num_loss_tokens(self) -> int | None:
-        return sum(row.get("num_loss_tokens", 0) for row in self.metrics) or None
+        return int(sum(value_in(row, "num_loss_tokens") or 0 for row in self.metrics)) or None
 
     @property
     def seconds(self) -> float | None:
@@ -87,7 +89,7 @@ class Entry:
     @property
     def flops(self) -> float | None:
         """Operations of training, where they were counted."""
-        return self.metrics[-1].get("total_flops") if self.metrics else None
+        return value_in(self.metrics[-1], "total_flops") if self.metrics else None
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,11 @@ def read_entry(path: Path) -> Entry:
     recipe = load_any_recipe(path / "recipe.toml")
     if not is_done(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
-    metrics, samples, decisions, validations = (
-        tuple(read_rows(path / name, keys)) for name, keys in STEP_LOGS.items()
+    metrics = tuple(read_metrics(path, STEP_LOGS["metrics.jsonl"]))
+    samples, decisions, validations = (
+        tuple(read_rows(path / name, keys))
+        for name, keys in STEP_LOGS.items()
+        if name != "metrics.jsonl"
     )
     evals = newest_evals(path, last_row(path)["step"])
     return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions, validations)

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from potstill.config import (
     CHANGE_NOTHING,
@@ -28,6 +28,7 @@ from potstill.config import (
     to_toml,
 )
 from potstill.files import file_digest, flush, write_atomically, write_rows
+from potstill.runs.schema import MetricsRow
 
 # What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is
 # finished.
@@ -285,9 +286,14 @@ def store_evals(folder: Path, step: int, rows: Sequence[dict[str, Any]]) -> None
         write_rows(path, [*kept, *new.values()])
 
 
-def last_row(folder: Path) -> dict[str, Any]:
+def read_metrics(folder: Path, keys: Collection[str] = ("step",)) -> list[MetricsRow]:
+    """The rows of a run's steps; errors as `read_rows`."""
+    return cast(list[MetricsRow], read_rows(folder / "metrics.jsonl", keys))
+
+
+def last_row(folder: Path) -> MetricsRow:
     """The metrics of a run's last step. Raises RunError where there are none."""
-    rows = read_rows(folder / "metrics.jsonl", ("step",))
+    rows = read_metrics(folder)
     if not rows:
         raise RunError(
             f"{str(folder / 'metrics.jsonl')!r} is missing or empty; "

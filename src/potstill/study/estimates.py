@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from potstill.config import Evaluation, GrpoRecipe, Recipe, Role, RunRecipe, Selection
 from potstill.runs.results import read_entry
+from potstill.runs.schema import FLOPS_PARTS, FlopsPart, TimedPart, value_in
 from potstill.tasks import is_table
 from potstill.tasks.own import own_task
 from potstill.types import NonFiniteError
@@ -158,7 +159,7 @@ def _kind(recipe: Recipe | GrpoRecipe) -> str:
 def _finished_step(path: Path) -> StepCost:
     metrics = read_entry(path).metrics
     num_bytes = sum(_num_bytes(path / kept) for kept in ("model", "checkpoint"))
-    flops = metrics[-1].get("total_flops", 0.0) / len(metrics)
+    flops = (value_in(metrics[-1], "total_flops") or 0.0) / len(metrics)
     return StepCost(
         seconds=sum(row["seconds"] for row in metrics) / len(metrics),
         cached_seconds=0.0,
@@ -208,9 +209,12 @@ def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCos
                 return None
         # The first step also warms up.
         last = read_entry(out).metrics[-1]
-        saved = ("rollout", "teacher") if cached else ()
-        seconds = last["seconds"] - sum(last[f"{part}_seconds"] for part in saved)
-        flops = sum(number for part, number in last["flops"].items() if part not in saved)
+        saved: tuple[FlopsPart, ...] = ("rollout", "teacher") if cached else ()
+        saved_seconds: tuple[TimedPart, ...] = (
+            ("rollout_seconds", "teacher_seconds") if cached else ()
+        )
+        seconds = last["seconds"] - sum(value_in(last, part) or 0.0 for part in saved_seconds)
+        flops = sum(last["flops"][part] for part in FLOPS_PARTS if part not in saved)
         num_bytes = sum(_num_bytes(out / kept) for kept in ("model", "checkpoint"))
         return StepCost(
             seconds=seconds,

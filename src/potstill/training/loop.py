@@ -32,11 +32,19 @@ from potstill.objectives.loss import (
 )
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.runs import run_folder
+from potstill.runs.schema import AnyMetrics, DistillationMetrics, DistillationRow
 from potstill.tasks.own import own_files
 from potstill.teachers.protocol import Teacher
 from potstill.training import checkpoint
 from potstill.training.extension import extended
-from potstill.training.metrics import Stopwatch, before_answer, rollout_sums, token_sums
+from potstill.training.metrics import (
+    Stopwatch,
+    before_answer,
+    describe,
+    rollout_sums,
+    timing,
+    token_sums,
+)
 from potstill.training.opening import opening
 from potstill.training.rates import is_spent
 from potstill.training.rollout_log import Scored, logged_sample
@@ -65,7 +73,7 @@ class RunResult:
 
     folder: Path
     student: LanguageModel
-    metrics: dict[str, Any]
+    metrics: AnyMetrics
 
 
 def train(
@@ -195,14 +203,19 @@ def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callabl
         updated = update(trainer, run, plan, clock)
         metrics = step_metrics(trainer, plan, sums, updated, cost)
         run = run.after(trainer.recipe, metrics, rollouts)
-        _record(trainer, run, samples + seen, display, clock)
+        _record(trainer, metrics, samples + seen, display, clock)
         run = validate_if_due(trainer, run, display)
         ends_early = is_exhausted(trainer, run)
         # The ranks stop together.
         signal = distributed.max_over_ranks(asked(), world)
         if saves or signal or ends_early:
             _save(trainer, run)
-        display.update(run.metrics)
+        display.update(
+            metrics["step"],
+            num_tokens=metrics["num_loss_tokens"],
+            total_flops=metrics["total_flops"],
+            numbers=describe(metrics),
+        )
         if signal:
             raise stopped_after(run.step, signal)
         if ends_early:
@@ -220,20 +233,22 @@ def _ended_early(trainer: Trainer, run: Run) -> str:
 
 def _record(
     trainer: Trainer,
-    run: Run,
+    metrics: DistillationMetrics,
     samples: list[dict[str, Any]],
     display: StepDisplay,
     clock: Stopwatch,
 ) -> None:
     """Log a finished step, and warn once where the two models end their texts differently."""
-    habits = run.metrics.get("end_habits")
-    if habits is not None:
-        display.note_once(disagreement(habits, trainer.setup.ends, trainer.setup.student.tokenizer))
+    if "end_habits" in metrics:
+        display.note_once(
+            disagreement(metrics["end_habits"], trainer.setup.ends, trainer.setup.student.tokenizer)
+        )
     if not trainer.world.is_main:
         return
-    files.append(trainer.folder / "metrics.jsonl", run.metrics | display.timing(clock.seconds))
+    row: DistillationRow = {**metrics, **timing(display.lap(), clock.seconds)}
+    files.append(trainer.folder / "metrics.jsonl", row)
     for sample in samples:
-        files.append(trainer.folder / "samples.jsonl", {"step": run.step, **sample})
+        files.append(trainer.folder / "samples.jsonl", {"step": metrics["step"], **sample})
 
 
 def _save(trainer: Trainer, run: Run) -> None:
@@ -304,15 +319,15 @@ def accumulate_gradients(
     if loss.objective.gamma:
         # All batches first, because what a token answers for is measured by the whole step's
         # rollouts.
-        with clock("student"):
+        with clock("student_seconds"):
             costs = [later_costs(student, setup.teacher, batch, loss) for batch in batches]
             returns = without_baseline(costs, batches, world)
     samples: dict[int, dict[str, Any]] = {}
     for places, batch, returns_N in zip(groups, batches, returns, strict=True):
-        with clock("teacher"):
+        with clock("teacher_seconds"):
             known = known_of_teacher(setup.teacher, batch, loss)
             signal = signal_of(known, setup.teacher, loss)
-        with clock("student"):
+        with clock("student_seconds"):
             hidden_ND = student_rows(student, batch, loss)
             given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)
             with naming(step, [rollout.prompt for rollout in batch.rollouts]):
@@ -327,7 +342,7 @@ def accumulate_gradients(
             sums.update(habit_sums(batch.rollouts, loss.objective, setup.ends, stats, mine, theirs))
         if min(places) < num_samples:
             # Before the backward pass, after which a sharded head is whole no longer.
-            with clock("samples"):
+            with clock("samples_seconds"):
                 if returns_N is not None:
                     loss_N = token_loss(loss.terms(), stats)
                 each = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats).each(
@@ -338,7 +353,7 @@ def accumulate_gradients(
                         samples[place] = logged_sample(
                             student, setup.teacher, rollout, scored, loss
                         )
-        with clock("student"):
+        with clock("student_seconds"):
             loss_sum.backward()
         responses = [texts[place] for place in places]
         before_answer_N = before_answer(batch, responses, student.tokenizer, setup.answer_end)

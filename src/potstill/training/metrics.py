@@ -3,19 +3,38 @@ batches add up."""
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from potstill.kl.terms import TokenStats
 from potstill.models.batch import Batch
 from potstill.rollouts.text import num_tokens_to_answer, zlib_ratio
+from potstill.runs.schema import (
+    AnyMetrics,
+    EntropyBeforeAnswer,
+    StepMeans,
+    TimedPart,
+    Timing,
+    TokenMean,
+    TokenMeans,
+    WriterMeans,
+    value_in,
+)
 from potstill.types import Rollout, Writer
 
 # (statistic, name in the run log) of those that have one value a loss token.
-TOKEN_STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
+TOKEN_STATISTICS: tuple[TokenMean, ...] = (
+    "forward_kl",
+    "reverse_kl",
+    "student_entropy",
+    "teacher_entropy",
+)
+BEFORE_ANSWER: tuple[EntropyBeforeAnswer, ...] = (
+    "student_entropy_before_answer",
+    "teacher_entropy_before_answer",
+)
 
 
 class Stopwatch:
@@ -23,10 +42,10 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[TimedPart, float] = defaultdict(float)
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
+    def __call__(self, part: TimedPart) -> Iterator[None]:
         start = self._now()
         try:
             yield
@@ -117,36 +136,71 @@ def rollout_sums(
     return sums
 
 
-def step_means(sums: dict[str, float], split_by: Sequence[Writer] = ()) -> dict[str, Any]:
-    """Means per loss token (nats) and per rollout from the summed numbers of a step.
-
-    `by_writer` holds the same for the tokens that each writer wrote, and for the rollouts that it
-    wrote last in; None where it wrote none. `student_share` is the share of the loss tokens that
-    the student wrote.
-    """
-
-    def means(suffix: str) -> dict[str, float | None]:
-        kinds = [
-            ("num_loss_tokens", TOKEN_STATISTICS),
-            (
-                "num_before_answer",
-                ("student_entropy_before_answer", "teacher_entropy_before_answer"),
-            ),
-            ("num_rollouts", ("length", "truncation", "zlib_ratio")),
-        ]
-        return {
-            name: sums[name + suffix] / sums[count + suffix] if sums[count + suffix] else None
-            for count, names in kinds
-            for name in names
-            if name + suffix in sums
-        }
-
-    row: dict[str, Any] = {"loss": sums["loss"], **means("")}
-    row["num_loss_tokens"] = int(sums["num_loss_tokens"])
+def step_means(sums: Mapping[str, float], split_by: Sequence[Writer] = ()) -> StepMeans:
+    """Means per loss token (nats) and per rollout from a step's sums, and those of each writer in
+    `split_by`."""
+    row: StepMeans = {
+        "loss": sums["loss"],
+        **_token_means(sums),
+        "length": sums["length"] / sums["num_rollouts"],
+        "truncation": sums["truncation"] / sums["num_rollouts"],
+        "zlib_ratio": sums["zlib_ratio"] / sums["num_rollouts"],
+        "num_loss_tokens": int(sums["num_loss_tokens"]),
+    }
     if split_by:
         row["student_share"] = sums["num_loss_tokens/student"] / sums["num_loss_tokens"]
-        row["by_writer"] = {
-            w: {"num_loss_tokens": int(sums[f"num_loss_tokens/{w}"]), **means(f"/{w}")}
-            for w in split_by
-        }
+        row["by_writer"] = {writer: _writer_means(sums, f"/{writer}") for writer in split_by}
     return row
+
+
+def _writer_means(sums: Mapping[str, float], suffix: str) -> WriterMeans:
+    return {
+        "num_loss_tokens": int(sums[f"num_loss_tokens{suffix}"]),
+        **_token_means(sums, suffix),
+        "length": _ratio(sums, f"length{suffix}", f"num_rollouts{suffix}"),
+        "truncation": _ratio(sums, f"truncation{suffix}", f"num_rollouts{suffix}"),
+        "zlib_ratio": _ratio(sums, f"zlib_ratio{suffix}", f"num_rollouts{suffix}"),
+    }
+
+
+def _token_means(sums: Mapping[str, float], suffix: str = "") -> TokenMeans:
+    """Means of the statistics that were summed."""
+    means: TokenMeans = {}
+    for name in TOKEN_STATISTICS:
+        if name + suffix in sums:
+            means[name] = _ratio(sums, name + suffix, f"num_loss_tokens{suffix}")
+    for name in BEFORE_ANSWER:
+        if name + suffix in sums:
+            means[name] = _ratio(sums, name + suffix, f"num_before_answer{suffix}")
+    return means
+
+
+def _ratio(sums: Mapping[str, float], name: str, count: str) -> float | None:
+    """One sum over another; None where there is nothing to count."""
+    return sums[name] / sums[count] if sums[count] else None
+
+
+def timing(seconds: float, parts: Mapping[TimedPart, float]) -> Timing:
+    """Seconds of a step, whole and by part, as a row of the run log has them."""
+    row: Timing = {"seconds": round(seconds, 4)}
+    for part, value in parts.items():
+        row[part] = round(value, 4)
+    return row
+
+
+def describe(metrics: AnyMetrics) -> str:
+    """A step's numbers in a line: loss, KLs or rewards, entropies, length and window."""
+    parts = [f"loss {metrics['loss']:.4f}"]
+    entropy = f"entropy {value_in(metrics, 'student_entropy'):.3f}"
+    if "forward_kl" in metrics:
+        parts.append(
+            f"KL fwd {metrics['forward_kl']:.4f} rev {value_in(metrics, 'reverse_kl'):.4f}"
+        )
+        entropy += f" (teacher {value_in(metrics, 'teacher_entropy'):.3f})"
+    elif "reward" in metrics:
+        parts.append(
+            f"reward {metrics['reward']:.3f} (groups with signal "
+            f"{metrics['groups_with_signal']:.0%})"
+        )
+    length = f"length {metrics['length']:.0f}/{metrics['window']}"
+    return "  ".join([*parts, entropy, length])

@@ -30,7 +30,7 @@ def probe_window(
     state: WindowState,
     step: int,
     world: World,
-) -> tuple[Probe, int]:
+) -> tuple[Probe, float]:
     """Let the student write to the held-out prompts, measure it, and count the operations of this
     rank.
 
@@ -54,7 +54,7 @@ def probe_window(
     # The whole copy that decodes: ranks do not take the same number of passes here.
     student = setup.student.around(decoders["student"], "student")
     rollouts = from_one("student", writing, prompts, seeds)
-    flops = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
+    flops: float = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
     scores_teacher = (
         recipe.window.reference == "teacher"
         and setup.teacher is not None

@@ -13,6 +13,7 @@ from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
 from potstill.runs import run_folder
+from potstill.runs.schema import DistillationMetrics, value_in
 from potstill.seeds import step_indices
 from potstill.training import checkpoint
 from potstill.training.controllers import (
@@ -59,7 +60,8 @@ class Run:
     """A run between two steps: `step` finished ones, and what the next one needs to know of them.
 
     `rollouts` are this rank's of the round in use, `flops` the operations of all ranks so far,
-    `metrics` those of the last step. The rest is plain data, which checkpoints keep.
+    `metrics` those of the last step, None before one. The rest is plain data, which checkpoints
+    keep.
     """
 
     step: int
@@ -68,7 +70,7 @@ class Run:
     best: BestState
     flops: float
     rollouts: list[Rollout]
-    metrics: dict[str, Any]
+    metrics: DistillationMetrics | None
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for a checkpoint; the inverse is `_read_run`."""
@@ -79,12 +81,14 @@ class Run:
             "flops": self.flops,
         }
 
-    def after(self, recipe: Recipe, metrics: dict[str, Any], rollouts: list[Rollout]) -> "Run":
+    def after(self, recipe: Recipe, metrics: DistillationMetrics, rollouts: list[Rollout]) -> "Run":
         """The run one step on, with the forward weight that the step's entropies lead to."""
         weight = self.weight
         if recipe.weight_schedule.schedule == "entropy":
-            entropies = (metrics[f"{who}_entropy_before_answer"] for who in ("student", "teacher"))
-            weight = next_weight(recipe.weight_schedule, weight, *entropies)
+            entropy = value_in(metrics, "student_entropy_before_answer")
+            teacher_entropy = value_in(metrics, "teacher_entropy_before_answer")
+            assert entropy is not None and teacher_entropy is not None, "a mixed KL knows both"
+            weight = next_weight(recipe.weight_schedule, weight, entropy, teacher_entropy)
         return dataclasses.replace(
             self,
             step=self.step + 1,
@@ -129,7 +133,7 @@ def begin(trainer: Trainer) -> Run:
     if path is None:
         weight, window = WeightState(recipe.objective.forward_weight), first_window(recipe.window)
         state = {"weight": weight, "window": window, "best": BestState()}
-        run, logs = Run(step=0, **state, flops=0.0, rollouts=[], metrics={}), {}
+        run, logs = Run(step=0, **state, flops=0.0, rollouts=[], metrics=None), {}
     else:
         saved = checkpoint.load(path, trainer.setup.student, trainer.optimizer, trainer.follower)
         run, logs = _read_run(saved, trainer), saved.logs
@@ -151,7 +155,7 @@ def _read_run(saved: checkpoint.Saved, trainer: Trainer) -> Run:
         best=BestState(**data.get("best", {})),
         flops=data["flops"],
         rollouts=[],
-        metrics={},
+        metrics=None,
     )
     if run.step % trainer.recipe.rollouts.reuse == 0 or is_spent(
         trainer.settings, run.step, run.flops

@@ -15,6 +15,7 @@ from potstill.models.flops import ModelFlops, rollout_flops, training_flops
 from potstill.objectives.habits import step_habits
 from potstill.objectives.loss import Loss
 from potstill.rollouts.prefixes import Writing, write_rollouts
+from potstill.runs.schema import FLOPS_PARTS, DistillationExtras, DistillationMetrics, Flops, Update
 from potstill.seeds import step_seed
 from potstill.training.controllers import decide, is_probe_due, scheduled_weight, scheduled_window
 from potstill.training.metrics import Stopwatch, step_means
@@ -50,7 +51,7 @@ class StepPlan:
 class Cost:
     """Operations of a step over all ranks, by part, and of the whole run with it."""
 
-    parts: dict[str, float]
+    parts: Flops
     total: float
 
 
@@ -77,7 +78,7 @@ def probe_if_due(
     recipe, reuse = trainer.recipe, trainer.recipe.rollouts.reuse
     if run.step % reuse or not is_probe_due(recipe.window, run.window, run.step, reuse):
         return run, 0
-    with clock("probe"):
+    with clock("probe_seconds"):
         probe, flops = probe_window(
             recipe, trainer.setup, trainer.decoders, run.window, run.step, trainer.world
         )
@@ -126,7 +127,7 @@ def write_round(
     flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
     if setup.teacher_flops is not None and setup.cache is None:
         flops["teacher"] = setup.teacher_flops
-    with clock("rollout"), naming(plan.step, plan.prompts):
+    with clock("rollout_seconds"), naming(plan.step, plan.prompts):
         if plan.age > 0:
             return run.rollouts, 0
         rollouts = write_rollouts(plan.writing, plan.prompts, plan.seeds)
@@ -140,11 +141,11 @@ def count_flops(
     """What the step costs over all ranks, beside what was `written` and `probed` by this one."""
     setup, looks_ahead = trainer.setup, trainer.recipe.objective.gamma > 0
     parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops, looks_ahead)
-    parts |= {"rollout": written, "probe": probed}
-    parts = dict(
-        zip(parts, distributed.sum_over_ranks(list(parts.values()), trainer.world), strict=True)
-    )
-    return Cost(parts=parts, total=run.flops + sum(parts.values()))
+    parts["rollout"], parts["probe"] = written, probed
+    totals = distributed.sum_over_ranks([parts[part] for part in FLOPS_PARTS], trainer.world)
+    for part, total in zip(FLOPS_PARTS, totals, strict=True):
+        parts[part] = total
+    return Cost(parts=parts, total=run.flops + sum(totals))
 
 
 def is_saved(trainer: Trainer, run: Run, cost: Cost) -> bool:
@@ -161,17 +162,17 @@ def samples_without_dropout(
     """Rollouts for the log where the student learns with dropout: the log is of the student that
     wrote."""
     setup = trainer.setup
-    with clock("samples"), naming(plan.step, plan.prompts):
+    with clock("samples_seconds"), naming(plan.step, plan.prompts):
         return scored_samples(
             setup.student, setup.teacher, rollouts, plan.loss, trainer.world.device
         )
 
 
-def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> dict[str, float]:
+def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> Update:
     """Clip the gradient and take the optimiser's step; its norm before, and the rate. Refuses what
     is not finite."""
     student, optimizer, settings = trainer.setup.student, trainer.optimizer, trainer.settings
-    with clock("student"):
+    with clock("student_seconds"):
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
         grad_norm = distributed.whole(norm).item()
         if not math.isfinite(grad_norm):
@@ -185,23 +186,29 @@ def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> dict
 
 
 def step_metrics(
-    trainer: Trainer, plan: StepPlan, sums: dict[str, float], updated: dict[str, float], cost: Cost
-) -> dict[str, Any]:
+    trainer: Trainer, plan: StepPlan, sums: dict[str, float], updated: Update, cost: Cost
+) -> DistillationMetrics:
     """A row of `metrics.jsonl` but its timings."""
     recipe, setup = trainer.recipe, trainer.setup
-    metrics = {
+    extras: DistillationExtras = {}
+    if recipe.objective.kl == "mixed":
+        assert plan.loss.forward_weight is not None
+        extras["forward_weight"] = plan.loss.forward_weight
+    if setup.ends.compared_ids:
+        extras["end_habits"] = step_habits(
+            sums, recipe.objective, setup.ends, setup.student.tokenizer
+        )
+    return {
         "step": plan.step + 1,
         "prefix": recipe.objective.prefix,
         **step_means(sums, trainer.split_by),
+        **updated,
+        "window": plan.writing.window,
+        "rollout_age": plan.age,
+        **extras,
+        "flops": cost.parts,
+        "total_flops": cost.total,
     }
-    metrics |= updated | {"window": plan.writing.window, "rollout_age": plan.age}
-    if recipe.objective.kl == "mixed":
-        metrics["forward_weight"] = plan.loss.forward_weight
-    if setup.ends.compared_ids:
-        metrics["end_habits"] = step_habits(
-            sums, recipe.objective, setup.ends, setup.student.tokenizer
-        )
-    return metrics | {"flops": cost.parts, "total_flops": cost.total}
 
 
 @contextmanager

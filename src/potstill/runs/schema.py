@@ -1,0 +1,226 @@
+"""Rows of a run's files and of a study's plan: the fields that writers give and readers find.
+
+A docstring below a group of fields says what they hold; `docs/run_folder.md` shows the groups as
+tables. A field that not every row has is `NotRequired`. Needs no torch.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NotRequired, TypedDict, get_args
+
+from potstill.types import Writer
+
+TokenMean = Literal["forward_kl", "reverse_kl", "student_entropy", "teacher_entropy"]
+EntropyBeforeAnswer = Literal["student_entropy_before_answer", "teacher_entropy_before_answer"]
+FlopsPart = Literal["rollout", "probe", "teacher", "student_forward", "student_backward", "head"]
+TimedPart = Literal[
+    "probe_seconds",
+    "rollout_seconds",
+    "teacher_seconds",
+    "student_seconds",
+    "samples_seconds",
+    "grading_seconds",
+]
+# The numbers of a step by which a reader may ask for them: see `value_in`.
+StepNumber = (
+    Literal[
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "window",
+        "length",
+        "truncation",
+        "zlib_ratio",
+        "num_loss_tokens",
+    ]
+    | Literal["total_flops", "forward_weight", "reward", "groups_with_signal", "seconds"]
+    | TokenMean
+    | EntropyBeforeAnswer
+    | TimedPart
+)
+
+# Where a step's operations go.
+FLOPS_PARTS: tuple[FlopsPart, ...] = get_args(FlopsPart)
+
+
+class Flops(TypedDict):
+    """`flops`: floating-point operations of a step by part, over all ranks."""
+
+    rollout: float
+    probe: float
+    """Writing the rollouts, and what the length gate's probe took."""
+    teacher: float
+    """The teacher's forward passes."""
+    student_forward: float
+    student_backward: float
+    """The student's passes."""
+    head: float
+    """The output layers of both models."""
+
+
+class TokenMeans(TypedDict):
+    """Means over loss tokens, in nats a token; null where there was no such token."""
+
+    forward_kl: NotRequired[float | None]
+    reverse_kl: NotRequired[float | None]
+    """KL(teacher ‖ student) and KL(student ‖ teacher) in nats a token, where the teacher's signal
+    tells them."""
+    student_entropy: NotRequired[float | None]
+    teacher_entropy: NotRequired[float | None]
+    """Token entropies in nats; a teacher's where its signal tells it."""
+    student_entropy_before_answer: NotRequired[float | None]
+    teacher_entropy_before_answer: NotRequired[float | None]
+    """The same over the tokens up to the first final answer; null where no loss token is among
+    them."""
+
+
+class WriterMeans(TokenMeans):
+    """`by_writer`: means over the tokens that one writer wrote, and over the rollouts that it wrote
+    last in."""
+
+    num_loss_tokens: int
+    """How many loss tokens this writer wrote."""
+    length: float | None
+    truncation: float | None
+    zlib_ratio: float | None
+    """As for the whole step; null where it wrote last in no rollout."""
+
+
+class RolloutMeans(TypedDict):
+    """Means over the rollouts of a step, and how many tokens they train."""
+
+    length: float
+    """Mean length of a completion, in tokens."""
+    truncation: float
+    """Share of completions that the window cut."""
+    zlib_ratio: float
+    """How many times smaller zlib makes a response, on average; above 10 for a loop."""
+    num_loss_tokens: int
+    """How many loss tokens the step had."""
+
+
+class StepMeans(TokenMeans, RolloutMeans):
+    """Means of a distillation's step."""
+
+    loss: float
+    """The loss that the step's gradient is of; a KL in nats a loss token."""
+    student_share: NotRequired[float]
+    """Mixed prefixes: the share of loss tokens that the student wrote."""
+    by_writer: NotRequired[dict[Writer, WriterMeans]]
+    """Mixed prefixes: the means of each writer's tokens, and of the rollouts that it wrote last
+    in."""
+
+
+class Update(TypedDict):
+    """One update of the optimiser."""
+
+    grad_norm: float
+    """Norm of the gradient before it was clipped."""
+    lr: float
+    """Learning rate."""
+
+
+class EndHabits(TypedDict):
+    """`end_habits`: how likely each end token is to both models where completions end."""
+
+    ends_of: str
+    num_ends: int
+    """Whose completions were looked at, and how many of them ended."""
+    student: NotRequired[dict[str, float]]
+    teacher: NotRequired[dict[str, float]]
+    """Mean probability of each end token by name, where a completion ended and the model is
+    known."""
+
+
+class StepMetrics(RolloutMeans, Update):
+    """A step of training, whatever trains."""
+
+    step: int
+    """Number of the step, from 1."""
+    window: int
+    """The window, in tokens."""
+    flops: Flops
+    """Floating-point operations of the step, by part."""
+    total_flops: float
+    """Floating-point operations of the run so far."""
+
+
+class DistillationExtras(TypedDict):
+    """Numbers that only some objectives or models have."""
+
+    forward_weight: NotRequired[float]
+    """`kl = "mixed"`: the weight of the forward KL."""
+    end_habits: NotRequired[EndHabits]
+    """Several end tokens: how likely each is to both models where completions end."""
+
+
+class DistillationMetrics(StepMetrics, StepMeans, DistillationExtras):
+    """A step of a distillation."""
+
+    prefix: str
+    """The recipe's `objective.prefix`."""
+    rollout_age: int
+    """How many steps the rollouts had served before."""
+
+
+class Rewards(TypedDict):
+    """Scores of a GRPO step's responses."""
+
+    reward: float
+    reward_std: float
+    """Mean score of a response, and the standard deviation."""
+    groups_with_signal: float
+    """Share of groups whose responses differ in score."""
+    kl_to_start: NotRequired[float]
+    """KL to the start model in nats a token, where it has a weight."""
+
+
+class ResponseMeans(RolloutMeans):
+    """Means over the responses of a GRPO step, of the distribution that they were drawn from."""
+
+    student_entropy: float
+    student_entropy_before_answer: float
+    """Token entropy in nats, over all tokens and over those up to the first final answer."""
+
+
+class GrpoMetrics(StepMetrics, ResponseMeans, Rewards):
+    """A step of GRPO."""
+
+    loss: float
+    """The loss that TRL reports."""
+
+
+class Timing(TypedDict):
+    """Seconds of a step."""
+
+    seconds: float
+    """The whole step."""
+    probe_seconds: NotRequired[float]
+    rollout_seconds: NotRequired[float]
+    teacher_seconds: NotRequired[float]
+    student_seconds: NotRequired[float]
+    samples_seconds: NotRequired[float]
+    grading_seconds: NotRequired[float]
+    """The parts that the step had."""
+
+
+class DistillationRow(DistillationMetrics, Timing):
+    """A row of `metrics.jsonl` in a distillation's run folder."""
+
+
+class GrpoRow(GrpoMetrics, Timing):
+    """A row of `metrics.jsonl` in a GRPO run folder."""
+
+
+AnyMetrics = DistillationMetrics | GrpoMetrics
+MetricsRow = DistillationRow | GrpoRow
+
+
+def value_in(row: AnyMetrics, name: StepNumber) -> float | None:
+    """What a row has under a name that is chosen at run time or that not every row has; None where
+    it has nothing."""
+    return _found(row, name)
+
+
+def _found(row: Mapping[str, Any], name: str) -> Any:
+    return row.get(name)
