@@ -297,8 +297,8 @@ FAULTS = [
     ("def grade", "grade = 3\n    def score", "Sums has no method 'grade'"),
     ("def answer_end", "def end", "Sums has no method 'answer_end'"),
     (
-        "rng = ",
-        "rng = 1 / 0 or ",
+        "r = random",
+        "r = 1 / 0 or random",
         "Sums.examples: line 12 raised ZeroDivisionError: division by zero; mend the file",
     ),
     ("return [Example", "yield [Example", "returned <generator object Sums.examples"),
