@@ -22,8 +22,14 @@ def evaluate(
     settings: OmitArgPrefixes[Evaluation] = MULTIPLICATION,
     out: Path | None = None,
     responses: Path | None = None,
+    prompts: str | None = None,
+    num_prompts: int | None = None,
+    teacher: str | None = None,
+    judge: str | None = None,
 ) -> None:
     """Evaluate models or finished runs on held-out problems; compare each with the first.
+
+    With --prompts no task scores the responses: a teacher does, or a judge of your own.
 
     Args:
         models: Run folders, model folders, hub ids, or potstill:teacher and potstill:base.
@@ -31,18 +37,46 @@ def evaluate(
             its folder.
         responses: Folder for the responses of models that are no runs; an evaluation that was
             stopped goes on from them. Those of a run are in its own folder.
+        prompts: File or data set of prompts, in place of a task: lengths, truncation, loops and
+            entropy of what each model writes once to each prompt, at temperature 1.
+        num_prompts: How many of them, the first ones; by default all.
+        teacher: With --prompts: a model whose exact KLs to each model are measured, on what either
+            writes, with all that a run's validation measures.
+        judge: With --prompts: a function of yours that scores responses, as my_judge.py:helpful,
+            whose code is run. It takes a list of potstill.Example and one of responses, and returns
+            a number for each.
     """
-    from potstill.cli.show import evaluate_and_store
+    from potstill.cli.show import evaluate_and_store, evaluate_without_task
 
     settings = settings.model_copy(update=template_arguments(overrides))
     if not models:
         raise RecipeError("nothing to evaluate; give run folders, model folders, or potstill:base")
+    if prompts is not None:
+        _refuse_unread(settings, responses)
+        _refuse_small(("num-prompts", 1 if num_prompts is None else num_prompts, 1))
+        evaluate_without_task(
+            models, settings, prompts, num=num_prompts, teacher=teacher, judge=judge, out=out
+        )
+        return
+    for name, value in (("num-prompts", num_prompts), ("teacher", teacher), ("judge", judge)):
+        if value is not None:
+            raise UsageError(f"--{name} is read with --prompts FILE alone; give it, or remove it")
     if out is not None and len(models) > 1:
         raise RecipeError(
             f"--out takes the results of one model, and {len(models)} are given; leave it out, "
             "or evaluate each alone"
         )
     evaluate_and_store(models, settings, out, responses)
+
+
+def _refuse_unread(settings: Evaluation, responses: Path | None) -> None:
+    """Raise UsageError for an option that is not read with --prompts."""
+    read = ("template", "template_arguments", "max_tokens", "end_tokens", "batch_size", "seed")
+    for name, value in settings:
+        if name not in read and value != getattr(MULTIPLICATION, name):
+            raise UsageError(f"--{name.replace('_', '-')} is not read with --prompts; remove it")
+    if responses is not None:
+        raise UsageError("--responses is not read with --prompts; remove it")
 
 
 def sample(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from potstill.config import Evaluation, Recipe, Sampling
 from potstill.console.boundary import Stopped
 from potstill.console.printable import plain, say
+from potstill.evaluation.on_prompts import OnPrompts, evaluate_on_prompts, read_prompts
 from potstill.evaluation.scores import evaluate, make_problems
 from potstill.files import write_atomically
 from potstill.models.language_model import is_run, locate
@@ -18,11 +19,11 @@ from potstill.models.sampling import sample
 from potstill.prompts.examples import make_prompts, prompt_notes
 from potstill.prompts.system import with_system
 from potstill.report.terminal import print_table
-from potstill.report.validation import validation_lines
+from potstill.report.validation import comparison_lines, validation_lines
 from potstill.runs.results import Entry, read_entry
 from potstill.runs.run_folder import begun_on, last_row, read_json, store_evals
 from potstill.statistics import holm, paired
-from potstill.tasks.own import describe_files, own_files
+from potstill.tasks.own import OwnJudge, describe_files, own_files
 from potstill.teachers.ends import end_set
 from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.vocabulary import num_named_rows
@@ -69,6 +70,40 @@ def evaluate_and_store(
         entries.append(Entry(str(target).removeprefix("potstill:"), target, rows))
     print_table(entries)
     say(*gave_up(entries), *comparisons(entries))
+
+
+def evaluate_without_task(
+    models: Sequence[str],
+    settings: Evaluation,
+    source: str,
+    *,
+    num: int | None = None,
+    teacher: str | None = None,
+    judge: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Measure several models on prompts of a file or data set, and print them beside each other."""
+    for model in (*models, *([] if teacher is None else [teacher])):
+        locate(model)
+    say(*describe_files(own_files(judge)), error=True)
+    judging = None if judge is None else OwnJudge(judge)
+    asked = OnPrompts(
+        examples=read_prompts(source, num),
+        source=source,
+        settings=settings,
+        teacher=None if teacher is None else ready(teacher).eval(),
+        judge=judging,
+    )
+    rows = []
+    for model in models:
+        date = begun_on(Path(model)) if is_run(Path(model)) else None
+        row, notes = evaluate_on_prompts(model, asked, date)
+        say(*notes, error=True)
+        rows.append(row)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, json.dumps(rows, indent=1) + "\n")
+    say(*comparison_lines(rows))
 
 
 def gave_up(entries: Sequence[Entry]) -> list[str]:

@@ -8,19 +8,19 @@ and of the student.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from potstill.answers.grading import Grade
 from potstill.kl.fused import fused_statistics
 from potstill.models.language_model import LanguageModel
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.text import is_loop, num_tokens_to_answer
 from potstill.statistics import Estimate, ratio_over_problems
-from potstill.tasks import Task
 from potstill.teachers.protocol import Teacher
-from potstill.types import Rollout
+from potstill.types import Example, Rollout
 
 TEACHER, STUDENT = "teacher", "student"
 # Of one prompt: sums over a completion's tokens, in nats, and counts; names begin with who wrote
@@ -55,12 +55,21 @@ QUANTITIES: dict[str, Quantity] = {
     "truncation": Quantity("student/is_cut", "student/num"),
     "repetition": Quantity("student/is_loop", "student/num"),
     "score": Quantity("student/score", "student/num"),
+    "judged": Quantity("student/judged", "student/num"),
     "teacher_length": Quantity("teacher/length", "teacher/num"),
     "teacher_truncation": Quantity("teacher/is_cut", "teacher/num"),
     "teacher_repetition": Quantity("teacher/is_loop", "teacher/num"),
 }
 # Beyond it e to the power of it is no number.
 LARGEST_EXPONENT = 709.0
+
+
+class Scorer(Protocol):
+    """Whatever scores responses: a task, or a judge of the user's own."""
+
+    def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
+        """Score each response to its example."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,9 @@ def measure(
     pair: Pair,
     writer: Literal["teacher", "student"],
     rollouts: Sequence[Rollout],
-    task: Task | None = None,
+    *,
+    task: Scorer | None = None,
+    judge: Scorer | None = None,
 ) -> list[Sums]:
     """What both models say of each completion that one of them has written, at temperature 1; the
     task's score of it.
@@ -105,10 +116,11 @@ def measure(
     for found, rollout, text in zip(sums, rollouts, texts, strict=True):
         found |= {"num": 1.0, "length": float(len(rollout.completion_ids))}
         found |= {"is_cut": float(rollout.stop == "length"), "is_loop": float(is_loop(text))}
-    if task is not None:
-        grades = task.grade([rollout.prompt.example for rollout in rollouts], texts)
-        for found, grade in zip(sums, grades, strict=True):
-            found["score"] = grade.score
+    for name, grader in (("score", task), ("judged", judge)):
+        if grader is not None and rollouts:
+            grades = grader.grade([rollout.prompt.example for rollout in rollouts], texts)
+            for found, grade in zip(sums, grades, strict=True):
+                found[name] = grade.score
     return [{f"{writer}/{name}": value for name, value in found.items()} for found in sums]
 
 

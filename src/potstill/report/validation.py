@@ -33,6 +33,7 @@ SHOWN = {
     "truncation": Shown("share of the student's text that is cut (%)", "cut %", 100, 0),
     "repetition": Shown("share of the student's text that is a loop (%)", "loops %", 100, 0),
     "score": Shown("score of the student's text (%)", "score %", 100, 1),
+    "judged": Shown("judge's score of the student's text", "judged", 1, 3),
 }
 
 
@@ -115,3 +116,20 @@ def _before(row: dict[str, Any], name: str) -> str:
     """The value of another validation, where there is one."""
     shown = SHOWN[name]
     return f"{shown.scale * row[name][0]:.{shown.digits}f} -> " if name in row else ""
+
+
+def comparison_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Models measured on the same prompts: a block a quantity, a line a model, for the terminal."""
+    first = rows[0]
+    scored = f"; {first['teacher']} is the teacher" if first["teacher"] is not None else ""
+    lines = [
+        f"{first['num_prompts']} prompts of {first['prompts']}, at most {first['max_tokens']} "
+        f"tokens{scored} [95 % interval over prompts]:"
+    ]
+    width = max(len(row["model"]) for row in rows)
+    for name, shown in SHOWN.items():
+        found = [row for row in rows if name in row]
+        if found:
+            lines.append(shown.title)
+            lines += [f"  {row['model']:{width}}  {_cell(row[name], shown)}" for row in found]
+    return lines

@@ -1,5 +1,5 @@
-"""A task of the user's own: a class in a local Python file, named by a source such as
-`my_task.py:MyTask`.
+"""A task or a judge of the user's own: a class or function in a local Python file, named by a
+source such as `my_task.py:MyTask`.
 
 The file's code is run with all rights of the command, so only a file that a recipe or a command
 names is read, and nothing beside it: neither its folder's other modules nor compiled code. All that
@@ -9,6 +9,7 @@ before a run writes anything.
 
 import dataclasses
 import hashlib
+import math
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ class OwnTask:
     def __init__(self, source: str):
         code, file, name, text = _compiled(source)
         self.file, self.name = file, name
-        with self._naming_the_line(f"{file} cannot be run"):
+        with _naming_the_line(self.file, f"{file} cannot be run"):
             made = getattr(_module(code, file, text), name, None)
         if not isinstance(made, type):
             raise DataError(f"{file} has no class {name!r}; {_those_of(_module(code, file, text))}")
@@ -55,12 +56,12 @@ class OwnTask:
                 raise DataError(
                     f"{file}: {name} has no method {member!r}; a task has {', '.join(MEMBERS)}"
                 )
-        with self._naming_the_line(f"{file}: {name}() cannot be made"):
+        with _naming_the_line(self.file, f"{file}: {name}() cannot be made"):
             self.task = made()
 
     def examples(self, split: str, num_examples: int, seed: int) -> list[Example]:
         """The class's examples, each checked; of doubled ids all begin with their place."""
-        with self._naming_the_line(self._method("examples")):
+        with _naming_the_line(self.file, self._method("examples")):
             made = self.task.examples(split, num_examples, seed)
         if not isinstance(made, list | tuple):
             raise self._wrong("examples", made, "a list of potstill.Example")
@@ -78,7 +79,7 @@ class OwnTask:
 
     def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
         """The class's grades, each checked."""
-        with self._naming_the_line(self._method("grade")):
+        with _naming_the_line(self.file, self._method("grade")):
             grades = self.task.grade(examples, responses)
         if not isinstance(grades, list | tuple) or len(grades) != len(responses):
             raise self._wrong(
@@ -100,7 +101,7 @@ class OwnTask:
 
     def answer_end(self, response: str) -> int | None:
         """The class's end of the first final answer, checked."""
-        with self._naming_the_line(self._method("answer_end")):
+        with _naming_the_line(self.file, self._method("answer_end")):
             end = self.task.answer_end(response)
         if end is not None and (type(end) is not int or not 0 <= end <= len(response)):
             raise self._wrong(
@@ -114,25 +115,63 @@ class OwnTask:
     def _wrong(self, method: str, value: Any, wanted: str) -> DataError:
         return DataError(f"{self._method(method)} returned {_shown(value)}; return {wanted}")
 
-    @contextmanager
-    def _naming_the_line(self, what: str) -> Iterator[None]:
-        """Raise a DataError for any error of the user's code, with the last of its lines that was
-        reached."""
-        try:
-            yield
-        # Of code that is not ours any error can come, and sys.exit() in it must not look like
-        # success.
-        except (Exception, SystemExit) as error:
-            lines = [
-                frame.lineno
-                for frame in traceback.extract_tb(error.__traceback__)
-                if frame.filename == self.file
-            ]
-            where = f"{what}: line {lines[-1]} raised" if lines else f"{what}: it raised"
-            text = " ".join(str(error).split())[:SHOWN_CHARACTERS]
+
+class OwnJudge:
+    """A function of the user's that scores responses, named such as `my_judge.py:helpful`. It takes
+    a list of potstill.Example and one of responses, and returns a number for each.
+
+    Raises DataError for whatever is wrong with it, with the file's line.
+    """
+
+    def __init__(self, source: str):
+        if own_task(source) is None:
             raise DataError(
-                f"{where} {type(error).__name__}{text and ': '}{text}; mend the file"
-            ) from error
+                f"the judge is {source!r}; name a function in a Python file of yours, as in "
+                "my_judge.py:helpful"
+            )
+        code, self.file, self.name, text = _compiled(source, "function", "helpful")
+        self.source = source
+        with _naming_the_line(self.file, f"{self.file} cannot be run"):
+            found = getattr(_module(code, self.file, text), self.name, None)
+        if not callable(found):
+            raise DataError(f"{self.file} has no function {self.name!r}; write it, or name another")
+        self.function = found
+
+    def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
+        """The function's scores, each checked."""
+        what = f"{self.file}: {self.name}"
+        with _naming_the_line(self.file, what):
+            scores = self.function(list(examples), list(responses))
+        if not isinstance(scores, list | tuple) or len(scores) != len(responses):
+            raise DataError(
+                f"{what} returned {_shown(scores)}; return a list of {len(responses)} numbers, one "
+                "a response"
+            )
+        for score in scores:
+            if not isinstance(score, int | float) or not math.isfinite(score):
+                raise DataError(f"{what} returned {_shown(score)}; return a number a response")
+        return [Grade(float(score), None) for score in scores]
+
+
+@contextmanager
+def _naming_the_line(file: str, what: str) -> Iterator[None]:
+    """Raise a DataError for any error of the user's code, with the last of its lines that was
+    reached."""
+    try:
+        yield
+    # Of code that is not ours any error can come, and sys.exit() in it must not look like
+    # success.
+    except (Exception, SystemExit) as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == file
+        ]
+        where = f"{what}: line {lines[-1]} raised" if lines else f"{what}: it raised"
+        text = " ".join(str(error).split())[:SHOWN_CHARACTERS]
+        raise DataError(
+            f"{where} {type(error).__name__}{text and ': '}{text}; mend the file"
+        ) from error
 
 
 def own_files(*sources: str | Sequence[str] | None) -> dict[str, str]:
@@ -158,14 +197,18 @@ def check_file(source: str) -> None:
     _compiled(source)
 
 
-def _compiled(source: str) -> tuple[CodeType, str, str, bytes]:
-    """The code of a source's file, the file, the class's name, and the file's text. Runs
-    nothing."""
+def _compiled(
+    source: str, kind: str = "class", such_as: str = "MyTask"
+) -> tuple[CodeType, str, str, bytes]:
+    """The code of a source's file, the file, the name in it that is meant, and the file's text.
+    Runs nothing."""
     found = own_task(source)
     assert found is not None, "the caller asks for a task of the user's own"
     file, name = found
     if not name.isidentifier():
-        raise DataError(f"{source!r} names no class; write it after the file, as in {file}:MyTask")
+        raise DataError(
+            f"{source!r} names no {kind}; write it after the file, as in {file}:{such_as}"
+        )
     path = Path(file)
     if not path.is_file():
         raise DataError(

@@ -165,7 +165,7 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
             mine |= found
     rollouts = from_one(STUDENT, writing, prompts, keys) if prompts else []
     for mine, found in zip(
-        sums, measure(pair(scoring), STUDENT, rollouts, held_out.task), strict=True
+        sums, measure(pair(scoring), STUDENT, rollouts, task=held_out.task), strict=True
     ):
         mine |= found
     return sums
