@@ -19,6 +19,7 @@ from potstill.console.printable import say
 # The module of each command, in the order of the help text. The function is named as the command's
 # last word.
 COMMANDS = {
+    "init": "start_commands",
     "doctor": "start_commands",
     "train": "recipe_commands",
     "grpo": "recipe_commands",

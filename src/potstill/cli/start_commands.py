@@ -1,13 +1,18 @@
 """The commands before a run: `potstill doctor` and `init`, one function for each."""
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
+from potstill.cli.overrides import refuse_overrides
 from potstill.cli.recipe_commands import with_method
-from potstill.config import load_recipe
+from potstill.cli.usage import UsageError
+from potstill.config import METHODS, RecipeError, load_recipe
+from potstill.console.printable import printable, say
 
 
 def doctor(
@@ -35,3 +40,72 @@ def doctor(
     print_json(report) if as_json else print_report(report)
     if not report.is_fit:
         sys.exit(1)
+
+
+def init(
+    overrides: dict[str, Any],
+    out: Positional[Path] = Path("my.toml"),
+    student: str | None = None,
+    teacher: str | None = None,
+    data: str | None = None,
+    method: Literal["sft", "dagger", "offline-rl", "opd"] | None = None,
+    device: Literal["cpu", "gpu"] | None = None,
+    column: str | None = None,
+    force: bool = False,
+) -> None:
+    """Write a first recipe for your models and prompts, with values that fit their sizes.
+
+    Asks on a terminal for what no flag says. Reads configurations, tokenizers and prompts, and
+    checks that they fit together.
+
+    Args:
+        out: The recipe to write.
+        student: Folder or hub id of the model to train.
+        teacher: Folder or hub id of the model to learn from.
+        data: A file of prompts (.jsonl, .json, .csv, .parquet, .txt), a hub data set, or a task.
+        method: A corner of the grid, which `potstill methods` describes.
+        device: Where it will be trained; by default on a GPU if there is one here.
+        column: Column of the prompts; by default one called prompt, messages, question or the like.
+        force: Replace the file if it is there.
+    """
+    refuse_overrides(overrides)
+    if out.exists() and not force:
+        raise RecipeError(f"{str(out)!r} is there already; choose another file, or give --force")
+    given = {"student": student, "teacher": teacher, "data": data, "method": method}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and not sys.stdin.isatty():
+        flags = ", ".join(f"--{name}" for name in missing)
+        raise UsageError(f"potstill init needs {flags}, as there is no terminal to ask on")
+    for name in missing:
+        given[name] = _asked(QUESTIONS[name], tuple(METHODS) if name == "method" else ())
+    import torch
+
+    from potstill.doctor.draft import Wanted, draft, write_draft
+
+    here: Literal["cpu", "gpu"] = "gpu" if torch.cuda.is_available() else "cpu"
+    named = {name: str(value) for name, value in given.items()}
+    made = draft(Wanted(**named, device=device or here, column=column), out)
+    write_draft(made, out)
+    say(*made.said, f"wrote {out}, for a {(device or here).upper()}")
+    say(f"next: potstill doctor {out}", f"then: potstill train {out}")
+
+
+QUESTIONS = {
+    "student": "Student to train (folder or hub id): ",
+    "teacher": "Teacher to learn from (folder or hub id): ",
+    "data": "Prompts (a file such as prompts.jsonl, a hub data set, or a task): ",
+    "method": "Method (sft, dagger, offline-rl or opd): ",
+}
+
+
+def _asked(question: str, allowed: Sequence[str]) -> str:
+    """A user's answer that is not empty, and one of those that are allowed if not all are."""
+    while True:
+        try:
+            answer = input(printable(question)).strip()
+        except EOFError:
+            raise UsageError(
+                "the answers ended; give them as flags, see potstill init --help"
+            ) from None
+        if answer and (not allowed or answer in allowed):
+            return answer
