@@ -69,50 +69,20 @@ def prepare(
 
     `date` is what chat templates are told; by default that of the cache, or today.
     """
-    spec = recipe.student
-    student = ready(
-        spec.model if student is None else student,
-        tokenizer,
-        world.device,
-        dtype=spec.dtype,
-        init=spec.init,
-        seed=recipe.train.seed,
-        trust_remote_code=spec.trust_remote_code,
-    )
+    student = _load_student(recipe, world, student, tokenizer)
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
     vocab_size = vocabulary.shared_vocab_size(student, teacher) if teacher is not None else None
     ends = find_ends(recipe, student, teacher, vocab_size)
-    loss = Loss(
-        objective=recipe.objective,
-        normalize=recipe.train.normalize,
-        compute_dtype=recipe.train.compute_dtype,
-        vocab_size=vocab_size,
-        end_class=ends.class_ids,
-        budget=recipe.train.loss_memory * MIB,
-        backend=recipe.train.loss_backend,
-    )
+    loss = _loss_of(recipe, vocab_size, ends)
     _refuse_settings(recipe, loss, world)
     # The main rank's, as midnight may come between them.
     date = str(
         distributed.gather(date or (today() if cache is None else cache.manifest.date), world)[0]
     )
-    tokenised, notes = prepare_prompts(
-        recipe, student, teacher, end_ids=ends.stop_ids, date=date, given=prompts
+    divided = _divide_prompts(
+        recipe, student, teacher, cache, ends=ends, loss=loss, given=prompts, date=date
     )
-    _refuse_prompts(recipe, student, teacher, tokenised, loss.vocab_size)
-    tokenised, probes = hold_out(recipe.window, tokenised)
-    models = {"student": student, "teacher": teacher}
-    tokenised, held_out, said = validation_prompts(
-        recipe, tokenised, **models, is_given=prompts is not None, date=date
-    )
-    if cache is not None:
-        cache.check_fit(ends.stop_ids, loss.vocab_size, loss.end_class)
-        tokenised, probes = cache.attach(tokenised), cache.attach(probes)
-    if held_out is not None:
-        held_out = _check_held_out(
-            recipe, held_out, **models, cache=cache, vocab_size=loss.vocab_size
-        )
     if recipe.evaluation.source is not None:
         # Its prompts are made again when the run ends; here a bad one is refused before any work is
         # done.
@@ -123,9 +93,9 @@ def prepare(
         student=student,
         teacher=teacher,
         cache=cache,
-        prompts=tokenised,
-        probes=probes,
-        held_out=held_out,
+        prompts=divided.prompts,
+        probes=divided.probes,
+        held_out=divided.held_out,
         ends=ends,
         loss=loss,
         answer_end=answer_end,
@@ -135,8 +105,74 @@ def prepare(
             recipe.data.source if prompts is None else None, recipe.evaluation.source
         ),
         date=date,
-        notes=(*notes, *said),
+        notes=divided.notes,
     )
+
+
+def _load_student(recipe: Recipe, world: World, given, tokenizer) -> LanguageModel:
+    spec = recipe.student
+    return ready(
+        spec.model if given is None else given,
+        tokenizer,
+        world.device,
+        dtype=spec.dtype,
+        init=spec.init,
+        seed=recipe.train.seed,
+        trust_remote_code=spec.trust_remote_code,
+    )
+
+
+def _loss_of(recipe: Recipe, vocab_size: int | None, ends: Ends) -> Loss:
+    return Loss(
+        objective=recipe.objective,
+        normalize=recipe.train.normalize,
+        compute_dtype=recipe.train.compute_dtype,
+        vocab_size=vocab_size,
+        end_class=ends.class_ids,
+        budget=recipe.train.loss_memory * MIB,
+        backend=recipe.train.loss_backend,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Divided:
+    """The prompts of a run: to train on, for the length gate's probes, and of validation."""
+
+    prompts: list[Prompt]
+    probes: list[Prompt]
+    held_out: HeldOut | None
+    notes: tuple[str, ...]
+
+
+def _divide_prompts(
+    recipe: Recipe,
+    student: LanguageModel,
+    teacher: Teacher | None,
+    cache: Cache | None,
+    *,
+    ends: Ends,
+    loss: Loss,
+    given,
+    date: str,
+) -> _Divided:
+    """Tokenise and check the prompts, and say what each is for, with its place in the cache."""
+    prompts, notes = prepare_prompts(
+        recipe, student, teacher, end_ids=ends.stop_ids, date=date, given=given
+    )
+    _refuse_prompts(recipe, student, teacher, prompts, loss.vocab_size)
+    prompts, probes = hold_out(recipe.window, prompts)
+    models = {"student": student, "teacher": teacher}
+    prompts, held_out, said = validation_prompts(
+        recipe, prompts, **models, is_given=given is not None, date=date
+    )
+    if cache is not None:
+        cache.check_fit(ends.stop_ids, loss.vocab_size, loss.end_class)
+        prompts, probes = cache.attach(prompts), cache.attach(probes)
+    if held_out is not None:
+        held_out = _check_held_out(
+            recipe, held_out, **models, cache=cache, vocab_size=loss.vocab_size
+        )
+    return _Divided(prompts=prompts, probes=probes, held_out=held_out, notes=(*notes, *said))
 
 
 def _refuse_settings(recipe: Recipe, loss: Loss, world: World) -> None:
