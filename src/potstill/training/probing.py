@@ -14,12 +14,12 @@ from potstill.models.language_model import LanguageModel
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.prefixes import Writing, from_one
 from potstill.rollouts.text import is_loop
-from potstill.seeds import Stream, stream_key
+from potstill.seeds import Key, Stream, stream_key
 from potstill.teachers.protocol import Teacher
 from potstill.training.controllers import Probe, WindowState
 from potstill.training.metrics import before_answer
 from potstill.training.setup import Setup
-from potstill.types import Rollout, Writer
+from potstill.types import Prompt, Rollout, Writer
 
 
 @torch.no_grad()
@@ -55,50 +55,26 @@ def probe_window(
     student = setup.student.around(decoders["student"], "student")
     rollouts = from_one("student", writing, prompts, seeds)
     flops: float = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
-    scores_teacher = (
-        recipe.window.reference == "teacher"
-        and setup.teacher is not None
-        and setup.teacher.can_score
-    )
     texts = student.tokenizer.batch_decode(
         [list(r.completion_ids) for r in rollouts], skip_special_tokens=True
     )
-    places = batch_places(rollouts, recipe.train.tokens_per_batch)
-    teacher = setup.teacher if scores_teacher else None
-    entropies = _entropies(setup, student, teacher, rollouts, texts, places)
-    scored = training_flops(
-        rollouts, setup.student_flops, setup.teacher_flops if scores_teacher else None
-    )
-    # Forward alone: of the head's three products of the student, one.
-    num_scored = sum(len(rollout.completion_ids) for rollout in rollouts)
-    flops += (
-        scored["student_forward"]
-        + scored["teacher"]
-        + scored["head"]
-        - 2 * num_scored * setup.student_flops.head
-    )
+    teacher = setup.teacher if recipe.window.reference == "teacher" else None
+    scorer = teacher if teacher is not None and teacher.can_score else None
+    batches = batch_places(rollouts, recipe.train.tokens_per_batch)
+    entropies = _entropies(setup, student, scorer, rollouts, texts, batches)
+    flops += _scoring_flops(setup, rollouts, scores_teacher=scorer is not None)
     num_cut, num_teachers_cut = _num_cut(rollouts), 0.0
-    if state.teacher_truncation is None:
-        if setup.cache is not None:
-            num_teachers_cut = _num_cut(
-                [setup.cache.rollout(prompt, state.tokens) for prompt in prompts]
-            )
-        elif (
-            setup.teacher is not None
-            and setup.teacher.decoder is not None
-            and setup.teacher_flops is not None
-        ):
-            written = from_one("teacher", writing, prompts, seeds)
-            num_teachers_cut = _num_cut(written)
-            flops += rollout_flops(written, {"teacher": setup.teacher_flops}, by_token=False)
+    known = state.teacher_truncation
+    if known is None:
+        num_teachers_cut, its_flops = _num_teachers_cut(setup, writing, prompts, seeds)
+        flops += its_flops
     num_loops = float(sum(map(is_loop, texts)))
     sums = [*entropies, num_cut, num_teachers_cut, num_loops, float(len(rollouts))]
     sums = distributed.sum_over_ranks(sums, world)
     num_tokens, entropy, teacher_entropy, num_cut, num_teachers_cut, num_loops, num = sums
-    known = state.teacher_truncation
     probe = Probe(
         entropy=entropy / num_tokens,
-        teacher_entropy=teacher_entropy / num_tokens if scores_teacher else None,
+        teacher_entropy=None if scorer is None else teacher_entropy / num_tokens,
         truncation=num_cut / num,
         teacher_truncation=num_teachers_cut / num if known is None else known,
         repetition=num_loops / num,
@@ -112,13 +88,13 @@ def _entropies(
     teacher: Teacher | None,
     rollouts: list[Rollout],
     texts: list[str],
-    places: list[list[int]],
+    batches: list[list[int]],
 ) -> list[float]:
     """The number of tokens up to the answer, and the sums over them of both models' entropies
     (nats)."""
     num_tokens = entropy = teacher_entropy = 0.0
     options = setup.loss.shared_options() | {"temperature": 1.0}
-    for batch_of in places:
+    for batch_of in batches:
         batch = make_batch([rollouts[place] for place in batch_of], student.device)
         sides: list[Any] = [student(batch.input_ids_BT)[batch.loss_mask_BT], student.head]
         if teacher is not None:
@@ -131,6 +107,42 @@ def _entropies(
         if stats.teacher_entropy_N is not None:
             teacher_entropy += float(stats.teacher_entropy_N[is_before_N].double().sum())
     return [num_tokens, entropy, teacher_entropy]
+
+
+def _scoring_flops(setup: Setup, rollouts: list[Rollout], scores_teacher: bool) -> float:
+    """Operations of the forward passes over what the student wrote."""
+    scored = training_flops(
+        rollouts, setup.student_flops, setup.teacher_flops if scores_teacher else None
+    )
+    # Forward alone: of the head's three products of the student, one.
+    num_scored = sum(len(rollout.completion_ids) for rollout in rollouts)
+    return (
+        scored["student_forward"]
+        + scored["teacher"]
+        + scored["head"]
+        - 2 * num_scored * setup.student_flops.head
+    )
+
+
+def _num_teachers_cut(
+    setup: Setup,
+    writing: Writing,
+    prompts: list[Prompt],
+    seeds: list[Key],
+) -> tuple[float, float]:
+    """How many of the teacher's responses the window cuts, and the operations of writing them.
+
+    They are the cache's, or written now; both numbers are 0 for a teacher that cannot write.
+    """
+    if setup.cache is not None:
+        cached = [setup.cache.rollout(prompt, writing.window) for prompt in prompts]
+        return _num_cut(cached), 0
+    teacher = setup.teacher
+    if teacher is None or teacher.decoder is None or setup.teacher_flops is None:
+        return 0.0, 0
+    written = from_one("teacher", writing, prompts, seeds)
+    flops = rollout_flops(written, {"teacher": setup.teacher_flops}, by_token=False)
+    return _num_cut(written), flops
 
 
 def _num_cut(rollouts: list[Rollout]) -> float:
