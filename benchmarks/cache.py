@@ -30,7 +30,7 @@ from potstill.config import CacheOptions, Recipe, load_recipe
 from potstill.models import distributed
 from potstill.models.language_model import find_folder
 from potstill.rollouts.prefixes import Writing, write_rollouts
-from potstill.training.loop import accumulate_gradients
+from potstill.training.gradients import accumulate_gradients
 from potstill.training.metrics import Stopwatch
 from potstill.training.setup import Setup, prepare
 from potstill.types import Writer

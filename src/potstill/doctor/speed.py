@@ -9,7 +9,7 @@ from potstill.checks.finding import Finding, Written
 from potstill.config import Recipe
 from potstill.doctor.writing import Timing
 from potstill.models.distributed import World
-from potstill.training.loop import accumulate_gradients
+from potstill.training.gradients import accumulate_gradients
 from potstill.training.metrics import Stopwatch
 from potstill.training.setup import Setup
 from potstill.types import Rollout

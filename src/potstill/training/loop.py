@@ -1,13 +1,10 @@
 """The training loop: from a recipe to a run folder with a distilled student."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from potstill import files
 from potstill.config import Recipe, Role, check_recipe, run_evaluation
@@ -15,39 +12,21 @@ from potstill.console.boundary import stop_asked_for, stopped_after
 from potstill.console.printable import say
 from potstill.console.progress import StepDisplay
 from potstill.evaluation.scores import evaluate, evaluate_anew
-from potstill.kl.fused import token_loss
 from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel, ModelError, save_model
 from potstill.models.probe import ready
-from potstill.objectives.habits import disagreement, habit_sums
-from potstill.objectives.loss import (
-    Loss,
-    batch_loss,
-    known_of_teacher,
-    later_costs,
-    signal_of,
-    student_rows,
-    without_baseline,
-)
-from potstill.rollouts.batching import batch_places, make_batch
+from potstill.objectives.habits import disagreement
 from potstill.runs import run_folder
 from potstill.runs.schema import AnyMetrics, DistillationMetrics, DistillationRow
 from potstill.tasks.own import own_files
 from potstill.teachers.protocol import Teacher
 from potstill.training import checkpoint
 from potstill.training.extension import extended
-from potstill.training.metrics import (
-    Stopwatch,
-    before_answer,
-    describe,
-    rollout_sums,
-    timing,
-    token_sums,
-)
+from potstill.training.gradients import accumulate_gradients
+from potstill.training.metrics import Stopwatch, describe, timing
 from potstill.training.opening import opening
 from potstill.training.rates import is_spent
-from potstill.training.rollout_log import Scored, logged_sample
 from potstill.training.setup import Setup, prepare
 from potstill.training.state import Run, Trainer, begin, make_trainer
 from potstill.training.step import (
@@ -55,7 +34,6 @@ from potstill.training.step import (
     begin_step,
     count_flops,
     is_saved,
-    naming,
     plan_step,
     probe_if_due,
     samples_without_dropout,
@@ -64,7 +42,7 @@ from potstill.training.step import (
     write_round,
 )
 from potstill.training.validation import is_exhausted, validate_if_due
-from potstill.types import Example, Rollout, Writer
+from potstill.types import Example
 
 
 @dataclass(frozen=True)
@@ -287,95 +265,6 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
     distributed.wait_for_rank_0(trainer.world)
     # A run that was stopped after its last step has no step left to do.
     return RunResult(folder, student, run.metrics or run_folder.last_row(folder))
-
-
-def accumulate_gradients(
-    setup: Setup,
-    loss: Loss,
-    rollouts: list[Rollout],
-    *,
-    tokens_per_batch: int,
-    step: int,
-    world: World,
-    clock: Stopwatch,
-    split_by: Sequence[Writer] = (),
-    num_samples: int = 0,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Add this rank's part of the step's gradient, batch by batch; the only division is by one
-    count over all ranks.
-
-    Returns the step's summed statistics over all ranks, and this rank's first `num_samples`
-    rollouts for the run log.
-    """
-    student = setup.student
-    groups = _even_groups(rollouts, tokens_per_batch, world)
-    batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
-    (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
-    texts = student.tokenizer.batch_decode(
-        [list(r.completion_ids) for r in rollouts], skip_special_tokens=True
-    )
-    sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
-    returns: list[Any] = [None] * len(batches)
-    if loss.objective.gamma:
-        # All batches first, because what a token answers for is measured by the whole step's
-        # rollouts.
-        with clock("student_seconds"):
-            costs = [later_costs(student, setup.teacher, batch, loss) for batch in batches]
-            returns = without_baseline(costs, batches, world)
-    samples: dict[int, dict[str, Any]] = {}
-    for places, batch, returns_N in zip(groups, batches, returns, strict=True):
-        with clock("teacher_seconds"):
-            known = known_of_teacher(setup.teacher, batch, loss)
-            signal = signal_of(known, setup.teacher, loss)
-        with clock("student_seconds"):
-            hidden_ND = student_rows(student, batch, loss)
-            given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)
-            with naming(step, [rollout.prompt for rollout in batch.rollouts]):
-                loss_sum, loss_N, stats = batch_loss(*given)
-            teacher_head = None if setup.teacher is None else setup.teacher.head
-            theirs = (
-                (signal, teacher_head)
-                if isinstance(signal, torch.Tensor) and teacher_head is not None
-                else None
-            )
-            mine = (hidden_ND, student.head)
-            sums.update(habit_sums(batch.rollouts, loss.objective, setup.ends, stats, mine, theirs))
-        if min(places) < num_samples:
-            # Before the backward pass, after which a sharded head is whole no longer.
-            with clock("samples_seconds"):
-                if returns_N is not None:
-                    loss_N = token_loss(loss.terms(), stats)
-                each = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats).each(
-                    batch.rollouts
-                )
-                for place, rollout, scored in zip(places, batch.rollouts, each, strict=True):
-                    if place < num_samples:
-                        samples[place] = logged_sample(
-                            student, setup.teacher, rollout, scored, loss
-                        )
-        with clock("student_seconds"):
-            loss_sum.backward()
-        responses = [texts[place] for place in places]
-        before_answer_N = before_answer(batch, responses, student.tokenizer, setup.answer_end)
-        sums.update(
-            token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()}
-        )
-    sums_over_ranks = dict(
-        zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)
-    )
-    return sums_over_ranks, [samples[place] for place in sorted(samples)]
-
-
-def _even_groups(rollouts: list[Rollout], tokens_per_batch: int, world: World) -> list[list[int]]:
-    """Places of the rollouts of each batch: as many batches on every rank, since sharded ones pass
-    forward together."""
-    groups = batch_places(rollouts, tokens_per_batch)
-    num_batches = distributed.max_over_ranks(len(groups), world)
-    return (
-        groups
-        if len(groups) == num_batches
-        else batch_places(rollouts, tokens_per_batch, num_batches)
-    )
 
 
 def _environment(setup: Setup, world: World) -> dict[str, Any]:

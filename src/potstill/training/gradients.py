@@ -1,0 +1,147 @@
+"""The gradient of one step: batch by batch, with one division by a count over all ranks."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from potstill.kl.fused import token_loss
+from potstill.kl.terms import TokenStats
+from potstill.kl.topk import TopK
+from potstill.models import distributed
+from potstill.models.batch import Batch
+from potstill.models.distributed import World
+from potstill.objectives.habits import habit_sums
+from potstill.objectives.loss import (
+    Loss,
+    batch_loss,
+    known_of_teacher,
+    later_costs,
+    signal_of,
+    student_rows,
+    without_baseline,
+)
+from potstill.rollouts.batching import batch_places, make_batch
+from potstill.training.metrics import Stopwatch, before_answer, rollout_sums, token_sums
+from potstill.training.rollout_log import Scored, logged_sample
+from potstill.training.setup import Setup
+from potstill.training.step import naming
+from potstill.types import Rollout, Writer
+
+
+def accumulate_gradients(
+    setup: Setup,
+    loss: Loss,
+    rollouts: list[Rollout],
+    *,
+    tokens_per_batch: int,
+    step: int,
+    world: World,
+    clock: Stopwatch,
+    split_by: Sequence[Writer] = (),
+    num_samples: int = 0,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Add this rank's part of the step's gradient, batch by batch; the only division is by one
+    count over all ranks.
+
+    Returns the step's summed statistics over all ranks, and this rank's first `num_samples`
+    rollouts for the run log.
+    """
+    student = setup.student
+    groups = _even_groups(rollouts, tokens_per_batch, world)
+    batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
+    (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
+    texts = student.tokenizer.batch_decode(
+        [list(r.completion_ids) for r in rollouts], skip_special_tokens=True
+    )
+    sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
+    returns = _returns(setup, loss, batches, world, clock)
+    samples: dict[int, dict[str, Any]] = {}
+    for places, batch, returns_N in zip(groups, batches, returns, strict=True):
+        with clock("teacher_seconds"):
+            known = known_of_teacher(setup.teacher, batch, loss)
+            signal = signal_of(known, setup.teacher, loss)
+        with clock("student_seconds"):
+            hidden_ND = student_rows(student, batch, loss)
+            given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)
+            with naming(step, [rollout.prompt for rollout in batch.rollouts]):
+                loss_sum, loss_N, stats = batch_loss(*given)
+            sums.update(_habits(setup, loss, batch, stats, hidden_ND, signal))
+        if min(places) < num_samples:
+            # Before the backward pass, after which a sharded head is whole no longer.
+            with clock("samples_seconds"):
+                if returns_N is not None:
+                    loss_N = token_loss(loss.terms(), stats)
+                scored = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats)
+                samples |= _samples(setup, loss, batch, scored, places, num_samples)
+        with clock("student_seconds"):
+            loss_sum.backward()
+        responses = [texts[place] for place in places]
+        before_answer_N = before_answer(batch, responses, student.tokenizer, setup.answer_end)
+        sums.update(
+            token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()}
+        )
+    sums_over_ranks = dict(
+        zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)
+    )
+    return sums_over_ranks, [samples[place] for place in sorted(samples)]
+
+
+def _returns(
+    setup: Setup, loss: Loss, batches: list[Batch], world: World, clock: Stopwatch
+) -> Sequence[Tensor | None]:
+    """Returns [N] of each batch, where later tokens count; else None."""
+    if not loss.objective.gamma:
+        return [None] * len(batches)
+    # All batches first, because what a token answers for is measured by the whole step's rollouts.
+    with clock("student_seconds"):
+        costs = [later_costs(setup.student, setup.teacher, batch, loss) for batch in batches]
+        return without_baseline(costs, batches, world)
+
+
+def _samples(
+    setup: Setup,
+    loss: Loss,
+    batch: Batch,
+    scored: Scored,
+    places: Sequence[int],
+    num_samples: int,
+) -> dict[int, dict[str, Any]]:
+    """A batch's rollouts among the step's first `num_samples`, as they are logged, by place."""
+    found = {}
+    each = scored.each(batch.rollouts)
+    for place, rollout, one in zip(places, batch.rollouts, each, strict=True):
+        if place < num_samples:
+            found[place] = logged_sample(setup.student, setup.teacher, rollout, one, loss)
+    return found
+
+
+def _habits(
+    setup: Setup,
+    loss: Loss,
+    batch: Batch,
+    stats: TokenStats,
+    hidden_ND: Tensor,
+    signal: Tensor | TopK | None,
+) -> dict[str, float]:
+    """End habits of a batch: of the student, and of the teacher where its hidden states are the
+    signal."""
+    teacher_head = None if setup.teacher is None else setup.teacher.head
+    theirs = None
+    if isinstance(signal, Tensor) and teacher_head is not None:
+        theirs = (signal, teacher_head)
+    mine = (hidden_ND, setup.student.head)
+    return habit_sums(batch.rollouts, loss.objective, setup.ends, stats, mine, theirs)
+
+
+def _even_groups(rollouts: list[Rollout], tokens_per_batch: int, world: World) -> list[list[int]]:
+    """Places of the rollouts of each batch: as many batches on every rank, since sharded ones pass
+    forward together."""
+    groups = batch_places(rollouts, tokens_per_batch)
+    num_batches = distributed.max_over_ranks(len(groups), world)
+    return (
+        groups
+        if len(groups) == num_batches
+        else batch_places(rollouts, tokens_per_batch, num_batches)
+    )
