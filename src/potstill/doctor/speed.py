@@ -33,8 +33,11 @@ def speed(
         num += 1
     clock = _learn(recipe, setup, world, written.step[:num])
     share = num / len(written.step) * rollouts.share
-    parts = {part: clock.seconds[part] / share for part in ("teacher", "student")}
-    parts = {"rollout": rollouts.seconds / rollouts.share, **parts}
+    parts = {
+        "rollout": rollouts.seconds / rollouts.share,
+        "teacher": clock.seconds["teacher_seconds"] / share,
+        "student": clock.seconds["student_seconds"] / share,
+    }
     if rollouts.share_of_window < 1:
         # What is not written yet is taken to be as slow; responses that end earlier take less.
         parts = {part: value / rollouts.share_of_window for part, value in parts.items()}
