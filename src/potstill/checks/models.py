@@ -95,7 +95,8 @@ def end_masses(subject: Subject, written: Written) -> Finding:
     stats = _statistics(subject, mine, theirs, end_ids=())
     sums = habit_sums(batch.rollouts, objective, ends, stats, mine, theirs)
     habits = step_habits(sums, objective, ends, subject.student.tokenizer)
-    masses = {who: habits[who] for who in ("student", "teacher") if who in habits}
+    known = {"student": habits.get("student"), "teacher": habits.get("teacher")}
+    masses = {who: of_each for who, of_each in known.items() if of_each is not None}
     says = f"where {len(ended)} of the student's responses end: " + "; ".join(
         f"{who} " + ", ".join(f"{name} {mass:.1%}" for name, mass in of_each.items())
         for who, of_each in masses.items()
