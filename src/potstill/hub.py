@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 # Seconds for the one try. What the hub's own client would wait is more than a minute.
-PATIENCE = 3.0
+HUB_SECONDS = 3.0
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def is_reachable() -> bool:
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
             answers.append(True)
         # Errors of every kind, by network and version of the client: each means that it does not
         # answer.
@@ -35,7 +35,7 @@ def is_reachable() -> bool:
     # In a thread: looking up a name can take longer than any limit on the request.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(HUB_SECONDS)
     return bool(answers) and answers[0]
 
 

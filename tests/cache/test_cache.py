@@ -23,7 +23,7 @@ import potstill
 from potstill.cache import build as build_module
 from potstill.cache import make_shard as shard_module
 from potstill.cache.build import build_cache
-from potstill.cache.describe import findings, summary
+from potstill.cache.describe import summary, verification_lines
 from potstill.cache.verify import verify_cache
 from potstill.cli.app import main
 from potstill.config import CacheOptions, RecipeError, make_recipe, to_toml
@@ -207,7 +207,10 @@ def test_what_rounding_costs_is_measured_and_printed(tmp_path, dtype, bound):
     assert manifest.mean_kl == pytest.approx(expected, rel=0.02)
     # Of a sample of the cache.
     assert verified.live_kl == pytest.approx(expected, rel=0.6)
-    assert f"{manifest.mean_kl:.3g} nats" in "\n".join(findings(verified)) and verified.broken == ()
+    assert (
+        f"{manifest.mean_kl:.3g} nats" in "\n".join(verification_lines(verified))
+        and verified.broken == ()
+    )
 
 
 def test_bytes_a_token(tmp_path):

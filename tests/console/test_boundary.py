@@ -20,7 +20,7 @@ from waiting import SECONDS, wait_until
 import potstill
 from potstill.config import RecipeError, make_recipe, to_toml
 from potstill.console import boundary as limits
-from potstill.console.boundary import Stopped, boundary, described, naming, stop_asked_for
+from potstill.console.boundary import Stopped, boundary, describe_error, naming, stop_asked_for
 from potstill.console.printable import one_line, printable, say
 from potstill.report.terminal import print_table
 from potstill.runs.results import read_entry
@@ -123,7 +123,7 @@ def test_errors_that_are_not_bugs_are_one_line(tmp_path, capsys, error, says):
     [KeyError("step"), TypeError("x"), AttributeError("x"), RuntimeError("x"), ValueError("x")],
 )
 def test_bugs_keep_their_traceback(error):
-    assert described(error) is None
+    assert describe_error(error) is None
     with pytest.raises(type(error)), boundary():
         raise error
 

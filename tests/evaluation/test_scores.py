@@ -10,7 +10,7 @@ from potstill.cli.app import main
 from potstill.cli.show import gave_up
 from potstill.config import Evaluation, RecipeError
 from potstill.evaluation import responses, scores
-from potstill.evaluation.scores import evaluate, summarize
+from potstill.evaluation.scores import evaluate, summarize_responses
 from potstill.files import write_rows
 from potstill.models.character_tokenizer import build_tokenizer
 from potstill.models.language_model import load_model
@@ -74,7 +74,7 @@ def test_metrics_by_hand():
         response("a", 0.0, None, 4, 0.0, zlib_ratio=9.0),
         *[response("b", 0.0, "1", 5, 1.0, stop="length") for _ in range(4)],
     ]
-    row = summarize(rows, num_responses=4)
+    row = summarize_responses(rows, num_responses=4)
     assert row["avg"].value == pytest.approx(0.25)
     expected = {"1": 0.25, "2": (1 - 1 / 6) / 2, "3": 0.5, "4": 0.5}
     assert {k: v.value for k, v in row["pass"].items()} == pytest.approx(expected)

@@ -248,7 +248,7 @@ def test_the_linear_window_is_obeyed_and_probes_are_held_out(tmp_path, written):
         max(len(response.completion.token_ids) for response, _ in call) for call in written[1:]
     ]
     assert lengths == windows
-    setup = run.prepare(recipe_for("unused", window=GATE), run.distributed.start())
+    setup = run.prepare_grpo(recipe_for("unused", window=GATE), run.distributed.start())
     assert len(setup.probes) == 4
     assert not {probe.token_ids for probe in setup.probes} & {
         prompt.token_ids for prompt in setup.prompts
@@ -257,7 +257,7 @@ def test_the_linear_window_is_obeyed_and_probes_are_held_out(tmp_path, written):
 
 def test_the_start_is_measured_and_judged(tmp_path, written):
     recipe = recipe_for("unused")
-    found = run.measure_start(recipe, run.prepare(recipe, run.distributed.start()))
+    found = run.measure_start(recipe, run.prepare_grpo(recipe, run.distributed.start()))
     (pairs,) = written
     groups = [[score for _, score in pairs[i : i + 4]] for i in range(0, len(pairs), 4)]
     assert len(groups) == 32 and len({response.prompt.token_ids for response, _ in pairs}) == 32
@@ -277,7 +277,7 @@ def test_the_start_is_measured_and_judged(tmp_path, written):
     save_model(ignorant, weights, (2,), tmp_path / "ignorant")
     recipe = recipe_for("unused", model=str(tmp_path / "ignorant"), sampling={"temperature": 0.01})
     line, too_hard, no_entropy = run.verdict(
-        run.measure_start(recipe, run.prepare(recipe, run.distributed.start()))
+        run.measure_start(recipe, run.prepare_grpo(recipe, run.distributed.start()))
     )
     assert (
         "in 0% of 32 groups" in line
@@ -387,7 +387,7 @@ def test_the_task_that_made_the_prompts_grades_them(tmp_path, monkeypatch):
     recipe = recipe_for(
         tmp_path / "run", data={"source": "remembers.py:Remembers", "num_prompts": 4}
     )
-    setup = run.prepare(recipe, run.distributed.start())
+    setup = run.prepare_grpo(recipe, run.distributed.start())
     examples = [prompt.example for prompt in setup.prompts]
     assert [grade.score for grade in setup.task.grade(examples, ["0", "7", "14", "no"])] == [
         1,

@@ -82,7 +82,7 @@ def test_triton_is_refused_where_it_cannot_run(triton_kernels, monkeypatch):
     with pytest.raises(ValueError, match="computes in float32"):
         run_loss(make_inputs(), backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    triton_kernels.load.cache_clear()
+    triton_kernels.triton_backend.cache_clear()
     with pytest.raises(ValueError, match="choose eager or compiled"):
         run_loss(make_inputs().to(torch.float32), backend="triton")
 

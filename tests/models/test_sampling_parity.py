@@ -17,7 +17,7 @@ from potstill.config import Sampling
 from potstill.models.drawing import draw, truncate
 from potstill.models.language_model import load_model
 from potstill.models.sampling import sample
-from potstill.tasks.multiplication import WRITERS, Multiplication, write_trace
+from potstill.tasks.multiplication import TRACE_AUTHORS, Multiplication, write_trace
 
 SHIPPED = ("potstill:base", "potstill:teacher")
 GREEDY = Sampling(temperature=0)
@@ -46,7 +46,7 @@ def mixed_prompts(num_prompts: int = 12) -> list[tuple[int, ...]]:
     prompts = []
     for example in Multiplication().examples("train", num_prompts, seed=0):
         assert isinstance(example.prompt, str)
-        trace = "".join(text for text, _ in write_trace(rng, WRITERS["persona"][1], 347, 6))
+        trace = "".join(text for text, _ in write_trace(rng, TRACE_AUTHORS["persona"][1], 347, 6))
         prompts.append(tuple(encode(example.prompt + trace[: rng.randrange(12)])))
     assert len({len(prompt) for prompt in prompts}) > 3
     return prompts

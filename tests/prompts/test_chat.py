@@ -444,7 +444,7 @@ def test_prompts_that_are_too_long(tmp_path):
 def test_hostile_templates_end_in_one_line(tmp_path, monkeypatch, template, message):
     """And those that meet a limit already when the model is loaded; the next template is rendered
     as ever."""
-    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    monkeypatch.setattr(templates, "CONVERSATION_SECONDS", 0.5)
     tokenizer = family_tokenizer("plain")
     tokenizer.chat_template = template
     if not message.startswith("refuses"):

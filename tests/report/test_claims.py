@@ -11,9 +11,9 @@ import pytest
 
 from potstill.config import GrpoRecipe, Recipe, make_recipe, to_toml
 from potstill.files import append
-from potstill.report.claims import claims, contrast, estimate
+from potstill.report.claims import claims, contrast, estimate_effect
 from potstill.runs.results import read_entry, recipe_key
-from potstill.runs.run_folder import finish
+from potstill.runs.run_folder import mark_done
 
 NUM_PROBLEMS, NUM_RESPONSES = 40, 8
 EVALUATION = {
@@ -103,7 +103,7 @@ def finished(recipe, rows, cost=1.0, entropy=0.25):
         append(recipe.out / "metrics.jsonl", row)
     for row in rows:
         append(recipe.out / "evals.jsonl", row)
-    finish(recipe)
+    mark_done(recipe)
     return recipe.out
 
 
@@ -400,7 +400,7 @@ def test_intervals_are_those_of_resampled_seeds_and_problems():
     effects = [[{str(p): table[s, p] for p in range(60)} for table in tables] for s in range(20)]
     table = sum(tables) / 2
     draws = [table[rng.integers(0, 20, 20)][:, rng.integers(0, 60, 60)].mean() for _ in range(4000)]
-    found, over = estimate(effects)
+    found, over = estimate_effect(effects)
     assert (
         found.value == pytest.approx(table.mean()) and over == "interval over 20 seeds and problems"
     )
@@ -420,7 +420,7 @@ def test_no_effect_is_found_one_time_in_twenty(have_own_problems):
             columns = [of_seed + problems + rng.normal(0, 0.1, 40) for _ in range(2)]
             names = [f"{s * have_own_problems} {p}" for p in range(40)]
             effects.append([dict(zip(names, column, strict=True)) for column in columns])
-        found, _ = estimate(effects)
+        found, _ = estimate_effect(effects)
         hits += not found.low <= 0 <= found.high
     assert hits / num_trials <= 0.075
 

@@ -19,7 +19,7 @@ from synthetic_runs import evaluate, write_run
 import potstill
 from potstill.files import append
 from potstill.report.comparison import grids, make_groups, metrics_of, problem_values, stored
-from potstill.report.page import table, table_note, with_policy, write_report
+from potstill.report.page import comparison_table, table_note, with_policy, write_report
 from potstill.report.questions import Claim
 from potstill.runs.results import group_by_seed, read_entry, recipe_key
 from potstill.runs.run_folder import RunError
@@ -137,7 +137,7 @@ def test_numbers_are_those_of_the_files(runs):
     entry = read_entry(runs / "opd")
     rows = [json.loads(line) for line in (runs / "opd" / "metrics.jsonl").read_text().splitlines()]
     assert entry.num_loss_tokens == sum(row["num_loss_tokens"] for row in rows)
-    header, (cells,) = table([entry])
+    header, (cells,) = comparison_table([entry])
     value, low, high = entry.evals[0]["avg"]
     assert (
         cells[header.index("Avg@2 T=1")] == f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -247,7 +247,7 @@ def test_a_damaged_environment_is_refused_before_any_step(stopped):
 
 
 def train_and_be_killed_before_done(out):
-    run_folder.finish = kill
+    run_folder.mark_done = kill
     potstill.train(tiny_recipe(out, evaluation=EVALUATION, **FAST), quiet=True)
 
 

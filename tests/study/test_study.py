@@ -15,9 +15,9 @@ from potstill.cli.overrides import split_overrides
 from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
 from potstill.files import append
 from potstill.runs.results import EVAL_COLUMNS, read_panels
-from potstill.runs.run_folder import finish, is_done, read_rows
+from potstill.runs.run_folder import is_done, mark_done, read_rows
 from potstill.study import items
-from potstill.study.estimates import estimate
+from potstill.study.estimates import estimate_costs
 from potstill.study.file import read_study_file
 from potstill.study.planning import SWEEP_EVALUATION_SEED, choose, plan
 from potstill.study.run import run_study
@@ -154,7 +154,7 @@ def pretend(item, avg):
             "seconds": 1,
         }
         append(item.job.path / "evals.jsonl", row)
-    finish(item.recipe)
+    mark_done(item.recipe)
 
 
 def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path):
@@ -407,14 +407,14 @@ def test_estimates_come_from_finished_runs_of_a_kind(tmp_path):
     )
     first, second = items_of(study)
     pretend(first, 0.5)
-    costs = estimate([first, second], one_thread=True)
+    costs = estimate_costs([first, second], one_thread=True)
     # A second a row of metrics, two steps; and the evaluation that was tried.
     assert set(costs) == {second.job.path} and 2 < costs[second.job.path].seconds < 60
     hub = write_study(
         tmp_path,
         '[[panels]]\ntitle = "A"\n[[panels.groups]]\naxes.student.model = ["org/not-here"]\n',
     )
-    assert list(estimate(items_of(hub), one_thread=True).values()) == [None]
+    assert list(estimate_costs(items_of(hub), one_thread=True).values()) == [None]
 
 
 def test_plan_file_is_plain_data(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from potstill.config import GrpoRecipe, Recipe, RunRecipe, to_toml
-from potstill.evaluation.scores import per_problem, summarize
+from potstill.evaluation.scores import per_problem, summarize_responses
 
 
 def evaluation_rows(
@@ -59,7 +59,7 @@ def evaluate(
             {
                 "model": "m",
                 "temperature": temperature,
-                **summarize(rows, num_responses),
+                **summarize_responses(rows, num_responses),
                 "levels": {},
                 "problems": per_problem(problems),
                 "notes": {},

@@ -10,7 +10,7 @@ from potstill.cli.app import main
 from potstill.config import Evaluation
 from potstill.evaluation.scores import evaluate, make_problems
 from potstill.tasks import make_task
-from potstill.tasks.benchmarks import INSTRUCTION
+from potstill.tasks.benchmarks import BOX_INSTRUCTION
 from potstill.types import DataError
 
 # As the hub's data sets have them.
@@ -82,7 +82,7 @@ def test_rows_and_grades(tmp_path, name, suffix):
     path = write(tmp_path / f"data{suffix}", [ROWS[name]] * 3)
     task = make_task(f"{name}:{path}")
     examples = task.examples("test", 2, 0)
-    assert len(examples) == 2 and examples[0].prompt.endswith(INSTRUCTION)
+    assert len(examples) == 2 and examples[0].prompt.endswith(BOX_INSTRUCTION)
     assert examples[0].level == ("level 2" if name == "math500" else "")
     texts, scores = zip(*RESPONSES[name], strict=True)
     assert [g.score for g in task.grade([examples[0]] * len(texts), texts)] == list(scores)

@@ -12,7 +12,7 @@ import pytest
 
 from potstill.prompts.examples import load_examples
 from potstill.tasks import make_task
-from potstill.tasks.tables import blank_lines, read_rows
+from potstill.tasks.tables import blank_lines, read_table_rows
 from potstill.types import DataError
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -229,7 +229,9 @@ def test_nulls_that_a_typed_table_adds_are_absent(tmp_path):
     }
     rows = [{"messages": [CHAT[0], CHAT[1]]}, {"messages": [CHAT[0], called, CHAT[1]]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    assert [row.values for row in read_rows(str(tmp_path / "rows.parquet"), ["messages"])] == rows
+    assert [
+        row.values for row in read_table_rows(str(tmp_path / "rows.parquet"), ["messages"])
+    ] == rows
 
 
 def test_no_more_is_read_than_is_asked_for(tmp_path):

@@ -8,7 +8,7 @@ from potstill.models.character_tokenizer import build_tokenizer
 from potstill.tasks.columns import BEHAVIOURS, SETTINGS, Columns, styles_of
 from potstill.tasks.multiplication import (
     MAX_TEST_PROBLEMS,
-    WRITERS,
+    TRACE_AUTHORS,
     Multiplication,
     is_test_problem,
 )
@@ -52,7 +52,7 @@ def test_same_seed_same_problems():
     )
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", TRACE_AUTHORS)
 def test_traces_by_an_independent_reader(writer):
     """Every trained column of a persona is right given what stands before it, and errors are not
     trained on."""
@@ -74,7 +74,7 @@ def test_traces_by_an_independent_reader(writer):
                 place, carry = place + 1, written // 10
             elif piece == "?":
                 place, carry = 0, 0
-    wrong_share = WRITERS[writer][0].error
+    wrong_share = TRACE_AUTHORS[writer][0].error
     assert wrong_share - 0.04 < num_wrong / num_columns < wrong_share + 0.04
 
 

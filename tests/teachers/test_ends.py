@@ -123,7 +123,7 @@ def test_equal_sets_are_one_class_everywhere(tmp_path, capsys):
     start = GrpoRecipe.model_validate(
         {"model": str(tmp_path / "model"), "data": {"num_prompts": 8}, "window": {"tokens": 16}}
     )
-    assert run.prepare(start, World(0, 1, torch.device("cpu"))).end_ids == (2, 22)
+    assert run.prepare_grpo(start, World(0, 1, torch.device("cpu"))).end_ids == (2, 22)
 
 
 def test_a_cache_is_of_its_class(tmp_path):

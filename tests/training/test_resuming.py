@@ -232,7 +232,7 @@ TO_EXTEND = {
 
 
 def extend_and_be_killed(out):
-    run_folder.finish = kill
+    run_folder.mark_done = kill
     potstill.train(recipe_of(out, **TO_EXTEND), extend_to=7, quiet=True)
 
 

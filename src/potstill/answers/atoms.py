@@ -8,7 +8,7 @@ from potstill.answers.tree import EXPRESSIONS, INFINITY, Node, NotUnderstood, ne
 # Of brackets, groups and arguments within each other.
 MAX_DEPTH = 40
 SYMBOLS = {"pi", "infty", "angle", "triangle", *GREEK}
-SETS = {"R": "reals", "Z": "integers", "N": "naturals", "Q": "rationals", "C": "complexes"}
+NUMBER_SETS = {"R": "reals", "Z": "integers", "N": "naturals", "Q": "rationals", "C": "complexes"}
 MATRICES = ("pmatrix", "bmatrix", "matrix", "smallmatrix", "array")
 OF_SEVERAL = ("gcd", "lcm", "max", "min")
 
@@ -156,8 +156,8 @@ class Atoms:
             return Node("set")
         if name == "mathbb":
             letter = self.braced().name
-            if letter in SETS:
-                return Node("numbers", SETS[letter])
+            if letter in NUMBER_SETS:
+                return Node("numbers", NUMBER_SETS[letter])
         if name == "begin":
             return self.matrix()
         raise NotUnderstood(f"\\{name}")

@@ -18,7 +18,7 @@ from potstill.answers.tree import (
 )
 from potstill.answers.values import is_equal, is_positive, points, value_or_none, variables
 
-SETS = ("list", "set", "tuple")
+COLLECTIONS = ("list", "set", "tuple")
 # Compared part by part, with their own names.
 STRUCTURES = ("matrix", "row", "numbers", "cap", "setminus", "interval", "chain")
 
@@ -49,7 +49,7 @@ def same(gold: Node, answer: Node) -> bool:
         return _same_quantity(gold, answer)
     if "text" in kinds:
         return _as_text(gold) == _as_text(answer) is not None
-    if any(kind in SETS for kind in kinds):
+    if any(kind in COLLECTIONS for kind in kinds):
         return _same_collection(_as_tuple(gold), _as_tuple(answer))
     if all(kind in EXPRESSIONS for kind in kinds):
         infinite = (INFINITY, MINUS_INFINITY)

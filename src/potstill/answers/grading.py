@@ -26,20 +26,20 @@ from potstill.answers.boxes import last_box
 
 # The grammar of answers takes a tenth of a second to load, which a help text does not wait for.
 if TYPE_CHECKING:
-    from potstill.answers import Rule as ByAnswer
+    from potstill.answers import Rule
 
-    Rule = ByAnswer | Literal["no box", "too long", "timeout", "crash"]
+    GradeRule = Rule | Literal["no box", "too long", "timeout", "crash"]
 
 # Seconds for one pair; an honest one takes milliseconds.
-SECONDS = 5.0
+PAIR_SECONDS = 5.0
 # Until a worker has started.
 START_SECONDS = 120.0
-MEMORY_BYTES = 2 * 2**30
+GRADER_BYTES = 2 * 2**30
 # No final answer is longer, and parsing takes more than linear time.
-MAX_CHARACTERS = 1000
+MAX_ANSWER_CHARACTERS = 1000
 
-Kind = Literal["latex", "integer"]
-Pair = tuple[str, str | None]
+AnswerKind = Literal["latex", "integer"]
+AnswerPair = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Grade:
 
     score: float
     answer: str | None = None
-    note: "Rule | Literal['']" = ""
+    note: "GradeRule | Literal['']" = ""
 
 
 def gsm8k_gold(answer: str) -> str:
@@ -66,7 +66,7 @@ def gsm8k_gold(answer: str) -> str:
 class Grader:
     """Worker processes that compare answers; use as a context manager, or close it."""
 
-    def __init__(self, num_workers: int | None = None, seconds: float = SECONDS):
+    def __init__(self, num_workers: int | None = None, seconds: float = PAIR_SECONDS):
         self.num_workers = num_workers or min(os.cpu_count() or 1, 8)
         self.seconds = seconds
         self.idle: list[subprocess.Popen] = []
@@ -84,7 +84,7 @@ class Grader:
         self.idle.clear()
 
     def grade(
-        self, golds: Sequence[str], responses: Sequence[str], kind: Kind = "latex"
+        self, golds: Sequence[str], responses: Sequence[str], kind: AnswerKind = "latex"
     ) -> list[Grade]:
         """One grade for each response, in their order; equal pairs are compared once."""
         answers = [last_box(response) for response in responses]
@@ -94,9 +94,11 @@ class Grader:
         decided |= self._compare_all([pair for pair, verdict in at_once.items() if verdict is None])
         return [Grade(float(decided[pair][0]), pair[1], decided[pair][1]) for pair in pairs]
 
-    def _compare_all(self, pairs: Sequence[Pair]) -> "dict[Pair, tuple[bool, Rule]]":
+    def _compare_all(
+        self, pairs: Sequence[AnswerPair]
+    ) -> "dict[AnswerPair, tuple[bool, GradeRule]]":
         waiting, decided = deque(pairs), {}
-        busy: dict[subprocess.Popen, tuple[Pair, float]] = {}
+        busy: dict[subprocess.Popen, tuple[AnswerPair, float]] = {}
         with selectors.DefaultSelector() as ready, contextlib.ExitStack() as stack:
             # Whatever goes wrong, no worker is left with half a question.
             stack.callback(lambda: [_stop(worker) for worker in busy])
@@ -131,11 +133,11 @@ class Grader:
         return decided
 
 
-def _at_once(gold: str, answer: str | None, kind: Kind) -> "tuple[bool, Rule] | None":
+def _at_once(gold: str, answer: str | None, kind: AnswerKind) -> "tuple[bool, GradeRule] | None":
     """The verdict where no expressions are compared; None where they are."""
     if answer is None:
         return False, "no box"
-    if len(answer) > MAX_CHARACTERS:
+    if len(answer) > MAX_ANSWER_CHARACTERS:
         return False, "too long"
     if kind == "integer":
         from potstill.answers import integer
@@ -198,7 +200,7 @@ def _work() -> None:
 
     from potstill.answers import Verdict, compare
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (GRADER_BYTES, GRADER_BYTES))
     print("ready", flush=True)
     for line in sys.stdin:
         gold, answer, seconds = json.loads(line)

@@ -96,7 +96,7 @@ class Reader(Atoms):
         node = negative(node) if minus else node
         while times := self.take_word(*units.TIMES):
             node = product(node, number(units.TIMES[times.text.lower()]))
-        unit = self.unit([units.NAMES.get(currency.text, currency.text)] if currency else [])
+        unit = self.unit([units.UNIT_NAMES.get(currency.text, currency.text)] if currency else [])
         return Node("quantity", unit, (node,)) if unit else _without_degrees(node)
 
     def words(self) -> Node | None:
@@ -116,7 +116,7 @@ class Reader(Atoms):
         """The unit's name after a value, of which a currency may be known: a sign, or words, powers
         and a `per`."""
         if not names and (sign := self.take("%", *CURRENCIES)):
-            return units.NAMES.get(sign.text, sign.text)
+            return units.UNIT_NAMES.get(sign.text, sign.text)
         if self.take("frac"):
             return f"{self.unit_in_braces()} /{self.unit_in_braces()}"
         over = ""

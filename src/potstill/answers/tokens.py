@@ -16,26 +16,26 @@ from typing import Literal
 from potstill.answers.tree import NotUnderstood, words
 
 Mode = Literal["math", "roman", "text"]
-Kind = Literal["number", "letter", "word", "macro", "sign", "end"]
+TokenKind = Literal["number", "letter", "word", "macro", "sign", "end"]
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
     """A token, and the space before it: 0 none, 1 thin or a blank, 2 wide."""
 
-    kind: Kind
+    kind: TokenKind
     text: str
     gap: int = 0
 
 
-def table(text: str) -> dict[str, str]:
+def spellings(text: str) -> dict[str, str]:
     """A table of lines: a name, then all that is written for it."""
     lines = [line.split() for line in text.splitlines()]
     return {each: name for name, *others in filter(None, lines) for each in others}
 
 
 # One character each; what a word processor or a model writes for the macro.
-SIGNS = table(r"""
+SIGNS = spellings(r"""
     - − – ‐
     ' ′ ’
     \pi π
@@ -76,7 +76,7 @@ SIGNS = table(r"""
     \lceil ⌈
     \rceil ⌉
 """)
-RENAMED = table(r"""
+RENAMED = spellings(r"""
     frac dfrac tfrac cfrac
     binom dbinom tbinom
     le leq leqslant leqq
@@ -113,7 +113,7 @@ LOOKS = words(
 # Macros that say how their argument looks.
 FONTS = words("mathbf mathit mathsf mathtt mathcal boldsymbol bm boxed fbox ensuremath underline")
 ROMANS = words("mathrm operatorname")
-TEXTS = words("text textbf textit textrm textnormal textsf texttt emph mbox hbox textup")
+TEXT_MACROS = words("text textbf textit textrm textnormal textsf texttt emph mbox hbox textup")
 WIDE = words("quad qquad hspace enspace")
 THIN = words("thinspace medspace thickspace space nobreakspace")
 # Words of two or three letters; longer runs of letters are words anyway.
@@ -122,8 +122,8 @@ SHORT_WORDS = words(
     "oz lb hr sq cu mph am pm"
 )
 # What may lack its backslash.
-NAMES = {name: name for name in ("infty", "pi", "sqrt", *FUNCTIONS, *GREEK)}
-NAMES |= dict.fromkeys(("inf", "infinity", "oo"), "infty")
+BARE_MACROS = {name: name for name in ("infty", "pi", "sqrt", *FUNCTIONS, *GREEK)}
+BARE_MACROS |= dict.fromkeys(("inf", "infinity", "oo"), "infty")
 
 _THIN_SPACE = r"(?:\\[,;: ]|~|\s|\\thinspace(?![a-zA-Z]))"
 _TOKEN = re.compile(
@@ -230,9 +230,11 @@ def _macro(name: str, text: str, place: int, gap: int, mode: Mode) -> tuple[list
             2 if name in WIDE else max(gap, 1),
             argument(text, place)[1] if name == "hspace" else place,
         )
-    if name in FONTS | ROMANS | TEXTS:
+    if name in FONTS | ROMANS | TEXT_MACROS:
         inner, place = argument(text, place)
-        inside = _tokens(inner, "text" if name in TEXTS else "roman" if name in ROMANS else mode)
+        inside = _tokens(
+            inner, "text" if name in TEXT_MACROS else "roman" if name in ROMANS else mode
+        )
         return inside, gap if inside else max(gap, 1), place
     if name == "i":
         return [Token("letter", "i")], gap, place
@@ -250,8 +252,8 @@ def _letters(run: str, mode: Mode, after_number: bool) -> list[Token]:
     """A run of letters as a macro that lacks its backslash, a word, or letters that are
     multiplied."""
     upright = mode != "math"
-    if run in NAMES and mode != "text" and not (upright and after_number):
-        return [Token("macro", NAMES[run])]
+    if run in BARE_MACROS and mode != "text" and not (upright and after_number):
+        return [Token("macro", BARE_MACROS[run])]
     if upright or len(run) > 3 or run.lower() in SHORT_WORDS or (after_number and len(run) > 2):
         return [Token("word", run)]
     return [Token("letter", letter) for letter in run]

@@ -38,7 +38,7 @@ _SPELLINGS = {
     "am": "",
     "pm": "",
 }
-NAMES = {
+UNIT_NAMES = {
     spelling: name
     for name, spellings in _SPELLINGS.items()
     for spelling in (name, *spellings.split())
@@ -75,12 +75,12 @@ def unit(word: str) -> str:
     """The name of the unit that a word is. Raises NotUnderstood for what no unit is."""
     lower = word.lower()
     if lower in NONE or (
-        len(word) < 3 and not (lower in NAMES or lower in POWERS or word in LETTERS)
+        len(word) < 3 and not (lower in UNIT_NAMES or lower in POWERS or word in LETTERS)
     ):
         raise NotUnderstood(f"{word!r} after a value")
     if len(word) == 1:
-        return NAMES.get(word, word)
-    return NAMES.get(lower, re.sub(r"(?<=..)s$", "", lower))
+        return UNIT_NAMES.get(word, word)
+    return UNIT_NAMES.get(lower, re.sub(r"(?<=..)s$", "", lower))
 
 
 def joined(names: list[str]) -> str:

@@ -18,7 +18,7 @@ from potstill.answers.tree import Node, difference
 # Of an exact number; 2006! has 19,000.
 MAX_BITS = 200_000
 # Digits beyond those that the sizes of the parts take.
-DIGITS = 60
+GUARD_DIGITS = 60
 MAX_DIGITS = 4_000
 # Of the points, how many there must be where both expressions have a value.
 MIN_POINTS = 3
@@ -83,16 +83,16 @@ def is_zero(node: Node, point: Mapping[str, Fraction], is_real: bool = False) ->
     """Whether an expression is 0 at a point: exactly, or beside its largest and smallest part.
     Raises Undefined."""
     with mpmath.workdps(20):
-        first = Evaluation(point, is_real)
+        first = Evaluator(point, is_real)
         value = first.of(node)
     if isinstance(value, Fraction):
         return value == 0
-    num_digits = DIGITS + 2 * int(first.size * math.log10(2))
+    num_digits = GUARD_DIGITS + 2 * int(first.size * math.log10(2))
     if num_digits > MAX_DIGITS:
         raise Undefined("too large to compare")
     with mpmath.workdps(num_digits):
-        value = Evaluation(point, is_real).of(node)
-        return abs(_mp(value)) < mpmath.mpf(10) ** -(num_digits - DIGITS // 3)
+        value = Evaluator(point, is_real).of(node)
+        return abs(_mp(value)) < mpmath.mpf(10) ** -(num_digits - GUARD_DIGITS // 3)
 
 
 def is_positive(value: Value) -> bool:
@@ -105,7 +105,7 @@ def is_positive(value: Value) -> bool:
 def value_or_none(node: Node, point: Mapping[str, Fraction], is_real: bool = False) -> Value | None:
     try:
         with mpmath.workdps(20):
-            return Evaluation(point, is_real).of(node)
+            return Evaluator(point, is_real).of(node)
     except Undefined:
         return None
 
@@ -116,7 +116,7 @@ def _mp(value: Value) -> Value:
     return mpmath.mpc(value)
 
 
-class Evaluation:
+class Evaluator:
     """The value of an expression at one point, with the size of its largest or smallest part as a
     power of 2."""
 

@@ -51,7 +51,7 @@ def facts(manifest: Manifest) -> list[str]:
     return lines
 
 
-def findings(verified: Verified) -> list[str]:
+def verification_lines(verified: Verified) -> list[str]:
     """What a verification says, one fact a line."""
     manifest = verified.manifest
     num_whole = len(manifest.shards) - len(verified.broken)

@@ -36,11 +36,11 @@ from potstill.training.setup import Setup
 from potstill.types import Prompt, Rollout
 
 # A shard holds many of these: a prompt, its key, and the number of its completion.
-Entry = tuple[Prompt, bytes, int]
+CacheEntry = tuple[Prompt, bytes, int]
 
 
 def make_shard(
-    entries: Sequence[Entry],
+    entries: Sequence[CacheEntry],
     recipe: Recipe,
     setup: Setup,
     teacher: LanguageModel,
@@ -73,7 +73,7 @@ def make_shard(
 
 
 def _write(
-    entries: Sequence[Entry],
+    entries: Sequence[CacheEntry],
     recipe: Recipe,
     setup: Setup,
     teacher: LanguageModel,
@@ -99,7 +99,7 @@ def _write(
 
 
 def _tensors_of(
-    entries: Sequence[Entry],
+    entries: Sequence[CacheEntry],
     rollouts: Sequence[Rollout],
     signals: Sequence[dict[str, Tensor]],
     of_signal: Sequence[str],

@@ -27,11 +27,11 @@ SAME = 1e-6
 # Of the largest entropy, above which a model has learnt nothing.
 KNOWS_NOTHING = 0.9
 # Of responses, that the window may cut before it is a warning.
-MANY_CUT = 0.5
+MANY_CUT_RESPONSES = 0.5
 # Probability of rows that are cut off, above which it is a warning.
 MUCH_CUT_OFF = 0.01
 # So many characters of a rollout are shown.
-SHOWN = 160
+ROLLOUT_CHARACTERS = 160
 
 
 def head(subject: Subject) -> Finding:
@@ -76,8 +76,8 @@ def marked(rollout: Rollout, tokenizer) -> str:
         if i < len(rollout.completion_ids):
             part.append(rollout.completion_ids[i])
     prompt = tokenizer.decode(rollout.prompt.token_ids)
-    shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-    return repr(prompt[-SHOWN // 4 :] + shown)
+    shown = text if len(text) <= ROLLOUT_CHARACTERS else f"{text[:ROLLOUT_CHARACTERS]}..."
+    return repr(prompt[-ROLLOUT_CHARACTERS // 4 :] + shown)
 
 
 def end_masses(subject: Subject, written: Written) -> Finding:
@@ -263,7 +263,7 @@ def truncation(subject: Subject, written: Written) -> Finding:
     says = f"{says} responses are longer than {written.window} tokens"
     measured = {f"{who}_truncation": share for who, share in shares.items()}
     measured |= {"window": written.window}
-    many = [who for who, share in shares.items() if share > MANY_CUT]
+    many = [who for who, share in shares.items() if share > MANY_CUT_RESPONSES]
     if not written.is_whole and many:
         says += f", for which there was time; the window is {subject.recipe.window.tokens}"
         return Finding(check=check, level="skipped", says=says, measured=measured)

@@ -7,13 +7,13 @@ import torch
 
 from potstill.checks import resources, settings
 from potstill.checks.finding import Finding, Subject
-from potstill.console.boundary import described
+from potstill.console.boundary import describe_error
 from potstill.types import NonFiniteError
 
 # Those that take no noticeable time. A run begins with them.
 AT_START: dict[str, Callable[[Subject], Finding]] = {
     "templates": settings.templates,
-    "learning rate": settings.learning_rate,
+    "learning rate": settings.peak_learning_rate,
     "data and window": settings.data_window,
     "memory": resources.memory,
     "disk": resources.disk,
@@ -30,7 +30,7 @@ def guarded(name: str, check: Callable[..., Finding], *given: Any) -> Finding:
         return Finding(check=name, level="error", says=str(error), fix=fix)
     # A check must not keep the others from being done.
     except Exception as error:
-        reason = described(error) or f"{type(error).__name__}: {error}"
+        reason = describe_error(error) or f"{type(error).__name__}: {error}"
         return Finding(check=name, level="failed", says=f"it cannot be checked: {reason}")
 
 

@@ -4,16 +4,16 @@ from potstill.checks.finding import Finding, Subject
 from potstill.models.templates import ChatTemplate, TemplateError
 from potstill.models.weights import FEW_MOVE, share_that_moves
 from potstill.prompts.chat import make_chat
-from potstill.teachers.ends import described
+from potstill.teachers.ends import describe_ends
 from potstill.types import Prompt
 
 # A rate this many times the usual one wrecks pretrained weights. Below so many weights models are
 # toys, which need far more than the usual.
 LR_TIMES, FEW_WEIGHTS = 100, 10_000_000
 # Of the completions of a data set, that the window may cut before it is a warning.
-MANY_CUT = 0.5
+MANY_CUT_COMPLETIONS = 0.5
 # So many characters of a text are shown where two differ, and some of those before.
-SHOWN, BEFORE = 40, 12
+DIFFERENCE_CHARACTERS, BEFORE = 40, 12
 
 
 def ends(subject: Subject) -> Finding:
@@ -22,7 +22,7 @@ def ends(subject: Subject) -> Finding:
     sets = {"student": list(student.end_ids)}
     if teacher is not None:
         sets["teacher"] = list(teacher.end_ids)
-    shown = described(student.tokenizer, subject.ends.stop_ids)
+    shown = describe_ends(student.tokenizer, subject.ends.stop_ids)
     if teacher is None or set(student.end_ids) == set(teacher.end_ids):
         says = f"completions end on {shown}"
         return Finding(check="ends", level="ok", says=says, measured=sets)
@@ -33,8 +33,8 @@ def ends(subject: Subject) -> Finding:
         else 'set objective.end_class = "merged", so that the loss counts them as one'
     )
     says = (
-        f"the student ends on {described(student.tokenizer, student.end_ids)}, "
-        f"the teacher on {described(student.tokenizer, teacher.end_ids)}"
+        f"the student ends on {describe_ends(student.tokenizer, student.end_ids)}, "
+        f"the teacher on {describe_ends(student.tokenizer, teacher.end_ids)}"
     )
     return Finding(check="ends", level="warning", says=says, fix=fix, measured=sets)
 
@@ -61,10 +61,9 @@ def templates(subject: Subject) -> Finding:
         min(len(mine), len(theirs)),
     )
     start = max(place - BEFORE, 0)
-    says = (
-        f"the teacher reads {mine[start : place + SHOWN]!r}, where its own template writes "
-        f"{theirs[start : place + SHOWN]!r}"
-    )
+    end = place + DIFFERENCE_CHARACTERS
+    says = f"the teacher reads {mine[start:end]!r}, where its own template writes "
+    says += repr(theirs[start:end])
     fix = 'set teacher.template = "chat", or choose models of one family'
     return Finding(check=check, level="warning", says=says, fix=fix, measured={"differ_at": place})
 
@@ -81,7 +80,7 @@ def _rendered(subject: Subject, prompt: Prompt, tokenizer) -> str:
         return f"nothing: it {error}"
 
 
-def learning_rate(subject: Subject) -> Finding:
+def peak_learning_rate(subject: Subject) -> Finding:
     """Whether the peak learning rate is one that pretrained weights survive."""
     check, num = "learning rate", subject.student.num_weights
     times = subject.lr / subject.usual_lr
@@ -125,7 +124,7 @@ def data_window(subject: Subject) -> Finding:
     share = sum(length > window for length in lengths) / len(lengths)
     says = f"{share:.0%} of {len(lengths):,} completions are longer than {window} tokens"
     measured = {"share_cut": share, "window": window, "longest": max(lengths)}
-    if share <= MANY_CUT:
+    if share <= MANY_CUT_COMPLETIONS:
         return Finding(check=check, level="ok", says=says, measured=measured)
     fix = f"raise window.tokens (the longest has {max(lengths)}): a cut text teaches no end"
     return Finding(check=check, level="warning", says=says, fix=fix, measured=measured)

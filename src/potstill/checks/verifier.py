@@ -15,7 +15,7 @@ NUM_PROBLEMS = 16
 FORMS = ("\\boxed{{{}}}", "#{}", "<answer>{}</answer>", "#### {}", "The answer is {}.", "{}")
 RIGHT = 0.999
 # Of other problems' answers: a few may be right as well, where a problem has several.
-FEW, MANY = 0.05, 0.5
+FEW, MANY_RIGHT = 0.05, 0.5
 
 
 def verifier(subject: Subject) -> Finding:
@@ -48,7 +48,7 @@ def _graded(name: str, source: str, split: str, num: int, seed: int) -> Finding:
     if accepted < RIGHT:
         return Finding(
             check=CHECK,
-            level="error" if accepted < MANY else "warning",
+            level="error" if accepted < MANY_RIGHT else "warning",
             says=f"{source} accepts {accepted:.0%} of its own answers, in the form {form!r}",
             fix=f"mend the answers or the grading of {name}: right responses score 0",
             measured=measured,
@@ -60,7 +60,7 @@ def _graded(name: str, source: str, split: str, num: int, seed: int) -> Finding:
     measured |= {"others_accepted": wrong}
     if wrong <= FEW:
         return Finding(check=CHECK, level="ok", says=says, measured=measured)
-    level = "error" if wrong > MANY else "warning"
+    level = "error" if wrong > MANY_RIGHT else "warning"
     fix = f"mend the grading of {name}: wrong responses score"
     return Finding(check=CHECK, level=level, says=says, fix=fix, measured=measured)
 

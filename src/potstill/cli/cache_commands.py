@@ -71,13 +71,13 @@ def verify(
         teacher: Where the teacher is now, if not where it was.
         drop_broken: Remove damaged shards, so that a build makes them again.
     """
-    from potstill.cache.describe import findings
+    from potstill.cache.describe import verification_lines
     from potstill.cache.verify import verify_cache
     from potstill.teachers.manifest import CacheError
 
     refuse_overrides(overrides)
     verified = verify_cache(folder, teacher=teacher, drop_broken=drop_broken)
-    say(*findings(verified))
+    say(*verification_lines(verified))
     if verified.broken and not drop_broken:
         raise CacheError(
             f"{len(verified.broken)} of {len(verified.manifest.shards)} shards are damaged"

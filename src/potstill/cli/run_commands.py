@@ -12,11 +12,11 @@ import tyro
 from tyro.conf import Positional
 
 from potstill.cli.overrides import refuse_overrides
-from potstill.console.printable import one_line, say
+from potstill.console.printable import WIDTH, one_line, say
 from potstill.runs.listing import ListedRun, list_runs
 
-# Columns of the table of runs, and of the widest name and method in it.
-WIDTH, NAME_WIDTH, METHOD_WIDTH = 100, 28, 18
+# Columns of the widest name and method in the table of runs.
+NAME_WIDTH, METHOD_WIDTH = 28, 18
 LEGEND = (
     "loss: of the last step; Avg: right answers (%) at the first temperature; time: of all steps"
 )

@@ -77,7 +77,7 @@ def init(
         flags = ", ".join(f"--{name}" for name in missing)
         raise UsageError(f"potstill init needs {flags}, as there is no terminal to ask on")
     for name in missing:
-        given[name] = _asked(QUESTIONS[name], tuple(METHODS) if name == "method" else ())
+        given[name] = _asked(ASKED_FIELDS[name], tuple(METHODS) if name == "method" else ())
     import torch
 
     from potstill.doctor.draft import Wanted, draft, write_draft
@@ -90,7 +90,7 @@ def init(
     say(f"next: potstill doctor {out}", f"then: potstill train {out}")
 
 
-QUESTIONS = {
+ASKED_FIELDS = {
     "student": "Student to train (folder or hub id): ",
     "teacher": "Teacher to learn from (folder or hub id): ",
     "data": "Prompts (a file such as prompts.jsonl, a hub data set, or a task): ",

@@ -47,13 +47,13 @@ class Section(BaseModel):
     def _typed_as_written(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what would be read as a value of another type: true is no 1, and "2" is no 2."""
         types = _plain_types(cls, str(info.field_name))
-        wanted = next((word for kind, word in WORDS.items() if kind in types), None)
+        wanted = next((word for kind, word in TYPE_WORDS.items() if kind in types), None)
         if wanted is not None and not all(_is_typed(item, types) for item in items_of(value)):
             raise PydanticCustomError("type_as_written", f"Input should be a valid {wanted}")  # pyright: ignore
         return value
 
 
-WORDS = {int: "integer", float: "number", bool: "boolean, true or false"}
+TYPE_WORDS = {int: "integer", float: "number", bool: "boolean, true or false"}
 
 
 def _is_typed(value: Any, types: frozenset[type]) -> bool:

@@ -107,7 +107,7 @@ def boundary() -> Iterator[None]:
         saved = stop.saved if isinstance(stop, Stopped) else None
         _end(saved or STOPPED, 128 + number)
     except Exception as error:
-        line = described(error)
+        line = describe_error(error)
         if line is None:
             raise
         _end(line, 2)
@@ -126,7 +126,7 @@ def _end(line: str | None, code: int) -> None:
     raise SystemExit(code) from None
 
 
-def described(error: BaseException) -> str | None:
+def describe_error(error: BaseException) -> str | None:
     """One line for an error that is not a bug of potstill; None for one that is."""
     kind = type(error)
     if kind.__module__.startswith("potstill.") and isinstance(error, ValueError | ArithmeticError):

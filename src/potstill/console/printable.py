@@ -11,6 +11,8 @@ import unicodedata
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 # Scripts and emoji need these two to join letters; they move nothing.
 JOINERS = "\u200c\u200d"
+# Columns of what is printed, whatever the terminal: its lines may be kept in a file.
+WIDTH = 100
 
 
 def printable(text: object, keep: str = "\n\t") -> str:

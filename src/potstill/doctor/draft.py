@@ -17,7 +17,7 @@ from potstill.models.language_model import LanguageModel, load_config, load_toke
 from potstill.prompts.examples import load_examples, make_prompts
 from potstill.prompts.rows import Asked, make_examples
 from potstill.tasks import is_table
-from potstill.tasks.tables import Row, read_rows
+from potstill.tasks.tables import DataRow, read_table_rows
 from potstill.teachers.vocabulary import shared_vocab_size
 from potstill.training.rates import usual_lr
 from potstill.types import DataError, Example, ModelError
@@ -29,7 +29,7 @@ PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "i
 # Rows of a table, and problems of a task, that are read for their lengths.
 NUM_READ = 1000
 # By device: the usual window and prompts a step, and the most tokens of a batch.
-WINDOWS = {"cpu": 256, "gpu": 1024}
+USUAL_WINDOWS = {"cpu": 256, "gpu": 1024}
 PROMPTS_PER_STEP = {"cpu": 8, "gpu": 32}
 LEAST_BATCH, MOST_BATCH = 512, 16384
 # A window that is worth training in, of which it is a multiple.
@@ -41,7 +41,7 @@ KEPT = 0.95
 # Of free memory, that a batch may take beside weights, gradients and moments.
 BATCH_SHARE = 0.5
 # Columns of the recipe before its comments.
-WIDEST = 40
+COMMENT_COLUMN = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def draft(wanted: Wanted, out: Path) -> Draft:
     )
     lengths = sorted(len(prompt.token_ids) for prompt in prompts)
     context = min((m.context_length for m in (student, teacher) if m.context_length), default=None)
-    window, longest = choose_window(lengths, context, WINDOWS[wanted.device], wanted.data)
+    window, longest = choose_window(lengths, context, USUAL_WINDOWS[wanted.device], wanted.data)
     about_prompts = (
         f"{'at least ' if has_more else ''}{len(prompts):,} prompts of {lengths[0]} to "
         f"{lengths[-1]} tokens"
@@ -161,16 +161,16 @@ def _examples(wanted: Wanted) -> tuple[list[Example], str | None, bool]:
     there may be more."""
     if not is_table(wanted.data):
         return load_examples(wanted.data), None, False
-    first = read_rows(wanted.data, ["messages"], num_rows=1)
+    first = read_table_rows(wanted.data, ["messages"], num_rows=1)
     if not first:
         raise DataError(f"{wanted.data!r} has no rows; give a data source with prompts")
     asked = Asked(column=wanted.column or _column(first[0], wanted.data))
-    rows = read_rows(wanted.data, asked.columns(), num_rows=NUM_READ)
+    rows = read_table_rows(wanted.data, asked.columns(), num_rows=NUM_READ)
     column = None if asked.column == "prompt" else asked.column
     return make_examples(rows, asked), column, len(rows) == NUM_READ
 
 
-def _column(row: Row, source: str) -> str:
+def _column(row: DataRow, source: str) -> str:
     """The column that most likely holds the prompts. Raises DataError where none does."""
     found = next((name for name in PROMPT_COLUMNS if name in row.names), None)
     if found is None and len(row.names) == 1:
@@ -185,7 +185,7 @@ def _column(row: Row, source: str) -> str:
     return found
 
 
-def _is_answered(row: Row) -> bool:
+def _is_answered(row: DataRow) -> bool:
     messages = row.values.get("messages")
     return isinstance(messages, list) and dict(messages[-1]).get("role") == "assistant"
 
@@ -244,7 +244,7 @@ def _about_size(
 def as_toml(draft: Draft) -> str:
     """The recipe as text, with why each value is what it is."""
     texts = [f"{x.name.rpartition('.')[2]} = {toml_value(x.value)}" for x in draft.lines]
-    width = min(max(map(len, texts)), WIDEST)
+    width = min(max(map(len, texts)), COMMENT_COLUMN)
     rows, section = [f"# {draft.about}"], ""
     for line, text in zip(draft.lines, texts, strict=True):
         mine = line.name.rpartition(".")[0]

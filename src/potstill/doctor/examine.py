@@ -13,7 +13,7 @@ from potstill.checks.run import AT_START, guarded
 from potstill.checks.verifier import verifier
 from potstill.config import Recipe
 from potstill.doctor.speed import speed
-from potstill.doctor.writing import write
+from potstill.doctor.writing import write_first_step
 from potstill.models import distributed
 from potstill.runs import run_folder
 from potstill.training.opening import subject_of
@@ -101,7 +101,7 @@ def examine(
     tell("checking settings, models and machine")
     findings = [guarded(name, check, subject) for name, check in OF_SETTINGS.items()]
     try:
-        written, clock = write(recipe, setup, tell)
+        written, clock = write_first_step(recipe, setup, tell)
     except NonFiniteError as error:
         fix = "look at both models' weights, and at student.dtype and teacher.dtype"
         findings.append(Finding(check="rollouts", level="error", says=str(error), fix=fix))

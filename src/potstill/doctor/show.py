@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from potstill.checks.finding import Finding, Level
-from potstill.console.printable import plain, say
+from potstill.console.printable import WIDTH, plain, say
 from potstill.doctor.examine import Report
 
-WIDTH = 100
-SIGNS: dict[Level, tuple[str, str]] = {
+LEVEL_SIGNS: dict[Level, tuple[str, str]] = {
     "ok": ("OK", "green"),
     "warning": ("warning", "yellow"),
     "error": ("ERROR", "bold red"),
@@ -29,7 +28,7 @@ def print_report(report: Report) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("measured, and what to do")
     for finding in report.findings:
-        sign, style = SIGNS[finding.level]
+        sign, style = LEVEL_SIGNS[finding.level]
         table.add_row(plain(finding.check), plain(sign, style), _about(finding))
     Console(width=WIDTH).print(table)
     say(report.verdict)

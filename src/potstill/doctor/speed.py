@@ -7,7 +7,7 @@ import torch
 
 from potstill.checks.finding import Finding, Written
 from potstill.config import Recipe
-from potstill.doctor.writing import Timing
+from potstill.doctor.writing import WritingTime
 from potstill.models.distributed import World
 from potstill.training.gradients import accumulate_gradients
 from potstill.training.metrics import Stopwatch
@@ -15,11 +15,11 @@ from potstill.training.setup import Setup
 from potstill.types import Rollout
 
 # Seconds for the rollouts that are learnt from.
-BUDGET = 15.0
+LEARNING_SECONDS = 15.0
 
 
 def speed(
-    recipe: Recipe, setup: Setup, world: World, written: Written, rollouts: Timing
+    recipe: Recipe, setup: Setup, world: World, written: Written, rollouts: WritingTime
 ) -> Finding:
     """How long a step takes without its update, and which part dominates."""
     # The first pass of a process is slower than others.
@@ -27,7 +27,7 @@ def speed(
     began = time.perf_counter()
     _learn(recipe, setup, world, shortest)
     seconds_a_token = (time.perf_counter() - began) / _num_tokens(shortest[0])
-    num, left = 0, BUDGET / seconds_a_token
+    num, left = 0, LEARNING_SECONDS / seconds_a_token
     while num < len(written.step) and left > 0:
         left -= _num_tokens(written.step[num])
         num += 1

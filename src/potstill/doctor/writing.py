@@ -9,15 +9,16 @@ from potstill.checks.finding import Written
 from potstill.config import Recipe
 from potstill.rollouts.prefixes import Writing, from_one, write_rollouts
 from potstill.seeds import step_indices
+from potstill.training.controllers import first_window
 from potstill.training.setup import Setup
 from potstill.types import Prompt, Rollout, Writer
 
 # Seconds for each writer, prompts that are enough, and tokens to guess by how long it takes.
-BUDGET, ENOUGH, TRIAL_TOKENS = 12.0, 16, 8
+WRITING_SECONDS, ENOUGH, TRIAL_TOKENS = 12.0, 16, 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
+class WritingTime:
     """Seconds that the step's rollouts took, where `share` of a step's prompts were written to, up
     to `share_of_window` of its window."""
 
@@ -26,20 +27,22 @@ class Timing:
     share_of_window: float
 
 
-def write(recipe: Recipe, setup: Setup, tell: Callable[[str], None]) -> tuple[Written, Timing]:
+def write_first_step(
+    recipe: Recipe, setup: Setup, tell: Callable[[str], None]
+) -> tuple[Written, WritingTime]:
     """What the recipe trains on in its first step, and what each model writes by itself."""
     num = min(recipe.train.prompts_per_step, ENOUGH)
     prompts, seeds = _first_prompts(recipe, setup, num)
-    window = first_window(recipe)
+    window = first_window(recipe.window).tokens
     writers = _writers(setup)
     tell("timing how fast the models write")
     writing = _writing(recipe, setup, window)
     each = {who: _seconds_a_token(writing, who, prompts, seeds) for who in writers}
     slowest = max(each.values())
-    if window * slowest * recipe.train.prompts_per_step / num <= BUDGET:
+    if window * slowest * recipe.train.prompts_per_step / num <= WRITING_SECONDS:
         num = recipe.train.prompts_per_step
         prompts, seeds = _first_prompts(recipe, setup, num)
-    cap = min(window, max(int(BUDGET / slowest), TRIAL_TOKENS, _least(recipe)))
+    cap = min(window, max(int(WRITING_SECONDS / slowest), TRIAL_TOKENS, _least(recipe)))
     writing = _writing(recipe, setup, cap)
     tell(f"writing {num} rollouts of up to {cap} tokens")
     began = time.perf_counter()
@@ -59,18 +62,12 @@ def write(recipe: Recipe, setup: Setup, tell: Callable[[str], None]) -> tuple[Wr
         window=cap,
         is_whole=cap == window,
     )
-    timing = Timing(
+    timing = WritingTime(
         seconds=seconds,
         share=num / recipe.train.prompts_per_step,
         share_of_window=cap / window,
     )
     return written, timing
-
-
-def first_window(recipe: Recipe) -> int:
-    """The window of the first step."""
-    window = recipe.window
-    return window.tokens if window.schedule == "fixed" else window.start
 
 
 def _least(recipe: Recipe) -> int:

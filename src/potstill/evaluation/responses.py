@@ -20,10 +20,17 @@ from potstill.tasks.own import own_files
 from potstill.teachers.vocabulary import num_named_rows
 from potstill.types import Completion, DataError, Example, Prompt
 
-Row = dict[str, Any]
+ResponseRow = dict[str, Any]
 # Of each response, beside which one it is; the second are numbers.
-TEXTS = ("level", "text", "stop", "answer", "note", "is_loop")
-NUMBERS = ("score", "length", "length_to_answer", "entropy", "entropy_before_answer", "zlib_ratio")
+TEXT_COLUMNS = ("level", "text", "stop", "answer", "note", "is_loop")
+NUMBER_COLUMNS = (
+    "score",
+    "length",
+    "length_to_answer",
+    "entropy",
+    "entropy_before_answer",
+    "zlib_ratio",
+)
 
 
 def write_responses(
@@ -84,7 +91,7 @@ def _row_of(
     text: str,
     grade: Grade,
     num_before: int,
-) -> Row:
+) -> ResponseRow:
     """One response as it is stored; `num_before` is how many tokens lead to its answer."""
     return {
         "problem": example.id,
@@ -104,13 +111,15 @@ def _row_of(
     }
 
 
-def read_responses(file: Path, examples: Sequence[Example], evaluation: Evaluation) -> list[Row]:
+def read_responses(
+    file: Path, examples: Sequence[Example], evaluation: Evaluation
+) -> list[ResponseRow]:
     """The responses that a file has of an evaluation, in whole batches; what comes after them is
     cut off the file.
 
     Raises DataError for a row that is not the response whose place it stands in.
     """
-    rows, num = read_rows(file, (*TEXTS, *NUMBERS)), evaluation.num_responses
+    rows, num = read_rows(file, (*TEXT_COLUMNS, *NUMBER_COLUMNS)), evaluation.num_responses
     for k, row in enumerate(rows):
         problem, response = divmod(k, num)
         if problem >= len(examples) or (row.get("problem"), row.get("response")) != (
@@ -123,12 +132,12 @@ def read_responses(file: Path, examples: Sequence[Example], evaluation: Evaluati
                 "evaluation; remove the file to sample anew"
             )
         if (
-            not all(isinstance(row[name], int | float) for name in NUMBERS)
+            not all(isinstance(row[name], int | float) for name in NUMBER_COLUMNS)
             or not 0 <= row["score"] <= 1
         ):
             raise DataError(
                 f"responses file {str(file)!r}, line {k + 1} is not as it was graded: "
-                f"{ {name: row[name] for name in NUMBERS} }; remove the file to sample anew"
+                f"{ {name: row[name] for name in NUMBER_COLUMNS} }; remove the file to sample anew"
             )
     # Batches are always the same rows, so that a resumed evaluation rounds as an uninterrupted one.
     if len(rows) < len(examples) * num:

@@ -18,7 +18,7 @@ from potstill.config import (
     to_toml,
 )
 from potstill.console.printable import say
-from potstill.evaluation.responses import Row, file_name, settings_of, write_responses
+from potstill.evaluation.responses import ResponseRow, file_name, settings_of, write_responses
 from potstill.files import write_atomically
 from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
@@ -89,11 +89,11 @@ def evaluate(
     return rows
 
 
-def _measures(found: Sequence[Row], num_responses: int, levels: set[str]) -> dict[str, Any]:
+def _measures(found: Sequence[ResponseRow], num_responses: int, levels: set[str]) -> dict[str, Any]:
     """Everything that is measured of responses at one temperature: over all problems, by level, and
     for each problem."""
     problems = by_problem(found, num_responses)
-    row = summarize(found, num_responses)
+    row = summarize_responses(found, num_responses)
     row["levels"] = {
         level: accuracy([rows for rows in problems if rows[0]["level"] == level], num_responses)
         for level in sorted(levels)
@@ -104,7 +104,7 @@ def _measures(found: Sequence[Row], num_responses: int, levels: set[str]) -> dic
     return row
 
 
-def by_problem(rows: Sequence[Row], num_responses: int) -> list[Sequence[Row]]:
+def by_problem(rows: Sequence[ResponseRow], num_responses: int) -> list[Sequence[ResponseRow]]:
     """The responses to each problem, by their places: what a problem is called is for the reader
     alone."""
     return [rows[start : start + num_responses] for start in range(0, len(rows), num_responses)]
@@ -206,7 +206,7 @@ def accuracy(problems: Sequence[Sequence[dict[str, Any]]], num_responses: int) -
     return {"avg": mean_over_problems(scores), "pass": pass_at}
 
 
-def summarize(rows: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
+def summarize_responses(rows: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
     """All metrics of one model at one temperature from its responses."""
     problems = by_problem(rows, num_responses)
 

@@ -17,7 +17,7 @@ from potstill.types import Completion, Prompt, Rollout
 
 
 @dataclass(frozen=True)
-class Setup:
+class GrpoSetup:
     """Everything a run needs, loaded and checked before anything is written."""
 
     model: LanguageModel
@@ -65,7 +65,11 @@ class State:
 
 
 def write(
-    recipe: GrpoRecipe, setup: Setup, prompts: Sequence[Prompt], seeds: Sequence[Key], window: int
+    recipe: GrpoRecipe,
+    setup: GrpoSetup,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[Key],
+    window: int,
 ) -> list[Response]:
     """Let the model as it is now respond to each prompt, up to the window."""
     model = setup.model
@@ -122,8 +126,8 @@ def response_means(responses: Sequence[Response]) -> ResponseMeans:
     }
 
 
-def probe_window(
-    recipe: GrpoRecipe, setup: Setup, state: WindowState, step: int
+def probe_grpo_window(
+    recipe: GrpoRecipe, setup: GrpoSetup, state: WindowState, step: int
 ) -> tuple[Probe, float]:
     """What the length gate looks at: one response to each held-out prompt. Also the operations that
     this took."""

@@ -20,8 +20,8 @@ from potstill.config import GrpoRecipe, RecipeError, check_recipe, run_evaluatio
 from potstill.console.boundary import stop_asked_for
 from potstill.console.progress import StepDisplay
 from potstill.evaluation.scores import evaluate, evaluate_anew, prepare_problems
-from potstill.grpo.responses import Setup, State, response_means, score, write
-from potstill.grpo.trainer import Steps, hushed, make_trainer
+from potstill.grpo.responses import GrpoSetup, State, response_means, score, write
+from potstill.grpo.trainer import Steps, hushed, make_grpo_trainer
 from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.models.language_model import fingerprint, load_model, save_model
@@ -32,11 +32,11 @@ from potstill.prompts.system import system_notes, with_system
 from potstill.runs import run_folder
 from potstill.seeds import Stream, stream_key
 from potstill.tasks.own import describe_files, own_files
-from potstill.teachers.ends import described, end_set
+from potstill.teachers.ends import describe_ends, end_set
 from potstill.teachers.rope import refuse_crossing
 from potstill.training import checkpoint
 from potstill.training.controllers import WindowState, first_window
-from potstill.training.opening import SHOWN_CHARACTERS
+from potstill.training.opening import PROMPT_CHARACTERS
 from potstill.training.setup import hold_out
 
 # Prompts of the start check.
@@ -71,7 +71,7 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
             evaluate_anew(recipe, load_model(str(recipe.out / "model")).to(world.device), quiet)
         return recipe.out
     with checkpoint.told_when_stopped(recipe.out):
-        setup = prepare(recipe, world)
+        setup = prepare_grpo(recipe, world)
         environment = recipe.out / "environment.json"
         # The start is measured once: a run that is resumed knows it.
         begun = run_folder.read_json(environment) if environment.exists() else {}
@@ -81,7 +81,7 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
     return recipe.out
 
 
-def prepare(recipe: GrpoRecipe, world: World) -> Setup:
+def prepare_grpo(recipe: GrpoRecipe, world: World) -> GrpoSetup:
     """Load the model and the prompts and check that they fit together. Writes nothing."""
     date = run_folder.begun_on(recipe.out) or today()
     model = ready(recipe.model, device=world.device)
@@ -111,12 +111,12 @@ def prepare(recipe: GrpoRecipe, world: World) -> Setup:
     if recipe.evaluation.source is not None:
         prepare_problems(model, run_evaluation(recipe), date)
     files = own_files(data.source, recipe.evaluation.source)
-    return Setup(
+    return GrpoSetup(
         model, task, prompts, probes, end_ids, model.flops, world, files, date, tuple(notes)
     )
 
 
-def measure_start(recipe: GrpoRecipe, setup: Setup) -> dict[str, float]:
+def measure_start(recipe: GrpoRecipe, setup: GrpoSetup) -> dict[str, float]:
     """Whether the start checkpoint has anything to explore with, from a group of responses to each
     of some prompts.
 
@@ -171,7 +171,7 @@ def verdict(start: dict[str, float]) -> list[str]:
 
 def _run(
     recipe: GrpoRecipe,
-    setup: Setup,
+    setup: GrpoSetup,
     start: dict[str, float],
     quiet: bool,
     notes: Sequence[str] = (),
@@ -193,7 +193,7 @@ def _run(
         if step < config.steps:
             steps = Steps(recipe, setup, optimizer, state, step, display, asked)
             with tempfile.TemporaryDirectory() as scratch, hushed():
-                make_trainer(recipe, setup, optimizer, steps, scratch).train()
+                make_grpo_trainer(recipe, setup, optimizer, steps, scratch).train()
     weights = checkpoint.weights(model)
     # TRL changes the settings and the forward pass of the model that it trains; the one that is
     # saved is as it was.
@@ -208,10 +208,10 @@ def _run(
             config.steps,
             evaluate(named, run_evaluation(recipe), date=setup.date, **options),
         )
-    run_folder.finish(recipe)
+    run_folder.mark_done(recipe)
 
 
-def _environment(setup: Setup) -> dict[str, Any]:
+def _environment(setup: GrpoSetup) -> dict[str, Any]:
     model = setup.model
     prompts = [(prompt.token_ids, prompt.example.answer) for prompt in setup.prompts]
     return {
@@ -231,16 +231,16 @@ def _environment(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _opening(recipe: GrpoRecipe, setup: Setup, step: int) -> list[str]:
+def _opening(recipe: GrpoRecipe, setup: GrpoSetup, step: int) -> list[str]:
     """What a user should see before the first step."""
     tokenizer = setup.model.tokenizer
     lines = [
         f"GRPO from {recipe.model}: {recipe.out}" + (f", resumed after step {step}" if step else "")
     ]
     lines += describe_files(setup.task_files)
-    lines.append(f"end set: {described(tokenizer, setup.end_ids)}")
+    lines.append(f"end set: {describe_ends(tokenizer, setup.end_ids)}")
     lines += recipe.notes
     lines += setup.notes
     text = tokenizer.decode(setup.prompts[0].token_ids)
-    lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
+    lines.append(f"first of {len(setup.prompts)} prompts: {text[:PROMPT_CHARACTERS]!r}")
     return lines

@@ -18,10 +18,10 @@ from potstill.config import Grpo, GrpoRecipe, Train
 from potstill.console.boundary import stopped_after
 from potstill.console.progress import StepDisplay
 from potstill.grpo.responses import (
+    GrpoSetup,
     Response,
-    Setup,
     State,
-    probe_window,
+    probe_grpo_window,
     response_means,
     score,
     write,
@@ -37,8 +37,12 @@ from potstill.training.rates import learning_rate
 from potstill.types import NonFiniteError
 
 
-def make_trainer(
-    recipe: GrpoRecipe, setup: Setup, optimizer: torch.optim.Optimizer, steps: "Steps", scratch: str
+def make_grpo_trainer(
+    recipe: GrpoRecipe,
+    setup: GrpoSetup,
+    optimizer: torch.optim.Optimizer,
+    steps: "Steps",
+    scratch: str,
 ):
     """TRL's trainer of the steps that are left. Its data set is the places of the prompts, step
     after step."""
@@ -111,7 +115,7 @@ class Steps(TrainerCallback):
     def __init__(
         self,
         recipe: GrpoRecipe,
-        setup: Setup,
+        setup: GrpoSetup,
         optimizer,
         state: State,
         step: int,
@@ -135,7 +139,7 @@ class Steps(TrainerCallback):
         setup.model.eval()
         if is_probe_due(recipe.window, self.state.window, step, reuse=1):
             with self.clock("probe_seconds"):
-                probe, self.probe_flops = probe_window(recipe, setup, self.state.window, step)
+                probe, self.probe_flops = probe_grpo_window(recipe, setup, self.state.window, step)
             gate, decision = decide(recipe.window, self.state.window, probe)
             self.state = dataclasses.replace(self.state, window=gate)
             self.display.note(f"before step {step + 1}: {decision}")

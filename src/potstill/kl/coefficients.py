@@ -14,7 +14,7 @@ from potstill.kl.terms import LossTerms, TokenStats, Weight
 from potstill.kl.tiles import Terms
 
 
-class Asked(NamedTuple):
+class AskedGradient(NamedTuple):
     """What the gradient pass is to do for each row of a group: `factor` times what the coefficients
     [6, n] say.
 
@@ -32,7 +32,7 @@ class Asked(NamedTuple):
         return None if self.coefficients is None else self.coefficients[:, here]
 
 
-def ask(terms: LossTerms, lse: Weight, found: "Group") -> Asked:
+def ask(terms: LossTerms, lse: Weight, found: "RowGroup") -> AskedGradient:
     """The terms of a loss, and `lse` times the student's log-sum-exp, as coefficients of the
     gradient."""
     skews, is_gated, b = (
@@ -53,7 +53,7 @@ def ask(terms: LossTerms, lse: Weight, found: "Group") -> Asked:
         has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
     )
     if is_plain_forward and not is_gated:
-        return Asked(has, None, float(terms.forward), b, None)
+        return AskedGradient(has, None, float(terms.forward), b, None)
     label_weight = _row(terms.cross_entropy, found)
     f, r, h, e = (_row(w, found) for w in (terms.forward, terms.reverse, terms.entropy, lse))
     moments = found.moments
@@ -73,11 +73,13 @@ def ask(terms: LossTerms, lse: Weight, found: "Group") -> Asked:
     # Without a teacher the reverse KL is not a number.
     c = c - r * moments.reverse_kl if has.reverse else c
     coefficients = torch.stack([f, r, h, j, d, c])
-    return Asked(has, coefficients, 1.0, b, label_weight if is_there(terms.cross_entropy) else None)
+    return AskedGradient(
+        has, coefficients, 1.0, b, label_weight if is_there(terms.cross_entropy) else None
+    )
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """What the first pass found out about a group of rows. Second index of labels and classes:
     student, teacher."""
 
@@ -129,7 +131,7 @@ def is_there(weight: Weight) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-def _row(weight: Weight, found: Group) -> Tensor:
+def _row(weight: Weight, found: RowGroup) -> Tensor:
     """A term's weight for each row of a group."""
     like, group = found.log_sums[0], found.rows
     if isinstance(weight, Tensor):

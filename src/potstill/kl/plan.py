@@ -83,7 +83,7 @@ def find_backend(name: str, device: torch.device, dtype: torch.dtype = torch.flo
     if name == "eager":
         return tiles.EAGER
     if name == "compiled":
-        return tiles.compiled()
+        return tiles.compiled_backend()
     if name == "triton":
         try:
             from potstill.kl import triton_tiles
@@ -96,7 +96,7 @@ def find_backend(name: str, device: torch.device, dtype: torch.dtype = torch.flo
                 f'backend is "triton", which computes in float32, and the inputs are {dtype}; '
                 "choose eager"
             )
-        return triton_tiles.load(device.type)
+        return triton_tiles.triton_backend(device.type)
     raise ValueError(f"backend is {name!r}; choose auto, eager, compiled, triton or plain")
 
 

@@ -124,7 +124,7 @@ class Moments(NamedTuple):
     reverse_kl: Tensor
 
 
-def finish(state: Tensor) -> Moments:
+def moments_of(state: Tensor) -> Moments:
     """Statistics [N] from a state [2, 4, N]; absolute error of the KLs about 2e-6 nats in
     float32."""
     (zmax, s_sum, s_z, s_y), (ymax, t_sum, t_y, t_z) = state
@@ -262,7 +262,7 @@ EAGER = Backend("eager", _eager_statistics, tile_mixture, _eager_gradient, NUM_S
 
 
 @functools.cache
-def compiled() -> Backend:
+def compiled_backend() -> Backend:
     """The same functions through `torch.compile`: one fused loop each. Needs a C++ compiler on a
     CPU."""
     functions = (tile_statistics, tile_mixture, tile_gradient)

@@ -104,7 +104,7 @@ def top_k_of(
         log_probs_NK=kept - top_N[:, None] - log_sum_N[:, None],
         end_log_prob_N=ends - top_N - log_sum_N if problem.merges_ends else None,
         tail_log_prob_N=tail_top_N - top_N + tail_sum_N.log() - log_sum_N if has_tail else None,
-        entropy_N=tiles.finish(whole).student_entropy,
+        entropy_N=tiles.moments_of(whole).student_entropy,
     )
 
 

@@ -157,7 +157,7 @@ def _block(num_columns: int) -> int:
     return min(BLOCK, triton.next_power_of_2(num_columns))
 
 
-def tile_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch=()) -> Tensor:
+def triton_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch=()) -> Tensor:
     """As `tiles.tile_statistics`."""
     num_rows, num_columns = z_NV.shape
     state = z_NV.new_empty(*STATE_SHAPE, num_rows)
@@ -174,7 +174,9 @@ def tile_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch=()) -> Tensor:
     return state
 
 
-def tile_mixture(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, mixture_weight: float) -> Tensor:
+def triton_mixture(
+    z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, mixture_weight: float
+) -> Tensor:
     """As `tiles.tile_mixture`."""
     num_rows, num_columns = z_NV.shape
     parts, sums = z_NV.new_empty(3, num_rows), log_sums_2N.contiguous()
@@ -185,7 +187,7 @@ def tile_mixture(z_NV: Tensor, y_NV: Tensor, log_sums_2N: Tensor, mixture_weight
     return parts
 
 
-def tile_gradient(
+def triton_gradient(
     z_NV: Tensor,
     y_NV: Tensor | None,
     log_sums_2N: Tensor,
@@ -220,11 +222,11 @@ def tile_gradient(
 
 
 @functools.cache
-def load(device_type: str) -> Backend:
+def triton_backend(device_type: str) -> Backend:
     """The kernels as a backend. Raises ValueError where they cannot run."""
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f'backend is "triton" and the tensors are on {device_type!r}; Triton needs a GPU '
             "(or, slowly and for tests alone, TRITON_INTERPRET=1): choose eager or compiled"
         )
-    return Backend("triton", tile_statistics, tile_mixture, tile_gradient, 0)
+    return Backend("triton", triton_statistics, triton_mixture, triton_gradient, 0)

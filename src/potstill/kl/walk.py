@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from potstill.kl import tiles
-from potstill.kl.coefficients import Asked, Group, ask
+from potstill.kl.coefficients import AskedGradient, RowGroup, ask
 from potstill.kl.inputs import Problem, Side
 from potstill.kl.plan import ARENA, Tile, find_backend, make_plan
 from potstill.kl.terms import LossTerms, VocabShard, Weight
@@ -109,7 +109,7 @@ class Walk:
                     block, columns, found[0], found[1], problem.student.rows(block), weights[0]
                 )
 
-    def statistics(self, group: range) -> "Group":
+    def statistics(self, group: range) -> "RowGroup":
         """The first pass over a group, and the JSD's own where it is asked for."""
         problem, num = self.problem, len(group)
         state = tiles.empty_state(num, problem.student.hidden.new_empty(0, dtype=problem.dtype))
@@ -131,7 +131,7 @@ class Walk:
                 column = tiles.tile_statistics(*self.class_column(classes[:, here]))
                 state[..., here] = tiles.merge(state[..., here], column)
         check_finite(state, group, problem)
-        parts = [tiles.finish(state[..., here]) for here in places]
+        parts = [tiles.moments_of(state[..., here]) for here in places]
         moments = tiles.Moments(*(torch.cat(values) for values in zip(*parts, strict=True)))
         log_sums = torch.stack([moments.student_log_sum_exp, moments.teacher_log_sum_exp])
         mixture = state.new_zeros(3, num)
@@ -147,7 +147,7 @@ class Walk:
                 z, y = self.class_column(classes[:, here])
                 weight = problem.mixture_weight
                 mixture[:, here] += tiles.tile_mixture(z, y, log_sums[:, here], weight)  # pyright: ignore
-        return Group(group, moments, log_sums, labels, classes, mixture)
+        return RowGroup(group, moments, log_sums, labels, classes, mixture)
 
     def singles(self, group: range) -> Tensor:
         """The logit of the label and the log-sum-exp of the end class, of each side: [2, 2, n]."""
@@ -171,7 +171,7 @@ class Walk:
         z, y = classes_2N[:, :, None]
         return z, None if self.problem.teacher is None else y
 
-    def forward_kl(self, found: "Group") -> Tensor:
+    def forward_kl(self, found: "RowGroup") -> Tensor:
         """KL(teacher || student) [n] of a group term by term, in float64: a pass of its own."""
         problem, group, log_sums = self.problem, found.rows, found.log_sums
         kl = log_sums.new_zeros(len(group), dtype=torch.float64)
@@ -190,7 +190,7 @@ class Walk:
 
     def gradient(
         self,
-        found: "Group",
+        found: "RowGroup",
         terms: LossTerms,
         lse: Weight,
         weights_N: Tensor | None,
@@ -240,8 +240,8 @@ class Walk:
     def _class_gradient(
         self,
         block: slice,
-        found: "Group",
-        asked: "Asked",
+        found: "RowGroup",
+        asked: "AskedGradient",
         weights_N: Tensor | None,
         gain: float,
         into: "Gradients",

@@ -23,8 +23,8 @@ import jinja2.nodes
 import jinja2.sandbox
 
 # Of one conversation: characters; of the process: bytes. Seconds are those of the request.
-MAX_CHARACTERS = 2**24
-MEMORY_BYTES = 2**30
+MAX_RENDERED_CHARACTERS = 2**24
+RENDERER_BYTES = 2**30
 
 
 class Generation(jinja2.ext.Extension):
@@ -83,7 +83,7 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 
 @functools.lru_cache(maxsize=16)
-def compiled(text: str) -> jinja2.Template:
+def compiled_template(text: str) -> jinja2.Template:
     """A template with what transformers gives one, but the clock."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -99,19 +99,19 @@ def answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for conversation in request["conversations"]:
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         try:
-            template = compiled(request["templates"][conversation.pop("template")])
+            template = compiled_template(request["templates"][conversation.pop("template")])
             text = template.render(
                 **request["variables"], **conversation, strftime_now=today.strftime
             )
-            if len(text) > MAX_CHARACTERS:
+            if len(text) > MAX_RENDERED_CHARACTERS:
                 answer = {
-                    "error": f"writes more than {MAX_CHARACTERS:,} characters",
+                    "error": f"writes more than {MAX_RENDERED_CHARACTERS:,} characters",
                     "is_limit": True,
                 }
             else:
                 answer = {"text": text}
         except MemoryError:
-            answer = {"error": f"needs more than {MEMORY_BYTES >> 20:,} MiB", "is_limit": True}
+            answer = {"error": f"needs more than {RENDERER_BYTES >> 20:,} MiB", "is_limit": True}
         # A template can raise anything; whatever it is, there is no text.
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -122,11 +122,11 @@ def answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             return
 
 
-def main() -> None:
+def answer_requests() -> None:
     """Answer requests until there are no more."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (RENDERER_BYTES, RENDERER_BYTES))
     for line in sys.stdin.buffer:
         for answer in answers(json.loads(line)):
             sys.stdout.write(json.dumps(answer) + "\n")
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer_requests()

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from potstill.types import DataError, Message
 
 # Of the processor, for one conversation.
-SECONDS = 2.0
+CONVERSATION_SECONDS = 2.0
 # Conversations that the process is given at once.
 REQUEST_SIZE = 256
 # What stands for a text, or for its end, when a template is tried out. The space shows whether
@@ -143,7 +143,7 @@ class ChatTemplate:
         templates = list(dict.fromkeys(texts))
         request = {
             "today": self.date,
-            "seconds": SECONDS,
+            "seconds": CONVERSATION_SECONDS,
             "templates": templates,
             "variables": self.tokenizer.special_tokens_map | self.arguments,
         }
@@ -294,7 +294,7 @@ class _Worker:
     def _why_it_died(self) -> dict[str, Any]:
         if self.process.wait() == -signal.SIGPROF:
             return {
-                "error": f"takes more than {SECONDS:g} s for one conversation",
+                "error": f"takes more than {CONVERSATION_SECONDS:g} s for one conversation",
                 "is_limit": True,
             }
         return {"error": f"ends its process (code {self.process.returncode})", "is_limit": True}

@@ -15,7 +15,7 @@ from potstill.types import ModelError
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 LFS_POINTER = b"version https://git-lfs"
 # So many names are shown of a list of weights.
-NUM_SHOWN = 3
+NUM_SHOWN_WEIGHTS = 3
 # Of the weights, that a step should be able to change.
 FEW_MOVE = 0.9
 # What configurations call the weight of the loss that spreads tokens over experts.
@@ -123,8 +123,8 @@ def _without_numbers(key: str) -> str:
 
 
 def _listed(keys: Collection[str]) -> str:
-    shown = ", ".join(sorted(keys)[:NUM_SHOWN])
-    more = ", ..." if len(keys) > NUM_SHOWN else ""
+    shown = ", ".join(sorted(keys)[:NUM_SHOWN_WEIGHTS])
+    more = ", ..." if len(keys) > NUM_SHOWN_WEIGHTS else ""
     return f"{len(keys)} weight{'s' if len(keys) > 1 else ''} ({shown}{more})"
 
 

@@ -10,7 +10,7 @@ from potstill.prompts.chat import Texts, answers_of, closing_ids
 from potstill.types import DataError, Example, Prompt
 
 TooLong = Literal["refuse", "drop", "cut-left"]
-Completion = tuple[tuple[int, ...], tuple[bool, ...]]
+MarkedIds = tuple[tuple[int, ...], tuple[bool, ...]]
 
 
 class Encoding:
@@ -56,7 +56,7 @@ def close_completion(
     encoding: Encoding,
     template: ChatTemplate,
     end_ids: Sequence[int],
-) -> Completion:
+) -> MarkedIds:
     """The tokens of a completion, and which are trained on. This is the one place that decides what
     ends it.
 

@@ -12,7 +12,7 @@ from potstill.prompts.chat import render_examples
 from potstill.prompts.encoding import Encoding, Room, TooLong, close_completion, fit_prompts
 from potstill.prompts.rows import Asked, make_examples
 from potstill.tasks import Task, is_table, make_task
-from potstill.tasks.tables import read_rows, sources
+from potstill.tasks.tables import read_table_rows, sources
 from potstill.types import DataError, Example, Prompt
 
 # A task makes any number of problems; this many when the recipe does not say.
@@ -73,7 +73,9 @@ def load_examples(
         teacher_template=teacher_template,
         train_on=train_on,
     )
-    rows = read_rows(source, asked.columns(), num_rows=num_examples, split=split, config=config)
+    rows = read_table_rows(
+        source, asked.columns(), num_rows=num_examples, split=split, config=config
+    )
     if not rows:
         raise DataError(f"{source!r} has no rows; give a data source with at least one prompt")
     if num_examples is not None and num_examples > len(rows):

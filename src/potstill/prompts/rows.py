@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from potstill.tasks.filling import columns_of, filled
-from potstill.tasks.tables import Row, make_row, with_own_ids
+from potstill.tasks.tables import DataRow, make_row, with_own_ids
 from potstill.types import DataError, Example, Message
 
 # Columns beside the prompt's.
@@ -40,7 +40,7 @@ class Asked:
         return list(dict.fromkeys(names))
 
 
-def make_examples(rows: Iterable[Row | Example], asked: Asked) -> list[Example]:
+def make_examples(rows: Iterable[DataRow | Example], asked: Asked) -> list[Example]:
     """Each row as an example with an id of its own. Raises DataError."""
     return with_own_ids(
         [
@@ -50,7 +50,7 @@ def make_examples(rows: Iterable[Row | Example], asked: Asked) -> list[Example]:
     )
 
 
-def rows_of_objects(prompts: Sequence[Any], prompt_column: str) -> list[Row | Example]:
+def rows_of_objects(prompts: Sequence[Any], prompt_column: str) -> list[DataRow | Example]:
     """Rows of a list from Python: strings and lists of messages are prompts, dicts rows, Examples
     stay as they are.
 
@@ -62,7 +62,7 @@ def rows_of_objects(prompts: Sequence[Any], prompt_column: str) -> list[Row | Ex
         )
     if not isinstance(prompts, Iterable):
         raise DataError(f"prompts is {prompts!r}; give a list of strings, rows or Examples")
-    rows: list[Row | Example] = []
+    rows: list[DataRow | Example] = []
     for i, given in enumerate(prompts):
         values = {prompt_column: given} if isinstance(given, str | list) else given
         if not isinstance(values, dict | Example):
@@ -74,7 +74,7 @@ def rows_of_objects(prompts: Sequence[Any], prompt_column: str) -> list[Row | Ex
     return rows
 
 
-def example_from_row(row: Row, place: int, asked: Asked) -> Example:
+def example_from_row(row: DataRow, place: int, asked: Asked) -> Example:
     """A row as an example, whose id is its place where it has none; raises DataError that names the
     row."""
     where, values = row.where, row.values
@@ -92,7 +92,7 @@ def example_from_row(row: Row, place: int, asked: Asked) -> Example:
     )
 
 
-def _prompt_and_completion(row: Row, asked: Asked) -> tuple[Any, Any]:
+def _prompt_and_completion(row: DataRow, asked: Asked) -> tuple[Any, Any]:
     """The prompt, checked, and what the row has as completion."""
     where, values, column = row.where, row.values, asked.column
     completion = values.get("completion")
@@ -161,7 +161,7 @@ def _completion(completion: Any, where: str) -> Any:
     return ((completion, True),)
 
 
-def _teacher_prompt(row: Row, asked: Asked) -> Any:
+def _teacher_prompt(row: DataRow, asked: Asked) -> Any:
     if asked.teacher_template is not None:
         return filled(asked.teacher_template, row, "teacher.prompt_template")
     if asked.teacher_column is None:

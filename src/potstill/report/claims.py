@@ -29,7 +29,15 @@ from typing import Any, Literal
 import numpy as np
 
 from potstill.config import ALIKE, GrpoRecipe, Recipe, Role
-from potstill.report.questions import ABOVE_TEACHER, QUESTIONS, UNITS, Claim, Question, Run, Verdict
+from potstill.report.questions import (
+    ABOVE_TEACHER,
+    QUESTIONS,
+    UNITS,
+    Claim,
+    ClaimVerdict,
+    ComparedRun,
+    Question,
+)
 from potstill.runs.results import Entry, recipe_key
 from potstill.runs.schema import MetricsRow, value_in
 from potstill.statistics import SEEDS_TO_JUDGE, Estimate, pass_at_k, seeds_and_problems
@@ -53,7 +61,7 @@ def claims(entries: Sequence[Entry]) -> list[Claim]:
 def _judge(
     question: Question, entries: dict[Path, Entry], temperatures: tuple[float | None, float | None]
 ) -> Claim:
-    comparisons: dict[str, list[Run]] = defaultdict(list)
+    comparisons: dict[str, list[ComparedRun]] = defaultdict(list)
     for entry in entries.values():
         if run := _as_run(question, entry, entries, temperatures):
             comparisons[run.key].append(run)
@@ -88,7 +96,7 @@ def _judge(
     )
     if not effects:
         return replace(claim, detail=f"needs {question.compared.needs}, alike in all else")
-    effect, over = estimate(list(effects.values()))
+    effect, over = estimate_effect(list(effects.values()))
     detail = [f"{len(pairs)} pair{'s' * (len(pairs) > 1)}", over]
     if unit == "times":
         effect = Estimate(*(math.exp(x) for x in effect))
@@ -112,7 +120,7 @@ def _judge(
     return replace(judged, pairs=tuple(pairs), detail="; ".join(detail))
 
 
-def _verdict(effect: Estimate, bound: float, sign: int, num_seeds: int) -> Verdict:
+def _verdict(effect: Estimate, bound: float, sign: int, num_seeds: int) -> ClaimVerdict:
     if num_seeds < SEEDS_TO_JUDGE:
         return "one seed" if num_seeds == 1 else "two seeds"
     if effect.low > bound:
@@ -137,7 +145,7 @@ def contrast(places: Sequence[float], kind: Literal["ends", "top", "slope"]) -> 
     return (centred / (centred**2).sum()).tolist()
 
 
-def estimate(seeds: Sequence[Sequence[dict[str, float]]]) -> tuple[Estimate, str]:
+def estimate_effect(seeds: Sequence[Sequence[dict[str, float]]]) -> tuple[Estimate, str]:
     """The mean over seeds of their comparisons' values by problem, with its interval and what that
     is over."""
     rows = []
@@ -159,7 +167,7 @@ def estimate(seeds: Sequence[Sequence[dict[str, float]]]) -> tuple[Estimate, str
     ), f"interval over {len(rows)} seeds, evaluated on different problems"
 
 
-def _pairs(runs: Sequence[Run], weights: Sequence[float]) -> list[tuple[Path, Path]]:
+def _pairs(runs: Sequence[ComparedRun], weights: Sequence[float]) -> list[tuple[Path, Path]]:
     """Each run and its reference, or each that counts positively with each that counts
     negatively."""
     with_reference = [
@@ -179,7 +187,7 @@ def _as_run(
     entry: Entry,
     entries: dict[Path, Entry],
     temperatures: tuple[float | None, float | None],
-) -> Run | None:
+) -> ComparedRun | None:
     """An entry's part in the comparisons of a question; None where it has none."""
     if isinstance(entry.recipe, GrpoRecipe) != question.compared.of_grpo:
         return None
@@ -210,7 +218,7 @@ def _as_run(
         if not reference or not theirs or theirs[0] != evaluated_on:
             return None
         values = {problem: value - theirs[1][problem] for problem, value in values.items()}
-    return Run(
+    return ComparedRun(
         entry.path, json.dumps(key), tuple(seeds), place, values, reference and reference.path
     )
 

@@ -62,7 +62,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Part:
+class GridPart:
     """Groups that differ in the fields under comparison alone, and what tells them from other
     parts."""
 
@@ -195,7 +195,7 @@ def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:
     return dict(zip(columns["id"], values, strict=True))
 
 
-def summarize(entries: Sequence[Entry], metric: Metric) -> Summary | None:
+def summarize_entries(entries: Sequence[Entry], metric: Metric) -> Summary | None:
     """The mean over seeds. One seed: the stored interval over problems. More: that over seeds and
     problems.
 
@@ -217,7 +217,7 @@ def summarize(entries: Sequence[Entry], metric: Metric) -> Summary | None:
     return Summary(value=value, low=low, high=high, per_run=per_run)
 
 
-def difference(pairs: Iterable[tuple[Entry, Entry]], metric: Metric) -> Estimate | None:
+def paired_difference(pairs: Iterable[tuple[Entry, Entry]], metric: Metric) -> Estimate | None:
     """The mean over pairs of seeds of second - first on the same problems; None where the problems
     differ."""
     rows: list[dict[str, float] | None] = []
@@ -299,7 +299,9 @@ def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Gro
             for group, text in zip(same, tell_apart(settings), strict=True):
                 label = f"{name} · {text}" if text else name
                 labels |= {entry.path: label for entry in group}
-    summaries = [{metric.key: summarize(group, metric) for metric in metrics} for group in found]
+    summaries = [
+        {metric.key: summarize_entries(group, metric) for metric in metrics} for group in found
+    ]
     return [
         Group(
             labels[group[0].path],
@@ -352,7 +354,7 @@ def _text(name: str, value: Any) -> str:
 
 def partition(
     groups: Iterable[Group], axes: Sequence[Role], keep: Callable[[Sequence[Group]], bool] = bool
-) -> list[Part]:
+) -> list[GridPart]:
     """Sets of distillations that agree on all but the fields along these axes and seeds, as far as
     they are kept.
 
@@ -372,7 +374,7 @@ def partition(
     kept = [part for part in parts.values() if keep(part)]
     settings = [split_fields(part[0], (Role.SEED, *ignored))[1] for part in kept]
     return [
-        Part(label, tuple(part)) for label, part in zip(tell_apart(settings), kept, strict=True)
+        GridPart(label, tuple(part)) for label, part in zip(tell_apart(settings), kept, strict=True)
     ]
 
 
@@ -385,7 +387,7 @@ def split_fields(group: Group, axes: Sequence[Role]) -> tuple[dict[str, Any], di
     }
 
 
-def grids(groups: Sequence[Group]) -> list[Part]:
+def grids(groups: Sequence[Group]) -> list[GridPart]:
     """The 2x2 grids that these groups fill, one for each teacher, window, budget or whatever else
     varies.
 
@@ -397,9 +399,9 @@ def grids(groups: Sequence[Group]) -> list[Part]:
     )
 
 
-def budgets(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+def budgets(parts: Sequence[GridPart]) -> list[tuple[GridPart, ...]]:
     """Grids at equal steps beside those at equal operations, where there are both."""
-    found: dict[str, list[Part]] = defaultdict(list)
+    found: dict[str, list[GridPart]] = defaultdict(list)
     for part in parts:
         found[
             recipe_key(part.groups[0].entries[0], (Role.SEED, *GRID_AXES, *BUDGET, *ALIKE))
@@ -412,13 +414,13 @@ def budgets(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
     return [tuple(same) for same in both]
 
 
-def has_flops(part: Part) -> bool:
+def has_flops(part: GridPart) -> bool:
     """Whether these runs end at a number of operations."""
     recipe = part.groups[0].entries[0].recipe
     return isinstance(recipe, Recipe) and recipe.train.flops is not None
 
 
-def forward_weight_sweeps(groups: Sequence[Group]) -> list[Part]:
+def forward_weight_sweeps(groups: Sequence[Group]) -> list[GridPart]:
     """Groups that differ in a constant forward weight alone, in its order; pure KLs are its
     ends."""
     found = [group for group in groups if forward_weight(group) is not None]
@@ -427,7 +429,9 @@ def forward_weight_sweeps(groups: Sequence[Group]) -> list[Part]:
         return len(part) > 1 and any(group.entries[0].cell is None for group in part)
 
     return [
-        Part(part.label, tuple(sorted(part.groups, key=lambda group: forward_weight(group) or 0.0)))
+        GridPart(
+            part.label, tuple(sorted(part.groups, key=lambda group: forward_weight(group) or 0.0))
+        )
         for part in partition(found, SWEEP_AXES, is_sweep)
     ]
 
@@ -446,7 +450,7 @@ def forward_weight(group: Group) -> float | None:
     return {"forward": 1.0, "reverse": 0.0}.get(recipe.objective.kl)
 
 
-def window_comparisons(groups: Sequence[Group]) -> list[Part]:
+def window_comparisons(groups: Sequence[Group]) -> list[GridPart]:
     """Groups that differ in the window alone, where one of them has a gate."""
     evaluated = [group for group in groups if group.entries[0].evals]
     return partition(
@@ -468,11 +472,13 @@ def grpo_pairs(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Befor
         pairs = [(starts[entry.path], entry) for entry in group.entries if entry.path in starts]
         if pairs:
             differences = {
-                m.key: difference(pairs, m) for m in metrics if m.temperature is not None
+                m.key: paired_difference(pairs, m) for m in metrics if m.temperature is not None
             }
             begun = tuple({start.path: start for start, _ in pairs}.values())
             before = {
-                m.key: summary for m in metrics if (summary := summarize(begun, m)) is not None
+                m.key: summary
+                for m in metrics
+                if (summary := summarize_entries(begun, m)) is not None
             }
             found.append(
                 BeforeAndAfter(

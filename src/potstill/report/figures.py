@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import METHODS, Recipe
-from potstill.report.comparison import BeforeAndAfter, Group, Metric, Part, forward_weight, stored
+from potstill.report.comparison import (
+    BeforeAndAfter,
+    GridPart,
+    Group,
+    Metric,
+    forward_weight,
+    stored,
+)
 from potstill.runs.results import Entry
 from potstill.runs.schema import MetricsRow, StepNumber, value_in
 
@@ -33,7 +40,7 @@ COLOURS = {
     "GRPO": "#dd7722",
     "model": "#888888",
 }
-SYMBOLS = dict(
+MARKERS = dict(
     zip(
         COLOURS,
         (
@@ -170,7 +177,7 @@ def trade_off(
             "y": [rounded(avg.scale * y[0]) for _, _, y in found],
             "error_x": errors(other, [x for _, x, _ in found]),
             "error_y": errors(avg, [y for _, _, y in found]),
-            "marker": {"size": 10, "color": COLOURS[name], "symbol": SYMBOLS[name]},
+            "marker": {"size": 10, "color": COLOURS[name], "symbol": MARKERS[name]},
             "text": [html.escape(labels[entry.path]) for entry, _, _ in found],
             "customdata": [link(entry.path) for entry, _, _ in found],
             "hovertemplate": f"%{{text}}<br>{avg.title} %{{y:.1f}} %<br>{other.title} %{{x}} "
@@ -196,7 +203,7 @@ def errors(metric: Metric, estimates: Sequence[Sequence[float]]) -> dict[str, An
     }
 
 
-def sweep(metric: Metric, sweeps: Sequence[Part], link: Link) -> Figure:
+def sweep(metric: Metric, sweeps: Sequence[GridPart], link: Link) -> Figure:
     """A metric against the weight of the forward KL, a line a sweep."""
     lines = []
     for i, part in enumerate(sweeps):
@@ -223,7 +230,7 @@ def sweep(metric: Metric, sweeps: Sequence[Part], link: Link) -> Figure:
                     "color": list(COLOURS.values())[i % len(COLOURS)],
                     "dash": DASHES[i % len(DASHES)],
                 },
-                "marker": {"symbol": list(SYMBOLS.values())[i % len(SYMBOLS)], "size": 9},
+                "marker": {"symbol": list(MARKERS.values())[i % len(MARKERS)], "size": 9},
                 "text": [html.escape(group.label) for group in groups],
                 "customdata": [link(group.entries[0].path) for group in groups],
                 "hovertemplate": f"%{{text}}<br>%{{y}} {metric.unit} at weight "
@@ -240,7 +247,7 @@ def sweep(metric: Metric, sweeps: Sequence[Part], link: Link) -> Figure:
     )
 
 
-def sweep_prefix(part: Part) -> str:
+def sweep_prefix(part: GridPart) -> str:
     recipe = part.groups[0].entries[0].recipe
     return f"{recipe.objective.prefix} prefix" if isinstance(recipe, Recipe) else ""
 
@@ -316,7 +323,7 @@ def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link
             "x": [
                 x
                 for p in shown
-                for x in (*(rounded(metric.scale * v) for v in ends(p, metric)), None)
+                for x in (*(rounded(metric.scale * v) for v in end_values(p, metric)), None)
             ],
             "y": [y for name in names for y in (name, name, None)],
             "line": {"color": COLOURS["model"], "width": 2},
@@ -353,7 +360,7 @@ def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link
     )
 
 
-def ends(pair: BeforeAndAfter, metric: Metric) -> tuple[float, float]:
+def end_values(pair: BeforeAndAfter, metric: Metric) -> tuple[float, float]:
     return pair.before.summaries[metric.key].value, pair.after.summaries[metric.key].value
 
 

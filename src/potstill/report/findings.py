@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from potstill.config import Recipe
-from potstill.report.comparison import BeforeAndAfter, Group, Metric, difference, pair_up
+from potstill.report.comparison import BeforeAndAfter, Group, Metric, pair_up, paired_difference
 from potstill.runs.results import Entry
 from potstill.runs.schema import EndHabits
 from potstill.statistics import SEEDS_TO_JUDGE, seeds_in_words
@@ -18,8 +18,8 @@ from potstill.statistics import SEEDS_TO_JUDGE, seeds_in_words
 # How many names a sentence lists.
 NUM_NAMED = 6
 
-Side = Literal["student", "teacher"]
-SIDES: tuple[Side, ...] = ("student", "teacher")
+ModelSide = Literal["student", "teacher"]
+SIDES: tuple[ModelSide, ...] = ("student", "teacher")
 
 # With the run folders that it speaks of.
 Sentence = tuple[str, list[Path]]
@@ -77,7 +77,7 @@ def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]
     undecided, below, few, unknown, leads = [], [], [], [], []
     for group in sorted(others, key=lambda group: -group.summaries[avg.key].value):
         pairs = pair_up(group, best)
-        effect = difference(pairs, avg)
+        effect = paired_difference(pairs, avg)
         is_trained = any(each.entries[0].recipe is not None for each in (group, best))
         if effect is None:
             unknown.append(group)
@@ -130,7 +130,7 @@ def first_and_last_habits(entry: Entry) -> list[StepHabits]:
     return rows[:1] + rows[1:][-1:]
 
 
-def probs_of(habits: EndHabits, who: Side) -> dict[str, float]:
+def probs_of(habits: EndHabits, who: ModelSide) -> dict[str, float]:
     """The probability that a model gives each end token; none where it is not known."""
     return habits.get(who, {})
 
@@ -162,7 +162,7 @@ def habit_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[Entry, 
     names = dict.fromkeys(
         name for _, found in compared for row in found for name in probs_of(row, "student")
     )
-    columns: list[tuple[Side, str]] = [(who, name) for name in names for who in SIDES]
+    columns: list[tuple[ModelSide, str]] = [(who, name) for name in names for who in SIDES]
     rows = []
     for entry, found in compared:
         cells = [f"the {found[0]['ends_of']}'s"]
@@ -208,7 +208,7 @@ def values(group: Group, metrics: Sequence[Metric]) -> list[str]:
     return [
         ""
         if summary is None
-        else number(
+        else number_text(
             (summary.value,) if summary.low is None else (summary.value, summary.low, summary.high),
             metric,
         )
@@ -216,7 +216,7 @@ def values(group: Group, metrics: Sequence[Metric]) -> list[str]:
     ]
 
 
-def number(estimate: Sequence[float | None] | None, metric: Metric, sign: str = "") -> str:
+def number_text(estimate: Sequence[float | None] | None, metric: Metric, sign: str = "") -> str:
     """A value, and its interval where it has one, as text; empty without a value."""
     if estimate is None:
         return ""

@@ -10,9 +10,9 @@ from potstill.report import figures
 from potstill.report.claims import claims
 from potstill.report.comparison import (
     BeforeAndAfter,
+    GridPart,
     Group,
     Metric,
-    Part,
     Summary,
     grids,
     grpo_pairs,
@@ -29,13 +29,13 @@ from potstill.statistics import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PanelResult:
     """A panel with what is computed from it: what the page shows and `results.json` holds."""
 
     panel: Panel
     metrics: list[Metric]
     groups: list[Group]
-    grids: list[Part]
+    grids: list[GridPart]
     grpo: list[BeforeAndAfter]
     claims: list[Claim]
 
@@ -49,12 +49,12 @@ class Comparison:
         }
 
 
-def compare(panel: Panel) -> Comparison:
+def panel_result(panel: Panel) -> PanelResult:
     """Everything that is computed from a panel's entries."""
     metrics = metrics_of(panel.entries)
     groups = make_groups(panel.entries, metrics)
     judged = [] if panel.is_sweep else claims(panel.entries)
-    return Comparison(
+    return PanelResult(
         panel=panel,
         metrics=metrics,
         groups=groups,
@@ -73,14 +73,12 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
+def numbers_of(result: PanelResult, link: Link) -> dict[str, Any]:
     """A panel's numbers as plain data, with paths relative to the page."""
     return {
-        "title": comparison.panel.title,
-        "note": comparison.panel.note,
-        "findings": [
-            text for text, _ in findings(comparison.metrics, comparison.groups, comparison.grpo)
-        ],
+        "title": result.panel.title,
+        "note": result.panel.note,
+        "findings": [text for text, _ in findings(result.metrics, result.groups, result.grpo)],
         "metrics": {
             metric.key: {
                 "title": metric.title,
@@ -88,11 +86,10 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
                 "scale": metric.scale,
                 "digits": metric.digits,
             }
-            for metric in comparison.metrics
+            for metric in result.metrics
         },
         "runs": [
-            run_numbers(entry, comparison.labels[entry.path], link)
-            for entry in comparison.panel.entries
+            run_numbers(entry, result.labels[entry.path], link) for entry in result.panel.entries
         ],
         "groups": [
             {
@@ -100,26 +97,26 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
                 "paths": [link(entry.path) for entry in group.entries],
                 "is_model": group.entries[0].recipe is None,
                 "corner": group.entries[0].cell,
-                "start": start_of(group, comparison),
+                "start": start_of(group, result),
                 "metrics": summary_numbers(group.summaries, link),
             }
-            for group in comparison.groups
+            for group in result.groups
         ],
         "grids": [
             {
                 "label": part.label,
                 "cells": {group.entries[0].cell: group.label for group in part.groups},
             }
-            for part in comparison.grids
+            for part in result.grids
         ],
         "claims": [
             asdict(claim)
             | {
                 "pairs": [[link(a), link(b)] for a, b in claim.pairs],
-                "effect": interval(claim.effect),
+                "effect": interval_numbers(claim.effect),
             }
             | {"answer": claim.answer}
-            for claim in comparison.claims
+            for claim in result.claims
         ],
         "grpo": [
             {
@@ -131,13 +128,15 @@ def numbers_of(comparison: Comparison, link: Link) -> dict[str, Any]:
                     "label": pair.after.label,
                     "metrics": summary_numbers(pair.after.summaries, link),
                 },
-                "differences": {key: interval(effect) for key, effect in pair.differences.items()},
+                "differences": {
+                    key: interval_numbers(effect) for key, effect in pair.differences.items()
+                },
                 "num_seeds": len(pair.after.entries),
             }
-            for pair in comparison.grpo
+            for pair in result.grpo
         ],
         "unfinished": [
-            {"path": link(path), "state": state} for path, state in comparison.panel.unfinished
+            {"path": link(path), "state": state} for path, state in result.panel.unfinished
         ],
     }
 
@@ -183,21 +182,19 @@ def summary_numbers(summaries: dict[str, Summary], link: Link) -> dict[str, Any]
     }
 
 
-def interval(effect: Estimate | None) -> dict[str, float] | None:
+def interval_numbers(effect: Estimate | None) -> dict[str, float] | None:
     return (
         None if effect is None else {"value": effect.value, "low": effect.low, "high": effect.high}
     )
 
 
-def start_of(group: Group, comparison: Comparison) -> str | None:
+def start_of(group: Group, result: PanelResult) -> str | None:
     """The label of what a group's runs began as, where it is among the groups."""
     recipe = group.entries[0].recipe
     if not isinstance(recipe, Recipe):
-        return next((pair.before.label for pair in comparison.grpo if pair.after is group), None)
+        return next((pair.before.label for pair in result.grpo if pair.after is group), None)
     models = [
-        each
-        for each in comparison.groups
-        if each.entries[0].recipe is None and each.entries[0].evals
+        each for each in result.groups if each.entries[0].recipe is None and each.entries[0].evals
     ]
     return next(
         (

@@ -20,9 +20,9 @@ from potstill.config import METHODS
 from potstill.files import write_atomically
 from potstill.report import figures
 from potstill.report.comparison import (
+    GridPart,
     Group,
     Metric,
-    Part,
     at_temperature,
     budgets,
     forward_weight_sweeps,
@@ -32,8 +32,8 @@ from potstill.report.comparison import (
     window_comparisons,
 )
 from potstill.report.figures import Link
-from potstill.report.findings import findings, habit_table, number, seeds_of, values
-from potstill.report.numbers import Comparison, compare, finite, numbers_of
+from potstill.report.findings import findings, habit_table, number_text, seeds_of, values
+from potstill.report.numbers import PanelResult, finite, numbers_of, panel_result
 from potstill.report.validation import validation_curves, validation_table
 from potstill.report.viewer import reader_data
 from potstill.runs.results import Entry, read_panels
@@ -45,7 +45,7 @@ RESULTS_FILE = "results.json"
 NUM_DRAWN = 12
 
 
-def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+def comparison_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison, for the terminal and for the report."""
     temperatures = sorted(
         {row["temperature"] for entry in entries for row in entry.evals}, reverse=True
@@ -170,20 +170,20 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
             f"--out is {str(out)!r}, a folder or one of the files to report on; give the name of "
             "a new file"
         )
-    comparisons = [compare(panel) for panel in read_panels(list(paths))]
+    results = [panel_result(panel) for panel in read_panels(list(paths))]
 
     def link(path: Path) -> str:
         """The URL of a folder or file from the page."""
         relative = os.path.relpath(path.resolve(), out.parent.resolve())
         return quote(Path(relative).as_posix()) + ("/" if path.is_dir() else "")
 
-    entries = [entry for comparison in comparisons for entry in comparison.panel.entries]
+    entries = [entry for result in results for entry in result.panel.entries]
     runs = [entry for entry in entries if entry.metrics]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("potstill.report", "templates"), autoescape=True
     )
     text = environment.get_template("report.html").render(
-        panels=[page_of(comparison, link) for comparison in comparisons],
+        panels=[page_of(result, link) for result in results],
         num_runs=len(runs),
         results_file=RESULTS_FILE,
         colours=figures.COLOURS,
@@ -191,13 +191,13 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         plotly=get_plotlyjs(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = {
+    numbers = {
         "report": out.name,
-        "panels": [numbers_of(comparison, link) for comparison in comparisons],
+        "panels": [numbers_of(result, link) for result in results],
     }
     write_atomically(
         results_file,
-        json.dumps(finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        json.dumps(finite(numbers), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     )
     write_atomically(out, with_policy(text))
     return out
@@ -248,21 +248,21 @@ def refuse_to_replace(path: Path) -> None:
             )
 
 
-def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
+def page_of(result: PanelResult, link: Link) -> dict[str, Any]:
     """Everything that the template shows of a panel; a section that its runs do not feed is
     empty."""
-    panel = comparison.panel
+    panel = result.panel
     page = {
         "title": panel.title or "Runs",
         "note": panel.note,
-        "metrics": comparison.metrics,
+        "metrics": result.metrics,
         "unfinished": [
             {"name": path.name, "href": link(path) if path.exists() else None, "state": state}
             for path, state in panel.unfinished
         ],
         "findings": [
             (text, [(path.name, link(path)) for path in paths[:NUM_DRAWN]], len(paths) - NUM_DRAWN)
-            for text, paths in findings(comparison.metrics, comparison.groups, comparison.grpo)
+            for text, paths in findings(result.metrics, result.groups, result.grpo)
         ],
     }
     sections = (
@@ -274,13 +274,13 @@ def page_of(comparison: Comparison, link: Link) -> dict[str, Any]:
         budget_section,
     )
     for section in (*sections, grpo_section):
-        page |= section(comparison, link)
+        page |= section(result, link)
     return page
 
 
-def claims_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+def claims_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """Claims with what was measured of each, and those that these runs do not measure."""
-    labels = comparison.labels
+    labels = result.labels
     return {
         "measured": [
             {
@@ -291,35 +291,33 @@ def claims_section(comparison: Comparison, link: Link) -> dict[str, Any]:
                     for pair in claim.pairs
                 ],
             }
-            for claim in comparison.claims
+            for claim in result.claims
             if claim.effect is not None
         ],
-        "unmeasured": [claim for claim in comparison.claims if claim.effect is None],
+        "unmeasured": [claim for claim in result.claims if claim.effect is None],
     }
 
 
-def grids_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+def grids_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """The grid of prefixes and KLs, once for each metric that some group has."""
-    metrics = comparison.metrics
+    metrics = result.metrics
     return {
         "grids": [
             {
                 "metric": metric,
-                "parts": [grid(part, metric, comparison.grids, link) for part in comparison.grids],
+                "parts": [grid(part, metric, result.grids, link) for part in result.grids],
             }
             for metric in metrics
-            if any(
-                metric.key in group.summaries for part in comparison.grids for group in part.groups
-            )
+            if any(metric.key in group.summaries for part in result.grids for group in part.groups)
         ],
     }
 
 
-def table_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+def table_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """The table of all entries, their levels, and one figure of accuracy against each other
     metric."""
-    entries, metrics, labels = comparison.panel.entries, comparison.metrics, comparison.labels
-    header, rows = table(entries)
+    entries, metrics, labels = result.panel.entries, result.metrics, result.labels
+    header, rows = comparison_table(entries)
     costs = [metric for metric in metrics if metric.key == "gflops"]
     avgs = [metric for metric in metrics if metric.column == "avg"]
     return {
@@ -328,7 +326,7 @@ def table_section(comparison: Comparison, link: Link) -> dict[str, Any]:
             (
                 labels[entry.path],
                 link(entry.path),
-                [*cells[1:], *(number(stored(entry, metric), metric) for metric in costs)],
+                [*cells[1:], *(number_text(stored(entry, metric), metric) for metric in costs)],
             )
             for entry, cells in zip(entries, rows, strict=True)
         ],
@@ -348,15 +346,15 @@ def table_section(comparison: Comparison, link: Link) -> dict[str, Any]:
     }
 
 
-def curves_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+def curves_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """Curves over the steps, validations, habits of ending, and sweeps of the forward weight."""
-    groups, labels = comparison.groups, comparison.labels
-    runs = [entry for entry in comparison.panel.entries if entry.metrics]
+    groups, labels = result.groups, result.labels
+    runs = [entry for entry in result.panel.entries if entry.metrics]
     drawn = drawn_first(groups)
     sweeps = forward_weight_sweeps(groups)
-    swept = [metric for metric in comparison.metrics if metric.temperature is not None]
-    habits_header, habits = habit_table(comparison.panel.entries)
-    header, validated = validation_table(comparison.panel.entries)
+    swept = [metric for metric in result.metrics if metric.temperature is not None]
+    habits_header, habits = habit_table(result.panel.entries)
+    header, validated = validation_table(result.panel.entries)
     return {
         "runs": [
             (labels[run.path], link(run.path), figures.family(run), run.path in drawn)
@@ -375,9 +373,9 @@ def curves_section(comparison: Comparison, link: Link) -> dict[str, Any]:
     }
 
 
-def window_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+def window_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """Gated windows over the steps, and tables of runs that differ in their windows."""
-    groups, labels, metrics = comparison.groups, comparison.labels, comparison.metrics
+    groups, labels, metrics = result.groups, result.labels, result.metrics
     gated = [
         entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions
     ]
@@ -401,18 +399,18 @@ def window_section(comparison: Comparison, link: Link) -> dict[str, Any]:
     }
 
 
-def budget_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+def budget_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """Grids of equal operations, or where there are none a figure of accuracy against
     operations."""
-    metrics, labels = comparison.metrics, comparison.labels
-    runs = [entry for entry in comparison.panel.entries if entry.metrics]
+    metrics, labels = result.metrics, result.labels
+    runs = [entry for entry in result.panel.entries if entry.metrics]
     costs = [metric for metric in metrics if metric.key == "gflops"]
     avgs = [metric for metric in metrics if metric.column == "avg"]
-    by_budget = budgets(comparison.grids)
+    by_budget = budgets(result.grids)
     return {
         "budgets": [
             [
-                (metric, [grid(part, metric, comparison.grids, link) for part in same])
+                (metric, [grid(part, metric, result.grids, link) for part in same])
                 for metric in [*avgs[:1], *costs]
             ]
             for same in by_budget
@@ -423,9 +421,9 @@ def budget_section(comparison: Comparison, link: Link) -> dict[str, Any]:
     }
 
 
-def grpo_section(comparison: Comparison, link: Link) -> dict[str, Any]:
+def grpo_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """Each student before and after reinforcement learning."""
-    swept = [metric for metric in comparison.metrics if metric.temperature is not None]
+    swept = [metric for metric in result.metrics if metric.temperature is not None]
     return {
         "grpo": [
             {
@@ -436,18 +434,16 @@ def grpo_section(comparison: Comparison, link: Link) -> dict[str, Any]:
                     (
                         values(pair.before, [metric])[0],
                         values(pair.after, [metric])[0],
-                        number(pair.differences[metric.key], metric, sign="+"),
+                        number_text(pair.differences[metric.key], metric, sign="+"),
                     )
                     for metric in swept
                 ],
             }
-            for pair in comparison.grpo
+            for pair in result.grpo
         ],
         "grpo_header": [metric.title for metric in swept],
-        "grpo_figures": [
-            figures.before_and_after(metric, comparison.grpo, link) for metric in swept
-        ]
-        if comparison.grpo
+        "grpo_figures": [figures.before_and_after(metric, result.grpo, link) for metric in swept]
+        if result.grpo
         else [],
     }
 
@@ -460,7 +456,7 @@ def drawn_first(groups: Sequence[Group]) -> set[Path]:
     return {entry.path for entry in [entry for entry in in_turn if entry.metrics][:NUM_DRAWN]}
 
 
-def grid(part: Part, metric: Metric, parts: Sequence[Part], link: Link) -> dict[str, Any]:
+def grid(part: GridPart, metric: Metric, parts: Sequence[GridPart], link: Link) -> dict[str, Any]:
     """The corners of a grid in reading order, each with its value, how dark it is, and its runs."""
     shown = [
         group.summaries[metric.key].value
@@ -492,7 +488,11 @@ def runs_of(group: Group, metric: Metric | None, link: Link) -> list[tuple[str, 
     return [
         (
             (seed or path.name)
-            + (f": {number((own[path],), metric)}" if metric is not None and len(own) > 1 else ""),
+            + (
+                f": {number_text((own[path],), metric)}"
+                if metric is not None and len(own) > 1
+                else ""
+            ),
             link(path),
         )
         for path, seed in seed_names(group).items()

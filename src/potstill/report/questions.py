@@ -25,9 +25,11 @@ UNITS = {
 }
 
 # Those that are no verdict say how many seeds there are.
-Verdict = Literal["supported", "contradicted", "undecided", "not measured", "one seed", "two seeds"]
-Kind = Callable[[Recipe], bool]
-Place = Callable[[Entry], float | None]
+ClaimVerdict = Literal[
+    "supported", "contradicted", "undecided", "not measured", "one seed", "two seeds"
+]
+Condition = Callable[[Recipe], bool]
+Placement = Callable[[Entry], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Claim:
     effect: Estimate | None
     unit: str
     pairs: tuple[tuple[Path, Path], ...]
-    verdict: Verdict
+    verdict: ClaimVerdict
     detail: str
     direction: Literal["towards", "against", ""] = ""
 
@@ -73,7 +75,7 @@ class Comparison(NamedTuple):
     runs these are, and `per` what a unit of place is.
     """
 
-    place: Place
+    place: Placement
     about: Selection
     needs: str
     contrast: Literal["ends", "top", "slope"] = "ends"
@@ -98,7 +100,7 @@ class Question(NamedTuple):
     cooled: Literal["none", "second", "all"] = "none"
 
 
-class Run(NamedTuple):
+class ComparedRun(NamedTuple):
     """A run's part in a comparison, which is of all runs with one `key`; `seeds` is what repeats
     it."""
 
@@ -130,7 +132,7 @@ def _weight(recipe: Recipe) -> float | None:
     return {"forward": 1.0, "reverse": 0.0}.get(objective.kl)
 
 
-def _weighs(test: Callable[[float], bool]) -> Kind:
+def _weighs(test: Callable[[float], bool]) -> Condition:
     return lambda recipe: (weight := _weight(recipe)) is not None and test(weight)
 
 
@@ -141,24 +143,24 @@ REVERSE, FORWARD, MIXED = (
 )
 
 
-def _is_cell(key: str) -> Kind:
+def _is_cell(key: str) -> Condition:
     method = METHODS[key]
     direction = FORWARD if method.kl == "forward" else REVERSE
     return lambda recipe: recipe.objective.prefix == method.prefix and direction(recipe)
 
 
-def _sides(first: Kind, second: Kind) -> Place:
+def _sides(first: Condition, second: Condition) -> Placement:
     """The first kind of run against the second."""
     return lambda entry: 1.0 if first(_recipe(entry)) else 0.0 if second(_recipe(entry)) else None
 
 
-def _prefixes(of: Kind) -> Place:
+def _prefixes(of: Condition) -> Placement:
     """Student against teacher prefixes, of one kind of run."""
     places = {"student": 1.0, "teacher": 0.0}
     return lambda entry: places.get(_recipe(entry).objective.prefix) if of(_recipe(entry)) else None
 
 
-def _cost(is_cached: bool) -> Place:
+def _cost(is_cached: bool) -> Placement:
     """Teacher prefixes, with or without a cache, against student prefixes."""
     places = {("teacher", is_cached): 1.0, ("student", False): 0.0}
     return lambda entry: places.get(
@@ -166,7 +168,7 @@ def _cost(is_cached: bool) -> Place:
     )
 
 
-def _window(of: Kind) -> Place:
+def _window(of: Condition) -> Placement:
     """The tokens of fixed windows, of one kind of run."""
 
     def place(entry: Entry) -> float | None:

@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.console.printable import one_line, say
+from potstill.console.printable import WIDTH, one_line, say
 from potstill.report.comparison import metrics_of, stored
 from potstill.report.page import RESULTS_FILE, settings_note, settings_warning
 from potstill.runs.results import Entry
 
-# Whatever the terminal: its lines may be kept in a file.
-WIDTH = 100
 GAP = "  "
 # Longer names are cut: what is cut off them stands in the report.
-NAME_WIDTH = 40
+MODEL_WIDTH = 40
 # Runs that are shown where none is of a corner of the grid.
-NUM_SHOWN = 6
+NUM_SHOWN_RUNS = 6
 LINE_TITLES = {
     "entropy": "Entropy (nats)",
     "length": "Length (tokens)",
@@ -29,7 +27,7 @@ LINE_TITLES = {
 
 
 @dataclass(frozen=True)
-class Quantity:
+class ShownQuantity:
     """A column of the table, or a line below it; its numbers are shown times `scale`."""
 
     title: str
@@ -42,7 +40,7 @@ Numbers = Mapping[str, Sequence[float | None]]
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """A model's numbers, and those of what it began as where that is in the table."""
 
     name: str
@@ -60,10 +58,12 @@ def print_table(entries: Sequence[Entry]) -> None:
     for entry in entries:
         found = {metric.key: stored(entry, metric) for metric in metrics}
         rows.append(
-            Row(entry.name, {key: number for key, number in found.items() if number is not None})
+            ModelRow(
+                entry.name, {key: number for key, number in found.items() if number is not None}
+            )
         )
     quantities = {
-        metric.key: Quantity(metric.title, metric.scale, metric.digits) for metric in metrics
+        metric.key: ShownQuantity(metric.title, metric.scale, metric.digits) for metric in metrics
     }
     say(*_wrapped(f"{settings_note(entries)}."), *_table(rows, quantities))
     for key in LINE_TITLES:
@@ -77,7 +77,7 @@ def print_summary(page: Path) -> None:
     """Print each panel of a report: its models, the corners of the grid, and what they began as."""
     for panel in json.loads((page.parent / RESULTS_FILE).read_text())["panels"]:
         quantities = {
-            key: Quantity(metric["title"], metric["scale"], metric["digits"])
+            key: ShownQuantity(metric["title"], metric["scale"], metric["digits"])
             for key, metric in panel["metrics"].items()
         }
         rows = rows_of(panel["groups"])
@@ -87,7 +87,7 @@ def print_summary(page: Path) -> None:
         say(*([f"The report also has {num_more} more of this panel."] if num_more else []), "")
 
 
-def rows_of(groups: Sequence[dict[str, Any]]) -> list[Row]:
+def rows_of(groups: Sequence[dict[str, Any]]) -> list[ModelRow]:
     """The groups of a panel of `results.json` that are shown: its models, and the first run of each
     corner.
 
@@ -105,15 +105,15 @@ def rows_of(groups: Sequence[dict[str, Any]]) -> list[Row]:
     for group in trained:
         if group["corner"] is not None:
             corners.setdefault(group["corner"], group["label"])
-    shown = list(corners.values()) or [group["label"] for group in trained[:NUM_SHOWN]]
+    shown = list(corners.values()) or [group["label"] for group in trained[:NUM_SHOWN_RUNS]]
     return [
-        Row(group["label"], numbers[group["label"]], numbers.get(group["start"]))
+        ModelRow(group["label"], numbers[group["label"]], numbers.get(group["start"]))
         for group in groups
         if group["is_model"] or group["label"] in shown
     ]
 
 
-def _table(rows: Sequence[Row], quantities: Mapping[str, Quantity]) -> list[str]:
+def _table(rows: Sequence[ModelRow], quantities: Mapping[str, ShownQuantity]) -> list[str]:
     """Header and rows of the accuracies, in as many parts below each other as their width takes."""
     names = [_cut(row.name) for row in rows]
     columns = []
@@ -134,7 +134,7 @@ def _table(rows: Sequence[Row], quantities: Mapping[str, Quantity]) -> list[str]
     return lines
 
 
-def _legend(rows: Sequence[Row]) -> str:
+def _legend(rows: Sequence[ModelRow]) -> str:
     """A line that says what the numbers of the table are."""
     began = "; before -> after" if any(row.before is not None for row in rows) else ""
     return (
@@ -143,13 +143,13 @@ def _legend(rows: Sequence[Row]) -> str:
     )
 
 
-def _accuracies(quantities: Mapping[str, Quantity]) -> list[str]:
+def _accuracies(quantities: Mapping[str, ShownQuantity]) -> list[str]:
     """Avg at each temperature, and Pass with the smaller k."""
     avgs = [key for key in quantities if key.startswith("avg-")]
     return avgs + [key for key in quantities if key.startswith("pass")][:1]
 
 
-def _cell(row: Row, key: str, quantity: Quantity) -> str:
+def _cell(row: ModelRow, key: str, quantity: ShownQuantity) -> str:
     if key not in row.numbers:
         return ""
     value, low, high = (*row.numbers[key], None, None)[:3]
@@ -161,11 +161,11 @@ def _cell(row: Row, key: str, quantity: Quantity) -> str:
     return text
 
 
-def _shown(value: float | None, quantity: Quantity) -> str:
+def _shown(value: float | None, quantity: ShownQuantity) -> str:
     return "none" if value is None else f"{quantity.scale * value:,.{quantity.digits}f}"
 
 
-def _line(rows: Sequence[Row], quantities: Mapping[str, Quantity], key: str) -> list[str]:
+def _line(rows: Sequence[ModelRow], quantities: Mapping[str, ShownQuantity], key: str) -> list[str]:
     """One quantity of all rows in a sentence, folded where it is long; nothing where no row has
     it."""
     found = [
@@ -178,7 +178,7 @@ def _line(rows: Sequence[Row], quantities: Mapping[str, Quantity], key: str) -> 
 
 def _cut(name: str) -> str:
     name = one_line(name)
-    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 3]}..."
+    return name if len(name) <= MODEL_WIDTH else f"{name[: MODEL_WIDTH - 3]}..."
 
 
 def _wrapped(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from potstill.config import GrpoRecipe, Recipe, RecipeError, load_any_recipe
 from potstill.runs.results import PLAN_FILE, newest_evals, read_plan
 from potstill.runs.run_folder import STEP_LOGS, RunError, is_done, is_in_use, read_rows
 
-State = Literal["finished", "running", "stopped", "failed", "unreadable"]
+RunState = Literal["finished", "running", "stopped", "failed", "unreadable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ListedRun:
     """
 
     folder: Path
-    state: State
+    state: RunState
     method: str | None = None
     step: int = 0
     num_steps: int | None = None
@@ -118,7 +118,7 @@ def _described(folder: Path, recipe: Recipe | GrpoRecipe, rows: list[dict[str, A
     path = folder / "metrics.jsonl"
     last = rows[-1] if rows else {"step": 0}
     evals = newest_evals(folder, last["step"])
-    state: State = "finished" if is_done(folder, recipe) else "stopped"
+    state: RunState = "finished" if is_done(folder, recipe) else "stopped"
     return ListedRun(
         folder=folder,
         state="running" if is_in_use(folder) else state,

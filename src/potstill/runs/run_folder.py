@@ -400,7 +400,7 @@ def _repair(path: Path) -> str:
     return REPAIRS.get(path.name, "restore it, or remove it and make it again")
 
 
-def finish(recipe: RunRecipe) -> None:
+def mark_done(recipe: RunRecipe) -> None:
     """Write DONE, once all that it vouches for is on disk."""
     for path in (recipe.out, *recipe.out.glob("model"), *recipe.out.glob("model/*")):
         flush(path)

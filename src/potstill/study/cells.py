@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.config import METHODS, NAMED, RecipeError, fields_with
-from potstill.study.file import Group, PanelPlan, Study
+from potstill.study.file import PanelPlan, Study, StudyGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Cell:
     method: str | None
     details: tuple[str, ...]
     seeds: tuple[int, ...]
-    group: Group
+    group: StudyGroup
 
 
 def cells(study: Study, panel: PanelPlan) -> list[Cell]:

@@ -14,9 +14,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from potstill.config import Evaluation, GrpoRecipe, Recipe, Role, RunRecipe, Selection
+from potstill.config import Evaluation, GrpoRecipe, Recipe, Role, Selection
+from potstill.config.toml import AnyRecipe
 from potstill.runs.results import read_entry
 from potstill.runs.schema import FLOPS_PARTS, FlopsPart, TimedPart, value_in
 from potstill.tasks import is_table
@@ -26,7 +27,6 @@ from potstill.types import NonFiniteError
 if TYPE_CHECKING:
     from potstill.study.items import Item
 
-AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 NUM_TRIAL_STEPS = 2
 # Models whose weights are larger are not loaded for an estimate.
 MAX_TRIAL_BYTES = 50e6
@@ -65,7 +65,7 @@ class Known:
     evaluations: dict[str, Cost | None]
 
 
-def estimate(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]:
+def estimate_costs(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost | None]:
     """The cost of each item that is not done; None where nothing is known yet. With `one_thread`
     trials take one."""
     left = [item for item in items if not item.is_done]

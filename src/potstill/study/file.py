@@ -71,7 +71,7 @@ class Judgement(Section):
     """Fields of section `evaluation` that differ."""
 
 
-class Group(Runs):
+class StudyGroup(Runs):
     """Runs that differ in the values of some fields."""
 
     label: str = ""
@@ -154,7 +154,7 @@ class PanelPlan(Runs):
     """Models that the GRPO stage also starts from."""
     sweep: Sweep | None = None
     """What is chosen before anything is compared."""
-    groups: tuple[Group, ...] = Field(min_length=1)
+    groups: tuple[StudyGroup, ...] = Field(min_length=1)
     """The runs."""
 
     @model_validator(mode="after")

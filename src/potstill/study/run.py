@@ -227,10 +227,10 @@ def print_plan(
     from rich.console import Console
     from rich.table import Table
 
-    from potstill.study.estimates import estimate
+    from potstill.study.estimates import estimate_costs
 
     items = list({item.job.path: item for panel in panels for item in panel.items}.values())
-    costs = estimate(items, one_thread)
+    costs = estimate_costs(items, one_thread)
     table = Table(title=plain(study.out, "italic"), title_justify="left")
     for column in ("panel", "distil", "GRPO", "evaluate", "cache", "done", "crashed", "to do"):
         table.add_column(

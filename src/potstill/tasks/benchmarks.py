@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from potstill.answers.boxes import box_end
-from potstill.answers.grading import Grade, Grader, Kind, gsm8k_gold
-from potstill.tasks.tables import DATA_SUFFIXES, Row, read_rows, with_own_ids
+from potstill.answers.grading import AnswerKind, Grade, Grader, gsm8k_gold
+from potstill.tasks.tables import DATA_SUFFIXES, DataRow, read_table_rows, with_own_ids
 from potstill.types import Example
 
 # Columns that may name a problem; the first that a row has does.
 IDS = ("unique_id", "id", "ID")
-INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+BOX_INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 class Benchmark(NamedTuple):
@@ -30,7 +30,7 @@ class Benchmark(NamedTuple):
     problem: tuple[str, ...]
     answer: tuple[str, ...]
     gold: Callable[[str], str]
-    kind: Kind
+    kind: AnswerKind
     level: str | None = None
 
 
@@ -98,7 +98,7 @@ class MathBenchmark:
         spec = self.spec
         columns = [*spec.problem, *spec.answer, *IDS, *([] if spec.level is None else [spec.level])]
         source = self.file or spec.hub_id
-        rows = read_rows(
+        rows = read_table_rows(
             source, columns, num_rows=num_examples, split=spec.split, config=spec.config
         )
         if num_examples > len(rows):
@@ -108,7 +108,7 @@ class MathBenchmark:
             )
         return with_own_ids([self._example(row, i) for i, row in enumerate(rows)])
 
-    def _example(self, row: Row, i: int) -> Example:
+    def _example(self, row: DataRow, i: int) -> Example:
         spec, values = self.spec, row.values
         problem = next((values[name] for name in spec.problem if name in values), None)
         answer = next((values[name] for name in spec.answer if name in values), None)
@@ -125,7 +125,7 @@ class MathBenchmark:
         level = values.get(spec.level, "") if spec.level is not None else ""
         return Example(
             id=str(next((values[name] for name in IDS if name in values), i)),
-            prompt=problem + INSTRUCTION,
+            prompt=problem + BOX_INSTRUCTION,
             answer=gold,
             level=f"level {level}" if level != "" else "",
         )

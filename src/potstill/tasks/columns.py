@@ -19,7 +19,7 @@ from potstill.answers.grading import Grade
 from potstill.tasks.multiplication import ANSWER, is_test_problem
 from potstill.types import Example
 
-DIGITS = (4, 5)
+COLUMN_DIGITS = (4, 5)
 FULL, HALF, HEAD = "full", "half", "head"
 
 
@@ -103,7 +103,7 @@ class Columns:
         tags, shares = list(SETTINGS[self.setting]), list(SETTINGS[self.setting].values())
         examples: list[Example] = []
         while len(examples) < num_examples:
-            num_digits = DIGITS[len(examples) % len(DIGITS)]
+            num_digits = COLUMN_DIGITS[len(examples) % len(COLUMN_DIGITS)]
             a, b = rng.randrange(10 ** (num_digits - 1), 10**num_digits), rng.randint(2, 9)
             if is_test_problem(a, b) != (split == "test"):
                 continue

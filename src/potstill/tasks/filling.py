@@ -7,7 +7,7 @@ braces of the text.
 import string
 from typing import NamedTuple
 
-from potstill.tasks.tables import Row
+from potstill.tasks.tables import DataRow
 from potstill.types import DataError
 
 NOT_IN_NAMES = ".[]!:{}"
@@ -48,7 +48,7 @@ def columns_of(template: str) -> list[str]:
     return list(dict.fromkeys(part.column for part in parts_of(template) if part.column))
 
 
-def filled(template: str, row: Row, field: str) -> str:
+def filled(template: str, row: DataRow, field: str) -> str:
     """The template of a recipe's field with a row's values. Raises DataError that names the row."""
     for column in columns_of(template):
         if column not in row.names:

@@ -27,7 +27,7 @@ MAX_RETRIES = 3
 
 
 @dataclass(frozen=True)
-class Writer:
+class TraceAuthor:
     """How one author of traces behaves. Probabilities; `styles` are those of long, mid and short
     columns."""
 
@@ -41,14 +41,20 @@ class Writer:
 
 # The latent persona is drawn once per trace, so a student has to infer it from what is already
 # written.
-WRITERS: dict[str, tuple[Writer, ...]] = {
+TRACE_AUTHORS: dict[str, tuple[TraceAuthor, ...]] = {
     "persona": (
-        Writer((0.1, 0.3, 0.6), retract_right=0.02, retract_wrong=0.98, restart=0.02, error=0.12),
-        Writer((0.4, 0.35, 0.25), retract_right=0.1, retract_wrong=0.98, restart=0.1, error=0.12),
-        Writer((0.7, 0.2, 0.1), retract_right=0.4, retract_wrong=0.98, restart=0.3, error=0.12),
+        TraceAuthor(
+            (0.1, 0.3, 0.6), retract_right=0.02, retract_wrong=0.98, restart=0.02, error=0.12
+        ),
+        TraceAuthor(
+            (0.4, 0.35, 0.25), retract_right=0.1, retract_wrong=0.98, restart=0.1, error=0.12
+        ),
+        TraceAuthor(
+            (0.7, 0.2, 0.1), retract_right=0.4, retract_wrong=0.98, restart=0.3, error=0.12
+        ),
     ),
     "novice": (
-        Writer(
+        TraceAuthor(
             (0.4, 0.35, 0.25),
             retract_right=0.1,
             retract_wrong=0.5,
@@ -67,7 +73,7 @@ def is_test_problem(a: int, b: int) -> bool:
 
 
 def write_column(
-    rng: random.Random, writer: Writer, x: int, b: int, carry: int
+    rng: random.Random, writer: TraceAuthor, x: int, b: int, carry: int
 ) -> tuple[str, int, bool]:
     """One column, its two-digit result as written, and whether that result is right."""
     result = x * b + carry
@@ -91,7 +97,9 @@ def _differ_in_one(r: int, s: int) -> bool:
     return (r // 10 != s // 10) != (r % 10 != s % 10)
 
 
-def write_trace(rng: random.Random, writer: Writer, a: int, b: int) -> tuple[tuple[str, bool], ...]:
+def write_trace(
+    rng: random.Random, writer: TraceAuthor, a: int, b: int
+) -> tuple[tuple[str, bool], ...]:
     """A completion as (text, is it trained on) segments; wrong columns are not, unless the writer
     trains on them."""
     segments: list[tuple[str, bool]] = []
@@ -120,9 +128,9 @@ class Multiplication:
     by that writer."""
 
     def __init__(self, writer: str | None = None):
-        if writer is not None and writer not in WRITERS:
+        if writer is not None and writer not in TRACE_AUTHORS:
             raise ValueError(
-                f"multiplication has no writer {writer!r}; choose one of {sorted(WRITERS)}"
+                f"multiplication has no writer {writer!r}; choose one of {sorted(TRACE_AUTHORS)}"
             )
         self.writer = writer
 
@@ -149,7 +157,7 @@ class Multiplication:
             seen.add((a, b))
             completion = None
             if self.writer is not None:
-                completion = write_trace(rng, rng.choice(WRITERS[self.writer]), a, b)
+                completion = write_trace(rng, rng.choice(TRACE_AUTHORS[self.writer]), a, b)
             examples.append(
                 Example(
                     id=f"{split}-{len(examples)}",

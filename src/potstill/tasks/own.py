@@ -26,7 +26,7 @@ from potstill.types import DataError, Example
 
 MEMBERS = ("examples", "grade", "answer_end")
 # Of the user's values and errors, a message shows so many characters.
-SHOWN_CHARACTERS = 120
+ERROR_CHARACTERS = 120
 
 
 def own_task(source: str | Sequence[str] | None) -> tuple[str, str] | None:
@@ -168,7 +168,7 @@ def _naming_the_line(file: str, what: str) -> Iterator[None]:
             if frame.filename == file
         ]
         where = f"{what}: line {lines[-1]} raised" if lines else f"{what}: it raised"
-        text = " ".join(str(error).split())[:SHOWN_CHARACTERS]
+        text = " ".join(str(error).split())[:ERROR_CHARACTERS]
         raise DataError(
             f"{where} {type(error).__name__}{text and ': '}{text}; mend the file"
         ) from error
@@ -308,4 +308,4 @@ def _frozen(example: Example) -> Example:
 
 def _shown(value: Any) -> str:
     text = " ".join(repr(value).split())
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+    return text if len(text) <= ERROR_CHARACTERS else f"{text[:ERROR_CHARACTERS]}..."

@@ -8,7 +8,7 @@ from potstill.types import Example
 
 # The data sets' scorers take the answer alone: of a whole response, some would score the first
 # number in it.
-INSTRUCTION = "\n\nEnd with the final answer alone between <answer> and </answer>."
+TAG_INSTRUCTION = "\n\nEnd with the final answer alone between <answer> and </answer>."
 
 
 class ReasoningGym:
@@ -40,7 +40,7 @@ class ReasoningGym:
         for i, entry in enumerate(dataset):
             example = Example(
                 id=f"{split}-{seed}-{i}",
-                prompt=entry["question"] + INSTRUCTION,
+                prompt=entry["question"] + TAG_INSTRUCTION,
                 answer=str(entry["answer"]),
             )
             self._entries[example.id] = (dataset, entry)

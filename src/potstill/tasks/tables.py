@@ -30,7 +30,7 @@ BATCH_ROWS = 1024
 UTF8 = "save the file as UTF-8"
 
 
-class Row(NamedTuple):
+class DataRow(NamedTuple):
     """One row: where it stands, for messages; its columns that were asked for, without nulls; the
     names of all."""
 
@@ -60,20 +60,20 @@ def is_hub_id(name: str) -> bool:
     return not is_file and not any(mark in name for mark in "*?[")
 
 
-def read_rows(
+def read_table_rows(
     source: str | Sequence[str],
     columns: Sequence[str],
     *,
     num_rows: int | None = None,
     split: str = "train",
     config: str | None = None,
-) -> list[Row]:
+) -> list[DataRow]:
     """The first rows of one or more files (patterns such as `part-*.jsonl` too), folders and hub
     data sets, in order.
 
     `split` and `config` are those of folders and hub data sets. Raises DataError.
     """
-    parts: list[Iterator[Row]] = []
+    parts: list[Iterator[DataRow]] = []
     for name in sources(source):
         if is_hub_id(name):
             parts.append(_rows_of_data_set(name, columns, num_rows, split, config))
@@ -101,7 +101,7 @@ def _kind(file: str) -> str:
     return Path(file.removesuffix(".gz")).suffix
 
 
-def _rows_of_file(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[Row]:
+def _rows_of_file(file: str, columns: Sequence[str], num_rows: int | None) -> Iterator[DataRow]:
     kind = _kind(file)
     if kind not in READERS:
         raise DataError(
@@ -119,10 +119,10 @@ def _rows_of_file(file: str, columns: Sequence[str], num_rows: int | None) -> It
         ) from None
 
 
-def make_row(where: str, values: dict[str, Any], columns: Sequence[str]) -> Row:
+def make_row(where: str, values: dict[str, Any], columns: Sequence[str]) -> DataRow:
     """A row of which only some columns are kept."""
     kept = {name: values[name] for name in columns if values.get(name) is not None}
-    return Row(where, kept, tuple(values))
+    return DataRow(where, kept, tuple(values))
 
 
 def _opened(file: str) -> BinaryIO:
@@ -286,7 +286,7 @@ READERS: dict[str, Callable[[str, Sequence[str], int | None], Iterator[dict[str,
 
 def _rows_of_data_set(
     name: str, columns: Sequence[str], num_rows: int | None, split: str, config: str | None
-) -> Iterator[Row]:
+) -> Iterator[DataRow]:
     """Rows of a hub data set or a folder; the files of a folder are read as any other file."""
     import datasets
 

@@ -118,7 +118,7 @@ def end_names(tokenizer, ids: Sequence[int]) -> list[str]:
     return [str(i) if name is None else name for name, i in zip(names, ids, strict=True)]
 
 
-def described(tokenizer, ids: Sequence[int]) -> str:
+def describe_ends(tokenizer, ids: Sequence[int]) -> str:
     """End tokens by name and id, for a line that the user reads."""
     return ", ".join(
         f"{name} ({i})" for name, i in zip(end_names(tokenizer, ids), ids, strict=True)

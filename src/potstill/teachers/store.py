@@ -56,7 +56,7 @@ NUM_CHECKED = 8
 # Of a log-sum-exp, relative: above what float32 sums over a vocabulary differ by, below what
 # another head would give.
 HEAD_TOLERANCE = 1e-4
-Place = tuple[int, int]
+CachePlace = tuple[int, int]
 
 
 class Cache:
@@ -212,7 +212,7 @@ class Cache:
                 f"{theirs!r}; change the recipe or build another cache"
             )
 
-    def entries(self) -> dict[tuple[bytes, int], Place]:
+    def entries(self) -> dict[tuple[bytes, int], CachePlace]:
         """Where the completion of each key and number is."""
         return {
             (key.tobytes(), number): (shard, row)
@@ -222,9 +222,9 @@ class Cache:
             )
         }
 
-    def places(self) -> dict[bytes, list[Place]]:
+    def places(self) -> dict[bytes, list[CachePlace]]:
         """Where the completions of each key are, in the order of their numbers."""
-        found: dict[bytes, list[Place]] = defaultdict(list)
+        found: dict[bytes, list[CachePlace]] = defaultdict(list)
         for (key, _), place in sorted(self.entries().items()):
             found[key].append(place)
         return dict(found)
@@ -268,7 +268,7 @@ class Cache:
             stop=stop,
         )
 
-    def stored_rollout(self, place: Place) -> Rollout:
+    def stored_rollout(self, place: CachePlace) -> Rollout:
         """A whole rollout with what the teacher read, from the shard alone."""
         prompt_ids, ids = (tensor.tolist() for tensor in self._checked_rows(place, TEXT, 0))
         prompt = Prompt(
@@ -349,7 +349,7 @@ class Cache:
             )
         return error
 
-    def _checked_rows(self, place: Place, names: Sequence[str], which: int) -> list[Tensor]:
+    def _checked_rows(self, place: CachePlace, names: Sequence[str], which: int) -> list[Tensor]:
         """The named tensors of one rollout; `which` of its checksums they must match."""
         shard, row = place
         index = self.indices[shard]

@@ -7,7 +7,7 @@ from potstill.teachers.protocol import Teacher
 from potstill.types import DataError, ModelError, Prompt
 
 # So many tokens are shown of a list.
-NUM_SHOWN = 3
+NUM_SHOWN_TOKENS = 3
 
 
 def shared_vocab_size(student: LanguageModel, teacher: Teacher) -> int:
@@ -27,7 +27,7 @@ def shared_vocab_size(student: LanguageModel, teacher: Teacher) -> int:
     added, last_shared = unshared_tokens(student, teacher), max(agreed, default=-1)
     if any((i in mine and i in theirs) or i not in added or i < last_shared for i in differing):
         shown = ", ".join(
-            f"{i}: {mine.get(i)!r} / {theirs.get(i)!r}" for i in differing[:NUM_SHOWN]
+            f"{i}: {mine.get(i)!r} / {theirs.get(i)!r}" for i in differing[:NUM_SHOWN_TOKENS]
         )
         raise ModelError(
             f"the tokenizers of student {student.name!r} and teacher {teacher.name!r} differ at "
@@ -77,7 +77,7 @@ def refuse_unshared_ids(prompts: Iterable[Prompt], size: int, tokenizer) -> None
             )
 
 
-def describe(student: LanguageModel, teacher: Teacher, size: int) -> list[str]:
+def describe_cut(student: LanguageModel, teacher: Teacher, size: int) -> list[str]:
     """What is cut off two heads, in words; nothing where nothing is."""
     lines = []
     if (student.vocab_size, teacher.vocab_size) != (size, size):
@@ -87,8 +87,8 @@ def describe(student: LanguageModel, teacher: Teacher, size: int) -> list[str]:
         )
     if alone := unshared_tokens(student, teacher):
         names = list(alone.values())
-        shown = ", ".join(map(repr, names[:NUM_SHOWN])) + (
-            ", ..." if len(names) > NUM_SHOWN else ""
+        shown = ", ".join(map(repr, names[:NUM_SHOWN_TOKENS])) + (
+            ", ..." if len(names) > NUM_SHOWN_TOKENS else ""
         )
         lines.append(
             f"warning: {len(names)} tokens that one tokenizer alone has ({shown}) are left out "

@@ -26,7 +26,7 @@ from potstill.rollouts.batching import batch_places, make_batch
 from potstill.training.metrics import Stopwatch, before_answer, rollout_sums, token_sums
 from potstill.training.rollout_log import Scored, logged_sample
 from potstill.training.setup import Setup
-from potstill.training.step import naming
+from potstill.training.step import naming_the_step
 from potstill.types import Rollout, Writer
 
 
@@ -65,7 +65,7 @@ def accumulate_gradients(
         with clock("student_seconds"):
             hidden_ND = student_rows(student, batch, loss)
             given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)
-            with naming(step, [rollout.prompt for rollout in batch.rollouts]):
+            with naming_the_step(step, [rollout.prompt for rollout in batch.rollouts]):
                 loss_sum, loss_N, stats = batch_loss(*given)
             sums.update(_habits(setup, loss, batch, stats, hidden_ND, signal))
         if min(places) < num_samples:

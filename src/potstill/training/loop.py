@@ -261,7 +261,7 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
             options = {"end_ids": end_ids, "responses": folder / "responses", "quiet": quiet}
             evaluations = evaluate(finished, run_evaluation(recipe), date=setup.date, **options)
             run_folder.store_evals(folder, run.step, evaluations)
-        run_folder.finish(recipe)
+        run_folder.mark_done(recipe)
     distributed.wait_for_rank_0(trainer.world)
     # A run that was stopped after its last step has no step left to do.
     return RunResult(folder, student, run.metrics or run_folder.last_row(folder))

@@ -8,12 +8,12 @@ from potstill.models.weights import cautions
 from potstill.objectives.habits import what_is_unknown
 from potstill.tasks.own import describe_files
 from potstill.teachers import vocabulary
-from potstill.teachers.ends import described
+from potstill.teachers.ends import describe_ends
 from potstill.training.rates import describe_lr, usual_lr, with_lr
 from potstill.training.setup import Setup
 
 # Of the first prompt, to show that the template is right.
-SHOWN_CHARACTERS = 400
+PROMPT_CHARACTERS = 400
 
 
 def subject_of(recipe: Recipe, setup: Setup, world: World) -> Subject:
@@ -47,7 +47,7 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     lines += cautions(student.model, with_lr(recipe.train, student.num_weights).lr or 0)
     lines += faults_at_start(subject_of(recipe, setup, world))
     if teacher is not None and setup.loss.vocab_size is not None:
-        lines += vocabulary.describe(student, teacher, setup.loss.vocab_size)
+        lines += vocabulary.describe_cut(student, teacher, setup.loss.vocab_size)
     for name, flops in (("student", setup.student_flops), ("teacher", setup.teacher_flops)):
         if flops is not None and flops.per_pair is None:
             lines.append(
@@ -59,11 +59,11 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     example = setup.prompts[0]
     text = student.tokenizer.decode(example.token_ids)
     lines += setup.notes
-    lines.append(f"first of {len(setup.prompts)} prompts: {text[:SHOWN_CHARACTERS]!r}")
+    lines.append(f"first of {len(setup.prompts)} prompts: {text[:PROMPT_CHARACTERS]!r}")
     if teacher is not None and example.teacher_ids is not None:
         lines.append(
             "the teacher reads: "
-            f"{teacher.tokenizer.decode(example.teacher_ids)[:SHOWN_CHARACTERS]!r}"
+            f"{teacher.tokenizer.decode(example.teacher_ids)[:PROMPT_CHARACTERS]!r}"
         )
     return lines
 
@@ -73,11 +73,11 @@ def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
     differently."""
     student, teacher, ends = setup.student, setup.teacher, setup.ends
     tokenizer = student.tokenizer
-    lines = [f"end set: {described(tokenizer, ends.stop_ids)}"]
+    lines = [f"end set: {describe_ends(tokenizer, ends.stop_ids)}"]
     if len(ends.all_ids) > 1 and recipe.objective.signal != "labels":
         lines.append(
             "one class in the loss: "
-            f"{described(tokenizer, ends.class_ids) or 'none, each end token is apart'}"
+            f"{describe_ends(tokenizer, ends.class_ids) or 'none, each end token is apart'}"
         )
     if teacher is None:
         return lines

@@ -24,7 +24,7 @@ from potstill.types import Rollout
 
 # Of each model at each loss token, the likeliest first.
 NUM_CHOICES = 5
-DIGITS = 5
+LOGGED_DIGITS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,5 +184,5 @@ def _choices(kept: TopK, end_class: Sequence[int], tokenizer) -> list[list[list[
 
 
 def _rounded(values: torch.Tensor) -> list[Any]:
-    """As lists, to DIGITS decimals."""
-    return values.double().round(decimals=DIGITS).tolist()
+    """As lists, to LOGGED_DIGITS decimals."""
+    return values.double().round(decimals=LOGGED_DIGITS).tolist()

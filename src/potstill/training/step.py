@@ -48,7 +48,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class StepFlops:
     """Operations of a step over all ranks, by part, and of the whole run with it."""
 
     parts: Flops
@@ -127,7 +127,7 @@ def write_round(
     flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
     if setup.teacher_flops is not None and setup.cache is None:
         flops["teacher"] = setup.teacher_flops
-    with clock("rollout_seconds"), naming(plan.step, plan.prompts):
+    with clock("rollout_seconds"), naming_the_step(plan.step, plan.prompts):
         if plan.age > 0:
             return run.rollouts, 0
         rollouts = write_rollouts(plan.writing, plan.prompts, plan.seeds)
@@ -137,7 +137,7 @@ def write_round(
 
 def count_flops(
     trainer: Trainer, run: Run, rollouts: list[Rollout], *, written: float, probed: float
-) -> Cost:
+) -> StepFlops:
     """What the step costs over all ranks, beside what was `written` and `probed` by this one."""
     setup, looks_ahead = trainer.setup, trainer.recipe.objective.gamma > 0
     parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops, looks_ahead)
@@ -145,10 +145,10 @@ def count_flops(
     totals = distributed.sum_over_ranks([parts[part] for part in FLOPS_PARTS], trainer.world)
     for part, total in zip(FLOPS_PARTS, totals, strict=True):
         parts[part] = total
-    return Cost(parts=parts, total=run.flops + sum(totals))
+    return StepFlops(parts=parts, total=run.flops + sum(totals))
 
 
-def is_saved(trainer: Trainer, run: Run, cost: Cost) -> bool:
+def is_saved(trainer: Trainer, run: Run, cost: StepFlops) -> bool:
     """Whether a checkpoint follows the step: every so many, at the end, and where an extended run
     once ended."""
     settings, after = trainer.settings, run.step + 1
@@ -162,7 +162,7 @@ def samples_without_dropout(
     """Rollouts for the log where the student learns with dropout: the log is of the student that
     wrote."""
     setup = trainer.setup
-    with clock("samples_seconds"), naming(plan.step, plan.prompts):
+    with clock("samples_seconds"), naming_the_step(plan.step, plan.prompts):
         return scored_samples(
             setup.student, setup.teacher, rollouts, plan.loss, trainer.world.device
         )
@@ -186,7 +186,7 @@ def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> Upda
 
 
 def step_metrics(
-    trainer: Trainer, plan: StepPlan, sums: dict[str, float], updated: Update, cost: Cost
+    trainer: Trainer, plan: StepPlan, sums: dict[str, float], updated: Update, cost: StepFlops
 ) -> DistillationMetrics:
     """A row of `metrics.jsonl` but its timings."""
     recipe, setup = trainer.recipe, trainer.setup
@@ -212,7 +212,7 @@ def step_metrics(
 
 
 @contextmanager
-def naming(step: int, prompts: Sequence[Prompt]) -> Iterator[None]:
+def naming_the_step(step: int, prompts: Sequence[Prompt]) -> Iterator[None]:
     """Say of a NonFiniteError in which step it came up, and for which prompts."""
     try:
         yield

@@ -24,7 +24,7 @@ from potstill.training import checkpoint
 from potstill.training.controllers import next_best
 from potstill.training.rates import is_extended_at, is_spent, planned_steps
 from potstill.training.state import Run, Trainer
-from potstill.training.step import naming
+from potstill.training.step import naming_the_step
 from potstill.types import Prompt, Rollout, Stop, Writer
 
 LOG, TEACHERS_FILE = "validation.jsonl", "validation_teacher.json"
@@ -59,7 +59,7 @@ def validate_if_due(trainer: Trainer, run: Run, display: StepDisplay) -> Run:
     student, world = trainer.setup.student, trainer.world
     student.eval()
     distributed.refresh(trainer.decoders["student"], student)
-    with naming(run.step - 1, held_out.prompts):
+    with naming_the_step(run.step - 1, held_out.prompts):
         sums = _over_ranks(_measured(trainer, held_out), trainer)
     found = estimates(sums)
     row: dict[str, Any] = {
@@ -71,7 +71,7 @@ def validate_if_due(trainer: Trainer, run: Run, display: StepDisplay) -> Run:
     }
     if world.is_main:
         files.append(trainer.folder / LOG, row)
-    display.note(f"validation {_when(run.step)}: {described(row)}")
+    display.note(f"validation {_when(run.step)}: {validation_text(row)}")
     return _with_best(trainer, run, row)
 
 
@@ -104,7 +104,7 @@ def _when(step: int) -> str:
     return f"after step {step}" if step else "before the first step"
 
 
-def described(row: dict[str, Any]) -> str:
+def validation_text(row: dict[str, Any]) -> str:
     """The values of a validation that a line has room for."""
     parts = []
     for writer in (TEACHER, STUDENT):
