@@ -6,11 +6,8 @@ why), `validation.jsonl` (both models on prompts that are not trained on), `eval
 and is written last; a folder without a matching one is not a result. Needs no torch.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +25,7 @@ from potstill.config import (
     to_toml,
 )
 from potstill.files import file_digest, flush, write_atomically, write_rows
+from potstill.runs.machine import describe_machine
 from potstill.runs.schema import MetricsRow
 
 # What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is
@@ -40,17 +38,6 @@ STEP_LOGS = {
 }
 # What tells one evaluation of a run from another.
 EVAL_KEYS = ("step", "temperature", "settings")
-PACKAGES = (
-    "potstill",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "numpy",
-    "trl",
-)
-
 
 # What to do with a damaged file, by its name.
 REPAIRS = {
@@ -405,26 +392,3 @@ def mark_done(recipe: RunRecipe) -> None:
     for path in (recipe.out, *recipe.out.glob("model"), *recipe.out.glob("model/*")):
         flush(path)
     write_atomically(recipe.out / "DONE", recipe.identity() + "\n")
-
-
-def describe_machine() -> dict[str, Any]:
-    """Code revision, library versions and platform."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "revision": revision or None,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-    }
