@@ -38,7 +38,8 @@ class Example:
     instead; `completion` is a list of (text, is it trained on) segments, taken as they are, or of
     messages, whose assistant's turns are trained on; `tools` are what the messages may call;
     `system` is put before a chat that has no such message; `answer` is for the task's scorer;
-    `level` names a difficulty; `where` says in messages where the example came from.
+    `level` names a difficulty; `where` says in messages where the example came from, and `source`
+    is the place of its data source among several.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Example:
     tools: tuple[dict[str, Any], ...] | None = None
     system: str | None = None
     where: str = field(default="", compare=False)
+    source: int = field(default=0, compare=False)
 
     @property
     def name(self) -> str:

@@ -24,8 +24,8 @@ def verifier(subject: Subject) -> Finding:
     data, evaluation = subject.recipe.data, subject.recipe.evaluation
     num = data.num_prompts or NUM_PROBLEMS
     findings = []
-    if not subject.is_given and not is_table(data.source):
-        findings.append(_graded("data.source", str(data.source), data.split, num, data.seed))
+    if not subject.is_given and not is_table(data.origin):
+        findings.append(_graded("data.source", str(data.origin), data.split, num, data.seed))
     if evaluation.source is not None and not is_table(evaluation.source):
         given = (evaluation.source, evaluation.split, evaluation.num_problems, evaluation.seed)
         findings.append(_graded("evaluation.source", *given))

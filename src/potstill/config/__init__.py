@@ -1,9 +1,9 @@
 """The recipe: one frozen schema for everything a run does, read from a TOML file plus dotted
 overrides."""
 
+from potstill.config.data_fields import Data, DataSource
 from potstill.config.fields import (
     CacheOptions,
-    Data,
     Evaluation,
     Grpo,
     GrpoFields,
@@ -58,6 +58,7 @@ __all__ = [
     "SHIPPED_RECIPES",
     "CacheOptions",
     "Data",
+    "DataSource",
     "Evaluation",
     "Goal",
     "Grpo",

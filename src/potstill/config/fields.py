@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from potstill.config.data_fields import Data
 from potstill.config.objective_fields import Objective, WeightSchedule
 from potstill.config.roles import Place, Role
 from potstill.config.run_recipe import RunRecipe
@@ -61,45 +62,6 @@ class TeacherSpec(Section, role=Role.MODEL):
     """Type of the teacher's weights."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings."""
-
-
-class Data(Section, role=Role.DATA):
-    source: Annotated[str | tuple[str, ...], Place.FIRST] = "multiplication"
-    """A task (multiplication, columns:SETTING, reasoning-gym:NAME), a task of your own
-    (my_task.py:MyTask, a class in a Python file, whose code is run), a file (.jsonl, .json, .csv,
-    .parquet, .txt with a prompt a line, or these and .gz), a pattern of files, a hub data set or a
-    folder of one; or a list of files and data sets."""
-    split: str = "train"
-    """Split of a task or hub data set."""
-    config: str | None = None
-    """Configuration of a hub data set or folder that has several."""
-    num_prompts: int | None = Field(default=None, ge=1, le=10**8)
-    """Number of prompts; by default all of a file, and 4096 of a task."""
-    prompt_column: str = "prompt"
-    """Column of a file or hub data set that holds the prompt."""
-    prompt_template: Filled | None = None
-    """Prompt that is filled in from columns, such as "Question: {question}\\nAnswer:", in place of
-    data.prompt_column. Write a brace of the text twice."""
-    train_on: Literal["last", "all"] = "last"
-    """objective.prefix = "dataset": the turns of the assistant's in a row's `messages` that are
-    trained on. last: those at the end; all: each one, up to window.tokens after the first
-    begins."""
-    template: Literal["chat", "raw"] | None = None
-    """Render prompts with the chat template or take them as they are; by default chat for messages,
-    raw for strings. data.template_arguments.NAME tells the template more."""
-    system: str | None = None
-    """System prompt before every chat; a chat that has a system message of its own keeps that
-    one."""
-    template_arguments: Arguments = Field(default_factory=dict)
-    """Arguments for the chat templates of student and teacher, such as {enable_thinking =
-    false}."""
-    max_prompt_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens of a prompt; by default as many as the context leaves beside the completion."""
-    too_long: Literal["refuse", "drop", "cut-left"] = "refuse"
-    """Treatment of prompts that are too long: refuse the run, leave them out, or cut their first
-    tokens."""
-    seed: Annotated[Seed, Role.SEED] = 0
-    """Seed of a task's problems."""
 
 
 class Sampling(Section, role=Role.OBJECTIVE):

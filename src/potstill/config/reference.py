@@ -96,6 +96,8 @@ def _words_for(annotation: Any) -> str:
         return "list of " + ", ".join(dict.fromkeys(_words_for(item) for item in inner))
     if inner:
         return " or ".join(_words_for(item) for item in inner)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "table"
     raise ValueError(f"{annotation} has no name in the recipe's documentation; add it to WORDS")
 
 

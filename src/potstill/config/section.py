@@ -98,7 +98,7 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         return (
             f"{name} is not a field of the recipe; the nearest is "
-            f"{nearest_field(name, field_names(schema))}"
+            f"{nearest_field(name, _names_beside(schema, location))}"
         )
     if error["type"] == "missing":
         return f"{name} is missing; it has no default"
@@ -111,6 +111,19 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
     if error["type"] in ("model_type", "dict_type"):
         message = f"it is a section; write its fields below a line [{name}]"
     return f"{name} is {shown(error['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _names_beside(schema: type[BaseModel], location: list[str]) -> list[str]:
+    """The dotted names that may stand where another does: of the item of a list, or of the
+    recipe."""
+    section = schema
+    for part in [part for part in location[:-1] if not part.isdigit()]:
+        annotation = section.model_fields[part].annotation
+        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        section = next((kind for kind in kinds if issubclass(kind, BaseModel)), section)
+    if location[-2:-1] and location[-2].isdigit():
+        return [".".join([*location[:-1], name]) for name in section.model_fields]
+    return field_names(schema)
 
 
 def field_names(schema: type[BaseModel]) -> list[str]:

@@ -76,13 +76,15 @@ def left_out(recipe: str | Path, fields: dict[str, Any]) -> list[str]:
     own_model, own_source = data.get("model") or data["student"]["model"], data["data"]["source"]
     model = _first_model(str(fields.get("student.model", fields.get("model", own_model))))
     source = fields.get("data.source", own_source)
+    has_sources = "data.sources" in fields
     steps = fields.get("train.steps")
     is_short = isinstance(steps, int) and steps < data.get("train", {}).get("warmup_steps", 0)
     is_other_model = model != own_model and not model.startswith("potstill:")
     is_other = {
         "train.lr": is_other_model,
         "grpo.lr": is_other_model,
-        "data.num_prompts": source != own_source and is_table(source),
+        "data.source": has_sources,
+        "data.num_prompts": has_sources or (source != own_source and is_table(source)),
         "train.warmup_steps": is_short,
     }
     sections = [name.split(".") for name, is_so in is_other.items() if is_so and name not in fields]

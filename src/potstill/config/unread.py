@@ -3,8 +3,8 @@ not in the hash."""
 
 from typing import Any
 
+from potstill.config.data_fields import Data
 from potstill.config.fields import (
-    Data,
     GrpoFields,
     Objective,
     RecipeFields,
@@ -172,7 +172,12 @@ def _unread_of_template(data: Data) -> dict[str, str]:
 
 def _unread_of_data(data: Data) -> dict[str, str]:
     unread = _unread_of_template(data)
-    source = data.source
+    source = data.origin
+    if data.sources:
+        reason = "data.sources is set, whose tables say this of each"
+        unread |= dict.fromkeys(
+            ("data.source", "data.split", "data.config", "data.num_prompts"), reason
+        )
     if not is_table(source):
         reason = f"data.source is the task {source!r}, which has no columns"
         unread |= dict.fromkeys(
@@ -189,7 +194,7 @@ def _unread_of_data(data: Data) -> dict[str, str]:
         unread["data.prompt_column"] = (
             "data.prompt_template is set, which takes the place of a column"
         )
-    if not any(is_table(name) and is_hub_id(name) for name in sources(source)):
+    if not data.sources and not any(is_hub_id(name) for name in sources(source)):
         reason = f"data.source is the file {source!r}, which has no splits and no configurations"
         unread |= {"data.split": reason, "data.config": reason}
     return unread
@@ -201,6 +206,7 @@ def unread_grpo_fields(recipe: GrpoFields) -> dict[str, str]:
         "GRPO needs scores, so data.source is a task, which has no columns and no configurations"
     )
     fields = ("data.prompt_column", "data.prompt_template", "data.train_on", "data.config")
+    fields += ("data.sources",)
     unread = dict.fromkeys(fields, reason) | _unread_of_window(recipe.window)
     unread |= _unread_of_template(recipe.data)
     if recipe.evaluation.source is None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from potstill.checks.finding import Written
 from potstill.config import Recipe
+from potstill.prompts.mixture import step_places
 from potstill.rollouts.prefixes import Writing, from_one, write_rollouts
-from potstill.seeds import step_indices
 from potstill.training.controllers import first_window
 from potstill.training.setup import Setup
 from potstill.types import Prompt, Rollout, Writer
@@ -82,7 +82,7 @@ def _first_prompts(
 ) -> tuple[list[Prompt], list[tuple[int, ...]]]:
     """The first of the first step's prompts, with the seed of each rollout."""
     per_step, seed = recipe.train.prompts_per_step, recipe.train.seed
-    indices = step_indices(len(setup.prompts), per_step, 0, seed)[:num]
+    indices = step_places(len(setup.prompts), setup.mixture, per_step, 0, seed)[:num]
     return [setup.prompts[i] for i in indices], [(seed, 0, place) for place in range(num)]
 
 

@@ -111,7 +111,7 @@ def _held_out(
     validation = recipe.validation
     max_tokens = validation.max_tokens or recipe.window.tokens
     num = DEFAULT_PROMPTS if validation.num_prompts is None else validation.num_prompts
-    has_task = not is_given and not is_table(recipe.data.source)
+    has_task = not is_given and not is_table(recipe.data.origin)
     can_score = teacher is None or teacher.can_score
     if validation.source is None and not (has_task and can_score):
         kept, held = hold_out_of(prompts, num, is_default=not validation.is_asked_for)
@@ -148,7 +148,7 @@ def _task_of_data(recipe: Recipe) -> Task:
     """The task of the data, which has made the problems that it is to grade."""
     data = recipe.data
     return load_task(
-        str(data.source), split=data.split, num_examples=data.num_prompts, seed=data.seed
+        str(data.origin), split=data.split, num_examples=data.num_prompts, seed=data.seed
     )[0]
 
 
@@ -228,7 +228,7 @@ def _problems(
 
     They are of its test split where that has enough, else those that come after the training's.
     """
-    source, evaluation = str(recipe.data.source), recipe.evaluation
+    source, evaluation = str(recipe.data.origin), recipe.evaluation
     known = [prompt.example for prompt in prompts]
     num_evaluated = 0
     if evaluation.source == source:

@@ -1,9 +1,10 @@
 """The prompts of a run: what its recipe names, or what Python gives, as both models read it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from potstill.config import Recipe
+from potstill.config import Data, Recipe, TeacherSpec
 from potstill.prompts.examples import (
     load_examples,
     make_prompts,
@@ -13,7 +14,7 @@ from potstill.prompts.examples import (
 from potstill.prompts.rows import Asked, make_examples, rows_of_objects
 from potstill.prompts.system import system_notes, with_system
 from potstill.tasks import is_table
-from potstill.tasks.tables import blank_lines
+from potstill.tasks.tables import blank_lines, with_own_ids
 from potstill.types import Example, Prompt
 
 
@@ -32,31 +33,19 @@ def prepare_prompts(
     them a document. Raises DataError.
     """
     data = recipe.data
-    has_teacher = teacher is not None
-    teacher_column = recipe.teacher.prompt_column if has_teacher else None
-    teacher_template = recipe.teacher.prompt_template if has_teacher else None
+    # A teacher that is not there reads no prompts.
+    spec = recipe.teacher if teacher is not None else TeacherSpec()
     notes: list[str] = []
     if given is None:
-        examples = load_examples(
-            data.source,
-            split=data.split,
-            num_examples=data.num_prompts,
-            prompt_column=data.prompt_column,
-            prompt_template=data.prompt_template,
-            seed=data.seed,
-            teacher_column=teacher_column,
-            teacher_template=teacher_template,
-            config=data.config,
-            train_on=data.train_on,
-        )
-        notes += _about_blank_lines(data.source)
+        examples = _load(data, spec)
+        notes += _about_blank_lines(data.origin)
     else:
         rows = rows_of_objects(given, data.prompt_column)
         asked = Asked(
             column=data.prompt_column,
             template=data.prompt_template,
-            teacher_column=teacher_column,
-            teacher_template=teacher_template,
+            teacher_column=spec.prompt_column,
+            teacher_template=spec.prompt_template,
             train_on=data.train_on,
         )
         examples = make_examples(rows, asked)
@@ -74,6 +63,42 @@ def prepare_prompts(
         len(examples), prompts, student.tokenizer, data.template, data.template_arguments
     )
     return prompts, notes
+
+
+def _load(data: Data, teacher: TeacherSpec) -> list[Example]:
+    """The examples of the data's source, or of its several sources one after the other. Raises
+    DataError."""
+    alike: dict[str, Any] = {
+        "teacher_column": teacher.prompt_column,
+        "teacher_template": teacher.prompt_template,
+        "train_on": data.train_on,
+    }
+    if not data.sources:
+        return load_examples(
+            data.source,
+            split=data.split,
+            num_examples=data.num_prompts,
+            prompt_column=data.prompt_column,
+            prompt_template=data.prompt_template,
+            seed=data.seed,
+            config=data.config,
+            **alike,
+        )
+    examples = []
+    for place, each in enumerate(data.sources):
+        is_asked_otherwise = each.prompt_column is not None or each.prompt_template is not None
+        asked = each if is_asked_otherwise else data
+        found = load_examples(
+            each.source,
+            split=each.split or "train",
+            num_examples=each.num_prompts,
+            prompt_column=asked.prompt_column or data.prompt_column,
+            prompt_template=asked.prompt_template,
+            config=each.config,
+            **alike,
+        )
+        examples += [replace(example, source=place) for example in found]
+    return with_own_ids(examples)
 
 
 def as_read(

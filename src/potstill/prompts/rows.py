@@ -89,6 +89,7 @@ def example_from_row(row: DataRow, place: int, asked: Asked) -> Example:
         teacher_prompt=_teacher_prompt(row, asked),
         tools=tools_of(values["tools"], where) if "tools" in values else None,
         where=where,
+        source=row.source,
     )
 
 

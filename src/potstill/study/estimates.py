@@ -179,8 +179,8 @@ def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCos
     if isinstance(recipe, Recipe) and recipe.teacher.model != "self":
         models.append(recipe.teacher.model)
     if (
-        is_table(recipe.data.source)
-        or own_task(recipe.data.source)
+        is_table(recipe.data.origin)
+        or own_task(recipe.data.origin)
         or not all(map(_is_small, models))
     ):
         return None

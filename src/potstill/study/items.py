@@ -60,8 +60,9 @@ def panel_recipe(panel: PanelPlan, fields: dict[str, Any], seed: int, out: Path)
     """The panel's recipe with these fields and this seed."""
     assert panel.recipe is not None
     data = read_recipe(panel.recipe, fields)
-    source = data.get("data", {}).get("source", "multiplication")
-    seeds = {"train.seed": seed} | ({} if is_table(source) else {"data.seed": seed})
+    section = data.get("data", {})
+    has_task = "sources" not in section and not is_table(section.get("source", "multiplication"))
+    seeds = {"train.seed": seed} | ({"data.seed": seed} if has_task else {})
     return make_recipe(with_fields(data, seeds | {"out": str(out)}), f"panel {panel.title!r}")
 
 
@@ -162,8 +163,8 @@ def grpo_item(
     needs: tuple[Path, ...] = (),
 ) -> Item:
     """A GRPO run from a model, on the task and with the evaluation of the recipe `start`."""
-    fields = {"model": model, "grpo.seed": seed, "data.source": start.data.source}
-    fields |= {} if is_table(start.data.source) else {"data.seed": seed}
+    fields = {"model": model, "grpo.seed": seed, "data.source": start.data.origin}
+    fields |= {} if is_table(start.data.origin) else {"data.seed": seed}
     # What a shipped recipe says of rates is for models of its kind: those that this one began with.
     first = start.student.model if needs else model
     data = read_recipe(study.grpo.recipe, study.grpo.fields | fields | {"model": first}) | {

@@ -91,7 +91,7 @@ def _own_sources(panels: Sequence[PlannedPanel]) -> list[str]:
     """The tasks of the user's own that the runs of a study take problems from."""
     items = [item for panel in panels for item in panel.items]
     sources = [
-        source for item in items for source in (item.recipe.data.source, item.evaluation.source)
+        source for item in items for source in (item.recipe.data.origin, item.evaluation.source)
     ]
     return sorted({source for source in sources if isinstance(source, str) and own_task(source)})
 
@@ -118,7 +118,7 @@ def _edited_files(item: Item) -> list[str]:
     then."""
     if item.kind != "evaluate":
         return list(
-            edited_files(item.job.path, own_files(item.recipe.data.source, item.evaluation.source))
+            edited_files(item.job.path, own_files(item.recipe.data.origin, item.evaluation.source))
         )
     then = read_entry(item.job.path).evals[0]["settings"].get("source_sha256")
     return [file for file, now in own_files(item.evaluation.source).items() if now != then]

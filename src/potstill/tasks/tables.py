@@ -32,11 +32,12 @@ UTF8 = "save the file as UTF-8"
 
 class DataRow(NamedTuple):
     """One row: where it stands, for messages; its columns that were asked for, without nulls; the
-    names of all."""
+    names of all; and the place of its data source among several."""
 
     where: str
     values: dict[str, Any]
     names: tuple[str, ...]
+    source: int = 0
 
 
 class WrittenFloat(float):
@@ -74,12 +75,18 @@ def read_table_rows(
     `split` and `config` are those of folders and hub data sets. Raises DataError.
     """
     parts: list[Iterator[DataRow]] = []
-    for name in sources(source):
+    for place, name in enumerate(sources(source)):
         if is_hub_id(name):
-            parts.append(_rows_of_data_set(name, columns, num_rows, split, config))
+            found = [_rows_of_data_set(name, columns, num_rows, split, config)]
         else:
-            parts += [_rows_of_file(file, columns, num_rows) for file in _find_files(name)]
+            found = [_rows_of_file(file, columns, num_rows) for file in _find_files(name)]
+        parts += [_numbered(rows, place) for rows in found]
     return list(itertools.islice(itertools.chain(*parts), num_rows))
+
+
+def _numbered(rows: Iterator[DataRow], source: int) -> Iterator[DataRow]:
+    for row in rows:
+        yield row._replace(source=source)
 
 
 def _find_files(name: str) -> list[str]:

@@ -121,7 +121,7 @@ def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
         distributed.wait_for_rank_0(world)
     elif world.is_main and not quiet:
         edited = run_folder.edited_files(
-            folder, own_files(recipe.data.source, recipe.evaluation.source)
+            folder, own_files(recipe.data.origin, recipe.evaluation.source)
         )
         for file in edited:
             say(

@@ -18,6 +18,7 @@ from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.objectives.loss import Loss
 from potstill.prompts.held_out import HeldOut, validation_prompts
+from potstill.prompts.mixture import Mixture, make_mixture
 from potstill.prompts.prepare import prepare_prompts
 from potstill.tasks import is_table, make_task
 from potstill.tasks.own import own_files
@@ -38,6 +39,7 @@ class Setup:
     teacher: Teacher | None
     cache: Cache | None
     prompts: list[Prompt]
+    mixture: Mixture | None
     probes: list[Prompt]
     held_out: HeldOut | None
     ends: Ends
@@ -83,17 +85,21 @@ def prepare(
     divided = _divide_prompts(
         recipe, student, teacher, cache, ends=ends, loss=loss, given=prompts, date=date
     )
+    sources = recipe.data.sources if prompts is None else ()
+    weights, names = [each.weight for each in sources], [each.source for each in sources]
+    mixture = make_mixture(divided.prompts, weights, names)
     if recipe.evaluation.source is not None:
         # Its prompts are made again when the run ends; here a bad one is refused before any work is
         # done.
         prepare_problems(student, run_evaluation(recipe), date)
-    has_task = prompts is None and not is_table(recipe.data.source)
-    answer_end = make_task(str(recipe.data.source)).answer_end if has_task else lambda text: None
+    has_task = prompts is None and not is_table(recipe.data.origin)
+    answer_end = make_task(str(recipe.data.origin)).answer_end if has_task else lambda text: None
     return Setup(
         student=student,
         teacher=teacher,
         cache=cache,
         prompts=divided.prompts,
+        mixture=mixture,
         probes=divided.probes,
         held_out=divided.held_out,
         ends=ends,
@@ -102,7 +108,7 @@ def prepare(
         student_flops=student.flops,
         teacher_flops=None if teacher is None else teacher.flops,
         task_files=own_files(
-            recipe.data.source if prompts is None else None, recipe.evaluation.source
+            recipe.data.origin if prompts is None else None, recipe.evaluation.source
         ),
         date=date,
         notes=divided.notes,

@@ -12,9 +12,9 @@ from potstill.config import Recipe, Train
 from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
+from potstill.prompts.mixture import step_places
 from potstill.runs import run_folder
 from potstill.runs.schema import DistillationMetrics, value_in
-from potstill.seeds import step_indices
 from potstill.training import checkpoint
 from potstill.training.controllers import (
     BestState,
@@ -174,7 +174,8 @@ def prompts_and_seeds(trainer: Trainer, step: int) -> tuple[list[Prompt], list[t
     """
     settings, prompts, world = trainer.settings, trainer.setup.prompts, trainer.world
     round_ = step // trainer.recipe.rollouts.reuse
-    indices = step_indices(len(prompts), settings.prompts_per_step, round_, settings.seed)
+    mixture, per_step = trainer.setup.mixture, settings.prompts_per_step
+    indices = step_places(len(prompts), mixture, per_step, round_, settings.seed)
     places = range(world.rank, settings.prompts_per_step, world.size)
     return [prompts[indices[place]] for place in places], [
         (settings.seed, round_, place) for place in places
