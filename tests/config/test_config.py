@@ -477,6 +477,7 @@ FIELDS_WITH = {
         "out",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.tracker",
         "grpo.checkpoint_every",
         "validation.every",
     },

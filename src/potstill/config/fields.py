@@ -174,6 +174,9 @@ class Train(Section, role=Role.UPDATE):
     """Steps between checkpoints; one is also written at the end."""
     keep_checkpoints: Annotated[int | None, Role.OUTPUT] = Field(default=None, ge=1)
     """Checkpoints that are kept, the last ones; 1 by default."""
+    tracker: Annotated[Literal["tensorboard", "wandb", "trackio"] | None, Role.OUTPUT] = None
+    """Tracker that each step's numbers go to, beside metrics.jsonl; none by default. It must be
+    installed. Weights & Biases (wandb) is offline unless the variable WANDB_MODE says otherwise."""
     seed: Annotated[Seed, Role.SEED] = 0
     """Seed of the data order, of sampling and of fresh weights."""
     extended: Annotated[tuple[tuple[int, int], ...], Role.LENGTH] = ()

@@ -1,5 +1,7 @@
 """The training loop: from a recipe to a run folder with a distilled student."""
 
+import contextlib
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from potstill.runs import run_folder
 from potstill.runs.schema import AnyMetrics, DistillationMetrics, DistillationRow
 from potstill.tasks.own import own_files
 from potstill.teachers.protocol import Teacher
+from potstill.tracking.trackers import refuse_missing, tracked
 from potstill.training import checkpoint
 from potstill.training.extension import extended
 from potstill.training.gradients import accumulate_gradients
@@ -44,6 +47,10 @@ from potstill.training.step import (
 from potstill.training.validation import is_exhausted, validate_if_due
 from potstill.types import Example
 
+StepFunction = Callable[[DistillationRow], object]
+# As asked to stop: no signal, but a function that was told of a step and failed.
+FAILED = 1000
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -62,6 +69,7 @@ def train(
     tokenizer=None,
     prompts: Sequence[str | dict[str, Any] | Example] | None = None,
     extend_to: int | None = None,
+    on_step: StepFunction | None = None,
     quiet: bool = False,
 ) -> RunResult:
     """Run a recipe, or resume it in its folder, and return the student.
@@ -69,12 +77,16 @@ def train(
     `extend_to` gives the run in the folder so many steps, finished or not (`extension.py` says what
     that means). A finished run whose recipe has another evaluation is evaluated anew.
 
+    `on_step` is called after each step with a copy of its row of `metrics.jsonl`, in the main
+    process alone. What it raises ends the run once the step is saved.
+
     `student` and `teacher` may be Hugging Face causal LMs that are already loaded (with their
     `tokenizer`), `prompts` a list of strings, rows as of a data file, or Examples; they take the
     place of what the recipe names. Raises RecipeError, ModelError, DataError or RunError for bad
     input before anything is written, and NonFiniteError before a bad update.
     """
     check_recipe(recipe, Recipe)
+    refuse_missing(recipe.train.tracker)
     world = distributed.start()
     may_change: tuple[Role, ...] = ()
     if extend_to is not None:
@@ -106,7 +118,7 @@ def train(
         if not world.is_main:
             return _run(recipe, setup, world, quiet=True)
         with run_folder.open_run(recipe, _environment(setup, world), may_change) as notes:
-            return _run(recipe, setup, world, quiet, notes)
+            return _run(recipe, setup, world, quiet, notes, on_step)
 
 
 def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
@@ -133,25 +145,41 @@ def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
 
 
 def _run(
-    recipe: Recipe, setup: Setup, world: World, quiet: bool, notes: Sequence[str] = ()
+    recipe: Recipe,
+    setup: Setup,
+    world: World,
+    quiet: bool,
+    notes: Sequence[str] = (),
+    on_step: StepFunction | None = None,
 ) -> RunResult:
     """Take the steps that are left, and write the student. All randomness follows from the seed and
     finished steps."""
     trainer = make_trainer(recipe, setup, world)
     run, settings = begin(trainer), trainer.settings
     with (
+        contextlib.ExitStack() as stack,
         StepDisplay(settings.steps, run.step, quiet, settings.flops) as display,
         stop_asked_for() as asked,
     ):
+        told = [] if on_step is None else [on_step]
+        if world.is_main and recipe.train.tracker is not None:
+            told.append(stack.enter_context(tracked(recipe)))
         display.note(*opening(recipe, setup, world, run.step), *notes)
         if run.step == 0:
             run = validate_if_due(trainer, run, display)
-        run = _take_steps(trainer, run, display, asked)
+        run = _take_steps(trainer, run, display, asked, told)
     return _finish(trainer, run, quiet)
 
 
-def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callable[[], int]) -> Run:
-    """The loop. `run` is the state before a step, `plan` what that step is to do."""
+def _take_steps(
+    trainer: Trainer,
+    run: Run,
+    display: StepDisplay,
+    asked: Callable[[], int],
+    told: Sequence[StepFunction],
+) -> Run:
+    """The loop. `run` is the state before a step, `plan` what that step is to do. Each function of
+    `told` is told of each step, in the main process."""
     settings, world, student = trainer.settings, trainer.world, trainer.setup.student
     has_dropout = trainer.recipe.student.dropout
     while not is_spent(settings, run.step, run.flops) and not is_exhausted(trainer, run):
@@ -181,11 +209,12 @@ def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callabl
         updated = update(trainer, run, plan, clock)
         metrics = step_metrics(trainer, plan, sums, updated, cost)
         run = run.after(trainer.recipe, metrics, rollouts)
-        _record(trainer, metrics, samples + seen, display, clock)
+        row = _record(trainer, metrics, samples + seen, display, clock)
+        failure = _tell(told, row)
         run = validate_if_due(trainer, run, display)
         ends_early = is_exhausted(trainer, run)
         # The ranks stop together.
-        signal = distributed.max_over_ranks(asked(), world)
+        signal = distributed.max_over_ranks(FAILED if failure else asked(), world)
         if saves or signal or ends_early:
             _save(trainer, run)
         display.update(
@@ -194,6 +223,8 @@ def _take_steps(trainer: Trainer, run: Run, display: StepDisplay, asked: Callabl
             total_flops=metrics["total_flops"],
             numbers=describe(metrics),
         )
+        if signal == FAILED:
+            raise _failed(failure, run.step, display)
         if signal:
             raise stopped_after(run.step, signal)
         if ends_early:
@@ -215,18 +246,41 @@ def _record(
     samples: list[dict[str, Any]],
     display: StepDisplay,
     clock: Stopwatch,
-) -> None:
-    """Log a finished step, and warn once where the two models end their texts differently."""
+) -> DistillationRow:
+    """Log a finished step, and warn once where the two models end their texts differently; its
+    row."""
     if "end_habits" in metrics:
         display.note_once(
             disagreement(metrics["end_habits"], trainer.setup.ends, trainer.setup.student.tokenizer)
         )
-    if not trainer.world.is_main:
-        return
     row: DistillationRow = {**metrics, **timing(display.lap(), clock.seconds)}
+    if not trainer.world.is_main:
+        return row
     files.append(trainer.folder / "metrics.jsonl", row)
     for sample in samples:
         files.append(trainer.folder / "samples.jsonl", {"step": metrics["step"], **sample})
+    return row
+
+
+def _tell(told: Sequence[StepFunction], row: DistillationRow) -> Exception | None:
+    """Tell each function of a step; what one of them raises."""
+    for function in told:
+        try:
+            function(copy.deepcopy(row))
+        # Of the user's own code, raised again once the step is saved.
+        except Exception as error:
+            return error
+    return None
+
+
+def _failed(failure: Exception | None, step: int, display: StepDisplay) -> Exception:
+    """What a run ends with whose step is saved and could not be told."""
+    saved = f"step {step} is saved, and the same command goes on from there"
+    if failure is None:
+        return run_folder.RunError(f"rank 0 could not tell of step {step}; {saved}")
+    display.note(f"ended by {type(failure).__name__} after a step: {saved}")
+    failure.add_note(saved)
+    return failure
 
 
 def _save(trainer: Trainer, run: Run) -> None:
