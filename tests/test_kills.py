@@ -21,6 +21,8 @@ GATE = {
 }
 GATE |= {"window.patience": "1", "window.threshold": "0.01", "window.max-truncation": "1"}
 GATE |= {"window.max-repetition": "1"}
+VALIDATION = {"validation.num-prompts": "3", "validation.every": "1", "train.keep-checkpoints": "2"}
+VALIDATION |= {"validation.keep-best": "student_prefix_reverse_kl", "validation.patience": "2"}
 MIXED = {"objective.prefix": "mixed"}
 HANDOFF = {
     "objective.prefix-mix": "handoff",
@@ -124,6 +126,7 @@ CASES = {
     ),
     "from a cache": Case(train(SFT, {"teacher.cache": "cache"}), before=(cache(),)),
     "entropy-gated window": Case(train(OPD, GATE)),
+    "validation": Case(train(OPD, VALIDATION)),
     "teacher self": Case(train(OPD, SELF), files={"prompts.jsonl": HINTED}),
     "gamma": Case(train(OPD, {"objective.gamma": "0.5"})),
     "grpo": Case(command("grpo grpo --out run", GRPO, GATE), at_each=8),
