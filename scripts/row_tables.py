@@ -12,6 +12,7 @@ FILES = {
         *("StepMetrics", "DistillationMetrics", "GrpoMetrics", "Timing"),
         *("WriterMeans", "EndHabits", "Flops"),
     ),
+    "validation.jsonl": ("ValidationRow",),
 }
 
 

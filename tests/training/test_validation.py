@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from potstill.report.page import write_report
 from potstill.report.validation import validation_curves
 from potstill.runs.results import read_entry
 from potstill.runs.run_folder import RunError
+from potstill.runs.schema import ValidationRow
 from potstill.statistics import Estimate
 from potstill.training import checkpoint, loop, validation
 from potstill.training.setup import prepare
@@ -92,7 +94,7 @@ def test_its_numbers_are_those_of_plain_softmaxes():
         "truncation"
     ].value == pytest.approx(1 / 3)
     assert all(low <= value <= high for value, low, high in found.values())
-    assert found.keys() == QUANTITIES.keys() - {"score"}
+    assert found.keys() == QUANTITIES.keys() - {"score", "judged"}
 
 
 def test_a_run_validates_at_both_ends_and_in_between(whole):
@@ -103,7 +105,9 @@ def test_a_run_validates_at_both_ends_and_in_between(whole):
     # The teacher does not learn, the student does.
     assert len({tuple(row["teacher_length"]) for row in found}) == 1
     assert len({tuple(row["student_prefix_reverse_kl"]) for row in found}) == 3
-    assert all(set(QUANTITIES) <= set(row) for row in found)
+    assert all(QUANTITIES.keys() - {"judged"} <= row.keys() for row in found)
+    quantities = get_type_hints(ValidationRow).keys() - {"step", "seconds"}
+    assert quantities == QUANTITIES.keys() | {"num_prompts", "max_tokens"}
 
 
 def test_it_changes_no_step(whole, tmp_path):

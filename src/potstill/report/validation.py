@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from potstill.report.figures import Figure, Link, axis, layout, line_styles, rounded
 from potstill.runs.results import Entry
+from potstill.runs.schema import Quality, quantity_in
 
 
 class Shown(NamedTuple):
@@ -50,13 +51,14 @@ def _curve(
 ) -> Figure:
     shown, lines = SHOWN[name], []
     for run, line in zip(runs, line_styles(runs), strict=True):
-        rows = [row for row in run.validations if name in row]
-        estimates = [[shown.scale * end for end in row[name]] for row in rows]
+        known = [(row["step"], quantity_in(row, name)) for row in run.validations]
+        points = [(step, found) for step, found in known if found is not None]
+        estimates = [[shown.scale * end for end in found] for _, found in points]
         lines.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "x": [row["step"] for row in rows],
+                "x": [step for step, _ in points],
                 "y": [rounded(value) for value, _, _ in estimates],
                 "error_y": {
                     "type": "data",
@@ -84,13 +86,17 @@ def validation_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[En
     rows = []
     for entry in validated:
         row = entry.validations[-1]
-        cells = [_cell(row[name], SHOWN[name]) if name in row else "" for name in known]
+        cells = [_cell(row, name) for name in known]
         rows.append((entry, [str(row["step"]), *cells]))
     return header, rows
 
 
-def _cell(estimate: Sequence[float], shown: Shown) -> str:
-    value, low, high = (f"{shown.scale * end:.{shown.digits}f}" for end in estimate)
+def _cell(row: Quality, name: str) -> str:
+    """A quantity and its interval; nothing where it is not known."""
+    shown, found = SHOWN[name], quantity_in(row, name)
+    if found is None:
+        return ""
+    value, low, high = (f"{shown.scale * end:.{shown.digits}f}" for end in found)
     return f"{value} [{low}, {high}]"
 
 
@@ -102,8 +108,7 @@ def validation_lines(entry: Entry) -> list[str]:
     names = [name for name in SHOWN if name in last]
     width = max(len(SHOWN[name].title) for name in names)
     lines = [
-        f"{SHOWN[name].title:{width}}  {_before(first, name)}{_cell(last[name], SHOWN[name])}"
-        for name in names
+        f"{SHOWN[name].title:{width}}  {_before(first, name)}{_cell(last, name)}" for name in names
     ]
     about = (
         f"{last['num_prompts']} prompts that were not trained on, at most {last['max_tokens']} "
@@ -112,13 +117,13 @@ def validation_lines(entry: Entry) -> list[str]:
     return [about, *lines]
 
 
-def _before(row: dict[str, Any], name: str) -> str:
+def _before(row: Quality, name: str) -> str:
     """The value of another validation, where there is one."""
-    shown = SHOWN[name]
-    return f"{shown.scale * row[name][0]:.{shown.digits}f} -> " if name in row else ""
+    shown, found = SHOWN[name], quantity_in(row, name)
+    return "" if found is None else f"{shown.scale * found[0]:.{shown.digits}f} -> "
 
 
-def comparison_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+def comparison_lines(rows: Sequence[Any]) -> list[str]:
     """Models measured on the same prompts: a block a quantity, a line a model, for the terminal."""
     first = rows[0]
     scored = f"; {first['teacher']} is the teacher" if first["teacher"] is not None else ""
@@ -131,5 +136,5 @@ def comparison_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         found = [row for row in rows if name in row]
         if found:
             lines.append(shown.title)
-            lines += [f"  {row['model']:{width}}  {_cell(row[name], shown)}" for row in found]
+            lines += [f"  {row['model']:{width}}  {_cell(row, name)}" for row in found]
     return lines

@@ -20,9 +20,10 @@ from potstill.runs.run_folder import (
     read_json_list,
     read_metrics,
     read_rows,
+    read_validations,
     resume_command,
 )
-from potstill.runs.schema import MetricsRow, value_in
+from potstill.runs.schema import MetricsRow, ValidationRow, value_in
 
 # Of a study's folder: what it consists of, written before the first run.
 PLAN_FILE = "plan.json"
@@ -56,7 +57,7 @@ class Entry:
     metrics: tuple[MetricsRow, ...] = ()
     samples: tuple[dict[str, Any], ...] = ()
     decisions: tuple[dict[str, Any], ...] = ()
-    validations: tuple[dict[str, Any], ...] = ()
+    validations: tuple[ValidationRow, ...] = ()
 
     @property
     def cell(self) -> str | None:
@@ -119,11 +120,10 @@ def read_entry(path: Path) -> Entry:
     if not is_done(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
     metrics = tuple(read_metrics(path, STEP_LOGS["metrics.jsonl"]))
-    samples, decisions, validations = (
-        tuple(read_rows(path / name, keys))
-        for name, keys in STEP_LOGS.items()
-        if name != "metrics.jsonl"
+    samples, decisions = (
+        tuple(read_rows(path / name, STEP_LOGS[name])) for name in ("samples.jsonl", "window.jsonl")
     )
+    validations = tuple(read_validations(path, STEP_LOGS["validation.jsonl"]))
     evals = newest_evals(path, last_row(path)["step"])
     return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions, validations)
 

@@ -26,7 +26,7 @@ from potstill.config import (
 )
 from potstill.files import file_digest, flush, write_atomically, write_rows
 from potstill.runs.machine import describe_machine
-from potstill.runs.schema import MetricsRow
+from potstill.runs.schema import MetricsRow, ValidationRow
 
 # What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is
 # finished.
@@ -276,6 +276,11 @@ def store_evals(folder: Path, step: int, rows: Sequence[dict[str, Any]]) -> None
 def read_metrics(folder: Path, keys: Collection[str] = ("step",)) -> list[MetricsRow]:
     """The rows of a run's steps; errors as `read_rows`."""
     return cast(list[MetricsRow], read_rows(folder / "metrics.jsonl", keys))
+
+
+def read_validations(folder: Path, keys: Collection[str] = ("step",)) -> list[ValidationRow]:
+    """The rows of a run's validations; errors as `read_rows`."""
+    return cast(list[ValidationRow], read_rows(folder / "validation.jsonl", keys))
 
 
 def last_row(folder: Path) -> MetricsRow:

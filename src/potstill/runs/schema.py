@@ -4,7 +4,7 @@ A docstring below a group of fields says what they hold; `docs/run_folder.md` sh
 tables. A field that not every row has is `NotRequired`. Needs no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from potstill.types import Writer
@@ -212,6 +212,47 @@ class GrpoRow(GrpoMetrics, Timing):
     """A row of `metrics.jsonl` in a GRPO run folder."""
 
 
+class Quality(TypedDict):
+    """Both models on prompts, each number as [value, low, high] of its 95 % bootstrap interval."""
+
+    teacher_prefix_forward_kl: NotRequired[Sequence[float]]
+    teacher_prefix_reverse_kl: NotRequired[Sequence[float]]
+    """KL(teacher ‖ student) and KL(student ‖ teacher) on the teacher's text, in nats a token."""
+    student_prefix_forward_kl: NotRequired[Sequence[float]]
+    student_prefix_reverse_kl: NotRequired[Sequence[float]]
+    """The same on the student's text."""
+    student_perplexity: NotRequired[Sequence[float]]
+    """Perplexity of the teacher's text under the student."""
+    teacher_log_prob: NotRequired[Sequence[float]]
+    """Log-probability of the student's text under the teacher, in nats a token."""
+    student_entropy_before_answer: NotRequired[Sequence[float]]
+    teacher_entropy_before_answer: NotRequired[Sequence[float]]
+    """Token entropies on the student's text up to its first answer or stop, in nats."""
+    length: NotRequired[Sequence[float]]
+    truncation: NotRequired[Sequence[float]]
+    repetition: NotRequired[Sequence[float]]
+    """Tokens of the student's text, the share that is cut, and the share that is a loop."""
+    score: NotRequired[Sequence[float]]
+    judged: NotRequired[Sequence[float]]
+    """Score of the student's text by the task, where the prompts are one's, and by a judge."""
+    teacher_length: NotRequired[Sequence[float]]
+    teacher_truncation: NotRequired[Sequence[float]]
+    teacher_repetition: NotRequired[Sequence[float]]
+    """Tokens of the teacher's text, the share that is cut, and the share that is a loop."""
+
+
+class ValidationRow(Quality):
+    """A validation: both models on prompts that are not trained on."""
+
+    step: int
+    """Steps of the student that was validated; 0 before the first."""
+    num_prompts: int
+    max_tokens: int
+    """How many prompts, and the length cap of what is written to them."""
+    seconds: float
+    """What the validation took; in no step's seconds."""
+
+
 AnyMetrics = DistillationMetrics | GrpoMetrics
 MetricsRow = DistillationRow | GrpoRow
 
@@ -219,6 +260,11 @@ MetricsRow = DistillationRow | GrpoRow
 def value_in(row: AnyMetrics, name: StepNumber) -> float | None:
     """What a row has under a name that is chosen at run time or that not every row has; None where
     it has nothing."""
+    return _found(row, name)
+
+
+def quantity_in(row: Quality, name: str) -> Sequence[float] | None:
+    """A quantity of a validation by its name; None where it was not known."""
     return _found(row, name)
 
 
