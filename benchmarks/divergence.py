@@ -209,7 +209,8 @@ def extra_megabytes(name: str, shape: Shape) -> float:
     # Code and compiled functions come to memory here.
     step(METHODS[name], make_inputs(shape._replace(N=min(shape.N, 300), V=7_000)))
     x = make_inputs(shape)
-    # What was freed and what a thread keeps for its next call would hide as much of what comes now.
+    # Memory that was freed, or that a thread keeps for its next call, would hide as much of what
+    # comes now.
     plan.ARENA.flat = None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

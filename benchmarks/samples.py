@@ -1,4 +1,4 @@
-"""What logging two rollouts takes of a step that logs them: over its loss and gradients, and over
+"""The cost of logging two rollouts in a step that logs them: over its loss and gradients, and over
 the whole step.
 
 Random two-layer models of one width with a vocabulary of real size, on rollouts that the student
@@ -69,8 +69,8 @@ def main(
             train(Recipe.model_validate(data), student=student, teacher=teacher, quiet=True)
             row = read_rows(Path(folder) / "run/metrics.jsonl")[-1]
         loss = row["teacher_seconds"] + row["student_seconds"]
-        # What no part is charged with is that of samples where a version of the log has none of its
-        # own.
+        # Seconds that no part is charged with are those of samples, where a version of the log has
+        # none of its own.
         parts = row["rollout_seconds"] + loss
         samples = row.get("samples_seconds", row["seconds"] - parts)
         print(

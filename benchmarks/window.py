@@ -1,4 +1,4 @@
-"""What a step costs after the window has grown in mid-run, beside a run whose window was as long
+"""The cost of a step after the window has grown in mid-run, beside a run whose window was as long
 from the start.
 
 The two take turns, several rounds; what is compared is the time of all steps at the long window

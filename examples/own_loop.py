@@ -41,7 +41,7 @@ writing = potstill.Writing(
     sampling=potstill.Sampling(),
     rollouts_per_step=arguments.rollouts,
 )
-# What is minimised at each written token: 0.2 KL(teacher || student) + 0.8 KL(student || teacher).
+# The loss at each written token: 0.2 KL(teacher || student) + 0.8 KL(student || teacher).
 terms = potstill.LossTerms(forward=0.2, reverse=0.8)
 optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0.0)
 warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)

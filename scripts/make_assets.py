@@ -44,7 +44,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class GoesOn:
-    """What another asset has become, with `NEW_END` in the vocabulary or even as its own end.
+    """A model that goes on from another asset, with `NEW_END` in the vocabulary or even as its own
+    end.
 
     Its completions are followed by `num_padding` more end tokens that are trained on, as padding is
     that is not masked.

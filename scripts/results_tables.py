@@ -37,7 +37,7 @@ def estimate(value: dict[str, Any] | None, scale: float = 1.0) -> str:
 
 
 def label(group: dict[str, Any], trained: set[str]) -> str:
-    """What a group is called, and how many seeds it has where they are too few for a verdict."""
+    """A group's name, and how many seeds it has where they are too few for a verdict."""
     num = len(group["paths"]) if group["paths"][0] in trained else SEEDS_TO_JUDGE
     return group["label"] + (f" ({seeds_in_words(num)})" if num < SEEDS_TO_JUDGE else "")
 

@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(monkeypatch, capsys, command: str) -> str:
-    """What a script prints."""
+    """The output of a script."""
     monkeypatch.setattr(sys, "argv", command.split())
     runpy.run_path(command.split()[0], run_name="__main__")
     return capsys.readouterr().out

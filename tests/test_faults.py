@@ -53,7 +53,7 @@ REPORT = ["report", "run", "--out", "report.html"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, in which folder, and what a command makes of it.
+    """A fault in a folder, and what a command makes of it.
 
     refused: one line on standard error that `says` (a pattern), exit code 2. right: what the
     command leaves without the fault. runs: exit code 0, for what is not compared. either: refused
@@ -670,7 +670,7 @@ def caches() -> list[Fault]:
         rows.append(
             Fault(f"verifies a shard: {kind}", "cache", verify, "refused", harm, is_late=True)
         )
-        # What is stored of a rollout is compared with its checksum when it is read.
+        # A stored rollout is compared with its checksum when it is read.
         expect = "runs" if kind == "middle" else "either"
         rows.append(Fault(f"builds on a shard: {kind}", "cache", BUILD, expect, harm, is_late=True))
     for kind, harm in damaged("cache/manifest.json").items():
@@ -977,7 +977,7 @@ def rights() -> list[Fault]:
 
 
 def changes() -> list[Fault]:
-    """What a run was begun with is gone, or something else."""
+    """Changes of what a run was begun with: it is gone, or something else."""
     prompts = lines(
         "prompts.jsonl", lambda rows: [rows[1], rows[0].replace(b"*2", b"*3"), *rows[2:]]
     )
@@ -1146,7 +1146,7 @@ def folders(tmp_path_factory, forks):
 
 
 def strays(folder: Path) -> dict[str, Any]:
-    """What is not potstill's, which must be left alone."""
+    """Files that are not potstill's, which must be left alone."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
     foreign = {name: path for name, path in paths.items() if re.search("stray|victim", name)}
     return {name: path.read_bytes() if path.is_file() else None for name, path in foreign.items()}
@@ -1180,7 +1180,7 @@ def test_a_fault_is_said_or_does_no_harm(tmp_path, forks, folders, fault):
         and fault.expect != "runs"
         and fault.argv[0] in ("train", "cache", "evaluate")
     ):
-        # What is given to a command stays as it was damaged, where it is not the command's to make.
+        # Inputs of a command stay as they were damaged, where they are not the command's to make.
         given = "stray|victim|elsewhere|^teacher/" + ("" if "build" in fault.argv else "|^cache/")
         given += "|^run/metrics" if fault.argv == EVALUATE else ""
         wrong = differences(folder, folders.whole(fault.base, fault.argv))

@@ -1,4 +1,4 @@
-"""What reads and judges runs answers at once: none of it waits for torch."""
+"""Modules that read and judge runs answer at once: none of them waits for torch."""
 
 import subprocess
 import sys

@@ -127,5 +127,5 @@ def test_the_order_of_places_tells_nothing_of_the_first_tokens():
         is_students = 0 in student_places(8, 0.5, 0, round_)
         draws[is_students].append(np.random.default_rng((0, round_, 0)).random(3))
     means = {is_students: np.mean(values, axis=0) for is_students, values in draws.items()}
-    # Of 2,000 uniform numbers the mean is within 0.0065 as a rule.
+    # The mean of 2,000 uniform numbers is within 0.0065 as a rule.
     assert all(abs(means[which] - 0.5).max() < 0.025 for which in means)

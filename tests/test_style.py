@@ -1,6 +1,8 @@
 """House rules that a parser can check."""
 
 import ast
+import io
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ PACKAGE = Path(potstill.__file__).parent
 TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 # A program's start and a command's function have names that users know.
 TOLD = {"main", *(command.split()[-1] for command in COMMANDS)}
+# A text that begins so has no head: the reader learns only later what it is about.
+HEADLESS = {"What", "Of"}
 
 
 def definitions(body: list[ast.stmt]) -> Iterator[str]:
@@ -40,3 +44,35 @@ def test_a_public_name_is_defined_in_one_module():
             ):
                 modules[name].add(str(path.relative_to(PACKAGE)))
     assert {name: sorted(found) for name, found in modules.items() if len(found) > 1} == {}
+
+
+def docstrings(tree: ast.Module) -> Iterator[str]:
+    """Every string that stands as a statement, those below the fields of a class included."""
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            yield node.value.value
+
+
+def comments(text: str) -> Iterator[str]:
+    """The first line of each comment."""
+    last_row = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, is_alone = token.start[0], token.line.lstrip().startswith("#")
+            if not is_alone or row != last_row + 1:
+                yield token.string.lstrip("# ")
+            last_row = row if is_alone else 0
+
+
+def test_docstrings_and_comments_begin_with_what_they_are_about():
+    headless = []
+    for path, tree in TREES.items():
+        texts = [*docstrings(tree), *comments(path.read_text())]
+        firsts = [(text.split() or [""])[0] for text in texts]
+        found = [text for text, first in zip(texts, firsts, strict=True) if first in HEADLESS]
+        headless += [f"{path.relative_to(PACKAGE)}: {text}" for text in found]
+    assert headless == []

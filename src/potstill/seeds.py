@@ -5,9 +5,9 @@ import hashlib
 import random
 from enum import IntEnum
 
-# What numpy's generators take as their seed. A rollout is named by (seed of the run, round, place
-# in the round), and in GRPO by its response in the group as well; `stream_key` makes the keys of
-# its random streams.
+# The seed of one of numpy's generators. A rollout is named by (seed of the run, round, place in the
+# round), and in GRPO by its response in the group as well; `stream_key` makes the keys of its
+# random streams.
 Key = tuple[int, ...]
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Of a chat: `role`, `content` (a text, or a list of text parts) and whatever else a template may
-# read.
+# A message of a chat: `role`, `content` (a text, or a list of text parts) and whatever else a
+# template may read.
 Message = dict[str, Any]
-# Of messages that say how to answer.
+# Roles of messages that say how to answer.
 SYSTEM_ROLES = ("system", "developer")
 Writer = Literal["teacher", "student", "dataset"]
 Stop = Literal["end", "length"]
@@ -55,7 +55,7 @@ class Example:
 
     @property
     def name(self) -> str:
-        """What a message calls it."""
+        """Its name in messages to the user."""
         return f"prompt {self.id!r}" + (f" ({self.where})" if self.where else "")
 
 
@@ -78,7 +78,7 @@ class Prompt:
     num_cut: int = 0
 
     def ids_of(self, who: Writer) -> tuple[int, ...]:
-        """What this model is prompted with."""
+        """The prompt of this model, as token ids."""
         return (
             self.teacher_ids
             if who == "teacher" and self.teacher_ids is not None
@@ -88,7 +88,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What a model wrote after a prompt, its stop token included.
+    """The tokens that a model wrote after a prompt, its stop token included.
 
     `log_probs` and `entropies` (nats, one a token) are those of the distribution that each token
     was drawn from; `models` says which of the models that write by turns it was, 0 where there is

@@ -192,7 +192,7 @@ JUNK_BEFORE = (
 def test_no_right_answer_stays_right_with_junk():
     kept = []
     for i, row in enumerate(GOLDEN):
-        # What is 0 stays 0 when it is multiplied.
+        # An answer of 0 stays 0 when it is multiplied.
         if not row["right"] or "answer" not in row or row["answer"].endswith((" 0", ",0")):
             continue
         texts = [row["answer"] + junk for junk in JUNK_AFTER] + [

@@ -140,7 +140,7 @@ def test_a_run_from_the_cache_is_the_run_with_a_live_teacher(tmp_path, options, 
         for name in ("loss", "forward_kl", "reverse_kl", "teacher_entropy", "grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-5), name
         assert mine["num_loss_tokens"] == theirs["num_loss_tokens"]
-        # What was computed at the build is not computed again; the head is, if it is there.
+        # The work of the build is not done again; the head is computed, if it is there.
         assert (
             mine["flops"]["rollout"] == mine["flops"]["teacher"] == 0 < theirs["flops"]["teacher"]
         )
@@ -205,7 +205,7 @@ def test_what_rounding_costs_is_measured_and_printed(tmp_path, dtype, bound):
     expected = torch.cat(kls).mean().item()
     assert 1e-9 < expected < bound
     assert manifest.mean_kl == pytest.approx(expected, rel=0.02)
-    # Of a sample of the cache.
+    # The live KL is that of a sample of the cache.
     assert verified.live_kl == pytest.approx(expected, rel=0.6)
     assert (
         f"{manifest.mean_kl:.3g} nats" in "\n".join(verification_lines(verified))
@@ -257,7 +257,7 @@ def test_killed_builds_end_with_the_same_files(tmp_path, forks):
         assert forks.call(tmp_path, build_in_parts, "killed", trouble=trouble).is_killed
         if (tmp_path / "killed/manifest.json").exists():
             seen.append(len(read_manifest(tmp_path / "killed").shards))
-            # What is visible is whole.
+            # A manifest that is visible is whole.
             Cache(tmp_path / "killed")
     assert len(set(seen)) > 3 and max(seen) >= 8
     build_in_parts(tmp_path / "killed")
@@ -688,8 +688,7 @@ def test_links_in_a_cache_are_not_followed(copied, tmp_path, linked):
 
 
 def test_a_build_removes_only_what_a_build_left(copied):
-    """Of shards that no manifest lists: whole ones and unfinished ones; not what has another
-    name."""
+    """Shards that no manifest lists, whole or unfinished, and nothing with another name."""
     shards = copied / "shards"
     theirs = ("notes.txt", ".DS_Store", "0123456789abcdef.safetensors.bak")
     for name in (

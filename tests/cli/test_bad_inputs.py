@@ -234,7 +234,7 @@ def test_a_hub_that_does_not_answer_is_tried_once(yard, monkeypatch, capfd):
 
 
 def test_good_inputs_beside_the_bad(yard, monkeypatch, capfd):
-    """What the table damages is good without the damage."""
+    """The inputs that the table damages are good without the damage."""
     monkeypatch.chdir(yard)
     shutil.copytree(ASSETS / "base", yard / "models" / "good", dirs_exist_ok=True)
     main(["train", "demo", "--student.model", "models/good", "--dry-run"])

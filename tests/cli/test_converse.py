@@ -78,7 +78,7 @@ def test_turns_are_rendered_as_the_template_says(monkeypatch, capsys, folder, as
     ends = [tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>")]
     answers = []
     for place, (prompt, completion) in enumerate(asked):
-        # What it says is what non-streamed sampling of the same prompt says.
+        # The answer is that of sampling the same prompt without a stream.
         (alone,) = sampling.sample(
             load_model(str(folder)).model,
             [prompt],
@@ -139,7 +139,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, folder
     text = "Hello\nGo on\n"
     code, _, err = talk(monkeypatch, capsys, folder, text, "--max-tokens", "40", "--seed", "5")
     assert code == 0 and "(stopped)" in err and len(asked) == 2
-    # What was said up to there is part of the conversation.
+    # The words up to there are part of the conversation.
     messages = [by("user", "Hello"), by("assistant", "".join(pieces[:3])), by("user", "Go on")]
     assert asked[1][0] == rendered(folder, messages)
 
@@ -213,7 +213,7 @@ def test_at_a_terminal_lines_are_asked_for(monkeypatch, capsys, folder, asked):
 
 
 def pieces_of(monkeypatch, model, token_ids):
-    """What is printed after each token, and at the end."""
+    """The pieces that are printed after each token, and at the end."""
     pieces = []
     monkeypatch.setattr(chat, "say_on", pieces.append)
     written = chat._Written(model)

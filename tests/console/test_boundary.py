@@ -1,5 +1,4 @@
-"""What becomes of errors that are not ours, of signals, and of text that would steer the
-terminal."""
+"""Errors that are not ours, signals, and text that would steer the terminal."""
 
 import ast
 import errno

@@ -136,7 +136,7 @@ def test_a_file_is_replaced_only_if_that_is_asked_for(here):
     [(None, (256, 900)), (2000, (256, 900)), (1000, (96, 900)), (600, (256, 190))],
 )
 def test_the_window_is_what_prompts_leave_of_the_context(context, expected):
-    """Of a hundred prompts all but one have at most 190 tokens, and one has 900."""
+    """A hundred prompts: all but one have at most 190 tokens, and one has 900."""
     lengths = [*range(92, 191), 900]
     window, longest = choose_window(lengths, context, 256, "prompts.jsonl")
     assert (window, longest if longest == 900 else 190) == expected

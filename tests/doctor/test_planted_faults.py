@@ -69,7 +69,7 @@ def task(folder, answer: str, grade: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Planted:
-    """What is examined: sections over the recipe's, objects over the clean pair's, and patches."""
+    """A planted fault: sections over the recipe's, objects over the clean pair's, and patches."""
 
     sections: dict[str, Any] = dataclasses.field(default_factory=dict)
     objects: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -216,7 +216,7 @@ SLOW = (
     "a toy's rate for a real model",
     "no memory",
 )
-# What a run refuses, and so an examination.
+# Faults that a run refuses, and so does an examination.
 REFUSED = {
     "a NaN in the weights": (ModelError, "the weights are not finite"),
     "other tokenizers": (ModelError, "differ at"),

@@ -119,7 +119,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
         for name in ("whole", "killed")
     ]
     assert files[0] == files[1] and len(files[0]) == 2
-    # What is there is not sampled again, and other settings are another file.
+    # Responses that are there are not sampled again, and other settings are another file.
     monkeypatch.setattr(responses, "sample", None)
     assert (
         without_times(
@@ -280,7 +280,7 @@ def scripted_model(script):
         return out
 
     forward, model.model.forward = model.model.forward, scripted
-    # What is scripted is no distribution of a language model, as a probe would find.
+    # The script is no distribution of a language model, as a probe would find.
     model.is_probed = True
     return model
 
@@ -310,7 +310,7 @@ def test_end_tokens_say_what_ends_a_response(tmp_path):
     ):
         update = {"temperatures": (1.0,), "max_tokens": cap, "end_tokens": end_tokens}
         settings = SMALL.model_copy(update=update)
-        # What it says wins over what a caller gives, as a run's end set.
+        # The end tokens of the settings win over ids that a caller gives, such as a run's end set.
         (row,) = evaluate(model, settings, end_ids=(2,), responses=tmp_path, quiet=True)
         assert (row["length"].value, row["truncation"].value) == (length, end_ids == [0])
         assert row["avg"].value == pytest.approx(avg) and row["answered"].value == 1

@@ -499,7 +499,7 @@ def test_a_tiny_divergence_is_right_to_one_percent(terms):
         + 4e-4 * torch.randn(20_000, 32, dtype=torch.float64),
     )
     exact.teacher_hidden = exact.hidden.detach()
-    # What float32 can know: the divergence of the rounded inputs.
+    # The divergence of the rounded inputs is all that float32 can know.
     inputs = exact.to(torch.float32)
     expected_N = combined(terms, brute_force(inputs.to(torch.float64))).detach()
     assert 1e-6 < expected_N.mean() < 3e-6

@@ -18,7 +18,7 @@ from potstill.models.probe import ready
 from potstill.models.sampling import sample
 from potstill.runs import run_folder
 
-# What configurations call their sizes; each is given what it knows of these.
+# Names of sizes in configurations; each is given those that it knows.
 GENERIC: dict[str, Any] = SIZES | {
     "attention_chunk_size": 8,
     "attn_layer_indices": [1],
@@ -83,7 +83,7 @@ GENERIC: dict[str, Any] = SIZES | {
     "vocab_size_per_layer_input": 314,
     "word_embed_proj_dim": 32,
 }
-# What cannot be told from names alone.
+# Settings that cannot be told from names alone.
 SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -170,7 +170,7 @@ def decoding_error(model: LanguageModel) -> float:
 
 
 def check(kind: str, tok, tmp_path) -> str:
-    """What becomes of an architecture: "pass" or why it is refused. Fails for anything else."""
+    """Try an architecture: "pass" or why it is refused. Fails for anything else."""
     try:
         model = build(kind, tok, seed=0)
     except Exception as error:

@@ -76,7 +76,7 @@ def test_a_budget_of_operations_ends_a_run_and_survives_a_resume(tmp_path):
     )
     assert all((value > 0) == (part != "probe") for part, value in rows[0]["flops"].items())
 
-    # What three steps and a half take: the fourth is the last.
+    # The operations of three steps and a half: the fourth is the last.
     flops = rows[2]["total_flops"] + sum(rows[3]["flops"].values()) / 2
 
     def recipe(name):

@@ -1,4 +1,4 @@
-"""What a model must be able to do, and how one is refused that is not whole or cannot do it."""
+"""Abilities that a model must have, and the refusal of one that is not whole or lacks them."""
 
 import shutil
 from pathlib import Path

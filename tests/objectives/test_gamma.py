@@ -1,4 +1,4 @@
-"""What gamma is for: the local gradient keeps an algorithm that the student cannot carry out, the
+"""The use of gamma: the local gradient keeps an algorithm that the student cannot carry out, the
 whole one drops it.
 
 In the setting "two-algorithms" the teacher does half of its work in full and half from the head,

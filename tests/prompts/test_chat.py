@@ -63,7 +63,7 @@ TEMPLATES = [
 
 
 class NoModel:
-    """What `find_end_ids` asks of a model that says nothing of ends."""
+    """The attributes that `find_end_ids` reads, of a model that says nothing of ends."""
 
     generation_config = None
 
@@ -211,7 +211,7 @@ def test_what_closes_a_turn():
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
             "<think>\n\n</think>\n\nHello<|im_end|>",
         ),
-        # Of several messages the assistant's are trained on, each up to its own end.
+        # The assistant's messages are trained on, each up to its own end.
         (
             "chatml",
             {"prompt": [HI], "completion": [CALLS, RESULT, IT_IS]},

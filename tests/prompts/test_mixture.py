@@ -159,7 +159,7 @@ def test_sources_that_do_not_fit_are_one_line(data, message):
 
 
 class Model:
-    """What the preparing of prompts asks of a model."""
+    """The attributes of a model that the preparing of prompts reads."""
 
     context_length = None
     tokenizer = build_tokenizer()

@@ -112,7 +112,7 @@ def test_a_template_takes_the_place_of_a_column():
 
 
 class Model:
-    """What the preparing of prompts asks of a model."""
+    """The attributes of a model that the preparing of prompts reads."""
 
     context_length = None
     tokenizer = build_tokenizer()

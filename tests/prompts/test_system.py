@@ -22,7 +22,7 @@ OWN = {"role": "system", "content": "Be brief."}
 
 
 class Model:
-    """What the preparing of prompts asks of a model."""
+    """The attributes of a model that the preparing of prompts reads."""
 
     context_length = None
 

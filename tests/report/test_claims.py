@@ -27,7 +27,7 @@ CELLS = {
     "offline-rl": {"prefix": "teacher", "kl": "reverse"},
     "opd": {"prefix": "student", "kl": "reverse"},
 }
-# What GRPO adds to the accuracy of a start, where the claims are true, say nothing, and are false.
+# Accuracy that GRPO adds to a start, where the claims are true, say nothing, and are false.
 GAINS = {
     1: {"dagger": 0.15, "sft": 0.02, "offline-rl": -0.02, "opd": -0.1},
     0: dict.fromkeys(CELLS, 0.0),
@@ -36,7 +36,7 @@ GAINS = {
 
 
 def known(recipe, sign):
-    """What is true of a run: all that is claimed (sign 1), its contrary (-1), or nothing (0)."""
+    """The facts of a run: all that is claimed (sign 1), its contrary (-1), or nothing (0)."""
     objective, window = recipe.objective, recipe.window
     weight = {"forward": 1.0, "reverse": 0.0, "mixed": objective.forward_weight}[objective.kl]
     is_student, is_safe = objective.prefix == "student", objective.kl == "mixed"
@@ -80,7 +80,7 @@ def evaluated(truth, rng, model="run", **settings):
         "problems": columns,
         "settings": settings,
     }
-    # What the whole evaluation says is no part of a claim, which reads its problems.
+    # The numbers of the whole evaluation are no part of a claim, which reads its problems.
     row |= {"avg": [0.5, 0.4, 0.6], "pass": {}, "levels": {}}
     # No claim is about anything else of cooled responses.
     cooled = {name: columns[name] for name in ("id", "num_correct")}
@@ -237,7 +237,7 @@ def test_pass_at_k_is_that_of_half_the_responses(tmp_path):
     for cell in ("offline-rl", "sft"):
         run = make(tmp_path / cell, CELLS[cell])
         rows = evaluated(known(run, 1), rng)
-        # Of 70 draws of four of eight responses, how many hold one of the correct ones.
+        # The share that holds a correct one, among 70 draws of four of eight responses.
         draws = list(itertools.combinations(range(NUM_RESPONSES), 4))
         hits = [
             sum(min(draw) < correct for draw in draws)

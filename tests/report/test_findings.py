@@ -1,4 +1,4 @@
-"""What a report says of its runs, by how many seeds there are."""
+"""Sentences of a report on its runs, by the number of seeds."""
 
 import json
 import re

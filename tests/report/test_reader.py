@@ -26,7 +26,7 @@ from potstill.runs.results import Entry
 from potstill.training.rollout_log import NUM_CHOICES, scored_samples
 
 CPU = torch.device("cpu")
-# Of the last digit logged, and what float32 loses before it.
+# One unit of the last digit logged, and what float32 loses before it.
 TOLERANCE = 2e-5
 HOSTILE = [
     "</script><script>window.hacked=1</script>",
@@ -242,7 +242,7 @@ def test_every_signal_logs_what_it_knows(tmp_path, objective, has_teacher):
 
 
 def test_caches_log_what_they_hold(tmp_path):
-    """Of hidden states the same as live; of top-k the same tokens, at the cache's temperature, and
+    """Hidden states give the same as live; top-k the same tokens, at the cache's temperature, and
     lower bounds."""
     whole, few = (
         {"prefix": "teacher", "kl": "forward"} | more

@@ -517,7 +517,7 @@ def test_a_browser_draws_every_figure_and_runs_no_text(study, tmp_path):
     found = re.search(r'<body data-seen="([^"]*)"', dom)
     assert found, "a script failed"
     seen = json.loads(html.unescape(found[1]))
-    # Of several views by buttons the first is drawn, the others when they are chosen.
+    # The first of several views by buttons is drawn, the others when they are chosen.
     num_temperatures, num_metrics = 2, 6
     assert seen["charts"] - seen["first"] == 2 * (num_temperatures - 1) + num_metrics - 1
     assert seen["all"] == seen["charts"] > 15 and not seen["broken"]

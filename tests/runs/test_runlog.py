@@ -1,5 +1,5 @@
-"""What a run folder does with kills, torn lines and damage: nothing is doubled, lost or taken
-without a word."""
+"""A run folder after kills, torn lines and damage: nothing is doubled, lost or taken without a
+word."""
 
 import json
 import os

@@ -283,7 +283,7 @@ def test_every_run_of_a_shipped_study_could_begin(name):
     }
     items = items_of(study, chosen)
     assert len(items) > 5 and not any(item.pending for item in items)
-    # What is written for a process reads as the same recipe.
+    # The file that is written for a process reads as the same recipe.
     for item in items:
         if item.kind == "train":
             assert make_recipe(with_fields(item.recipe.resolved(), {})).hash() == item.recipe.hash()

@@ -22,8 +22,8 @@ SFT = {"objective.prefix": "teacher", "objective.kl": "forward"}
 OPD = {"objective.prefix": "student", "objective.kl": "reverse"}
 
 
-# What may differ: checksums of run logs, in which there are seconds; states of runs as a study last
-# saw them; the revision of the code, which a commit changes.
+# Values that may differ: checksums of run logs, in which there are seconds; states of runs as a
+# study last saw them; the revision of the code, which a commit changes.
 VOLATILE = {
     "state.json": ("logs", "checksum"),
     "plan.json": ("state",),
@@ -54,8 +54,8 @@ def cache(*options: dict[str, str]) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What each file of a folder holds, but for locks, logs of processes, seconds and checksums of
-    what has them."""
+    """The contents of each file of a folder, but for locks, logs, seconds and checksums of what has
+    them."""
     found = {}
     # With what links lead to.
     paths = [

@@ -41,7 +41,7 @@ CAP_DAC_READ_SEARCH."""
 
 @dataclass(frozen=True)
 class Trouble:
-    """What happens to a command. All by default: nothing.
+    """The trouble that a command meets. By default there is none.
 
     `event`: at the event of this number (from 1, of those whose path contains `where`) it is
     killed. With `torn` bytes it is killed by its first write after the event that passes so many
@@ -169,7 +169,7 @@ class Forks:
 
 
 def name_of(function: Callable) -> str:
-    """What stands for a function of a test file where a command could."""
+    """The text that stands for a function of a test file where a command could."""
     return f"{function.__module__}:{function.__name__}"
 
 
@@ -330,7 +330,7 @@ def _count_events(folder: str, trouble: Trouble, counter: mmap.mmap) -> None:
         if trouble.torn is None:
             os.kill(os.getpid(), signal.SIGKILL)
         else:
-            # Of the write that passes the limit the kernel writes what is below it; the next ends
+            # The kernel writes the part of this write that is below the limit; the next write ends
             # the process.
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             path = Path(os.fsdecode(arguments[0]))

@@ -127,8 +127,7 @@ def test_equal_sets_are_one_class_everywhere(tmp_path, capsys):
 
 
 def test_a_cache_is_of_its_class(tmp_path):
-    """What a cache of likeliest tokens keeps of the ends follows from the same rule, and another
-    rule is refused."""
+    """A cache of likeliest tokens keeps the ends by the same rule, and another rule is refused."""
     models: dict[str, Any] = {"student": ending_on(2, 22), "teacher": ending_on(2, 22, seed=1)}
     models["prompts"] = ["__12*3=", "_123*4="]
     objective = {"prefix": "teacher", "signal": "topk", "top_k": 8}

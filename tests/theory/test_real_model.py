@@ -163,7 +163,7 @@ def test_the_teacher_answers_and_stops_as_in_plain_transformers(teacher, folder)
 
 
 def plain_answer(folder: Path, do_sample: bool = False) -> str:
-    """What a model folder answers to CAPITAL without potstill."""
+    """A model folder's answer to CAPITAL without potstill."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == IM_END

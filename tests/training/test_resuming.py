@@ -1,4 +1,4 @@
-"""What may change when a run goes on, what makes it another run, and going on past its end."""
+"""Going on with a run: what may change, what makes it another run, and steps past its end."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""What a user should know of the student that is trained: dropout, coarse weights, routers,
-positions."""
+"""Warnings about the student that is trained: dropout, coarse weights, routers, positions."""
 
 from typing import Any
 

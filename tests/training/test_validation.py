@@ -67,7 +67,7 @@ def test_its_numbers_are_those_of_plain_softmaxes():
     found = estimates(sums)
 
     def log_probs(model, prompt, completion):
-        """Of the ids with the end tokens' mass in the first of them, and of each written token."""
+        """Log-probabilities of the ids, end mass in the first of them, and of written tokens."""
         with torch.no_grad():
             logits = model.model.double()(input_ids=torch.tensor([prompt + completion])).logits
         rows = logits[0, len(prompt) - 1 : -1].softmax(-1)
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_with_the_same_rows(whole, tmp_path, monkeypatch):
     with interrupted_at(3):
         potstill.train(recipe, quiet=True)
     assert [row["step"] for row in validations(tmp_path / "run")] == [0, 2]
-    # What the teacher wrote is there.
+    # The teacher's rollouts are there.
     real = validation.from_one
     monkeypatch.setattr(
         validation, "from_one", lambda who, *given: {"student": real}[who](who, *given)

@@ -66,8 +66,8 @@ def compare(gold: str, answer: str) -> Verdict:
 
 
 def _meanings(text: str) -> list[Node]:
-    """What a text may mean: one tree, or two where its commas can be read in two ways; none if not
-    understood."""
+    """The possible meanings of a text: none if not understood, two if its commas can be read in two
+    ways."""
     found = []
     try:
         for node in readings(text):

@@ -5,7 +5,7 @@ from fractions import Fraction
 from potstill.answers.tokens import FUNCTIONS, GREEK, Token
 from potstill.answers.tree import EXPRESSIONS, INFINITY, Node, NotUnderstood, negative, number
 
-# Of brackets, groups and arguments within each other.
+# The depth to which brackets, groups and arguments may be nested.
 MAX_DEPTH = 40
 SYMBOLS = {"pi", "infty", "angle", "triangle", *GREEK}
 NUMBER_SETS = {"R": "reals", "Z": "integers", "N": "naturals", "Q": "rationals", "C": "complexes"}
@@ -133,7 +133,8 @@ class Atoms:
         return Node("constant", name) if name in ("e", "i") else Node("variable", name)
 
     def macro(self, is_script: bool) -> Node:
-        """What begins with a backslash. Raises NotUnderstood for a macro that is not known."""
+        """Read a macro and what belongs to it. Raises NotUnderstood for a macro that is not
+        known."""
         name = self.next.text
         if name in ("lfloor", "lceil"):
             return self.between(name, name.replace("l", "r", 1), name[1:])
@@ -172,7 +173,7 @@ class Atoms:
         return node
 
     def script(self) -> Node:
-        """What stands above or below: a group, or one atom with its sign."""
+        """Read a superscript or subscript: a group, or one atom with its sign."""
         if self.is_next("{"):
             return self.group()
         minus = self.take("-")

@@ -19,7 +19,8 @@ _BRACES = re.compile(
     r"|\\(?:boxed|fbox)(?P<bare>\s*(?=[-+.\d(\\])|\s+(?=[a-zA-Z]\b))"
     r"|\\[{}]|[{}]"
 )
-# Of a box without braces: braces and all else but spaces, dollars and what ends mathematics.
+# The pieces of a box without braces: braces and all else but spaces, dollars and what ends
+# mathematics.
 _PIECE = re.compile(r"\\[{}]|[{}]|\\[)\]]|\\.|[^\\{}]", re.DOTALL)
 MAX_BARE = 200
 
@@ -30,7 +31,8 @@ def closed_boxes(text: str) -> list[Box]:
     One pass: an unclosed box costs nothing, however many there are, and does not hide the others.
     """
     found: list[Box] = []
-    # Of each open brace: where its box's contents begin, or -1 for a brace that is no box.
+    # One number for each open brace: where its box's contents begin, or -1 for a brace that is no
+    # box.
     opened: list[int] = []
     for match in _BRACES.finditer(text):
         if match["box"]:
@@ -63,7 +65,7 @@ def _bare_end(text: str, start: int) -> int:
 
 
 def last_box(text: str) -> str | None:
-    """What the closed box that begins last holds, or None."""
+    """The contents of the closed box that begins last, or None."""
     boxes = closed_boxes(text)
     if not boxes:
         return None

@@ -70,7 +70,7 @@ def same(gold: Node, answer: Node) -> bool:
 
 
 def _inner(node: Node, kind: str) -> Node:
-    """What a node of one kind holds last; any other as it is."""
+    """The last part of a node of this kind; any other node as it is."""
     return node.parts[-1] if node.kind == kind else node
 
 

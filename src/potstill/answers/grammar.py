@@ -20,8 +20,8 @@ FACTORS = {"frac", "sqrt", "binom", "lfloor", "lceil", *SYMBOLS, *FUNCTIONS}
 
 
 def readings(text: str) -> list[Node]:
-    """What an answer may say: commas between digits part groups of three where they can, or items
-    of a list.
+    """The readings of an answer: its commas part groups of three digits where they can, or items of
+    a list.
 
     Raises NotUnderstood where it says nothing by the grammar.
     """

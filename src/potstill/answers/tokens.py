@@ -121,7 +121,7 @@ SHORT_WORDS = words(
     "yes no odd none and or to of is not all any the per in on up day men ft cm mm km kg mg ml "
     "oz lb hr sq cu mph am pm"
 )
-# What may lack its backslash.
+# Macros that may lack their backslash.
 BARE_MACROS = {name: name for name in ("infty", "pi", "sqrt", *FUNCTIONS, *GREEK)}
 BARE_MACROS |= dict.fromkeys(("inf", "infinity", "oo"), "infty")
 
@@ -260,7 +260,7 @@ def _letters(run: str, mode: Mode, after_number: bool) -> list[Token]:
 
 
 def argument(text: str, place: int) -> tuple[str, int]:
-    """What a macro that ends at `place` takes, a group or one character, and where that ends."""
+    """The argument of a macro that ends at `place`, a group or one character, and where it ends."""
     while place < len(text) and text[place].isspace():
         place += 1
     if place == len(text):

@@ -24,7 +24,7 @@ class Node:
     value: Fraction = Fraction(0)
 
 
-# What has a value, as a number or as an expression in variables.
+# Kinds of nodes that have a value, as a number or as an expression in variables.
 EXPRESSIONS = words(
     "number variable constant sum product quotient power root factorial binomial degree function"
 )

@@ -4,7 +4,7 @@ import re
 
 from potstill.answers.tree import NotUnderstood, words
 
-# What an upright letter can be after a number; any other letter is a variable.
+# Upright letters that are units after a number; any other letter is a variable.
 LETTERS = set("mgshLlNJWVAKCFd")
 _SPELLINGS = {
     "dollar": "dollars usd $ bucks",

@@ -15,12 +15,12 @@ import mpmath
 
 from potstill.answers.tree import Node, difference
 
-# Of an exact number; 2006! has 19,000.
+# The largest exact number, in bits; 2006! has 19,000.
 MAX_BITS = 200_000
 # Digits beyond those that the sizes of the parts take.
 GUARD_DIGITS = 60
 MAX_DIGITS = 4_000
-# Of the points, how many there must be where both expressions have a value.
+# The least number of points at which both expressions must have a value.
 MIN_POINTS = 3
 
 # A Fraction, or mpmath's complex number.

@@ -144,7 +144,7 @@ def _check_folder(out: Path) -> None:
 def _manifest(
     recipe: Recipe, setup: Setup, teacher: LanguageModel, options: CacheOptions
 ) -> Manifest:
-    """What the cache's manifest says before any shard is made."""
+    """The cache's manifest before any shard is made."""
     is_hidden, is_topk = options.payload == "hidden", options.payload == "topk"
     writes = recipe.objective.prefix == "teacher"
     settings = Settings(
@@ -223,7 +223,7 @@ def _fill(
 ) -> Manifest:
     """Make the missing shards, one a rank at a time; after each round the manifest lists them."""
     manifest, out = cache.manifest, cache.folder
-    # Of one text there is one entry, however often the data has it.
+    # A text has one entry, however often the data has it.
     unique = {key_of(prompt, manifest.settings.writer): prompt for prompt in setup.prompts}
     there = cache.entries()
     entries = [

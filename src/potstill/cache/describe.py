@@ -52,7 +52,7 @@ def facts(manifest: Manifest) -> list[str]:
 
 
 def verification_lines(verified: Verified) -> list[str]:
-    """What a verification says, one fact a line."""
+    """A verification in words, one fact a line."""
     manifest = verified.manifest
     num_whole = len(manifest.shards) - len(verified.broken)
     lines = [

@@ -156,8 +156,8 @@ def _signals_of(
 def _score(
     batch: Batch, teacher: LanguageModel, setup: Setup, settings: Settings
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What is stored of each token of a batch [N, ...], and KL(teacher || stored) [N] where
-    something is rounded."""
+    """The values to store for each token [N, ...], and KL(teacher || stored) [N] where something is
+    rounded."""
     hidden_NE = teacher.signal_at(batch)
     head = teacher.head
     if settings.payload == "topk":

@@ -21,15 +21,15 @@ from potstill.rollouts.batching import make_batch
 from potstill.teachers.manifest import CacheError, Manifest, ShardRecord, read_manifest
 from potstill.teachers.store import Cache
 
-# Of each shard, `verify_cache` computes so many log-sum-exps again.
+# `verify_cache` computes so many log-sum-exps of each shard again.
 VERIFIED_ROWS = 256
-# Of the whole cache, it gives so many rollouts to the live teacher.
+# It gives so many rollouts of the whole cache to the live teacher.
 VERIFIED_ROLLOUTS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What `verify_cache` found. `head_error` is the largest relative error of a log-sum-exp
+    """The findings of `verify_cache`. `head_error` is the largest relative error of a log-sum-exp
     computed again, `live_kl` the mean KL(teacher || what is stored) against the live teacher in
     nats (None without one).
     """

@@ -24,9 +24,9 @@ from potstill.types import Rollout
 ROUNDING, NOISE = 1e-5, 0.1
 # Nats a token below which two models are one.
 SAME = 1e-6
-# Of the largest entropy, above which a model has learnt nothing.
+# Share of the largest entropy, above which a model has learnt nothing.
 KNOWS_NOTHING = 0.9
-# Of responses, that the window may cut before it is a warning.
+# Share of responses that the window may cut before it is a warning.
 MANY_CUT_RESPONSES = 0.5
 # Probability of rows that are cut off, above which it is a warning.
 MUCH_CUT_OFF = 0.01

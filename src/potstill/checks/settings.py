@@ -10,7 +10,7 @@ from potstill.types import Prompt
 # A rate this many times the usual one wrecks pretrained weights. Below so many weights models are
 # toys, which need far more than the usual.
 LR_TIMES, FEW_WEIGHTS = 100, 10_000_000
-# Of the completions of a data set, that the window may cut before it is a warning.
+# Share of a data set's completions that the window may cut before it is a warning.
 MANY_CUT_COMPLETIONS = 0.5
 # So many characters of a text are shown where two differ, and some of those before.
 DIFFERENCE_CHARACTERS, BEFORE = 40, 12

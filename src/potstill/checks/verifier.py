@@ -14,7 +14,7 @@ GRAVEST = ("error", "warning", "ok", "skipped")
 NUM_PROBLEMS = 16
 FORMS = ("\\boxed{{{}}}", "#{}", "<answer>{}</answer>", "#### {}", "The answer is {}.", "{}")
 RIGHT = 0.999
-# Of other problems' answers: a few may be right as well, where a problem has several.
+# Shares of other problems' answers: a few may be right as well, where a problem has several.
 FEW, MANY_RIGHT = 0.05, 0.5
 
 
@@ -35,7 +35,7 @@ def verifier(subject: Subject) -> Finding:
 
 
 def _graded(name: str, source: str, split: str, num: int, seed: int) -> Finding:
-    """What the verifier of one source makes of its own answers, in the form that it likes best."""
+    """The verifier's grades of one source's own answers, in the form that it likes best."""
     num = min(num, NUM_PROBLEMS)
     task, examples = load_task(source, split=split, num_examples=num, seed=seed)
     examples = [example for example in examples if example.answer]

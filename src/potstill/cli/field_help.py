@@ -10,8 +10,8 @@ from potstill.cli.overrides import SCHEMAS
 from potstill.config.reference import DescribedField, about_section, described
 
 WIDEST = 100
-# Of each command whose help shows fields: command lines, what each does, and the recipe that it
-# takes where that is a user's own.
+# Examples for each command whose help shows fields: command lines, what each does, and the recipe
+# that it takes where that is a user's own.
 EXAMPLES = {
     "train": (
         (

@@ -81,8 +81,8 @@ def _literal(text: str) -> Any:
 
 
 def template_arguments(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What `--template-arguments.NAME VALUE` tells a chat template; other dotted names are
-    refused."""
+    """The arguments for a chat template from `--template-arguments.NAME VALUE`; other dotted names
+    are refused."""
     mine = {name for name in overrides if name.startswith("template_arguments.")}
     refuse_overrides({name: value for name, value in overrides.items() if name not in mine})
     told = {name.partition(".")[2]: overrides[name] for name in sorted(mine)}

@@ -45,7 +45,7 @@ def evaluate_and_store(
     """
     for model in models:
         locate(model)
-    # Of runs; read before anything is sampled.
+    # The steps of runs are read before anything is sampled.
     steps = [last_row(Path(model))["step"] if is_run(Path(model)) else None for model in models]
     entries = []
     for model, step in zip(models, steps, strict=True):
@@ -137,7 +137,7 @@ def comparisons(entries: Sequence[Entry]) -> list[str]:
     pairs = []
     for other in others:
         for a, b in zip(first.evals, other.evals, strict=True):
-            # Of one evaluation, whose problems have the same places for all models.
+            # The scores are of one evaluation, whose problems have the same places for all models.
             mine, theirs = a["problems"]["score"], b["problems"]["score"]
             pairs.append((other.name, a["temperature"], paired(theirs, mine)))
     corrected = holm([result.p_value for _, _, result in pairs])

@@ -68,7 +68,7 @@ def parse(
 
 
 def _sentence(box: str) -> str:
-    """What a box says, without its frame: the message, the nearest option, and where the help
+    """The text of a box without its frame: the message, the nearest option, and where the help
     is."""
     lines = [re.sub(r"^[│ ]+|[│ ]+$", "", line) for line in box.splitlines()]
     parts: list[list[str]] = [[]]

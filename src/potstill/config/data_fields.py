@@ -72,7 +72,7 @@ class Data(Section, role=Role.DATA):
 
     @property
     def origin(self) -> str | tuple[str, ...]:
-        """What names where the prompts come from: `source`, or the names of `sources`."""
+        """The name of where the prompts come from: `source`, or the names of `sources`."""
         return tuple(each.source for each in self.sources) if self.sources else self.source
 
     @model_validator(mode="after")

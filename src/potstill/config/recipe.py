@@ -16,7 +16,7 @@ from potstill.tasks import TASKS, is_table
 
 
 class Recipe(RecipeFields):
-    """What one run does. Fields that the chosen mode does not read may not be set."""
+    """The recipe of a distillation. Fields that the chosen mode does not read may not be set."""
 
     @model_validator(mode="after")
     def _every_set_field_is_read(self):
@@ -230,7 +230,8 @@ class Recipe(RecipeFields):
 
 
 class GrpoRecipe(GrpoFields):
-    """What one GRPO run does: reinforcement learning of a task's scores, from any model or run."""
+    """The recipe of a GRPO run: reinforcement learning of a task's scores, from any model or
+    run."""
 
     @property
     def method(self) -> str:

@@ -12,7 +12,7 @@ from potstill.console.names import nearest_field
 
 
 class RunRecipe(Section):
-    """What every kind of recipe is: fields, of which the chosen mode reads some, and a run
+    """The common base of all recipes: fields, of which the chosen mode reads some, and a run
     folder."""
 
     out: Annotated[Path, Role.OUTPUT] = Path("runs/run")
@@ -20,7 +20,7 @@ class RunRecipe(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should read before the run begins."""
+        """Notes that a user should read before the run begins."""
         return self._notes
 
     def unread(self) -> dict[str, str]:
@@ -56,12 +56,12 @@ class RunRecipe(Section):
         return {name: value for name, value in data.items() if value != {}}
 
     def hash(self) -> str:
-        """Of the resolved recipe without the folder it is written to."""
+        """The hash of the resolved recipe without the folder it is written to."""
         return _hash(self.resolved_without(("out",)))
 
     def identity(self) -> str:
-        """Of what a run's weights depend on: the resolved recipe without the fields that a resume
-        may change."""
+        """The hash of what a run's weights depend on: the resolved recipe without what a resume may
+        change."""
         return _hash(self.resolved_without((*CHANGE_NOTHING, *CHANGE_ROUNDING)))
 
     def changes_to(self, other: "RunRecipe") -> dict[str, tuple[Any, Any]]:

@@ -106,7 +106,7 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
         return error["msg"].removeprefix("Value error, ")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and isinstance(error["input"], dict):
-        # Of a whole section, whose message names the field.
+        # An error of a whole section names the field in its message.
         return f"{name}: {message}"
     if error["type"] in ("model_type", "dict_type"):
         message = f"it is a section; write its fields below a line [{name}]"

@@ -14,9 +14,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # AdamW computes with ten times the rate in float32.
 LARGEST_RATE = 1e30
-# What no run can reach; a list of that many would fill the memory before the first step.
+# Numbers that no run can reach; a list of that many would fill the memory before the first step.
 MANY, MANY_AT_ONCE = 10**9, 10**6
-# Of logits near 30, float32 rounding is 2e-6: divided by less than this it would be a share of a
+# In float32, logits near 30 are rounded by 2e-6: divided by less than this it would be a share of a
 # nat.
 COLDEST = 1e-4
 

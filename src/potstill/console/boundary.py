@@ -19,7 +19,7 @@ from types import FrameType
 
 from potstill.console.printable import one_line
 
-# What to do about an error of the system, beside what it says itself.
+# Advice on an error of the system, beside what it says itself.
 ADVICE = {
     errno.ENOSPC: "free some space; what is finished is kept, and the same command goes on",
     errno.EDQUOT: "free some of your quota; what is finished is kept, and the same command goes on",
@@ -73,7 +73,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def stopped_after(step: int, number: int) -> Stopped:
-    """What a loop raises that has saved its last step."""
+    """The error that a loop raises once it has saved its last step."""
     return Stopped(
         number, f"stopped after step {step}, which is saved; the same command goes on from there"
     )
@@ -117,7 +117,7 @@ def _end(line: str | None, code: int) -> None:
     with suppress(OSError, ValueError):
         if line is not None:
             print(f"potstill: {one_line(line)}", file=sys.stderr, flush=True)
-    # What is still in the buffer cannot be written; Python would say so at its end.
+    # The rest of the buffer cannot be written; Python would say so at its end.
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -212,8 +212,8 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def stop_asked_for() -> Iterator[Callable[[], int]]:
-    """What says which signal has asked the work to stop (0: none), for a loop that ends where it is
-    whole.
+    """Give a loop a function that says which signal has asked it to stop (0: none), to ask where it
+    is whole.
 
     A later signal ends it at once.
     """

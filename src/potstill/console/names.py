@@ -4,8 +4,8 @@ programs call it."""
 import difflib
 from collections.abc import Sequence
 
-# What other programs call a field; where several kinds of recipe have one, the first that this one
-# has is meant.
+# Names of fields in other programs; where several fields are given, the first that the kind of
+# recipe has is meant.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "learning_rate": ("train.lr", "grpo.lr"),
     "lr_scheduler_type": ("train.schedule", "grpo.schedule"),

@@ -36,9 +36,9 @@ LEAST_BATCH, MOST_BATCH = 512, 16384
 LEAST_WINDOW = 16
 # One pass over the prompts, within these.
 LEAST_STEPS, MOST_STEPS = 50, 500
-# Of prompts, that must leave room for a response; the longest others are left out.
+# Share of prompts that must leave room for a response; the longest others are left out.
 KEPT = 0.95
-# Of free memory, that a batch may take beside weights, gradients and moments.
+# Share of free memory that a batch may take beside weights, gradients and moments.
 BATCH_SHARE = 0.5
 # Columns of the recipe before its comments.
 COMMENT_COLUMN = 40
@@ -46,7 +46,7 @@ COMMENT_COLUMN = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a user says; everything else is chosen by it. `column` holds the prompts of a table."""
+    """The user's wishes, from which the rest follows. `column` holds the prompts of a table."""
 
     student: str
     teacher: str
@@ -80,7 +80,7 @@ def outline(name: str) -> LanguageModel:
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-    # Of an architecture's own code any error can come.
+    # Any error can come from an architecture's own code.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"model {name!r} is no causal language model: {reason}") from None
@@ -219,7 +219,7 @@ def choose_window(
 def _about_size(
     wanted: Wanted, student: LanguageModel, teacher: LanguageModel, *, longest: int
 ) -> list[Line]:
-    """What follows from the device: tokens of a batch, by its free memory, and types."""
+    """Lines that follow from the device: tokens of a batch, by its free memory, and types."""
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if wanted.device == "gpu" and has_gpu else "cpu")
     is_here = has_gpu or wanted.device == "cpu"

@@ -48,7 +48,7 @@ def _about(finding: Finding):
 
 @contextmanager
 def progress_line() -> Iterator[Callable[[str], None]]:
-    """What is being done: one live line on a terminal, else a line each on standard error."""
+    """Show what is being done: one live line on a terminal, else a line each on standard error."""
     if not sys.stderr.isatty():
         yield lambda text: say(f"{text} ...", error=True)
         return

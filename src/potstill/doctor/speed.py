@@ -39,7 +39,7 @@ def speed(
         "student": clock.seconds["student_seconds"] / share,
     }
     if rollouts.share_of_window < 1:
-        # What is not written yet is taken to be as slow; responses that end earlier take less.
+        # The rest is taken to be as slow; responses that end earlier take less.
         parts = {part: value / rollouts.share_of_window for part, value in parts.items()}
     total = sum(parts.values())
     dominant = max(parts, key=lambda part: parts[part])

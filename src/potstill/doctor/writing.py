@@ -30,7 +30,7 @@ class WritingTime:
 def write_first_step(
     recipe: Recipe, setup: Setup, tell: Callable[[str], None]
 ) -> tuple[Written, WritingTime]:
-    """What the recipe trains on in its first step, and what each model writes by itself."""
+    """The rollouts that the first step trains on, and those of each model by itself."""
     num = min(recipe.train.prompts_per_step, ENOUGH)
     prompts, seeds = _first_prompts(recipe, setup, num)
     window = first_window(recipe.window).tokens

@@ -36,7 +36,7 @@ class OnPrompts:
     settings: Evaluation
     teacher: LanguageModel | None = None
     judge: OwnJudge | None = None
-    # What the teacher has written, by how it was asked.
+    # Rollouts of the teacher, by how it was asked.
     written: dict[Any, list[Rollout]] = field(default_factory=dict)
 
 
@@ -115,7 +115,7 @@ def evaluate_on_prompts(
 def _write(
     who: Literal["teacher", "student"], writing: Writing, prompts: list[Prompt], seed: int
 ) -> list[Rollout]:
-    """What one of them writes to each prompt; with seed 0 as in a run's validation."""
+    """The rollouts of one of them; with seed 0 as in a run's validation."""
     keys = [stream_key((0, seed, i), Stream.VALIDATION) for i in range(len(prompts))]
     return from_one(who, writing, prompts, keys)
 

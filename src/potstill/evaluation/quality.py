@@ -23,8 +23,8 @@ from potstill.teachers.protocol import Teacher
 from potstill.types import Example, Rollout
 
 TEACHER, STUDENT = "teacher", "student"
-# Of one prompt: sums over a completion's tokens, in nats, and counts; names begin with who wrote
-# it.
+# Numbers of one prompt: sums over a completion's tokens, in nats, and counts; names begin with who
+# wrote it.
 Sums = dict[str, float]
 
 
@@ -98,8 +98,8 @@ def measure(
     task: Scorer | None = None,
     judge: Scorer | None = None,
 ) -> list[Sums]:
-    """What both models say of each completion that one of them has written, at temperature 1; the
-    task's score of it.
+    """Sums of both models over each completion that one of them has written, at temperature 1, and
+    the task's score of it.
 
     Raises NonFiniteError for logits that are not finite.
     """
@@ -186,6 +186,6 @@ def estimates(sums: Sequence[Sums]) -> dict[str, Estimate]:
 
 
 def _perplexity(log_prob: Estimate) -> Estimate:
-    """Of a mean log-probability, whose upper end is the perplexity's lower one."""
+    """The perplexity from a mean log-probability, whose upper end is the perplexity's lower one."""
     value, low, high = (math.exp(min(-each, LARGEST_EXPONENT)) for each in log_prob)
     return Estimate(value, high, low)

@@ -21,7 +21,7 @@ from potstill.teachers.vocabulary import num_named_rows
 from potstill.types import Completion, DataError, Example, Prompt
 
 ResponseRow = dict[str, Any]
-# Of each response, beside which one it is; the second are numbers.
+# Columns of each response, beside those that say which one it is; the second are numbers.
 TEXT_COLUMNS = ("level", "text", "stop", "answer", "note", "is_loop")
 NUMBER_COLUMNS = (
     "score",

@@ -34,8 +34,7 @@ class GrpoSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What the model wrote after a prompt, as text, and how many of its tokens come up to the first
-    answer."""
+    """A completion with its text, and how many of its tokens come up to the first answer."""
 
     prompt: Prompt
     completion: Completion
@@ -57,8 +56,8 @@ class Response:
 
 @dataclass(frozen=True)
 class State:
-    """What a run carries from step to step beside weights and optimiser; in checkpoints, as plain
-    data."""
+    """The state that a run carries from step to step beside weights and optimiser; in checkpoints,
+    as plain data."""
 
     window: WindowState
     flops: float = 0.0
@@ -129,8 +128,8 @@ def response_means(responses: Sequence[Response]) -> ResponseMeans:
 def probe_grpo_window(
     recipe: GrpoRecipe, setup: GrpoSetup, state: WindowState, step: int
 ) -> tuple[Probe, float]:
-    """What the length gate looks at: one response to each held-out prompt. Also the operations that
-    this took."""
+    """Measure one response to each held-out prompt for the length gate, and count the operations
+    that this took."""
     seeds = [
         stream_key((recipe.grpo.seed, step, place, 0), Stream.PROBE)
         for place in range(len(setup.probes))

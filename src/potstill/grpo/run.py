@@ -178,7 +178,7 @@ def _run(
 ) -> None:
     """All randomness follows from the number of finished steps and the seed."""
     config, folder, model = recipe.grpo, recipe.out, setup.model
-    # What a scheduler that goes on wants to find.
+    # A scheduler that goes on wants to find this key.
     group = {"params": list(model.parameters()), "initial_lr": config.lr}
     optimizer = torch.optim.AdamW([group], config.lr, weight_decay=0.0)
     step, state, logs = 0, State(first_window(recipe.window)), {}
@@ -232,7 +232,7 @@ def _environment(setup: GrpoSetup) -> dict[str, Any]:
 
 
 def _opening(recipe: GrpoRecipe, setup: GrpoSetup, step: int) -> list[str]:
-    """What a user should see before the first step."""
+    """Lines that a user should see before the first step."""
     tokenizer = setup.model.tokenizer
     lines = [
         f"GRPO from {recipe.model}: {recipe.out}" + (f", resumed after step {step}" if step else "")

@@ -110,7 +110,8 @@ def _make_scheduler(config: Grpo, optimizer: torch.optim.Optimizer, start: int):
 
 
 class Steps(TrainerCallback):
-    """What TRL calls in each step: to write, to score, before the update, and when it is done."""
+    """Functions that TRL calls in each step: to write, to score, before the update, and when it is
+    done."""
 
     def __init__(
         self,

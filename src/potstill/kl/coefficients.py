@@ -15,7 +15,7 @@ from potstill.kl.tiles import Terms
 
 
 class AskedGradient(NamedTuple):
-    """What the gradient pass is to do for each row of a group: `factor` times what the coefficients
+    """The gradient that is asked for in each row of a group: `factor` times what the coefficients
     [6, n] say.
 
     Without coefficients that is the forward KL. `label_weight` [n] is that of the cross-entropy,
@@ -80,8 +80,8 @@ def ask(terms: LossTerms, lse: Weight, found: "RowGroup") -> AskedGradient:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """What the first pass found out about a group of rows. Second index of labels and classes:
-    student, teacher."""
+    """Results of the first pass for a group of rows. Second index of labels and classes: student,
+    teacher."""
 
     rows: range
     moments: tiles.Moments

@@ -32,7 +32,7 @@ class TokenStats:
     skew_reverse_N: Tensor | None = None
 
 
-# Of a term in the loss: one number, or one a token [N].
+# The weight of a term in the loss: one number, or one a token [N].
 Weight = Union[float, "Tensor"]
 
 

@@ -113,7 +113,7 @@ def merge(*states: Tensor) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """What a whole vocabulary's state says of each row; the teacher's are meaningless without
+    """Statistics of each row over the whole vocabulary; the teacher's are meaningless without
     one."""
 
     student_log_sum_exp: Tensor

@@ -31,7 +31,7 @@ CHUNK = 8
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """What is known of a teacher: its likeliest tokens, how likely, and what is left.
+    """A teacher's likeliest tokens, how likely they are, and how likely are the rest.
 
     `end_log_prob_N` is that of the end class where the end ids are one (else None),
     `tail_log_prob_N` that of all other tokens (None where there are none), `entropy_N` (nats) that

@@ -63,7 +63,7 @@ def truncate(log_probs_RV: Tensor, top_k: int, top_p: float) -> Tensor:
     num_R1, least_R1, next_R1 = _nucleus(log_probs_RV, top_R1, total_R1, top_p, limit, num_sorted)
     is_kept_RV, is_tied_R = log_probs_RV >= least_R1, (next_R1 == least_R1).squeeze(-1)
     if is_tied_R.any():
-        # Of equally likely tokens those with the smallest ids are kept.
+        # Among equally likely tokens those with the smallest ids are kept.
         tied_RV, least_R1 = log_probs_RV[is_tied_R], least_R1[is_tied_R]
         is_above_RV, is_least_RV = tied_RV > least_R1, tied_RV == least_R1
         num_least_R1 = num_R1[is_tied_R] - is_above_RV.sum(-1, keepdim=True)

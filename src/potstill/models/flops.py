@@ -57,8 +57,8 @@ def model_flops(backbone: Any, head: Head, config) -> ModelFlops:
 
 
 def _attention_flops(config) -> int | None:
-    """Of a query and a key over all layers; None where the configuration does not say what there is
-    of attention."""
+    """Operations for a query and a key over all layers; None where the configuration describes no
+    attention."""
     try:
         head_dim = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -73,8 +73,8 @@ def _attention_flops(config) -> int | None:
 def rollout_flops(
     rollouts: Iterable[Rollout], models: Mapping[Writer, ModelFlops], by_token: bool
 ) -> int:
-    """What writing took: each writer reads the prompt and all before its last token, and gives
-    logits for its own.
+    """The operations that writing took: each writer reads up to its last token, and gives logits
+    for its own tokens.
 
     With `by_token` both models read everything and give logits for each token. What a data set
     wrote is free.

@@ -32,8 +32,8 @@ from potstill.runs.run_folder import resume_command
 from potstill.types import ModelError
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# What architectures call the factors that logits are multiplied with or divided by, and their soft
-# cap.
+# Names in configurations of the factors that logits are multiplied with or divided by, and of their
+# soft cap.
 MULTIPLIED = ("logit_scale", "lm_head_multiplier")
 DIVIDED = ("logits_scaling", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
 
     @property
     def decoder(self) -> Any:
-        """What writes: the model itself."""
+        """The module that writes: the model itself."""
         return self.model
 
     @property
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
 
     @property
     def head(self) -> Head:
-        """What gives logits; the probe measures whether it gives the model's own."""
+        """The head that gives logits; the probe measures whether it gives the model's own."""
         output = self.model.get_output_embeddings()
         config = self.model.config.get_text_config()
         multiplied, divided = (_product(config, names) for names in (MULTIPLIED, DIVIDED))
@@ -124,7 +124,7 @@ class LanguageModel(nn.Module):
 
 
 def _product(config, names: Sequence[str]) -> float:
-    """Of the factors that a configuration has."""
+    """The product of the factors that a configuration has."""
     return math.prod(float(getattr(config, name, None) or 1.0) for name in names)
 
 

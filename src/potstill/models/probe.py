@@ -25,8 +25,8 @@ from potstill.types import ModelError, NonFiniteError
 # where that is quick.
 LENGTHS, CAPS = (5, 3, 5), (1, 3, 3)
 LONGEST_WINDOW = 128
-# What rounding may make of logits, and of log-probabilities of another order of computation,
-# relative to the logits.
+# Errors relative to logits that rounding may cause in them, and in log-probabilities of another
+# order of computation.
 EXACT, DECODED = 1e-4, 1e-3
 # The same where weights have 8 bits, as in bfloat16, to which a model rounds its own logits too.
 ROUNDED, ROUNDED_DECODED = 2e-2, 5e-2
@@ -91,7 +91,7 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _able(model: LanguageModel, to: str) -> Iterator[None]:
-    """What an architecture's own code raises becomes one line."""
+    """Turn what an architecture's own code raises into one line."""
     try:
         yield
     except Exception as error:

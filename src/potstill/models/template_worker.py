@@ -22,7 +22,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-# Of one conversation: characters; of the process: bytes. Seconds are those of the request.
+# Limits: characters of one conversation, and bytes of the process. The request says the seconds.
 MAX_RENDERED_CHARACTERS = 2**24
 RENDERER_BYTES = 2**30
 

@@ -16,18 +16,18 @@ from typing import Any, Literal, NamedTuple
 
 from potstill.types import DataError, Message
 
-# Of the processor, for one conversation.
+# Seconds of the processor for one conversation.
 CONVERSATION_SECONDS = 2.0
 # Conversations that the process is given at once.
 REQUEST_SIZE = 256
-# What stands for a text, or for its end, when a template is tried out. The space shows whether
-# texts are trimmed.
+# Texts, or ends of texts, with which a template is tried out. The space shows whether texts are
+# trimmed.
 PROBE = "potstill"
 GOES_ON = "potstill-goes-on-here "
 # Names under which a message's reasoning goes; transformers gives it to templates under the first
 # two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# What every template is given, so no argument may have these names.
+# Names that every template is given, so no argument may have them.
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "template")
 
 
@@ -82,8 +82,8 @@ class ChatTemplate:
 
     @functools.cached_property
     def end_id(self) -> int | None:
-        """What closes the assistant's last turn: the first special token after its words; None if
-        nothing does."""
+        """The token that closes the assistant's last turn: the first special one after its words,
+        or None."""
         return self._closing([_user("a"), _assistant(PROBE)])
 
     @functools.cached_property
@@ -193,10 +193,11 @@ def as_parts(text: str) -> list[dict[str, str]]:
 
 
 def lost(conversation: Conversation, rendered: str, num_given: int) -> str | None:
-    """What of a conversation stands nowhere in its rendering, in words; None if all is there.
+    """The part of a conversation that stands nowhere in its rendering, in words; None if all is
+    there.
 
-    Of the first `num_given` messages the reasoning is the template's to drop, as is what stands
-    before `</think>`.
+    A template may drop the reasoning of the first `num_given` messages, and what stands before
+    `</think>` in them.
     """
     for place, message in enumerate(conversation.messages):
         text = text_of(message)
@@ -216,7 +217,7 @@ def lost(conversation: Conversation, rendered: str, num_given: int) -> str | Non
 
 
 def _name_of(tool: Mapping[str, Any]) -> str:
-    """Of a tool, or of a call of one."""
+    """The name of a tool, or of the tool that a call is for."""
     return tool.get("function", tool).get("name", "")
 
 

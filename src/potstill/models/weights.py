@@ -16,9 +16,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 LFS_POINTER = b"version https://git-lfs"
 # So many names are shown of a list of weights.
 NUM_SHOWN_WEIGHTS = 3
-# Of the weights, that a step should be able to change.
+# The share of the weights that a step should be able to change.
 FEW_MOVE = 0.9
-# What configurations call the weight of the loss that spreads tokens over experts.
+# Names in configurations for the weight of the loss that spreads tokens over experts.
 ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef")
 
 
@@ -171,7 +171,7 @@ def share_that_moves(weights: Iterable[torch.Tensor], step: float) -> float:
 
 
 def cautions(model: Any, lr: float) -> list[str]:
-    """What a user should know of the training of this Hugging Face model at a peak learning rate,
+    """Warnings about training this Hugging Face model at a peak learning rate, for a user to read
     before it begins."""
     lines = []
     share = share_that_moves(model.parameters(), lr)

@@ -28,8 +28,8 @@ from potstill.types import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What the loss of a run is, fixed before the first step but for `forward_weight`, which a
-    schedule may change.
+    """The loss of a run, fixed before the first step but for `forward_weight`, which a schedule may
+    change.
 
     `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one
     class in the divergence (`ends.find_ends`). `budget` (bytes) and `backend` are those of
@@ -52,7 +52,7 @@ class Loss:
         return sum(counts) if self.normalize == "token" else sum(count > 0 for count in counts)
 
     def shared_options(self) -> dict[str, Any]:
-        """What every call of the fused divergence is given."""
+        """Arguments of every call of the fused divergence."""
         return {
             "vocab_size": self.vocab_size,
             "temperature": self.objective.temperature,
@@ -89,7 +89,7 @@ def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tenso
 
 @torch.no_grad()
 def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
-    """What the teacher says at a batch's N loss tokens: hidden states [N, E], live or from the
+    """The teacher's signal at a batch's N loss tokens: hidden states [N, E], live or from the
     cache, or for `signal = "topk"` its likeliest tokens; None where the written tokens are the
     signal.
     """
@@ -100,8 +100,8 @@ def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor 
 def signal_of(
     known: Tensor | TopK | None, teacher: Teacher | None, loss: Loss
 ) -> Tensor | TopK | None:
-    """What the loss takes of `known_of_teacher`: all of it, or for `signal = "topk"` the likeliest
-    tokens."""
+    """The part of `known_of_teacher` that the loss takes: all of it, or for `signal = "topk"` the
+    likeliest tokens."""
     if known is None or loss.objective.signal != "topk":
         return known
     if isinstance(known, TopK):
@@ -186,7 +186,7 @@ def positions(batch: Batch) -> Tensor:
 
 
 def token_weights(batch: Batch, loss: Loss, dtype: torch.dtype) -> Tensor | None:
-    """What each loss token [N] counts, before the divisor; None where all count one."""
+    """The weight of each loss token [N], before the divisor; None where all count one."""
     weights_N = None
     if loss.normalize == "sequence":
         num_tokens_B1 = batch.loss_mask_BT.sum(1, keepdim=True).expand_as(batch.loss_mask_BT)
@@ -244,8 +244,8 @@ def without_baseline(
 
 
 def returns_to_go(kl_N: Tensor, batch: Batch, gamma: float) -> Tensor:
-    """What the later tokens of its rollout cost each token [N]: sum over u > t of gamma^(u - t)
-    KL_u, in nats.
+    """The discounted KL of the later tokens of each token's rollout [N]: sum over u > t of gamma^(u
+    - t) KL_u, in nats.
 
     KL_u is the exact reverse KL at position u, the mean of the log-ratio that a policy gradient
     would take there (docs/theory.md, section 3). With gamma = 1, the local gradient plus that of

@@ -40,7 +40,7 @@ class Chat:
         return Conversation(self.given, self.example.tools, "continued" if is_continued else "open")
 
     def before(self, place: int) -> Conversation:
-        """What is there when the assistant is to write the message at a place."""
+        """The conversation that is there when the assistant is to write the message at a place."""
         return Conversation(self.messages[:place], self.example.tools)
 
     def whole(self) -> Conversation:
@@ -108,7 +108,7 @@ def render_examples(
 
 
 def closing_ids(template: ChatTemplate, end_ids: Sequence[int]) -> tuple[int, ...]:
-    """What may close a turn of the assistant's: the template's own, in the middle or at the end, or
+    """Ids that may close an assistant's turn: the template's own, in the middle or at the end, or
     an end token."""
     own = [i for i in (template.end_id, template.middle_end_id) if i is not None]
     return tuple(dict.fromkeys((*own, *end_ids)))
@@ -148,7 +148,8 @@ def _why_refused(conversation: Conversation, template: ChatTemplate, error: Temp
 def _turns(
     chat: Chat, prompt: str, whole: str, template: ChatTemplate, closing: Sequence[str]
 ) -> tuple[tuple[str, bool], ...]:
-    """What the template writes after the prompt, up to the end of the assistant's last turn.
+    """The texts that the template writes after the prompt, up to the end of the assistant's last
+    turn.
 
     A turn of the assistant's begins where the template would have it begin to write, and ends after
     the last closing token before the next message. Raises DataError for a template that writes the

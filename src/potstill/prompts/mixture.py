@@ -20,8 +20,8 @@ from potstill.types import DataError, Prompt
 
 @dataclass(frozen=True)
 class Mixture:
-    """Of each source the places of its prompts among those of the run, and its share of what is
-    trained on."""
+    """The places of each source's prompts among those of the run, and its share of what is trained
+    on."""
 
     places: tuple[tuple[int, ...], ...]
     shares: tuple[Fraction, ...]

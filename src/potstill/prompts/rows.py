@@ -11,7 +11,7 @@ from potstill.types import DataError, Example, Message
 
 # Columns beside the prompt's.
 COLUMNS = ("messages", "completion", "tools", "answer", "level", "id")
-# What an assistant's message may have with no content.
+# Keys that an assistant's message may have instead of content.
 INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 

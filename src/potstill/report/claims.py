@@ -232,8 +232,8 @@ def _teacher(recipe: Recipe, entries: dict[Path, Entry]) -> Entry | None:
 def _measure(
     metric: str, entry: Entry, temperature: float | None
 ) -> tuple[str, dict[str, float]] | None:
-    """What a metric was measured on and its value for each problem; the logarithm of what a step
-    costs has none."""
+    """The problems that a metric was measured on, and its value for each; the logarithm of a step's
+    cost has none."""
     if metric == "operations a step":
         return (
             ("", {"": math.log(entry.flops / entry.metrics[-1]["step"])}) if entry.flops else None

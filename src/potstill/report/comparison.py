@@ -255,7 +255,7 @@ def seeds_in(entry: Entry) -> dict[str, int]:
 
 
 def seed_names(group: Group) -> dict[Path, str]:
-    """What to call a group's runs: the seeds that vary, that of training where none does; "" of a
+    """Names for a group's runs: the seeds that vary, that of training where none does; "" of a
     model."""
     seeds = [seeds_in(entry) for entry in group.entries]
     names = fields_with(Role.SEED)

@@ -27,7 +27,7 @@ Figure = dict[str, Any]
 Link = Callable[[Path], str]
 
 MAX_POINTS = 300
-# Of a run that is neither a corner nor one of these: its prefix.
+# A run that is neither a corner nor one of these has the colour of its prefix.
 COLOURS = {
     "SFT": "#4477aa",
     "DAgger": "#228833",
@@ -70,7 +70,7 @@ CURVES: tuple[tuple[StepNumber, str], ...] = (
     ("truncation", "share of completions cut by the window"),
     ("grad_norm", "gradient norm before clipping"),
 )
-# What controllers move, shown where it moves in any run.
+# Values that controllers move, shown where they move in any run.
 CONTROLLED: tuple[tuple[StepNumber, str], ...] = (
     ("window", "window (tokens)"),
     ("forward_weight", "weight of the forward KL"),
@@ -84,7 +84,7 @@ ACTIONS = {
 
 
 def family(entry: Entry) -> str:
-    """What a run's colour and mark stand for."""
+    """The family that a run's colour and mark stand for."""
     if entry.cell is not None:
         return METHODS[entry.cell].name
     if entry.recipe is None:
@@ -297,7 +297,7 @@ def windows(
 
 
 def decision_text(row: dict[str, Any]) -> str:
-    """What the gate decided, and the numbers of its probe."""
+    """The gate's decision, and the numbers of its probe, as text."""
     numbers = [
         f"{row['action']} before step {row['step']}, window {row['window']}",
         f"entropy {row['entropy']:.3f}, threshold {row['threshold']:.3f}",

@@ -34,7 +34,7 @@ class StepHabits(EndHabits):
 def findings(
     metrics: Sequence[Metric], groups: Sequence[Group], grpo: Sequence[BeforeAndAfter]
 ) -> list[Sentence]:
-    """What was found, in sentences computed from the numbers, each with the runs it speaks of."""
+    """The findings, in sentences computed from the numbers, each with the runs it speaks of."""
     by_key = {metric.key: metric for metric in metrics}
     about_ends = different_ends([entry for group in groups for entry in group.entries])
     avg = next((metric for metric in metrics if metric.column == "avg"), None)

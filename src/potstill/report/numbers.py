@@ -160,7 +160,7 @@ def run_numbers(entry: Entry, label: str, link: Link) -> dict[str, Any]:
 
 
 def curve_numbers(entry: Entry) -> dict[StepNumber, list[float | None]]:
-    """What a run logged of each curve, at the steps that figures show."""
+    """Logged values of each curve of a run, at the steps that figures show."""
     names: list[StepNumber] = ["step", *(name for name, _ in figures.CURVES + figures.CONTROLLED)]
     logged: list[StepNumber] = [
         name for name in names if any(value_in(row, name) is not None for row in entry.metrics)

@@ -98,7 +98,7 @@ def level_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
 
 
 def table_note(entries: Sequence[Entry]) -> str:
-    """What the table's numbers are of, in a line; a warning when they are not of the same thing."""
+    """A line on what the table's numbers are of; a warning when they are not of the same thing."""
     if not any(entry.evals for entry in entries):
         return "No evaluation was found."
     note = (

@@ -34,7 +34,7 @@ Placement = Callable[[Entry], float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What the paper says and what the runs say.
+    """A claim of the paper, and what the runs say about it.
 
     `effect` is of `metric` in `unit`, None where not measured. `pairs` are the run folders (or
     evaluation files) that were compared, the first minus (or, in times, over) the second. `detail`
@@ -383,7 +383,7 @@ ROWS = (
         "GRPO gains more from starts with more entropy.",
     ),
 )
-# What is about accuracy is asked a second time, of cooled responses.
+# Questions about accuracy are asked a second time, of cooled responses.
 QUESTIONS = tuple(
     question._replace(cooled="all", name=f"{question.name}, cooled") if is_again else question
     for question in ROWS

@@ -7,8 +7,8 @@ from typing import Any
 
 from potstill.runs.results import Entry
 
-# What tokens can be coloured by, and what the reader calls it; loss comes last, for it is defined
-# by the run.
+# Numbers that tokens can be coloured by, and their names in the reader; loss comes last, for the
+# run defines it.
 COLOURINGS = {
     "forward_kl": "forward KL",
     "reverse_kl": "reverse KL",
@@ -17,16 +17,16 @@ COLOURINGS = {
     "loss": "loss",
 }
 CHOICES = ("teacher_choices", "student_choices")
-# Of the numbers of a run, the part that lies within its colour scale; a few large ones would pale
-# all others.
+# The share of a run's numbers that lies within its colour scale; a few large ones would pale all
+# others.
 SCALE_SHARE = 0.95
-# What one page may hold: about 20 MB.
+# The most tokens that one page may hold: about 20 MB.
 MAX_TOKENS = 60_000
 
 
 def reader_data(entries: Sequence[Entry], max_tokens: int = MAX_TOKENS) -> list[dict[str, Any]]:
-    """What the page's script is given: for each run with logged rollouts those of its first and
-    last logged step.
+    """Data for the page's script: for each run with logged rollouts those of its first and last
+    logged step.
 
     A run has `name`, `path`, `num_steps` (how many logged steps there are), `numbers` (name and
     label of each it has), `scale` (the value in nats at which each has its full colour) and

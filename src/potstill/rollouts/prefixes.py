@@ -63,7 +63,7 @@ def from_one(
 def from_teacher(
     writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
 ) -> list[Rollout]:
-    """What the teacher writes now, or has written into the cache."""
+    """Rollouts that the teacher writes now, or has written into the cache."""
     if writing.cache is None:
         return from_one("teacher", writing, prompts, seeds)
     return [writing.cache.rollout(prompt, writing.window) for prompt in prompts]

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable, Sequence
 
-# Of a text's end, and how many times smaller zlib makes a loop.
+# How much of a text's end is looked at, and how many times smaller zlib makes a loop.
 LOOP_CHARACTERS, LOOP_RATIO = 10_000, 10.0
 
 

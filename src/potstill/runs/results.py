@@ -25,11 +25,11 @@ from potstill.runs.run_folder import (
 )
 from potstill.runs.schema import MetricsRow, ValidationRow, value_in
 
-# Of a study's folder: what it consists of, written before the first run.
+# The list of what a study's folder consists of, written before the first run.
 PLAN_FILE = "plan.json"
-# What its plan says of each run.
+# Keys of each run in that plan.
 RUN_KEYS = ("folder", "name", "state")
-# What every row of an evaluation has.
+# Keys of every row of an evaluation.
 EVAL_COLUMNS = (
     "model",
     "temperature",

@@ -28,18 +28,18 @@ from potstill.files import file_digest, flush, write_atomically, write_rows
 from potstill.runs.machine import describe_machine
 from potstill.runs.schema import MetricsRow, ValidationRow
 
-# What each step adds rows to, and what every row has; `evals.jsonl` belongs to a student that is
-# finished.
+# Logs that each step adds rows to, and the keys of every row; `evals.jsonl` belongs to a student
+# that is finished.
 STEP_LOGS = {
     "metrics.jsonl": ("step", "seconds"),
     "samples.jsonl": ("step", "tokens", "trained"),
     "window.jsonl": ("step", "window", "action", "failed"),
     "validation.jsonl": ("step", "num_prompts"),
 }
-# What tells one evaluation of a run from another.
+# Keys that tell one evaluation of a run from another.
 EVAL_KEYS = ("step", "temperature", "settings")
 
-# What to do with a damaged file, by its name.
+# Advice on a damaged file, by its name.
 REPAIRS = {
     "evals.jsonl": "restore it, or remove it and evaluate the run again",
     "environment.json": "restore it, or remove it: the same command writes it again",
@@ -105,7 +105,7 @@ def _shown(value: Any) -> str:
 
 
 def _other_place(folder: Path) -> str:
-    """What to do about a folder that holds another run."""
+    """Advice on a folder that holds another run."""
     return "choose another --out" + (
         " (this run is finished)" if (folder / "DONE").exists() else " or remove the folder"
     )
@@ -133,7 +133,7 @@ def begun_on(folder: Path) -> str | None:
 
 
 def resume_command(folder: Path) -> str:
-    """What goes on with an unfinished run."""
+    """The command that goes on with an unfinished run."""
     recipe = load_any_recipe(folder / "recipe.toml")
     return (
         f"potstill {'grpo' if isinstance(recipe, GrpoRecipe) else 'train'} {folder / 'recipe.toml'}"
@@ -379,8 +379,8 @@ def _parse(text: bytes, path: Path, where: str = "") -> Any:
 
 
 def check_keys(found: Any, path: Path, keys: Collection[str], where: str = "") -> dict[str, Any]:
-    """What was found in a file (`where` in it), once it is a JSON object with these keys. Raises
-    RunError."""
+    """Return what was found in a file (`where` in it) if it is a JSON object with these keys.
+    Raises RunError."""
     if not isinstance(found, dict):
         raise RunError(f"{str(path)!r}{where} is not a JSON object; {_repair(path)}")
     if missing := [key for key in keys if key not in found]:

@@ -258,7 +258,7 @@ MetricsRow = DistillationRow | GrpoRow
 
 
 def value_in(row: AnyMetrics, name: StepNumber) -> float | None:
-    """What a row has under a name that is chosen at run time or that not every row has; None where
+    """A row's value under a name that is chosen at run time or that not every row has; None where
     it has nothing."""
     return _found(row, name)
 

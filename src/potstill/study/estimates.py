@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NUM_TRIAL_STEPS = 2
 # Models whose weights are larger are not loaded for an estimate.
 MAX_TRIAL_BYTES = 50e6
-# What the cost of a step does not depend on.
+# Fields that the cost of a step does not depend on.
 FREE: Selection = (
     *(Role.OUTPUT, Role.EVALUATION, Role.SEED, Role.TUNED, Role.START, Role.CACHE, Role.DIVERGENCE),
     *(Role.LENGTH, Role.WARM_UP, Role.BUDGET, "data.num_prompts"),
@@ -96,7 +96,7 @@ def _start(item: Item, students: dict[Path, str]) -> str:
     start = recipe.model if isinstance(recipe, GrpoRecipe) else recipe.student.model
     if item.kind == "evaluate":
         start = item.job.arguments[1]
-    # What does not exist yet is as large as what it is made from.
+    # A model that does not exist yet is as large as the one it is made from.
     return students.get(Path(start), students.get(Path(start).parent, start))
 
 
@@ -150,7 +150,7 @@ def _run_cost(item: Item, step: StepCost, evaluated: Cost) -> Cost:
 
 
 def _kind(recipe: Recipe | GrpoRecipe) -> str:
-    """What runs with steps of one cost have in common."""
+    """The part of a recipe that runs with steps of one cost have in common."""
     data = recipe.resolved_without(FREE)
     cached = isinstance(recipe, Recipe) and recipe.teacher.cache is not None
     return json.dumps([cached, data], sort_keys=True)

@@ -24,11 +24,11 @@ def _flat(value: Any) -> Any:
     return flat
 
 
-# What the study sets itself, in fields and on axes, and what to write instead.
+# Fields that the study sets itself, which fields and axes may not, and what to write instead.
 SET_BY_THE_STUDY = {
     "out": "give out to the study, whose runs are named by what they are",
 } | dict.fromkeys(fields_with(Role.SEED), "use seeds = [...] of the study or of a group")
-# Of the GRPO stage it also sets these.
+# It also sets these fields of the GRPO stage.
 SET_BY_THE_START: dict[str, str] = dict.fromkeys(
     ("model", "data.source", "evaluation"), "the stage takes it from the run that it goes on from"
 )
@@ -44,7 +44,7 @@ def refuse_fields(where: str, names: Iterable[str], known: dict[str, str]) -> No
 
 
 class Runs(Section):
-    """What has fields over a recipe's."""
+    """Runs whose fields take the place of a recipe's."""
 
     @model_validator(mode="after")
     def _sets_what_the_study_leaves(self):
@@ -66,7 +66,7 @@ class Judgement(Section):
     """One more evaluation of each run of a group, in other settings."""
 
     label: str
-    """What it is called beside the run's name."""
+    """Its name beside the run's."""
     fields: Fields
     """Fields of section `evaluation` that differ."""
 
@@ -75,7 +75,7 @@ class StudyGroup(Runs):
     """Runs that differ in the values of some fields."""
 
     label: str = ""
-    """What its runs are called beside their method."""
+    """The name of its runs beside their method."""
     axes: Axes
     """Values of fields of the recipe, every combination of which is a run; `method` sets prefix and
     KL."""
@@ -117,7 +117,7 @@ class Sweep(Runs):
     field: str = "train.lr"
     """The field."""
     values: tuple[float, ...] = Field(min_length=1)
-    """What is tried."""
+    """The values to try."""
     methods: tuple[MethodName, ...] = ("sft", "dagger", "offline-rl", "opd")
     """For which methods."""
     fields: Fields
@@ -143,7 +143,7 @@ class PanelPlan(Runs):
     title: str
     """As the report shows it."""
     note: str = ""
-    """What a reader should know of it: that a setting is constructed, say."""
+    """A note to the reader: that a setting is constructed, say."""
     recipe: str | None = None
     """Base recipe, instead of the study's."""
     fields: Fields
@@ -153,7 +153,7 @@ class PanelPlan(Runs):
     grpo_from: tuple[str, ...] = ()
     """Models that the GRPO stage also starts from."""
     sweep: Sweep | None = None
-    """What is chosen before anything is compared."""
+    """A choice that is made before anything is compared."""
     groups: tuple[StudyGroup, ...] = Field(min_length=1)
     """The runs."""
 
@@ -205,7 +205,7 @@ class Study(Runs):
     grpo: Stage = Stage.model_validate({})
     """Reinforcement learning after distillation, for groups that ask for it."""
     panels: tuple[PanelPlan, ...] = Field(min_length=1)
-    """What is compared."""
+    """The panels of the report."""
 
     @model_validator(mode="after")
     def _titles_differ(self):

@@ -118,7 +118,7 @@ def _job(
 
 
 def recipe_file(study: Study, folder: Path) -> Path:
-    """What a process of the study is given, written before it begins."""
+    """The recipe file that a process of the study is given, written before it begins."""
     return study.out / "recipes" / f"{folder.name}.toml"
 
 
@@ -165,7 +165,7 @@ def grpo_item(
     """A GRPO run from a model, on the task and with the evaluation of the recipe `start`."""
     fields = {"model": model, "grpo.seed": seed, "data.source": start.data.origin}
     fields |= {} if is_table(start.data.origin) else {"data.seed": seed}
-    # What a shipped recipe says of rates is for models of its kind: those that this one began with.
+    # The rates of a shipped recipe are for models of its kind: those that this one began with.
     first = start.student.model if needs else model
     data = read_recipe(study.grpo.recipe, study.grpo.fields | fields | {"model": first}) | {
         "model": model

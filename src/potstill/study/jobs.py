@@ -17,8 +17,8 @@ from potstill.console.printable import one_line, plain, say
 from potstill.files import write_atomically
 
 POLL_SECONDS = 0.25
-# What every job would load: transformers' own parts come only when a model is, which takes longer
-# than a small job.
+# Modules that every job would load: parts of transformers load only with a model, which takes
+# longer than a small job.
 LOADED = [
     "potstill.cli.recipe_commands",
     "potstill.evaluation.scores",
@@ -86,7 +86,7 @@ def run_jobs(
                     running[job] = context.Process(target=_execute_apart, args=given)
                     running[job].start()
                 if not running:
-                    # What is left needs something that crashed.
+                    # The jobs that are left need something that crashed.
                     break
                 time.sleep(POLL_SECONDS)
                 show(list(running), None)

@@ -12,7 +12,7 @@ from potstill.study.cells import axis_text, cells, corner
 from potstill.study.file import PanelPlan, Study
 from potstill.study.items import Item, evaluation_item, grpo_item, panel_recipe, run_items
 
-# Of a panel: more are a slip in an axis, and would take minutes to plan alone.
+# The most runs of a panel: more are a slip in an axis, and would take minutes to plan alone.
 MAX_RUNS = 10_000
 # A sweep is judged on problems that no other run is evaluated on.
 SWEEP_EVALUATION_SEED = 1_000_003
@@ -20,7 +20,7 @@ SWEEP_EVALUATION_SEED = 1_000_003
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPanel:
-    """What one panel of the report will be made of."""
+    """The runs and models that one panel of the report will be made of."""
 
     title: str
     note: str

@@ -164,7 +164,7 @@ def _run_stage(
             states[str(job.path.relative_to(study.out))] = f"crashed: {message}"
             _write_plan(study, panels, states)
 
-    # What others wait for first, then the longest, so that the processes end together.
+    # Jobs that others wait for come first, then the longest, so that the processes end together.
     needed = {path for item in items.values() for path in item.job.needs}
     order = sorted(
         items.values(), key=lambda item: (item.job.path not in needed, -item.job.num_steps)
@@ -174,7 +174,7 @@ def _run_stage(
 
 
 def _last_states(study: Study) -> dict[str, str]:
-    """What is known of runs that crashed."""
+    """The last known states of runs that crashed."""
     if not (study.out / PLAN_FILE).exists():
         return {}
     runs = [run for panel in read_plan(study.out) for run in panel["runs"]]
@@ -192,7 +192,7 @@ def state_of(item: Item, study: Study, states: dict[str, str]) -> str:
 
 
 def _write_plan(study: Study, panels: Sequence[PlannedPanel], states: dict[str, str]) -> None:
-    """What the report reads: panels with their runs and what is known of those that are not
+    """Write what the report reads: panels with their runs and what is known of those that are not
     done."""
     planned = [
         {
@@ -222,8 +222,8 @@ def print_plan(
     one_thread: bool,
     list_all: bool,
 ) -> None:
-    """What there is to do, panel by panel (`list_all`: run by run), and about how long and how
-    large it is."""
+    """Print what there is to do, panel by panel (`list_all`: run by run), and about how long and
+    how large it is."""
     from rich.console import Console
     from rich.table import Table
 

@@ -142,8 +142,7 @@ class MathBenchmark:
 
 
 def make_benchmark(name: str) -> Callable[[str | None], MathBenchmark]:
-    """What `TASKS` holds for a benchmark: a maker that takes what follows the colon, a local
-    file."""
+    """The maker of a benchmark for `TASKS`; it takes what follows the colon, a local file."""
 
     def make(file: str | None) -> MathBenchmark:
         if file is not None and not Path(file).is_file():

@@ -25,7 +25,7 @@ from potstill.tasks.tables import with_own_ids
 from potstill.types import DataError, Example
 
 MEMBERS = ("examples", "grade", "answer_end")
-# Of the user's values and errors, a message shows so many characters.
+# A message shows so many characters of the user's values and errors.
 ERROR_CHARACTERS = 120
 
 
@@ -159,7 +159,7 @@ def _naming_the_line(file: str, what: str) -> Iterator[None]:
     reached."""
     try:
         yield
-    # Of code that is not ours any error can come, and sys.exit() in it must not look like
+    # Any error can come from code that is not ours, and sys.exit() in it must not look like
     # success.
     except (Exception, SystemExit) as error:
         lines = [

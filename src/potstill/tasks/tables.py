@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.types import DataError, Example
 
-# What the name of a data file ends in, or these and .gz.
+# Endings of a data file's name, which .gz may follow.
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # The one column of a text file.
 TEXT_COLUMN = "prompt"
@@ -276,7 +276,7 @@ def _parquet(file: str, columns: Sequence[str], num_rows: int | None) -> Iterato
 
 
 def without_nulls(value: Any) -> Any:
-    """What a typed table holds, without the nulls that it has for the keys of other rows."""
+    """A value of a typed table, without the nulls that it has for the keys of other rows."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value

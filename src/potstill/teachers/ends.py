@@ -113,7 +113,7 @@ def named_end_ids(tokenizer, names: Sequence[str]) -> tuple[int, ...]:
 
 
 def end_names(tokenizer, ids: Sequence[int]) -> list[str]:
-    """What the tokenizer calls these ids; the number of an id that it does not know."""
+    """The tokenizer's names for these ids; the number of an id that it does not know."""
     names = tokenizer.convert_ids_to_tokens(list(ids))
     return [str(i) if name is None else name for name, i in zip(names, ids, strict=True)]
 

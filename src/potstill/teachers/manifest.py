@@ -28,7 +28,7 @@ FORMAT = 2
 SHARD_FILE = r"^shards/[0-9a-f]{16}\.safetensors$"
 
 Count = Annotated[int, Field(ge=1)]
-# What the settings of each payload say.
+# Settings that each payload needs.
 NEEDED = {
     "hidden": ("dtype",),
     "topk": ("top_k", "temperature", "vocab_size", "end_class"),
@@ -92,8 +92,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What the manifest says of a shard. `kl` is the mean KL(teacher || what is stored) a token, in
-    nats."""
+    """A shard in the manifest. `kl` is the mean KL(teacher || what is stored) a token, in nats."""
 
     file: Annotated[str, Field(pattern=SHARD_FILE)]
     num_rollouts: Count
@@ -126,7 +125,8 @@ class Manifest:
 
     @property
     def mean_kl(self) -> float | None:
-        """Of all tokens; None where what is stored is what the teacher computed."""
+        """The mean of `kl` over all tokens, in nats; None where what is stored is what the teacher
+        computed."""
         known = [(shard.kl, shard.num_tokens) for shard in self.shards if shard.kl is not None]
         return sum(kl * n for kl, n in known) / sum(n for _, n in known) if known else None
 
@@ -219,7 +219,7 @@ def _config_digest(config) -> str:
 
 
 def tokenizer_digests(tokenizer) -> tuple[str, str]:
-    """Of the vocabulary and of the chat template."""
+    """Digests of the vocabulary and of the chat template."""
     words = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_ids}
     return json_digest(words), json_digest(tokenizer.chat_template or "")
 
@@ -233,6 +233,6 @@ def tensors_digest(tensors: dict[str, Tensor], names: Sequence[str]) -> str:
 
 
 def sampling_settings(recipe: Recipe) -> dict[str, float]:
-    """What of the sampling decides which completions are likely."""
+    """The sampling fields that decide which completions are likely."""
     sampling = recipe.sampling
     return {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}

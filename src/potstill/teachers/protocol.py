@@ -51,7 +51,8 @@ class Teacher(Protocol):
 
     @property
     def head(self) -> Head | None:
-        """What makes logits of its hidden states; None where its signal is no hidden states."""
+        """The head that makes logits of its hidden states; None where its signal is no hidden
+        states."""
         ...
 
     @property

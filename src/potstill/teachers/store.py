@@ -51,10 +51,10 @@ from potstill.types import Example, Prompt, Rollout, Stop
 
 # Shards that are mapped at a time; what is mapped and touched counts as this process's memory.
 MAX_OPEN_SHARDS = 16
-# Of the first rollout that is read of a shard, this many log-sum-exps are computed again.
+# This many log-sum-exps of the first rollout that is read of a shard are computed again.
 NUM_CHECKED = 8
-# Of a log-sum-exp, relative: above what float32 sums over a vocabulary differ by, below what
-# another head would give.
+# Relative error of a log-sum-exp: float32 sums over a vocabulary differ by less, and another head
+# would by more.
 HEAD_TOLERANCE = 1e-4
 CachePlace = tuple[int, int]
 
@@ -73,7 +73,7 @@ class Cache:
         self.indices = [read_index(self.folder, record) for record in self.manifest.shards]
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._checked: set[int] = set()
-        # What `check_recipe` could not compare.
+        # A note on what `check_recipe` could not compare.
         self.note: str | None = None
 
     def path(self, shard: int) -> Path:
@@ -167,7 +167,7 @@ class Cache:
         return None
 
     def describe(self) -> list[str]:
-        """What a run that reads the cache says of it."""
+        """Lines on the cache for a run that reads it."""
         manifest = self.manifest
         kl = (
             ""

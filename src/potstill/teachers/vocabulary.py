@@ -78,7 +78,7 @@ def refuse_unshared_ids(prompts: Iterable[Prompt], size: int, tokenizer) -> None
 
 
 def describe_cut(student: LanguageModel, teacher: Teacher, size: int) -> list[str]:
-    """What is cut off two heads, in words; nothing where nothing is."""
+    """Lines on what is cut off two heads; none where nothing is."""
     lines = []
     if (student.vocab_size, teacher.vocab_size) != (size, size):
         lines.append(

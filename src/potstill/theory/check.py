@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 BOUND = 1e-8
-# What is said to differ must do so by more than rounding could.
+# Values that are said to differ must do so by more than rounding could.
 DISTANCE = 1e-3
 
 

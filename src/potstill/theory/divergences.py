@@ -48,7 +48,7 @@ def definition(kind: str, student: Tensor, teacher: Tensor, weight: float) -> Te
 
 
 def plain_terms(kind: str, weight: float) -> LossTerms:
-    """What training weighs for a kind of KL."""
+    """The terms that training has for a kind of KL."""
     settings = {
         "mixed": "forward_weight",
         "jsd": "jsd_weight",

@@ -34,7 +34,7 @@ class Table(nn.Module):
         """The logits themselves as hidden states, under a head that is the identity. The prompt is
         one token."""
         rows = [
-            # What follows the end of a text is padding, which no loss looks at.
+            # Padding follows the end of a text, and no loss looks at it.
             [self.row_of.get(tuple(ids[1 : t + 1]), 0) for t in range(len(ids))]
             for ids in input_ids_BT.tolist()
         ]
@@ -45,11 +45,11 @@ class Table(nn.Module):
         return self(batch.teacher_ids_BT)[batch.teacher_mask_BT]
 
     def log_probs(self, prefix: Text) -> Tensor:
-        """Of the next token, [V]."""
+        """Log-probabilities of the next token, [V]."""
         return self.logits_SV[self.row_of[prefix]].log_softmax(-1)
 
     def log_prob(self, text: Text) -> Tensor:
-        """Of a whole text."""
+        """The log-probability of a whole text."""
         return torch.stack([self.log_probs(text[:t])[token] for t, token in enumerate(text)]).sum()
 
 

@@ -47,8 +47,8 @@ def trained(
     window: int = WINDOW,
     baseline_T: Tensor | None = None,
 ) -> tuple[float, Tensor]:
-    """What training computes on every text of a writer, weighted by its probability: value and
-    gradient [S, V]."""
+    """The value and gradient [S, V] that training computes on every text of a writer, weighted by
+    its probability."""
     loss = Loss(objective=Objective(**options), normalize="token", vocab_size=V)
     student.zero_grad()
     value = 0.0
@@ -244,7 +244,7 @@ def _offline_rl(student: Table, teacher: Table) -> Iterator[Check]:
             inner_over_student = (
                 inner_over_student - probability * (log_q.detach().exp() * ratio * log_q).sum()
             )
-            # What the teacher wrote there, as it is and with the weight q / p.
+            # The token that the teacher wrote there, as it is and with the weight q / p.
             one = -probability * ratio[written] * log_q[written]
             inner_over_teacher, weighted = (
                 inner_over_teacher + one,

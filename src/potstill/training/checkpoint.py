@@ -212,8 +212,8 @@ def load(
 
 
 def _read_state(checkpoint: Path, files: Sequence[str]) -> dict[str, Any]:
-    """What `save` knew, once it and all files are found to be as they were written. Raises
-    RunError."""
+    """The state that `save` wrote, once it and all files are found to be as they were written.
+    Raises RunError."""
     path = checkpoint / STATE
     if not path.is_file():
         raise _damaged(path, "is missing")

@@ -39,8 +39,8 @@ def scheduled_weight(schedule: WeightSchedule, start: float, step: int, num_step
 def next_weight(
     schedule: WeightSchedule, state: WeightState, entropy: float, teacher_entropy: float
 ) -> WeightState:
-    """What schedule = "entropy" does after a step with these entropies (nats): `rate` at most, with
-    a dead band.
+    """The weight after a step with these entropies (nats) and schedule = "entropy": `rate` at most,
+    with a dead band.
 
     Below the floor the weight rises, above floor + band it falls, each by how far the entropy is
     off relative to the floor, times `rate`; in between it stays.
@@ -74,7 +74,7 @@ def next_best(goal: Goal, state: BestState, step: int, value: float) -> BestStat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What the student's own rollouts on held-out prompts show at a window.
+    """A measurement of the student's own rollouts on held-out prompts at a window.
 
     Entropies in nats a token up to the first answer or stop, shares of responses that were cut by
     the window (of the student's and of the teacher's), and the share of responses that are loops.
@@ -105,7 +105,7 @@ class WindowState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What a probe led to: the window from now on, why, and the numbers."""
+    """The result of a probe: the window from now on, why, and the numbers."""
 
     action: Literal["climb", "hold", "freeze", "step back"]
     window: int

@@ -12,12 +12,12 @@ from potstill.teachers.ends import describe_ends
 from potstill.training.rates import describe_lr, usual_lr, with_lr
 from potstill.training.setup import Setup
 
-# Of the first prompt, to show that the template is right.
+# Characters of the first prompt to show, so that the user can check the template.
 PROMPT_CHARACTERS = 400
 
 
 def subject_of(recipe: Recipe, setup: Setup, world: World) -> Subject:
-    """What checks look at, of a run that is ready."""
+    """The parts of a run that is ready, as checks look at them."""
     num_weights = setup.student.num_weights
     lr = with_lr(recipe.train, num_weights).lr
     assert lr is not None, "with_lr sets one"
@@ -69,8 +69,8 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
 
 
 def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
-    """What ends a completion and how the loss counts it, with a warning where the two models end
-    differently."""
+    """Lines on what ends a completion and how the loss counts it; a warning where the two models
+    end differently."""
     student, teacher, ends = setup.student, setup.teacher, setup.ends
     tokenizer = student.tokenizer
     lines = [f"end set: {describe_ends(tokenizer, ends.stop_ids)}"]

@@ -5,7 +5,7 @@ import math
 
 from potstill.config import Train
 
-# Of a student of up to a billion weights; larger ones take that over their billions, but no less
+# The rate of up to a billion weights; a larger student takes that over its billions, but no less
 # than LEAST_LR.
 USUAL_LR, LEAST_LR = 1e-5, 1e-6
 
@@ -23,7 +23,7 @@ def with_lr(config: Train, num_weights: int) -> Train:
 
 
 def describe_lr(config: Train, num_weights: int) -> str:
-    """What a user should know where the recipe says no rate."""
+    """A line on the rate for the user of a recipe that says none."""
     return (
         f"train.lr is not set: {usual_lr(num_weights):.2g}, which is usual for a student of "
         f"{num_weights:,} weights; very small or fresh ones need far more"

@@ -22,14 +22,14 @@ from potstill.teachers.protocol import Teacher
 from potstill.training.metrics import TOKEN_STATISTICS
 from potstill.types import Rollout
 
-# Of each model at each loss token, the likeliest first.
+# Tokens of each model that are logged at each loss token, the likeliest first.
 NUM_CHOICES = 5
 LOGGED_DIGITS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What a pass of the loss knows of its N loss tokens: the student's hidden states [N, D],
+    """Results of a pass of the loss for its N loss tokens: the student's hidden states [N, D],
     `known_of_teacher`, the loss of each, and the statistics of both at the temperature of the loss.
     """
 
@@ -150,7 +150,8 @@ def _whole_statistics(
 
 
 def token_text(tokenizer, token_id: int) -> str:
-    """What a token writes; its name where it writes nothing, its id where it has no name."""
+    """The text that a token writes; its name where it writes nothing, its id where it has no
+    name."""
     return (
         _text(tokenizer, [token_id]) or tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>"
     )

@@ -138,7 +138,8 @@ def write_round(
 def count_flops(
     trainer: Trainer, run: Run, rollouts: list[Rollout], *, written: float, probed: float
 ) -> StepFlops:
-    """What the step costs over all ranks, beside what was `written` and `probed` by this one."""
+    """The operations of the step over all ranks; this one spent `written` on rollouts and `probed`
+    on the probe."""
     setup, looks_ahead = trainer.setup, trainer.recipe.objective.gamma > 0
     parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops, looks_ahead)
     parts["rollout"], parts["probe"] = written, probed

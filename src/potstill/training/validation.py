@@ -184,8 +184,8 @@ def _of_teacher(
     prompts: Sequence[Prompt],
     keys: Sequence[Key],
 ) -> list[Rollout]:
-    """What the teacher has written to this rank's prompts: in the cache, once for this run, or now
-    if it changes.
+    """The teacher's rollouts for this rank's prompts: from the cache, written once for this run, or
+    written now if it changes.
 
     Nothing where it cannot write, or not score what it writes.
     """
