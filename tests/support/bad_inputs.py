@@ -121,7 +121,7 @@ RECIPES = [
 
 # Arguments as a shell would take them, and the message.
 COMMANDS = [
-    ("", "potstill needs a command: train, grpo"),
+    ("", "potstill needs a command: init, doctor, train, grpo"),
     ("trian demo", "'trian' is no command of potstill; the nearest is train; see potstill --help"),
     ("train", "missing from potstill train"),
     ("train demo extra", "unrecognized options: extra"),

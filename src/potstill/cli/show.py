@@ -30,6 +30,9 @@ from potstill.teachers.vocabulary import num_named_rows
 from potstill.theory.check import Check
 from potstill.types import Example
 
+# A share of responses, above which their cap is what is measured.
+MOSTLY = 0.5
+
 
 def evaluate_and_store(
     models: Sequence[str],
@@ -69,7 +72,7 @@ def evaluate_and_store(
             write_atomically(out, json.dumps(rows, indent=1) + "\n")
         entries.append(Entry(str(target).removeprefix("potstill:"), target, rows))
     print_table(entries)
-    say(*gave_up(entries), *comparisons(entries))
+    say(*gave_up(entries), *cut_short(entries, evaluation.max_tokens), *comparisons(entries))
 
 
 def evaluate_without_task(
@@ -121,6 +124,20 @@ def gave_up(entries: Sequence[Entry]) -> list[str]:
                 lines.append(
                     f"{entry.name} at T={row['temperature']:g}: grading gave up on responses: "
                     f"{described}"
+                )
+    return lines
+
+
+def cut_short(entries: Sequence[Entry], max_tokens: int) -> list[str]:
+    """Where the cap ended most responses, whose score then says little of the model."""
+    lines = []
+    for entry in entries:
+        for row in entry.evals:
+            share, *_ = row["truncation"]
+            if share > MOSTLY:
+                lines.append(
+                    f"{entry.name} at T={row['temperature']:g}: {share:.0%} of the responses were "
+                    f"cut at {max_tokens} tokens, most of them before an answer: raise --max-tokens"
                 )
     return lines
 

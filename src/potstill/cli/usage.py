@@ -19,6 +19,18 @@ class UsageError(ValueError):
     """Arguments that no command takes; the message is one line and says what to do."""
 
 
+# What other programs call a command.
+MEANT = {
+    "check": "doctor",
+    "eval": "evaluate",
+    "generate": "sample",
+    "list": "runs",
+    "ls": "runs",
+    "new": "init",
+    "run": "train",
+}
+
+
 def no_command(group: str, words: Sequence[str], known: Sequence[str]) -> UsageError:
     """The line for a command that is missing or misspelt, where the commands of a group (or all)
     are known."""
@@ -27,9 +39,10 @@ def no_command(group: str, words: Sequence[str], known: Sequence[str]) -> UsageE
         return UsageError(f"{program} needs a command: {', '.join(known)}; see {program} --help")
     if words[0].startswith("-"):
         return UsageError(f"{words[0]!r} is no option of {program}; see {program} --help")
+    meant = MEANT.get(words[0])
+    near = meant if meant in known else nearest(words[0], known)
     return UsageError(
-        f"{words[0]!r} is no command of {program}; the nearest is {nearest(words[0], known)}; "
-        f"see {program} --help"
+        f"{words[0]!r} is no command of {program}; the nearest is {near}; see {program} --help"
     )
 
 
@@ -71,9 +84,12 @@ def _sentence(box: str) -> str:
     """The text of a box without its frame: the message, the nearest option, and where the help
     is."""
     lines = [re.sub(r"^[│ ]+|[│ ]+$", "", line) for line in box.splitlines()]
+    if "╭" not in box:
+        # Without frames, as for a terminal of ASCII alone, the first line is the title.
+        lines = lines[1:]
     parts: list[list[str]] = [[]]
     for line in lines:
-        if re.fullmatch(r"[╭╰─╮╯ ].*[─╮╯]", line) or set(line) <= {"─"}:
+        if re.fullmatch(r"[╭╰─╮╯ ].*[─╮╯]", line) or set(line) <= set("─-"):
             parts.append([])
         else:
             parts[-1].append(line)

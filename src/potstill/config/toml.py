@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from potstill.config.recipe import GrpoRecipe, Recipe
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import RecipeError, validate
+from potstill.console.names import nearest
 from potstill.console.printable import printable
 from potstill.tasks import is_table
 
@@ -113,7 +114,10 @@ def find_toml(what: str, name: str | Path, shipped: Path) -> Path:
         what = f"{what} {str(name)!r}" + (
             " is a folder" if Path(name).is_dir() else " does not exist"
         )
-        raise RecipeError(f"{what}; give a TOML file or one of {', '.join(known)}")
+        here = [path.name for path in Path().glob("*.toml")]
+        near = nearest(str(name), here, 0.7)
+        hint = f"; the nearest is {near!r}" if near else ""
+        raise RecipeError(f"{what}{hint}; give a TOML file or one of {', '.join(known)}")
     return shipped / f"{name}.toml"
 
 

@@ -215,6 +215,11 @@ def locate(name: str) -> str:
     if name.startswith("potstill:"):
         shipped = sorted(f"potstill:{entry.name}" for entry in ASSETS.iterdir() if entry.is_dir())
         raise ModelError(f"{name!r} is not a shipped model; choose one of {', '.join(shipped)}")
+    if "/" not in name and not name.startswith((".", "~")):
+        raise ModelError(
+            f"model {name!r} is no folder here, and a hub id has an owner, as "
+            "openai-community/gpt2 has; give a model folder, a run folder or such an id"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f"model folder {name!r} does not exist; give a Hugging Face model folder, a run "

@@ -115,7 +115,10 @@ def read_entry(path: Path) -> Entry:
         evals = read_json_list(path, EVAL_COLUMNS)
         return Entry(evals[0]["model"].removeprefix("potstill:"), path, evals)
     if not (path / "recipe.toml").exists():
-        raise RunError(f"{str(path)!r} is no run folder, study folder or evaluation file")
+        raise RunError(
+            f"{str(path)!r} is no run folder, study folder or evaluation file; "
+            "`potstill runs FOLDER` lists the runs in a folder"
+        )
     recipe = load_any_recipe(path / "recipe.toml")
     if not is_done(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from potstill.console.names import nearest
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.types import DataError, Example
 
@@ -94,13 +95,29 @@ def _find_files(name: str) -> list[str]:
     if Path(name).is_file():
         return [name]
     files = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+    if not files and "," in name:
+        raise DataError(
+            f"data file {name!r} does not exist; give several files as a list: data.source = "
+            f"{json.dumps([part.strip() for part in name.split(',')])}"
+        )
     if not files:
         kinds = ", ".join(DATA_SUFFIXES)
         raise DataError(
-            f"data file {name!r} does not exist; give a file that ends in {kinds}, a task or a "
-            "hub id"
+            f"data file {name!r} does not exist{_nearest_file(name)}; give a file that ends in "
+            f"{kinds}, a task or a hub id"
         )
     return files
+
+
+def _nearest_file(name: str) -> str:
+    """Words on the file of the same folder whose name is most like this one, if one is like it;
+    none for a pattern."""
+    folder = Path(name).parent
+    if glob.has_magic(name):
+        return ""
+    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    near = nearest(Path(name).name, names, 0.7)
+    return f" (the nearest is {str(folder / near)!r})" if near else ""
 
 
 def _kind(file: str) -> str:
