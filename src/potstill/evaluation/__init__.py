@@ -1,1 +1,1 @@
-"""Measuring models: scores of a task, and both models on prompts."""
+"""Models measured on a task or any prompts."""
