@@ -31,7 +31,7 @@ ASSETS = Path("src/potstill/assets")
 NEW_END, LONG_CONTEXT = "<im_end>", 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """An untrained Qwen3."""
 
@@ -42,7 +42,7 @@ class Shape:
     num_key_value_heads: int = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GoesOn:
     """A model that goes on from another asset, with `NEW_END` in the vocabulary or even as its own
     end.
@@ -58,16 +58,20 @@ class GoesOn:
 
 
 BLUEPRINTS: dict[str, Shape | GoesOn] = {
-    "teacher": Shape(96, 3, 256),
-    "teacher-small": Shape(64, 3, 112),
-    "base": Shape(64, 2, 128),
-    "columns-teacher": Shape(96, 3, 256),
-    "columns-plain": Shape(32, 2, 64),
-    "columns-tiny": Shape(24, 2, 48, 2, 1),
-    "columns-student": GoesOn("columns-plain"),
-    "stops-student": GoesOn("base", adds_end=True),
-    "stops-teacher": GoesOn("teacher-small", adds_end=True, ends_anew=True),
-    "stops-teacher-loop": GoesOn("teacher-small", adds_end=True, ends_anew=True, num_padding=24),
+    "teacher": Shape(hidden_size=96, num_layers=3, feed_forward=256),
+    "teacher-small": Shape(hidden_size=64, num_layers=3, feed_forward=112),
+    "base": Shape(hidden_size=64, num_layers=2, feed_forward=128),
+    "columns-teacher": Shape(hidden_size=96, num_layers=3, feed_forward=256),
+    "columns-plain": Shape(hidden_size=32, num_layers=2, feed_forward=64),
+    "columns-tiny": Shape(
+        hidden_size=24, num_layers=2, feed_forward=48, num_heads=2, num_key_value_heads=1
+    ),
+    "columns-student": GoesOn(parent="columns-plain"),
+    "stops-student": GoesOn(parent="base", adds_end=True),
+    "stops-teacher": GoesOn(parent="teacher-small", adds_end=True, ends_anew=True),
+    "stops-teacher-loop": GoesOn(
+        parent="teacher-small", adds_end=True, ends_anew=True, num_padding=24
+    ),
 }
 # A step on the way, which is not shipped.
 UNSHIPPED = ("columns-plain",)

@@ -16,6 +16,8 @@ TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.p
 TOLD = {"main", *(command.split()[-1] for command in COMMANDS)}
 # A text that begins so has no head: the reader learns only later what it is about.
 HEADLESS = {"What", "Of"}
+# Dataclasses of so many fields take them by keyword.
+MANY_FIELDS = 4
 
 
 def definitions(body: list[ast.stmt]) -> Iterator[str]:
@@ -76,3 +78,21 @@ def test_docstrings_and_comments_begin_with_what_they_are_about():
         found = [text for text, first in zip(texts, firsts, strict=True) if first in HEADLESS]
         headless += [f"{path.relative_to(PACKAGE)}: {text}" for text in found]
     assert headless == []
+
+
+def test_a_dataclass_of_many_fields_takes_them_by_keyword():
+    """All of them by `kw_only`, or those after a mark of type KW_ONLY."""
+    positional = []
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            how = [ast.unparse(each) for each in getattr(node, "decorator_list", ())]
+            if isinstance(node, ast.ClassDef) and any(each.startswith("dataclass") for each in how):
+                fields = [
+                    ast.unparse(each.annotation)
+                    for each in node.body
+                    if isinstance(each, ast.AnnAssign)
+                ]
+                is_by_keyword = any("kw_only=True" in each for each in how) or "KW_ONLY" in fields
+                if len(fields) >= MANY_FIELDS and not is_by_keyword:
+                    positional.append(f"{path.relative_to(PACKAGE)}: {node.name}")
+    assert positional == []

@@ -59,7 +59,7 @@ class Example:
         return f"prompt {self.id!r}" + (f" ({self.where})" if self.where else "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """An example after tokenisation. `completion_ids` and `trained`, of one length, exist when the
     data has them.

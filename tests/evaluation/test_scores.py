@@ -234,7 +234,7 @@ def test_what_grading_gave_up_on_is_said():
         {"temperature": 1.0, "notes": {"timeout": 3, "wrong": 9, "crash": 1}},
         {"temperature": 0.6, "notes": {}},
     ]
-    lines = gave_up([Entry("base", Path("base"), rows)])
+    lines = gave_up([Entry(name="base", path=Path("base"), evals=rows)])
     assert lines == ["base at T=1: grading gave up on responses: timeout 3, crash 1"]
 
 

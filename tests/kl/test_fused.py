@@ -53,7 +53,9 @@ class Inputs:
             return None if tensor is None else tensor.detach().to(dtype).requires_grad_(trained)
 
         def head(h, trained):
-            return Head(cast(h.weight_VD, trained), cast(h.bias_V, trained), h.scale, h.softcap)
+            return dataclasses.replace(
+                h, weight_VD=cast(h.weight_VD, trained), bias_V=cast(h.bias_V, trained)
+            )
 
         return Inputs(
             cast(self.hidden, True),
@@ -87,7 +89,8 @@ def make_inputs(
     for dim, pad in zip(dims, padding, strict=True):
         hiddens.append(randn(num_rows, dim))
         weight = spread * randn(vocab_size + pad, dim) / math.sqrt(dim)
-        heads.append(Head(weight, randn(vocab_size + pad) if bias else None, scale, softcap))
+        bias_V = randn(vocab_size + pad) if bias else None
+        heads.append(Head(weight, bias_V=bias_V, scale=scale, softcap=softcap))
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
     labels[: len(ENDS)] = torch.tensor(ENDS)[:num_rows]
     return Inputs(hiddens[0], heads[0], hiddens[1], heads[1], labels).to(torch.float64)
@@ -288,7 +291,7 @@ def test_gradcheck():
     inputs = make_inputs(num_rows=3, vocab_size=103, dims=(3, 4), bias=True)
 
     def function(hidden, weight, bias):
-        head = Head(weight, bias, 1.5, 4.0)
+        head = Head(weight, bias_V=bias, scale=1.5, softcap=4.0)
         stats = fused_statistics(
             hidden,
             head,

@@ -109,7 +109,7 @@ def on_a_rank(cut: int) -> None:
         weight, bias = (
             t.detach()[rows].clone().requires_grad_(trained) for t in (head.weight_VD, head.bias_V)
         )
-        return Head(weight, bias, head.scale, head.softcap)
+        return Head(weight, bias_V=bias, scale=head.scale, softcap=head.softcap)
 
     head, teacher_head = part(inputs.head, True), part(inputs.teacher_head, False)
     options = {"labels_N": inputs.labels, "end_ids": ENDS, "temperature": 1.3, "tile": (16, 20)}

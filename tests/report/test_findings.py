@@ -102,10 +102,8 @@ def test_models_without_training_are_compared_over_problems(tmp_path, capsys):
 
 
 def test_two_evaluated_models_are_compared_as_they_are(tmp_path):
-    entries = [
-        Entry(name, tmp_path / name, evaluate(i, 0.2 + 0.6 * i))
-        for i, name in enumerate(("a", "b"))
-    ]
+    evals = {"a": evaluate(0, 0.2), "b": evaluate(1, 0.8)}
+    entries = [Entry(name=name, path=tmp_path / name, evals=rows) for name, rows in evals.items()]
     *lines, note = comparisons(entries)
     assert len(lines) == 2 and all("(paired bootstrap over problems)" in line for line in lines)
     assert "over problems alone" in note and "not about how they were trained" in note

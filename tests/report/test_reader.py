@@ -235,7 +235,9 @@ def test_every_signal_logs_what_it_knows(tmp_path, objective, has_teacher):
     )
     assert all(len(row[name]) == sum(row["trained"]) for name in numbers)
     assert ("teacher_choices" in row) == ("forward_kl" in row) == has_teacher
-    (run,) = reader_data([Entry("run", tmp_path, [], recipe, samples=(row,))])
+    (run,) = reader_data(
+        [Entry(name="run", path=tmp_path, evals=[], recipe=recipe, samples=(row,))]
+    )
     assert {name for name, _ in run["numbers"]} == {
         name for name in numbers if not name.endswith("_choices")
     }
@@ -308,7 +310,7 @@ def sample_of(tokens, step=1, **more) -> dict:
 
 
 def entry_of(*samples) -> Entry:
-    return Entry("run", Path("runs/one"), [], samples=samples)
+    return Entry(name="run", path=Path("runs/one"), evals=[], samples=samples)
 
 
 def test_a_page_holds_first_and_last_steps_and_no_more_tokens_than_it_may():

@@ -276,9 +276,8 @@ def test_habits_are_the_models_own_probabilities(tmp_path, monkeypatch, prefix):
 def test_habits_of_every_kind_of_head():
     torch.manual_seed(0)
     hidden = torch.randn(5, 6, dtype=torch.float64)
-    head = Head(
-        torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64), 0.7, 2.0
-    )
+    weight, bias = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64)
+    head = Head(weight, bias_V=bias, scale=0.7, softcap=2.0)
     logits = head(hidden, 20) / 0.8
     probs = end_probs(hidden, head, (3, 17), logits.logsumexp(-1), 0.8)
     torch.testing.assert_close(probs, logits.softmax(-1)[:, [3, 17]])

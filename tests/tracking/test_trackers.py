@@ -41,7 +41,7 @@ def write(*call):
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """What was called of the fakes, which stand where packages are found."""
+    """The calls of the fakes, which stand where packages are found."""
     log = tmp_path / "calls.jsonl"
     for name, code in FAKES.items():
         (tmp_path / f"packages/{name}").mkdir(parents=True)

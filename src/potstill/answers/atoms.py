@@ -250,7 +250,7 @@ class Atoms:
             name, power = f"arc{name}", None
         if name in ("log", "lg"):
             name, parts = "log", (*parts, base)
-        node = Node("function", name, parts)
+        node = Node("function", name, parts=parts)
         return node if power is None else Node("power", parts=(node, power))
 
     def between(self, opener: str, closer: str, name: str) -> Node:
@@ -260,7 +260,7 @@ class Atoms:
         node = self.sum()
         self.depth -= 1
         self.need(closer)
-        return Node("function", name, (node,))
+        return Node("function", name, parts=(node,))
 
     def bracketed(self) -> Node:
         """One value in brackets, a tuple, or an interval."""
@@ -274,9 +274,9 @@ class Atoms:
         if len(items) == 1 and ends in ("()", "[]"):
             return items[0]
         if len(items) == 2 and (ends != "()" or any(_is_infinite(item) for item in items)):
-            return Node("interval", ends, items)
+            return Node("interval", ends, parts=items)
         if ends in ("()", "[]"):
-            return Node("tuple", "" if ends == "()" else ends, items)
+            return Node("tuple", "" if ends == "()" else ends, parts=items)
         raise NotUnderstood(f"several in the brackets {ends}")
 
     def elements(self) -> tuple[Node, ...]:
@@ -298,7 +298,7 @@ class Atoms:
             self.place += 2
             condition = self.item()
             self.need(closer)
-            return Node("where", name, (condition,))
+            return Node("where", name, parts=(condition,))
         items = self.elements()
         self.need(closer)
         return Node(kind, parts=items)

@@ -96,7 +96,7 @@ def _is_proportional(gold: Node, answer: Node) -> bool:
     """Whether the differences of the sides have one ratio everywhere, a positive one where there is
     a direction."""
     if answer.name != gold.name:
-        answer = Node("equation", FLIPPED[answer.name], answer.parts[::-1])
+        answer = Node("equation", FLIPPED[answer.name], parts=answer.parts[::-1])
     sides = (*gold.parts, *answer.parts)
     if answer.name != gold.name or any(side.kind not in EXPRESSIONS for side in sides):
         return False

@@ -68,7 +68,7 @@ class Reader(Atoms):
             joints.add({"lor": "or", "land": "and"}.get(last.text, last.text.lower()))
             items.append(self.item())
         name = "or" if "or" in joints else "and" if "and" in joints else ""
-        return items[0] if len(items) == 1 else Node("list", name, tuple(items))
+        return items[0] if len(items) == 1 else Node("list", name, parts=tuple(items))
 
     def item(self) -> Node:
         """A value, a ratio, or a chain of relations."""
@@ -79,11 +79,11 @@ class Reader(Atoms):
             names.append(sign + "=" if sign in "<>" and self.take("=") else sign)
             parts.append(self.side())
         if names:
-            return Node("chain", " ".join(names), tuple(parts))
+            return Node("chain", " ".join(names), parts=tuple(parts))
         while self.take(":"):
             parts.append(self.side())
         if len(parts) == 2 and parts[0].kind == "text":
-            return Node("chain", "=", tuple(parts))
+            return Node("chain", "=", parts=tuple(parts))
         return Node("ratio", parts=tuple(parts)) if len(parts) > 1 else parts[0]
 
     def side(self) -> Node:
@@ -97,7 +97,7 @@ class Reader(Atoms):
         while times := self.take_word(*units.TIMES):
             node = product(node, number(units.TIMES[times.text.lower()]))
         unit = self.unit([units.UNIT_NAMES.get(currency.text, currency.text)] if currency else [])
-        return Node("quantity", unit, (node,)) if unit else _without_degrees(node)
+        return Node("quantity", unit, parts=(node,)) if unit else _without_degrees(node)
 
     def words(self) -> Node | None:
         """Words that are all of an item or side; None, and nothing read, where there are none."""
@@ -306,7 +306,7 @@ class Reader(Atoms):
             self.place = start
             return None
         scale = self.take("C", "F") or self.take_word("c", "f")
-        return Node("degree", scale.text if scale else "", (node,))
+        return Node("degree", scale.text if scale else "", parts=(node,))
 
     def based(self, node: Node) -> Node:
         """The digits of a number with its base below."""
@@ -331,7 +331,7 @@ def _without_degrees(node: Node) -> Node:
     found = _strip_degrees(node, scales)
     if len(scales) > 1:
         raise NotUnderstood("degrees of several scales")
-    return Node("quantity", f"degree {scales.pop()}".strip(), (found,)) if scales else node
+    return Node("quantity", f"degree {scales.pop()}".strip(), parts=(found,)) if scales else node
 
 
 def _strip_degrees(node: Node, scales: set[str]) -> Node:

@@ -53,8 +53,8 @@ def _list(joint: str, items: list[Node]) -> Node:
         ("inequality", items[0].name)
     }:
         pieces = tuple(piece for item in items for piece in _pieces(item.parts[0]))
-        return Node("inequality", items[0].name, (Node("union", parts=pieces),))
-    return Node("list", joint, tuple(items))
+        return Node("inequality", items[0].name, parts=(Node("union", parts=pieces),))
+    return Node("list", joint, parts=tuple(items))
 
 
 def _signs(node: Node) -> list[str]:
@@ -106,13 +106,13 @@ def _relation(names: list[str], parts: tuple[Node, ...]) -> Node:
     if any(_signs(part) for part in parts[:-1]):
         raise NotUnderstood("both signs on the left")
     if names == ["in"] and parts[0].kind == "variable":
-        return Node("inequality", parts[0].name, (meaning(parts[1]),))
+        return Node("inequality", parts[0].name, parts=(meaning(parts[1]),))
     if set(names) == {"="}:
         return _equation(parts)
     if (found := _solved(names, parts)) is not None:
         return found
     return Node(
-        "equation" if len(names) == 1 and names != ["in"] else "chain", " ".join(names), parts
+        "equation" if len(names) == 1 and names != ["in"] else "chain", " ".join(names), parts=parts
     )
 
 
@@ -124,12 +124,12 @@ def _equation(parts: tuple[Node, ...]) -> Node:
     if all(value.kind in EXPRESSIONS and is_equal(value, values[-1]) for value in values[:-1]):
         if start:
             named = tuple(Node("named", parts=(parts[0], item)) for item in _items(last))
-            return Node("list", last.name, named) if last.kind == "list" else named[0]
+            return Node("list", last.name, parts=named) if last.kind == "list" else named[0]
         if not any(variables(part) for part in parts):
             return last
     if len(parts) > 2:
         raise NotUnderstood("sides that are not equal")
-    return Node("equation", "=", parts)
+    return Node("equation", "=", parts=parts)
 
 
 def _solved(names: list[str], parts: tuple[Node, ...]) -> Node | None:
@@ -143,7 +143,7 @@ def _solved(names: list[str], parts: tuple[Node, ...]) -> Node | None:
     name, place = parts[places[0]].name, places[0]
     if names == ["!="]:
         pieces = interval("()", MINUS_INFINITY, bounds[0]), interval("()", bounds[0], INFINITY)
-        return Node("inequality", name, (Node("union", parts=pieces),))
+        return Node("inequality", name, parts=(Node("union", parts=pieces),))
     # As seen from the variable.
     signs = [FLIPPED[sign] if i < place else sign for i, sign in enumerate(names)]
     if (
@@ -158,7 +158,7 @@ def _solved(names: list[str], parts: tuple[Node, ...]) -> Node | None:
             low, left = bound, "[" if "=" in sign else "("
         else:
             high, right = bound, "]" if "=" in sign else ")"
-    return Node("inequality", name, (interval(left + right, low, high),))
+    return Node("inequality", name, parts=(interval(left + right, low, high),))
 
 
 def _combined(name: str, left: Node, right: Node) -> Node:

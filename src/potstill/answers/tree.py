@@ -1,6 +1,6 @@
 """The tree of an answer, as the grammar reads it."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 
 
@@ -20,6 +20,7 @@ class Node:
 
     kind: str
     name: str = ""
+    _: KW_ONLY
     parts: tuple["Node", ...] = ()
     value: Fraction = Fraction(0)
 
@@ -57,4 +58,4 @@ REALS = Node("numbers", "reals")
 
 def interval(ends: str, low: Node, high: Node) -> Node:
     """An interval; `ends` are its two brackets."""
-    return Node("interval", ends, (low, high))
+    return Node("interval", ends, parts=(low, high))

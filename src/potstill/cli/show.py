@@ -70,7 +70,7 @@ def evaluate_and_store(
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out, json.dumps(rows, indent=1) + "\n")
-        entries.append(Entry(str(target).removeprefix("potstill:"), target, rows))
+        entries.append(Entry(name=str(target).removeprefix("potstill:"), path=target, evals=rows))
     print_table(entries)
     say(*gave_up(entries), *cut_short(entries, evaluation.max_tokens), *comparisons(entries))
 

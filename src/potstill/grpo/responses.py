@@ -16,7 +16,7 @@ from potstill.training.controllers import Probe, WindowState
 from potstill.types import Completion, Prompt, Rollout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrpoSetup:
     """Everything a run needs, loaded and checked before anything is written."""
 

@@ -112,7 +112,16 @@ def prepare_grpo(recipe: GrpoRecipe, world: World) -> GrpoSetup:
         prepare_problems(model, run_evaluation(recipe), date)
     files = own_files(data.source, recipe.evaluation.source)
     return GrpoSetup(
-        model, task, prompts, probes, end_ids, model.flops, world, files, date, tuple(notes)
+        model=model,
+        task=task,
+        prompts=prompts,
+        probes=probes,
+        end_ids=end_ids,
+        flops=model.flops,
+        world=world,
+        task_files=files,
+        date=date,
+        notes=tuple(notes),
     )
 
 

@@ -78,7 +78,7 @@ def ask(terms: LossTerms, lse: Weight, found: "RowGroup") -> AskedGradient:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowGroup:
     """Results of the first pass for a group of rows. Second index of labels and classes: student,
     teacher."""

@@ -1,6 +1,6 @@
 """The LM head as tensors: what turns hidden states into logits."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ class Head:
     without the cap."""
 
     weight_VD: Tensor
+    _: KW_ONLY
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None

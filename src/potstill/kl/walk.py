@@ -147,7 +147,14 @@ class Walk:
                 z, y = self.class_column(classes[:, here])
                 weight = problem.mixture_weight
                 mixture[:, here] += tiles.tile_mixture(z, y, log_sums[:, here], weight)  # pyright: ignore
-        return RowGroup(group, moments, log_sums, labels, classes, mixture)
+        return RowGroup(
+            rows=group,
+            moments=moments,
+            log_sums=log_sums,
+            labels=labels,
+            classes=classes,
+            mixture=mixture,
+        )
 
     def singles(self, group: range) -> Tensor:
         """The logit of the label and the log-sum-exp of the end class, of each side: [2, 2, n]."""

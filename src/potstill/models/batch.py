@@ -9,7 +9,7 @@ from torch import Tensor
 from potstill.types import Rollout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Rollouts laid out for one forward pass: right-padded, already shifted.
 

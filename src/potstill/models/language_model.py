@@ -104,7 +104,9 @@ class LanguageModel(nn.Module):
         # The one architecture that multiplies with what others divide by.
         scale = multiplied * divided if config.model_type == "hyperclovax" else multiplied / divided
         softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
-        return Head(output.weight, getattr(output, "bias", None), scale, softcap)
+        return Head(
+            output.weight, bias_V=getattr(output, "bias", None), scale=scale, softcap=softcap
+        )
 
     @property
     def vocab_size(self) -> int:

@@ -122,10 +122,15 @@ def make_prompts(
         )
         if not token_ids:
             raise DataError(f"{example.name} has no tokens: {example.prompt!r}")
-        completion = (None, None)
+        completion_ids, trained = None, None
         if end_ids is not None:
-            completion = close_completion(example, text, encoding, chat_template, end_ids)
-        prompts.append(Prompt(example, token_ids, *completion))
+            completion_ids, trained = close_completion(
+                example, text, encoding, chat_template, end_ids
+            )
+        prompt = Prompt(
+            example=example, token_ids=token_ids, completion_ids=completion_ids, trained=trained
+        )
+        prompts.append(prompt)
     room = Room(max_completion, context_length, max_prompt_tokens, too_long)
     return fit_prompts(prompts, "student", room, encoding)
 

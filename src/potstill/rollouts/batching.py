@@ -45,10 +45,19 @@ def batch_places(
 def make_batch(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Batch:
     """One batch, right-padded. Masks come from lengths, never from token ids: the padding id may be
     a real token."""
-    student = _lay_out(rollouts, "student", device)
+    input_ids_BT, target_ids_BT, loss_mask_BT = _lay_out(rollouts, "student", device)
     has_own = any(rollout.prompt.teacher_ids is not None for rollout in rollouts)
-    teacher = _lay_out(rollouts, "teacher", device) if has_own else student
-    return Batch(*student, teacher[0], teacher[2], tuple(rollouts))
+    teacher_ids_BT, teacher_mask_BT = input_ids_BT, loss_mask_BT
+    if has_own:
+        teacher_ids_BT, _, teacher_mask_BT = _lay_out(rollouts, "teacher", device)
+    return Batch(
+        input_ids_BT=input_ids_BT,
+        target_ids_BT=target_ids_BT,
+        loss_mask_BT=loss_mask_BT,
+        teacher_ids_BT=teacher_ids_BT,
+        teacher_mask_BT=teacher_mask_BT,
+        rollouts=tuple(rollouts),
+    )
 
 
 def _lay_out(

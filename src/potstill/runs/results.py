@@ -42,7 +42,7 @@ EVAL_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """A finished run, or an evaluated model without one.
 
@@ -93,7 +93,7 @@ class Entry:
         return value_in(self.metrics[-1], "total_flops") if self.metrics else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Panel:
     """Entries that can be compared with each other: one task, one pair of models.
 
@@ -113,7 +113,7 @@ def read_entry(path: Path) -> Entry:
     RunError."""
     if path.is_file():
         evals = read_json_list(path, EVAL_COLUMNS)
-        return Entry(evals[0]["model"].removeprefix("potstill:"), path, evals)
+        return Entry(name=evals[0]["model"].removeprefix("potstill:"), path=path, evals=evals)
     if not (path / "recipe.toml").exists():
         raise RunError(
             f"{str(path)!r} is no run folder, study folder or evaluation file; "
@@ -128,7 +128,16 @@ def read_entry(path: Path) -> Entry:
     )
     validations = tuple(read_validations(path, STEP_LOGS["validation.jsonl"]))
     evals = newest_evals(path, last_row(path)["step"])
-    return Entry(recipe.method, path, evals, recipe, metrics, samples, decisions, validations)
+    return Entry(
+        name=recipe.method,
+        path=path,
+        evals=evals,
+        recipe=recipe,
+        metrics=metrics,
+        samples=samples,
+        decisions=decisions,
+        validations=validations,
+    )
 
 
 def newest_evals(folder: Path, step: int) -> list[dict[str, Any]]:
@@ -146,7 +155,7 @@ def read_panels(paths: list[Path]) -> list[Panel]:
     RunError."""
     panels = [panel for path in paths if (path / PLAN_FILE).exists() for panel in read_study(path)]
     others = tuple(read_entry(path) for path in paths if not (path / PLAN_FILE).exists())
-    return [*panels, *([Panel("", others)] if others else [])]
+    return [*panels, *([Panel(title="", entries=others)] if others else [])]
 
 
 def read_plan(folder: Path) -> list[dict[str, Any]]:
@@ -191,15 +200,14 @@ def read_study(folder: Path) -> list[Panel]:
                 unfinished.append((path, str(error) if is_damaged else state))
                 continue
             entries.append(replace(entry, name=run["name"]))
-        panels.append(
-            Panel(
-                planned["title"],
-                tuple(entries),
-                planned["note"],
-                tuple(unfinished),
-                planned["is_sweep"],
-            )
+        panel = Panel(
+            title=planned["title"],
+            entries=tuple(entries),
+            note=planned["note"],
+            unfinished=tuple(unfinished),
+            is_sweep=planned["is_sweep"],
         )
+        panels.append(panel)
     return panels
 
 

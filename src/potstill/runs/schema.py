@@ -250,7 +250,7 @@ class ValidationRow(Quality):
     max_tokens: int
     """How many prompts, and the length cap of what is written to them."""
     seconds: float
-    """What the validation took; in no step's seconds."""
+    """Seconds of the validation, which are in no step's."""
 
 
 AnyMetrics = DistillationMetrics | GrpoMetrics

@@ -26,7 +26,7 @@ MAX_TEST_PROBLEMS = 390
 MAX_RETRIES = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TraceAuthor:
     """How one author of traces behaves. Probabilities; `styles` are those of long, mid and short
     columns."""
@@ -44,18 +44,18 @@ class TraceAuthor:
 TRACE_AUTHORS: dict[str, tuple[TraceAuthor, ...]] = {
     "persona": (
         TraceAuthor(
-            (0.1, 0.3, 0.6), retract_right=0.02, retract_wrong=0.98, restart=0.02, error=0.12
+            styles=(0.1, 0.3, 0.6), retract_right=0.02, retract_wrong=0.98, restart=0.02, error=0.12
         ),
         TraceAuthor(
-            (0.4, 0.35, 0.25), retract_right=0.1, retract_wrong=0.98, restart=0.1, error=0.12
+            styles=(0.4, 0.35, 0.25), retract_right=0.1, retract_wrong=0.98, restart=0.1, error=0.12
         ),
         TraceAuthor(
-            (0.7, 0.2, 0.1), retract_right=0.4, retract_wrong=0.98, restart=0.3, error=0.12
+            styles=(0.7, 0.2, 0.1), retract_right=0.4, retract_wrong=0.98, restart=0.3, error=0.12
         ),
     ),
     "novice": (
         TraceAuthor(
-            (0.4, 0.35, 0.25),
+            styles=(0.4, 0.35, 0.25),
             retract_right=0.1,
             retract_wrong=0.5,
             restart=0.1,

@@ -43,7 +43,7 @@ class CacheError(ValueError):
     to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
     """Hashes of what a teacher's signal depends on.
 
@@ -185,9 +185,15 @@ def read_manifest(folder: Path) -> Manifest:
 def identify(model: LanguageModel) -> TeacherIdentity:
     """The identity of a loaded teacher."""
     folder, dtype = find_folder(model.name), str(model.head.weight_VD.dtype).removeprefix("torch.")
-    config, tokenizer = _config_digest(model.model.config), tokenizer_digests(model.tokenizer)
+    tokenizer, chat_template = tokenizer_digests(model.tokenizer)
     return TeacherIdentity(
-        model.name, dtype, fingerprint(model), _files_digest(folder), config, *tokenizer
+        name=model.name,
+        dtype=dtype,
+        parameters=fingerprint(model),
+        files=_files_digest(folder),
+        config=_config_digest(model.model.config),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
     )
 
 
@@ -197,9 +203,17 @@ def identify_folder(spec: TeacherSpec) -> TeacherIdentity | None:
     folder = find_folder(spec.model)
     if folder is None:
         return None
-    config = _config_digest(load_config(spec.model, spec.trust_remote_code))
-    tokenizer = tokenizer_digests(load_tokenizer(spec.model, spec.trust_remote_code))
-    return TeacherIdentity(spec.model, spec.dtype, None, _files_digest(folder), config, *tokenizer)
+    config = load_config(spec.model, spec.trust_remote_code)
+    tokenizer, chat_template = tokenizer_digests(load_tokenizer(spec.model, spec.trust_remote_code))
+    return TeacherIdentity(
+        name=spec.model,
+        dtype=spec.dtype,
+        parameters=None,
+        files=_files_digest(folder),
+        config=_config_digest(config),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+    )
 
 
 def _files_digest(folder: Path | None) -> str | None:

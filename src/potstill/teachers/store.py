@@ -88,12 +88,8 @@ class Cache:
                 "build again"
             )
         tensors = load_file(path, device=str(device))
-        return Head(
-            tensors["weight"],
-            tensors.get("bias"),
-            self.manifest.head_scale,
-            self.manifest.head_softcap,
-        )
+        scale, softcap = self.manifest.head_scale, self.manifest.head_softcap
+        return Head(tensors["weight"], bias_V=tensors.get("bias"), scale=scale, softcap=softcap)
 
     def check_recipe(self, recipe: Recipe, teacher: LanguageModel | None = None) -> None:
         """Refuse a recipe whose teacher (`teacher`, where it is loaded), sampling or window is not

@@ -7,7 +7,7 @@ BOUND = 1e-8
 DISTANCE = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One identity: how far its two sides are apart, and whether that is as it should be.
 

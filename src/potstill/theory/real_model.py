@@ -32,12 +32,9 @@ def check_model(model: LanguageModel, num_tokens: int = 8, max_rows: int = 16_38
         bias_V=None if cut.bias_V is None else cut.bias_V[:size].detach().double(),
     )
     student, teacher = hidden[1:].clone().requires_grad_(), hidden[:-1]
-    checks = [
-        Check(
-            "hidden states times head = the model's own logits, in its own type",
-            *logits_error(model),
-        )
-    ]
+    name = "hidden states times head = the model's own logits, in its own type"
+    error, bound = logits_error(model)
+    checks = [Check(name=name, error=error, bound=bound)]
     found = {}
     for kind in DIVERGENCES:
         exact = definition(kind, head(student), head(teacher), 0.3)

@@ -22,13 +22,13 @@ from potstill.files import write_atomically
 from potstill.runs.run_folder import RunError, read_json, read_metrics
 from potstill.runs.schema import MetricsRow
 
-STATE = "tracker.json"
+TRACKER_FILE = "tracker.json"
 # The project of those that have projects, unless the user's own settings name another.
 PROJECT = "potstill"
 # A row's parts that are no numbers of the training: token names, which can be any text.
 LEFT_OUT = ("step", "end_habits")
 
-StepFunction = Callable[[MetricsRow], object]
+RowFunction = Callable[[MetricsRow], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,14 @@ def refuse_missing(tracker: str | None) -> None:
 
 
 @contextmanager
-def tracked(recipe: Recipe) -> Iterator[StepFunction]:
+def tracked(recipe: Recipe) -> Iterator[RowFunction]:
     """A function that tells the recipe's tracker of a step, which knows all steps before.
 
     For one process, which is in the run folder. Raises RunError where the tracker fails.
     """
     name, folder = recipe.train.tracker, recipe.out
     assert name is not None, "asked for without a tracker"
-    path = folder / STATE
+    path = folder / TRACKER_FILE
     states = read_json(path) if path.exists() else {}
     state = states.setdefault(name, {"id": secrets.token_hex(4), "num_steps": 0})
     with _failing_as_one_line(name):
@@ -98,7 +98,7 @@ def numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def _failing_as_one_line(name: str) -> Iterator[None]:
     try:
         yield
-    # Of libraries that are not ours: a network, a disk, a version.
+    # Any error can come from libraries that are not ours: a network, a disk, a version.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RunError(

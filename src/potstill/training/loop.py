@@ -267,14 +267,14 @@ def _tell(told: Sequence[StepFunction], row: DistillationRow) -> Exception | Non
     for function in told:
         try:
             function(copy.deepcopy(row))
-        # Of the user's own code, raised again once the step is saved.
+        # An error of the user's own code is raised again once the step is saved.
         except Exception as error:
             return error
     return None
 
 
 def _failed(failure: Exception | None, step: int, display: StepDisplay) -> Exception:
-    """What a run ends with whose step is saved and could not be told."""
+    """The error that ends a run whose step is saved and could not be told."""
     saved = f"step {step} is saved, and the same command goes on from there"
     if failure is None:
         return run_folder.RunError(f"rank 0 could not tell of step {step}; {saved}")
