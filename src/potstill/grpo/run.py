@@ -28,6 +28,7 @@ from potstill.models.language_model import fingerprint, load_model, save_model
 from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.prompts.examples import load_task, make_prompts, prompt_notes
+from potstill.prompts.overview import first_prompt, length_table
 from potstill.prompts.system import system_notes, with_system
 from potstill.runs import run_folder
 from potstill.seeds import Stream, stream_key
@@ -36,7 +37,6 @@ from potstill.teachers.ends import describe_ends, end_set
 from potstill.teachers.rope import refuse_crossing
 from potstill.training import checkpoint
 from potstill.training.controllers import WindowState, first_window
-from potstill.training.opening import PROMPT_CHARACTERS
 from potstill.training.setup import hold_out
 
 # Prompts of the start check.
@@ -103,7 +103,8 @@ def prepare_grpo(recipe: GrpoRecipe, world: World) -> GrpoSetup:
         max_prompt_tokens=data.max_prompt_tokens,
         too_long=data.too_long,
     )
-    notes = system_notes(examples, data.system) + prompt_notes(
+    notes = length_table([source], examples, prompts, recipe.window.tokens)
+    notes += system_notes(examples, data.system) + prompt_notes(
         len(examples), prompts, model.tokenizer, data.template, data.template_arguments
     )
     refuse_crossing(model, [p.token_ids for p in prompts], recipe.window.tokens, "window.tokens")
@@ -250,6 +251,4 @@ def _opening(recipe: GrpoRecipe, setup: GrpoSetup, step: int) -> list[str]:
     lines.append(f"end set: {describe_ends(tokenizer, setup.end_ids)}")
     lines += recipe.notes
     lines += setup.notes
-    text = tokenizer.decode(setup.prompts[0].token_ids)
-    lines.append(f"first of {len(setup.prompts)} prompts: {text[:PROMPT_CHARACTERS]!r}")
-    return lines
+    return lines + first_prompt(setup.prompts, tokenizer)

@@ -11,10 +11,11 @@ from potstill.prompts.examples import (
     prompt_notes,
     with_teacher_prompts,
 )
+from potstill.prompts.overview import length_table
 from potstill.prompts.rows import Asked, make_examples, rows_of_objects
 from potstill.prompts.system import system_notes, with_system
 from potstill.tasks import is_table
-from potstill.tasks.tables import blank_lines, with_own_ids
+from potstill.tasks.tables import blank_lines, sources, with_own_ids
 from potstill.types import Example, Prompt
 
 
@@ -59,6 +60,8 @@ def prepare_prompts(
         max_completion=recipe.window.tokens,
         date=date,
     )
+    names = ["from Python"] if given is not None else sources(data.origin)
+    notes += length_table(names, examples, prompts, recipe.window.tokens)
     notes += system_notes(examples, data.system) + prompt_notes(
         len(examples), prompts, student.tokenizer, data.template, data.template_arguments
     )

@@ -6,14 +6,12 @@ from potstill.config import Recipe
 from potstill.models.distributed import World
 from potstill.models.weights import cautions
 from potstill.objectives.habits import what_is_unknown
+from potstill.prompts.overview import first_prompt
 from potstill.tasks.own import describe_files
 from potstill.teachers import vocabulary
 from potstill.teachers.ends import describe_ends
 from potstill.training.rates import describe_lr, usual_lr, with_lr
 from potstill.training.setup import Setup
-
-# Characters of the first prompt to show, so that the user can check the template.
-PROMPT_CHARACTERS = 400
 
 
 def subject_of(recipe: Recipe, setup: Setup, world: World) -> Subject:
@@ -56,16 +54,11 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
             )
     if setup.cache is not None:
         lines += setup.cache.describe()
-    example = setup.prompts[0]
-    text = student.tokenizer.decode(example.token_ids)
     lines += setup.notes
-    lines.append(f"first of {len(setup.prompts)} prompts: {text[:PROMPT_CHARACTERS]!r}")
-    if teacher is not None and example.teacher_ids is not None:
-        lines.append(
-            "the teacher reads: "
-            f"{teacher.tokenizer.decode(example.teacher_ids)[:PROMPT_CHARACTERS]!r}"
-        )
-    return lines
+    teacher_tokenizer = None if teacher is None else teacher.tokenizer
+    return lines + first_prompt(
+        setup.prompts, student.tokenizer, teacher_tokenizer, recipe.window.tokens
+    )
 
 
 def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
