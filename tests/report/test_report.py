@@ -19,8 +19,9 @@ from synthetic_runs import evaluate, write_run
 import potstill
 from potstill.files import append
 from potstill.report.comparison import grids, make_groups, metrics_of, problem_values, stored
-from potstill.report.page import comparison_table, table_note, with_policy, write_report
+from potstill.report.page import with_policy, write_report
 from potstill.report.questions import Claim
+from potstill.report.tables import comparison_table, table_note
 from potstill.runs.results import group_by_seed, read_entry, recipe_key
 from potstill.runs.run_folder import RunError
 from potstill.statistics import Estimate, seeds_and_problems

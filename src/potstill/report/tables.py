@@ -1,0 +1,112 @@
+"""Tables of runs beside each other, as the report and the terminal show them, and what their
+numbers are of."""
+
+from collections.abc import Sequence
+
+from potstill.runs.results import Entry
+
+
+def comparison_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison, for the terminal and for the report."""
+    temperatures = sorted(
+        {row["temperature"] for entry in entries for row in entry.evals}, reverse=True
+    )
+    num_responses = max(
+        (row["num_responses"] for entry in entries for row in entry.evals), default=1
+    )
+    k = min([8, *(row["num_responses"] for entry in entries for row in entry.evals)])
+    header = ["model"]
+    for temperature in temperatures:
+        header += [f"Avg@{num_responses} T={temperature:g}", f"Pass@{k} T={temperature:g}"]
+    header += ["entropy", "length", "truncated", "loss tokens", "seconds"]
+    rows = []
+    for entry in entries:
+        by_temperature = {row["temperature"]: row for row in entry.evals}
+        cells = [entry.name]
+        for temperature in temperatures:
+            row = by_temperature.get(temperature)
+            cells += [_percent(row["avg"]), _percent(row["pass"][str(k)])] if row else ["", ""]
+        first = by_temperature.get(temperatures[0]) if temperatures else None
+        cells += (
+            [
+                _number(first["entropy"], 3),
+                _number(first["length"], 0),
+                _percent(first["truncation"]),
+            ]
+            if first
+            else [""] * 3
+        )
+        cells += [
+            f"{entry.num_loss_tokens:,}" if entry.num_loss_tokens else "",
+            f"{entry.seconds:.0f}" if entry.seconds else "",
+        ]
+        rows.append(cells)
+    return header, rows
+
+
+def level_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of Avg by difficulty level, for tasks that have levels."""
+    levels = sorted(
+        {level for entry in entries for row in entry.evals for level in row["levels"] if level}
+    )
+    rows = []
+    for entry in entries if levels else ():
+        for row in entry.evals:
+            estimates = [row["levels"].get(level) for level in levels]
+            cells = [_percent(estimate["avg"]) if estimate else "" for estimate in estimates]
+            rows.append([entry.name, f"{row['temperature']:g}", *cells])
+    return ["model", "T", *levels], rows
+
+
+def table_note(entries: Sequence[Entry]) -> str:
+    """A line on what the table's numbers are of; a warning when they are not of the same thing."""
+    if not any(entry.evals for entry in entries):
+        return "No evaluation was found."
+    note = (
+        f"{settings_note(entries)}; accuracy and truncation in %; [95 % bootstrap interval over "
+        "problems]; entropy (nats a token), length and truncation at the highest temperature; "
+        "seconds of training."
+    )
+    return " ".join([note, *settings_warning(entries)])
+
+
+def settings_note(entries: Sequence[Entry]) -> str:
+    """The size of the first evaluation among these."""
+    row = next(row for entry in entries for row in entry.evals)
+    num, length = row["num_responses"], row["settings"]["max_tokens"]
+    return f"{row['num_problems']} held-out problems, {num} responses each, at most {length} tokens"
+
+
+def settings_warning(entries: Sequence[Entry]) -> list[str]:
+    """A sentence where evaluations are not of the same thing; none where they are."""
+    asked = [row["settings"] for entry in entries for row in entry.evals]
+    compared = (
+        "source",
+        "split",
+        "template",
+        "system",
+        "num_problems",
+        "num_responses",
+        "max_tokens",
+        "seed",
+        "source_sha256",
+    )
+    differing = [
+        name for name in compared if any(each.get(name) != asked[0].get(name) for each in asked)
+    ]
+    if not differing:
+        return []
+    return [
+        f"WARNING: the evaluations differ in {', '.join(differing)}, so their numbers cannot be "
+        "compared."
+    ]
+
+
+def _percent(estimate: Sequence[float]) -> str:
+    value, low, high = (100 * x for x in estimate)
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _number(estimate: Sequence[float], digits: int) -> str:
+    value, low, high = estimate
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
