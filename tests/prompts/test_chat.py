@@ -330,6 +330,11 @@ def test_a_completion_is_what_the_template_writes_after_the_prompt(
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
             "a list of text parts",
         ),
+        (
+            "plain",
+            {"prompt": "Hi", "completion": "a", "tools": [TOOL]},
+            "has tools and is taken as it is, so no model would read them",
+        ),
         ("chatml", {"prompt": [HI], "tools": "{"}, "`tools` is '{'; give a list of JSON schemas"),
     ],
 )

@@ -117,6 +117,11 @@ def make_prompts(
     prompts = []
     for example, chat in zip(examples, is_chat, strict=True):
         text = next(texts) if chat else None
+        if text is None and example.tools:
+            raise DataError(
+                f"{example.name} has tools and is taken as it is, so no model would read them; "
+                'set data.template = "chat", or leave the tools out'
+            )
         token_ids = (
             encoding.start_of(str(example.prompt)) if text is None else encoding.encode(text.prompt)
         )
@@ -154,6 +159,9 @@ def with_teacher_prompts(
     examples = [
         replace(p.example, prompt=p.example.teacher_prompt or p.example.prompt) for p in prompts
     ]
+    if options["template"] == "raw":
+        # The recipe says of the teacher that it reads no chat.
+        examples = [replace(example, tools=None) for example in examples]
     asked = make_prompts(examples, tokenizer, max_completion=0, context_length=None, **options)
     both = [
         replace(prompt, teacher_ids=own.token_ids)
