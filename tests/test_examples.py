@@ -98,3 +98,18 @@ def test_my_study(capsys, monkeypatch):
     main(["study", "examples/my_study.toml", "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     assert sum(": not begun (" in line for line in lines) == 7 * 3 + 2
+
+
+def test_own_models(capsys):
+    """The notebook's cells in order: the student learns, by its loss and by its validation."""
+    notebook = json.loads(Path("examples/own_models.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert notebook["nbformat"] == 4 and not any(cell["outputs"] for cell in cells)
+    found = {}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), "own_models.ipynb", "exec"), found)
+    losses, rows = found["losses"], found["rows"]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    first, last = rows[0], rows[-1]
+    assert last["student_prefix_reverse_kl"][0] < first["student_prefix_reverse_kl"][0]
+    assert found["prompts"][0] in capsys.readouterr().out.splitlines()[-1]

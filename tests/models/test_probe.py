@@ -196,8 +196,12 @@ def test_what_is_no_usable_object_is_refused_in_one_line(tok, tmp_path):
         ({"student": 3, "teacher": other, "tokenizer": tok}, "'int' is no model"),
         ({"student": model, "teacher": other}, "without its tokenizer; give tokenizer="),
         (
-            {"student": model, "teacher": model, "tokenizer": tok},
-            "student and teacher are one object",
+            {"student": model, "teacher": other, "tokenizer": "gpt2"},
+            "tokenizer= is 'gpt2', which is no tokenizer; give what AutoTokenizer",
+        ),
+        (
+            {"student": "potstill:base", "tokenizer": tok},
+            "neither student= nor teacher= is an object that needs it.*remove it",
         ),
         (
             {"student": broken, "teacher": other, "tokenizer": tok},

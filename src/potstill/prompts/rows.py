@@ -70,6 +70,11 @@ def rows_of_objects(prompts: Sequence[Any], prompt_column: str) -> list[DataRow 
                 f"prompts[{i}] is {given!r}; give a string, a list of messages, a row or an Example"
             )
         is_row = isinstance(values, dict)
+        if is_row and {"role", "content"} <= values.keys() and prompt_column not in values:
+            raise DataError(
+                f"prompts[{i}] is one message, {given!r}; a prompt is a list of messages: give "
+                "[[message, ...], ...]"
+            )
         rows.append(make_row(f"prompts[{i}]", values, list(values)) if is_row else values)
     return rows
 

@@ -6,7 +6,6 @@ offline unless the user's own WANDB_MODE says otherwise. `tracker.json` in the r
 far each tracker was told, so that a run that is resumed doubles no step and leaves none out.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -14,6 +13,8 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Opened:
 
 def refuse_missing(tracker: str | None) -> None:
     """Raise RecipeError for a tracker that is not installed."""
-    spec = None if tracker is None else importlib.util.find_spec(tracker)
+    spec = None if tracker is None else find_spec(tracker)
     # Without an origin it is a folder of that name, such as wandb leaves where it was used.
     if tracker is not None and (spec is None or spec.origin is None):
         raise RecipeError(
@@ -124,9 +125,7 @@ def _open_tensorboard(folder: Path, run_id: str, settings: dict[str, Any]) -> Op
 def _open_wandb(folder: Path, run_id: str, settings: dict[str, Any]) -> Opened:
     # It is read when the package is imported.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
-    run = wandb.init(
+    run = import_module("wandb").init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=folder.name,
         id=run_id,
@@ -140,8 +139,7 @@ def _open_wandb(folder: Path, run_id: str, settings: dict[str, Any]) -> Opened:
 
 
 def _open_trackio(folder: Path, run_id: str, settings: dict[str, Any]) -> Opened:
-    import trackio
-
+    trackio = import_module("trackio")
     trackio.init(
         project=PROJECT,
         name=f"{folder.name}-{run_id}",

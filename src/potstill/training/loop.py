@@ -1,5 +1,7 @@
 """The training loop: from a recipe to a run folder with a distilled student."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import hashlib
@@ -16,6 +18,7 @@ from potstill.console.progress import StepDisplay
 from potstill.evaluation.scores import evaluate, evaluate_anew
 from potstill.models import distributed
 from potstill.models.distributed import World
+from potstill.models.given import GivenModel, GivenTokenizer, left_as_it_was, with_names
 from potstill.models.language_model import LanguageModel, ModelError, save_model
 from potstill.models.probe import ready
 from potstill.objectives.habits import disagreement
@@ -45,7 +48,7 @@ from potstill.training.step import (
     write_round,
 )
 from potstill.training.validation import is_exhausted, validate_if_due
-from potstill.types import Example
+from potstill.types import Example, Message
 
 StepFunction = Callable[[DistillationRow], object]
 # As asked to stop: no signal, but a function that was told of a step and failed.
@@ -64,10 +67,10 @@ class RunResult:
 def train(
     recipe: Recipe,
     *,
-    student=None,
-    teacher=None,
-    tokenizer=None,
-    prompts: Sequence[str | dict[str, Any] | Example] | None = None,
+    student: GivenModel | None = None,
+    teacher: GivenModel | None = None,
+    tokenizer: GivenTokenizer | None = None,
+    prompts: Sequence[str | list[Message] | dict[str, Any] | Example] | None = None,
     extend_to: int | None = None,
     on_step: StepFunction | None = None,
     quiet: bool = False,
@@ -80,12 +83,17 @@ def train(
     `on_step` is called after each step with a copy of its row of `metrics.jsonl`, in the main
     process alone. What it raises ends the run once the step is saved.
 
-    `student` and `teacher` may be Hugging Face causal LMs that are already loaded (with their
-    `tokenizer`), `prompts` a list of strings, rows as of a data file, or Examples; they take the
-    place of what the recipe names. Raises RecipeError, ModelError, DataError or RunError for bad
+    `student` and `teacher` take the place of the models that the recipe names: other names, causal
+    LMs of transformers (with their `tokenizer`), or what `load_model` returns. The student is
+    trained in place. An object that is both is copied for the teacher, and a teacher is left as it
+    was. `prompts` take the place of the data: strings, lists of chat messages, rows as of a data
+    file, or Examples. Raises RecipeError, ModelError, DataError or RunError for bad
     input before anything is written, and NonFiniteError before a bad update.
     """
     check_recipe(recipe, Recipe)
+    recipe, student, teacher = with_names(
+        recipe, student=student, teacher=teacher, tokenizer=tokenizer
+    )
     refuse_missing(recipe.train.tracker)
     world = distributed.start()
     may_change: tuple[Role, ...] = ()
@@ -102,7 +110,10 @@ def train(
                 f"run {str(folder)!r} is finished and its checkpoint was removed; its student is "
                 f"in {str(folder / 'model')!r}"
             )
-    with checkpoint.told_when_stopped(folder):
+    with (
+        checkpoint.told_when_stopped(folder),
+        left_as_it_was(None if teacher is student else teacher),
+    ):
         given: dict[str, Any] = {
             "student": student,
             "teacher": teacher,

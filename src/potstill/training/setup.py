@@ -13,7 +13,8 @@ from potstill.kl.plan import find_backend
 from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.models.flops import ModelFlops
-from potstill.models.language_model import LanguageModel, ModelError
+from potstill.models.given import share_weights
+from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.objectives.loss import Loss
@@ -321,11 +322,9 @@ def load_teacher(
             dtype=spec.dtype,
             trust_remote_code=spec.trust_remote_code,
         )
-    if teacher.model is student.model:
-        raise ModelError(
-            "student and teacher are one object, which cannot change and stay as it is; give a "
-            'copy of it, or teacher.model = "self"'
-        )
+    if share_weights(teacher, student):
+        # What is one object must change and stay as it is.
+        teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
     if cache is not None:
         cache.check_recipe(recipe, teacher)
     teacher.eval().requires_grad_(False)
