@@ -174,28 +174,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _where(error: BaseException) -> str | None:
-    """The path that an error is about: its own, or what `naming` wrote on it."""
-    own = getattr(error, "filename", None)
-    notes = getattr(error, "__notes__", [])
-    found = own if own is not None else next(iter(notes), None)
-    return (
-        None
-        if found is None
-        else repr(os.fsdecode(found))
-        if isinstance(found, str | bytes)
-        else repr(str(found))
-    )
-
-
-@contextmanager
-def naming(path: object) -> Iterator[None]:
-    """Write the path on errors from inside that do not say what they are about."""
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "filename", None) is None:
-            error.add_note(str(path))
-        raise
+    """The path that an error is about, where it has one."""
+    found = getattr(error, "filename", None)
+    if found is None:
+        return None
+    return repr(os.fsdecode(found) if isinstance(found, str | bytes) else str(found))
 
 
 @contextmanager
