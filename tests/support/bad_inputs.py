@@ -153,7 +153,7 @@ COMMANDS = [
     ("train demo --train 3", "unrecognized options: --train"),
     ("train demo --out.x 3", "out is a value, not a section"),
     ("train demo --.x 3", "is not a field"),
-    ("train demo --method gkd", "invalid choice 'gkd'"),
+    ("train demo --method gkd", "'--method'; choose one of dagger, offline-rl, opd, sft; see"),
     ("train demo --method sft --objective.kl reverse", "both set objective.kl"),
     ("train demo --train.lr [1,2", "train.lr is '[1,2'"),
     ("train demo --train.seed -1", "train.seed is -1"),

@@ -101,6 +101,7 @@ def _sentence(box: str) -> str:
     message = re.sub(
         r"no type matching (\S+) could be instantiated from \[(.*)\]", r"\2 is not \1", message
     )
+    message = re.sub(r"\. Expected one of \((.*)\)", _choices, message)
     told = [message[0].lower() + message[1:]]
     for text in texts[1:]:
         if flag := re.match(r"Perhaps you meant: (--\S+)", text):
@@ -108,3 +109,10 @@ def _sentence(box: str) -> str:
         elif help_text := re.search(r"potstill( \w+)* --help", text):
             told.append(f"see {help_text[0]}")
     return "; ".join(told)
+
+
+def _choices(expected: re.Match[str]) -> str:
+    """The choices by name: tyro lists them in the order of a set, which is another in each process,
+    and None among them."""
+    names = sorted(set(re.findall(r"'([^']*)'", expected[1])) - {"None"})
+    return f"; choose one of {', '.join(names)}"
