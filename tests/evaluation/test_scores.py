@@ -86,6 +86,14 @@ def test_metrics_by_hand():
     assert row["zlib_ratio"].value == pytest.approx(2.0)
 
 
+def test_weights_are_hashed_once_for_all_temperatures(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(scores, "fingerprint", lambda model: hashed.append(model) or "0" * 16)
+    few = SMALL.model_copy(update={"num_problems": 1, "num_responses": 1, "max_tokens": 2})
+    rows = evaluate("potstill:base", few, responses=tmp_path, quiet=True)
+    assert len(rows) == 2 and len(hashed) == 1
+
+
 def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypatch):
     settings = SMALL.model_copy(update={"batch_size": 5})
 

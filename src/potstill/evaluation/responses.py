@@ -11,7 +11,7 @@ from potstill.answers.grading import Grade
 from potstill.config import Evaluation, Sampling
 from potstill.console.progress import token_bar
 from potstill.files import append, flush, write_rows
-from potstill.models.language_model import LanguageModel, fingerprint
+from potstill.models.language_model import LanguageModel
 from potstill.models.sampling import sample
 from potstill.rollouts.text import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.runs.run_folder import read_rows
@@ -148,20 +148,18 @@ def read_responses(
 
 
 def file_name(
-    model: LanguageModel,
+    weights: str,
     evaluation: Evaluation,
     temperature: float,
     end_ids: Sequence[int],
     prompts: Sequence[Prompt],
 ) -> str:
-    """One file for each set of weights, settings and temperature: what would be sampled otherwise
-    is never mixed."""
+    """One file for each set of weights (their `fingerprint`), settings and temperature: what would
+    be sampled otherwise is never mixed."""
     settings = settings_of(evaluation)
     # A template may write another date than yesterday's.
     asked = [prompt.token_ids for prompt in prompts]
-    identity = json.dumps(
-        [fingerprint(model), settings, temperature, list(end_ids), asked], sort_keys=True
-    )
+    identity = json.dumps([weights, settings, temperature, list(end_ids), asked], sort_keys=True)
     source = re.sub(r"[^\w.-]+", "-", str(evaluation.source))[:60]
     return f"{source}-T{temperature:g}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
 

@@ -20,7 +20,7 @@ from potstill.config import (
 from potstill.console.printable import say
 from potstill.evaluation.responses import ResponseRow, file_name, settings_of, write_responses
 from potstill.files import write_atomically
-from potstill.models.language_model import LanguageModel
+from potstill.models.language_model import LanguageModel, fingerprint
 from potstill.models.probe import ready
 from potstill.prompts.examples import make_prompts, prompt_notes
 from potstill.prompts.system import with_system
@@ -70,12 +70,13 @@ def evaluate(
         say(*prompt_notes(len(prompts), prompts, model.tokenizer, template, told), error=True)
     end_ids = named_end_ids(model.tokenizer, evaluation.end_tokens) or end_ids or end_set(model)
     model.eval()
+    weights = "" if responses is None else fingerprint(model)
     rows = []
     for temperature in evaluation.temperatures:
         started = time.perf_counter()
         file = None
         if responses is not None:
-            file = responses / file_name(model, evaluation, temperature, end_ids, prompts)
+            file = responses / file_name(weights, evaluation, temperature, end_ids, prompts)
             file.parent.mkdir(parents=True, exist_ok=True)
         with nullcontext() if file is None else locked(file, "responses file"):
             found = write_responses(
