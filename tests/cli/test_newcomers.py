@@ -15,7 +15,7 @@ from potstill.runs.results import Entry
 from potstill.statistics import Estimate
 from potstill.types import DataError, ModelError
 
-# What is typed, and the parts of the line that lead on.
+# A command line that is wrong, and the parts of the answer that lead on.
 MISTAKES = [
     ("train demo --train.learning_rate 1e-5", ["train.learning_rate", "the nearest is train.lr"]),
     ("train demo --lr 1e-5", ["--lr is no option", "the nearest is --train.lr"]),
@@ -87,7 +87,7 @@ def test_a_terminal_of_ascii_alone_gets_the_same_line():
     )
 
 
-# What a default of a shipped recipe once refused, or ruined.
+# Changes that a default of a shipped recipe could refuse, or ruin.
 NO_MISTAKES = {
     "a few steps": ("--train.steps 5", "warmup_steps = 0"),
     "a model of one's own": ("--student.model student", None),

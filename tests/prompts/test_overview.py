@@ -79,7 +79,7 @@ def test_the_first_prompt_and_its_loss_tokens(tmp_path):
     )
 
     class Model:
-        """What the preparing of prompts asks of a model."""
+        """The attributes of a model that the preparing of prompts reads."""
 
         context_length = None
 

@@ -54,7 +54,7 @@ def loss_tokens(subject: Subject, written: Written) -> Finding:
     rollout = written.step[0]
     num = sum(sum(each.trained) for each in written.step)
     num_all = sum(len(each.completion_ids) for each in written.step)
-    says = f"{num} of {num_all} completion tokens count; the first ones: " + marked(
+    says = f"{num} of {num_all} completion tokens count; the first ones: " + begun_with_marks(
         rollout, subject.student.tokenizer
     )
     measured = {"num_loss_tokens": num, "num_completion_tokens": num_all}
@@ -64,7 +64,7 @@ def loss_tokens(subject: Subject, written: Written) -> Finding:
     return Finding(check="loss tokens", level="error", says=says, fix=fix, measured=measured)
 
 
-def marked(rollout: Rollout, tokenizer) -> str:
+def begun_with_marks(rollout: Rollout, tokenizer) -> str:
     """The end of a prompt and the beginning of its completion, with loss tokens in brackets."""
     text, begun, part = "", False, []
     flags = [*rollout.trained, False]

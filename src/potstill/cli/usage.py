@@ -19,7 +19,7 @@ class UsageError(ValueError):
     """Arguments that no command takes; the message is one line and says what to do."""
 
 
-# What other programs call a command.
+# Names of commands in other programs.
 MEANT = {
     "check": "doctor",
     "eval": "evaluate",

@@ -24,7 +24,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "gradient_accumulation": ("train.tokens_per_batch", "grpo.rows_per_batch"),
     "gradient_accumulation_steps": ("train.tokens_per_batch", "grpo.rows_per_batch"),
     "num_generations": ("grpo.group_size",),
-    # What takes less memory, where others compute activations again.
+    # Fields that take less memory, where others compute activations again.
     "gradient_checkpointing": ("train.tokens_per_batch",),
     "gradient_checkpointing_enable": ("train.tokens_per_batch",),
     "grad_clip": ("train.max_grad_norm", "grpo.max_grad_norm"),

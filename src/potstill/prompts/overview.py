@@ -8,14 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from potstill.console.printable import one_line
+from potstill.console.printable import WIDTH, one_line
 from potstill.types import Example, Prompt
 
-WIDTH = 100
-# Of the longest name, and of the table's rows for sources.
-NAME_WIDTH, MOST_SOURCES = 28, 8
-HEAD = ("number", "dropped", "cut", "min", "median", "95 %", "max")
-# Of a text, to show that the template is right: from its beginning, and from its end.
+# Columns of the longest source's name, and the most rows of the table for sources.
+SOURCE_WIDTH, MOST_SOURCES = 28, 8
+HEADER = ("number", "dropped", "cut", "min", "median", "95 %", "max")
+# Characters that show whether the template is right: from a text's beginning, and from its end.
 SHOWN_HEAD, SHOWN_TAIL = 300, 100
 # Around the loss tokens of a completion.
 OPEN, CLOSE = "⟦", "⟧"
@@ -52,7 +51,7 @@ def length_table(
     if completions:
         num_cut = sum(length > window for length in completions)
         rows.append(_row("their completions", completions, "", f"{num_cut:,}"))
-    return ["prompts, with lengths in tokens:", *_aligned([("", *HEAD), *rows])]
+    return ["prompts, with lengths in tokens:", *_aligned([("", *HEADER), *rows])]
 
 
 def first_prompt(
@@ -100,8 +99,8 @@ def _prompt_row(name: str, prompts: Sequence[Prompt], num_dropped: int) -> tuple
 
 def _row(name: str, lengths: Sequence[int], dropped: str, cut: str) -> tuple[str, ...]:
     name = one_line(name)
-    if len(name) > NAME_WIDTH:
-        name = "..." + name[3 - NAME_WIDTH :]
+    if len(name) > SOURCE_WIDTH:
+        name = "..." + name[3 - SOURCE_WIDTH :]
     if not lengths:
         return (name, "0", dropped, cut, "", "", "", "")
     numbers = (min(lengths), quantile(lengths, 0.5), quantile(lengths, 0.95), max(lengths))
