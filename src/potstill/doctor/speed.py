@@ -33,17 +33,15 @@ def speed(
         num += 1
     clock = _learn(recipe, setup, world, written.step[:num])
     share = num / len(written.step) * rollouts.share
+    # Of responses that time has cut, the rest is taken to be as slow; those that end take less.
     parts = {
-        "rollout": rollouts.seconds / rollouts.share,
-        "teacher": clock.seconds["teacher_seconds"] / share,
-        "student": clock.seconds["student_seconds"] / share,
+        "rollout": rollouts.seconds / rollouts.share * rollouts.writing_grows,
+        "teacher": clock.seconds["teacher_seconds"] / share * rollouts.learning_grows,
+        "student": clock.seconds["student_seconds"] / share * rollouts.learning_grows,
     }
-    if rollouts.share_of_window < 1:
-        # The rest is taken to be as slow; responses that end earlier take less.
-        parts = {part: value / rollouts.share_of_window for part, value in parts.items()}
     total = sum(parts.values())
     dominant = max(parts, key=lambda part: parts[part])
-    about = "at most about" if rollouts.share_of_window < 1 else "about"
+    about = "at most about" if rollouts.learning_grows > 1 else "about"
     says = (
         f"{about} {total:.3g} s a step, {_duration(total * recipe.train.steps)} in all: "
         + ", ".join(f"{part} {value / total:.0%}" for part, value in parts.items())

@@ -1,5 +1,6 @@
 """Rollouts for an examination: the first step's, as many and as long as there is time for."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,46 +14,65 @@ from potstill.training.controllers import first_window
 from potstill.training.setup import Setup
 from potstill.types import Prompt, Rollout, Writer
 
-# Seconds for each writer, prompts that are enough, and tokens to guess by how long it takes.
-WRITING_SECONDS, ENOUGH, TRIAL_TOKENS = 12.0, 16, 8
+# Seconds for each writer, and tokens to guess by how long it takes.
+WRITING_SECONDS, TRIAL_TOKENS = 12.0, 8
+# Prompts that are enough, and those that are left where the models are slow: a few long responses
+# say more than many beginnings.
+ENOUGH, FEW = 16, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds to read the prompts of some rows, and to write one token of all of them."""
+
+    prompts: float
+    token: float
+
+    def seconds(self, num_tokens: int) -> float:
+        return self.prompts + num_tokens * self.token
+
+    def most_tokens(self, seconds: float) -> int:
+        return int(max(seconds - self.prompts, 0.0) / self.token)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WritingTime:
-    """Seconds that the step's rollouts took, where `share` of a step's prompts were written to, up
-    to `share_of_window` of its window."""
+    """Seconds that rollouts to a `share` of a step's prompts took.
+
+    Where they were cut for want of time, whole ones would take at most so many times as long to
+    write (`writing_grows`) and to learn from (`learning_grows`); else both are 1.
+    """
 
     seconds: float
     share: float
-    share_of_window: float
+    writing_grows: float
+    learning_grows: float
 
 
 def write_first_step(
     recipe: Recipe, setup: Setup, tell: Callable[[str], None]
 ) -> tuple[Written, WritingTime]:
     """The rollouts that the first step trains on, and those of each model by itself."""
-    num = min(recipe.train.prompts_per_step, ENOUGH)
-    prompts, seeds = _first_prompts(recipe, setup, num)
-    window = first_window(recipe.window).tokens
-    writers = _writers(setup)
+    per_step, window = recipe.train.prompts_per_step, first_window(recipe.window).tokens
+    writers, writing = _writers(setup), _writing(recipe, setup, window)
     tell("timing how fast the models write")
-    writing = _writing(recipe, setup, window)
-    each = {who: _seconds_a_token(writing, who, prompts, seeds) for who in writers}
-    slowest = max(each.values())
-    if window * slowest * recipe.train.prompts_per_step / num <= WRITING_SECONDS:
-        num = recipe.train.prompts_per_step
-        prompts, seeds = _first_prompts(recipe, setup, num)
-    cap = min(window, max(int(WRITING_SECONDS / slowest), TRIAL_TOKENS, _least(recipe)))
-    writing = _writing(recipe, setup, cap)
+    num, pace = _rows_and_pace(recipe, setup, writing)
+    if pace.seconds(window) * per_step / num <= WRITING_SECONDS:
+        num = per_step
+    prompts, seeds = _first_prompts(recipe, setup, num)
+    cap = min(window, max(pace.most_tokens(WRITING_SECONDS), TRIAL_TOKENS, _least(recipe)))
+    writing = dataclasses.replace(writing, window=cap)
     tell(f"writing {num} rollouts of up to {cap} tokens")
     began = time.perf_counter()
     step = write_rollouts(writing, prompts, seeds)
     seconds = time.perf_counter() - began
     alone: dict[Writer, list[Rollout]] = {"student": [], "teacher": []}
     for who in writers:
-        is_there = recipe.objective.prefix == who
+        if recipe.objective.prefix == who:
+            alone[who] = step
+            continue
         tell(f"writing with the {who} alone")
-        alone[who] = step if is_there else from_one(who, writing, prompts[:ENOUGH], seeds[:ENOUGH])
+        alone[who] = from_one(who, writing, prompts[:ENOUGH], seeds[:ENOUGH])
     if setup.cache is not None:
         alone["teacher"] = step if recipe.objective.prefix == "teacher" else []
     written = Written(
@@ -62,12 +82,27 @@ def write_first_step(
         window=cap,
         is_whole=cap == window,
     )
+    num_read = sum(len(prompt.token_ids) for prompt in prompts) / num
     timing = WritingTime(
         seconds=seconds,
-        share=num / recipe.train.prompts_per_step,
-        share_of_window=cap / window,
+        share=num / per_step,
+        writing_grows=pace.seconds(window) / pace.seconds(cap),
+        learning_grows=(num_read + window) / (num_read + cap),
     )
     return written, timing
+
+
+def _rows_and_pace(recipe: Recipe, setup: Setup, writing: Writing) -> tuple[int, Pace]:
+    """How many prompts are written to, and the pace of the slower model at so many."""
+    num, pace = 0, Pace(prompts=0.0, token=0.0)
+    for most in (ENOUGH, FEW):
+        num = min(recipe.train.prompts_per_step, most)
+        given = _first_prompts(recipe, setup, num)
+        paces = [_pace(writing, who, *given) for who in _writers(setup)]
+        pace = max(paces, key=lambda each: each.seconds(writing.window))
+        if pace.seconds(writing.window) <= WRITING_SECONDS:
+            break
+    return num, pace
 
 
 def _least(recipe: Recipe) -> int:
@@ -107,20 +142,19 @@ def _writing(recipe: Recipe, setup: Setup, window: int) -> Writing:
     )
 
 
-def _seconds_a_token(
+def _pace(
     writing: Writing, who: Writer, prompts: list[Prompt], seeds: list[tuple[int, ...]]
-) -> float:
-    """Seconds of one token of all rows together, the prompts' share included."""
-    trial = Writing(
-        objective=writing.objective,
-        models=writing.models,
-        window=min(TRIAL_TOKENS, writing.window),
-        end_ids=(),
-        sampling=writing.sampling,
-        rollouts_per_step=writing.rollouts_per_step,
-        vocab_size=writing.vocab_size,
-    )
-    from_one(who, trial, prompts[:1], seeds[:1])
-    began = time.perf_counter()
-    from_one(who, trial, prompts, seeds)
-    return (time.perf_counter() - began) / trial.window
+) -> Pace:
+    """The pace of one model over its first tokens, where no row ends."""
+    trial = dataclasses.replace(writing, end_ids=(), cache=None)
+    seconds = []
+    # The first pass of a process is slower than others, and is not counted.
+    for num_tokens, num_rows in ((1, 1), (1, len(prompts)), (1 + TRIAL_TOKENS, len(prompts))):
+        of_length = dataclasses.replace(trial, window=num_tokens)
+        began = time.perf_counter()
+        from_one(who, of_length, prompts[:num_rows], seeds[:num_rows])
+        seconds.append(time.perf_counter() - began)
+    _, read, whole = seconds
+    # On a busy machine the shorter trial may take longer.
+    token = max(whole - read, whole / 10) / TRIAL_TOKENS
+    return Pace(prompts=read, token=token)
