@@ -20,7 +20,7 @@ from potstill.types import DataError, Example, Prompt
 
 def prompts_of(*sizes):
     return [
-        Prompt(Example(id=f"{source}-{i}", prompt="p", source=source), (1,))
+        Prompt(example=Example(id=f"{source}-{i}", prompt="p", source=source), token_ids=(1,))
         for source, size in enumerate(sizes)
         for i in range(size)
     ]

@@ -15,7 +15,7 @@ from potstill.types import Example, Prompt
 
 def prompt_of(length, source=0, **more):
     example = Example(id="a", prompt="p", source=source)
-    return Prompt(example, tuple(range(length)), **more)
+    return Prompt(example=example, token_ids=tuple(range(length)), **more)
 
 
 @pytest.mark.parametrize("num", [1, 2, 19, 20, 21, 100])
@@ -112,7 +112,11 @@ def test_what_is_hidden_is_written_out():
             return "".join(map(chr, token_ids))
 
     text = "\x1b[2J" + "a" * 600 + "\u202e" + "end"
-    prompt = Prompt(Example(id="a", prompt="p"), tuple(map(ord, text)), teacher_ids=(ord("T"),))
+    prompt = Prompt(
+        example=Example(id="a", prompt="p"),
+        token_ids=tuple(map(ord, text)),
+        teacher_ids=(ord("T"),),
+    )
     lines = first_prompt([prompt], Letters, Letters)
     assert max(map(len, lines)) <= 100
     assert "\x1b" not in "".join(lines) and "\u202e" not in "".join(lines)

@@ -257,7 +257,9 @@ def test_a_best_student_that_no_checkpoint_knows_is_not_kept(tmp_path, scripted)
 
 
 def prompts_of(num):
-    return [Prompt(Example(id=str(i), prompt="p"), (1, i // 2)) for i in range(num)]
+    return [
+        Prompt(example=Example(id=str(i), prompt="p"), token_ids=(1, i // 2)) for i in range(num)
+    ]
 
 
 def test_prompts_are_held_out_of_the_data():
