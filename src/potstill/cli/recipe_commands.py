@@ -24,6 +24,7 @@ def train(
     method: Literal["sft", "dagger", "offline-rl", "opd"] | None = None,
     dry_run: bool = False,
     extend_to: int | None = None,
+    push_to_hub: str | None = None,
 ) -> None:
     """Train a recipe, or resume it in its run folder.
 
@@ -34,6 +35,8 @@ def train(
         extend_to: Go on with the run in the folder, finished or not, to this step. The steps that
             are done keep what they were; what follows a schedule over all steps goes on as in a run
             of so many, so that a cosine learning rate that has decayed rises again.
+        push_to_hub: Upload the finished student, as ORG/NAME, to the Hugging Face hub. The
+            repository is private if it is not there yet. Nothing is uploaded by default.
     """
     resolved = load_recipe(recipe, with_method(method, overrides))
     if dry_run:
@@ -41,14 +44,19 @@ def train(
         return
     from potstill.cli.show import print_results
     from potstill.models import distributed
+    from potstill.runs.publish import push, refuse_push
     from potstill.training.loop import train
 
+    if push_to_hub is not None:
+        refuse_push(push_to_hub)
     world = distributed.start()
     result = train(resolved, extend_to=extend_to)
     distributed.stop()
     if world.is_main:
         say(f"{resolved.method}: the student is in {result.folder / 'model'}")
         print_results([result.folder])
+        if push_to_hub is not None:
+            say(f"pushed: {push(result.folder, push_to_hub)}")
 
 
 def grpo(

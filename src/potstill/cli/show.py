@@ -20,6 +20,7 @@ from potstill.prompts.examples import make_prompts, prompt_notes
 from potstill.prompts.system import with_system
 from potstill.report.terminal import print_table
 from potstill.report.validation import comparison_lines, validation_lines
+from potstill.runs.card import write_card
 from potstill.runs.results import Entry, read_entry
 from potstill.runs.run_folder import begun_on, last_row, read_json, store_evals
 from potstill.statistics import holm, paired
@@ -67,6 +68,7 @@ def evaluate_and_store(
             raise stop from None
         if step is not None:
             store_evals(target, step, rows)
+            write_card(target)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out, json.dumps(rows, indent=1) + "\n")

@@ -24,6 +24,7 @@ from potstill.models.language_model import LanguageModel, fingerprint
 from potstill.models.probe import ready
 from potstill.prompts.examples import make_prompts, prompt_notes
 from potstill.prompts.system import with_system
+from potstill.runs.card import write_card
 from potstill.runs.run_folder import begun_on, last_row, locked, read_json, store_evals
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import TASKS, Task, is_table, make_task
@@ -255,3 +256,4 @@ def evaluate_anew(recipe: Recipe | GrpoRecipe, model: LanguageModel, quiet: bool
             options |= {"date": begun_on(folder)}
             store_evals(folder, step, evaluate(named, run_evaluation(recipe), **options))
         write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
+        write_card(folder)

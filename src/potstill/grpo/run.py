@@ -31,6 +31,7 @@ from potstill.prompts.examples import load_task, make_prompts, prompt_notes
 from potstill.prompts.overview import first_prompt, length_table
 from potstill.prompts.system import system_notes, with_system
 from potstill.runs import run_folder
+from potstill.runs.card import write_card
 from potstill.seeds import Stream, stream_key
 from potstill.tasks.own import describe_files, own_files
 from potstill.teachers.ends import describe_ends, end_set
@@ -218,6 +219,7 @@ def _run(
             config.steps,
             evaluate(named, run_evaluation(recipe), date=setup.date, **options),
         )
+    write_card(folder)
     run_folder.mark_done(recipe)
 
 

@@ -23,6 +23,7 @@ from potstill.models.language_model import LanguageModel, ModelError, save_model
 from potstill.models.probe import ready
 from potstill.objectives.habits import disagreement
 from potstill.runs import run_folder
+from potstill.runs.card import write_card
 from potstill.runs.schema import AnyMetrics, DistillationMetrics, DistillationRow
 from potstill.tasks.own import own_files
 from potstill.teachers.protocol import Teacher
@@ -326,6 +327,7 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
             options = {"end_ids": end_ids, "responses": folder / "responses", "quiet": quiet}
             evaluations = evaluate(finished, run_evaluation(recipe), date=setup.date, **options)
             run_folder.store_evals(folder, run.step, evaluations)
+        write_card(folder)
         run_folder.mark_done(recipe)
     distributed.wait_for_rank_0(trainer.world)
     # A run that was stopped after its last step has no step left to do.
