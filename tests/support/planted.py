@@ -51,7 +51,7 @@ class Rescaled(LanguageModel):
     @property
     def head(self):
         own = super().head
-        return type(own)(own.weight_VD, own.bias_V, scale=2.0)
+        return type(own)(own.weight_VD, bias_V=own.bias_V, scale=2.0)
 
 
 class NotFinite(LanguageModel):
