@@ -19,7 +19,7 @@ from waiting import SECONDS, wait_until
 import potstill
 from potstill.config import RecipeError, make_recipe, to_toml
 from potstill.console import boundary as limits
-from potstill.console.boundary import Stopped, boundary, describe_error, stop_asked_for
+from potstill.console.boundary import Stopped, boundary, describe_error, naming, stop_asked_for
 from potstill.console.printable import one_line, printable, say
 from potstill.report.terminal import print_table
 from potstill.runs.results import read_entry
@@ -42,7 +42,7 @@ def safetensors_error(tmp_path):
     from safetensors import safe_open
 
     (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(Exception) as error:
+    with pytest.raises(Exception) as error, naming(tmp_path / "cut.safetensors"):
         safe_open(tmp_path / "cut.safetensors", "pt").__enter__()
     return error.value
 
@@ -58,7 +58,7 @@ def template_error(tmp_path):
 
 
 def json_error(tmp_path):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError) as error, naming("plan.json"):
         json.loads("{")
     return error.value
 
@@ -101,9 +101,9 @@ def json_error(tmp_path):
         (RecursionError("maximum recursion depth"), "the input is nested too deeply"),
         (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"), "a file is no UTF-8 text"),
         (RecipeError("recipe 'x'\x1b[31m\nis bad"), "recipe 'x'\\u001b[31m is bad"),
-        (safetensors_error, "potstill: the file of weights is damaged"),
+        (safetensors_error, "cut.safetensors': the file of weights is damaged"),
         (template_error, "a chat template refuses the messages"),
-        (json_error, "potstill: a file is no JSON"),
+        (json_error, "'plan.json': a file is no JSON"),
     ],
 )
 def test_errors_that_are_not_bugs_are_one_line(tmp_path, capsys, error, says):

@@ -15,7 +15,7 @@ NUM_PROBLEMS = 16
 FORMS = ("\\boxed{{{}}}", "#{}", "<answer>{}</answer>", "#### {}", "The answer is {}.", "{}")
 RIGHT = 0.999
 # Shares of other problems' answers: a few may be right as well, where a problem has several.
-FEW, MANY_RIGHT = 0.05, 0.5
+FEW_RIGHT, MANY_RIGHT = 0.05, 0.5
 
 
 def verifier(subject: Subject) -> Finding:
@@ -58,7 +58,7 @@ def _graded(name: str, source: str, split: str, num: int, seed: int) -> Finding:
     wrong = _share(task, asked, answers, form) if pairs else 0.0
     says = f"{source} accepts {accepted:.0%} of its own answers and {wrong:.0%} of others'"
     measured |= {"others_accepted": wrong}
-    if wrong <= FEW:
+    if wrong <= FEW_RIGHT:
         return Finding(check=CHECK, level="ok", says=says, measured=measured)
     level = "error" if wrong > MANY_RIGHT else "warning"
     fix = f"mend the grading of {name}: wrong responses score"

@@ -174,11 +174,22 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _where(error: BaseException) -> str | None:
-    """The path that an error is about, where it has one."""
+    """The path that an error is about: its own, or what `naming` wrote on it."""
     found = getattr(error, "filename", None)
     if found is None:
         return None
     return repr(os.fsdecode(found) if isinstance(found, str | bytes) else str(found))
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Write the path on errors from inside that do not say what they are about."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "filename", None) is None:
+            error.filename = str(path)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def speed(
         num += 1
     clock = _learn(recipe, setup, world, written.step[:num])
     share = num / len(written.step) * rollouts.share
-    # Of responses that time has cut, the rest is taken to be as slow; those that end take less.
+    # The rest of responses that time has cut is taken to be as slow; those that end take less.
     parts = {
         "rollout": rollouts.seconds / rollouts.share * rollouts.writing_grows,
         "teacher": clock.seconds["teacher_seconds"] / share * rollouts.learning_grows,

@@ -323,7 +323,7 @@ def load_teacher(
             trust_remote_code=spec.trust_remote_code,
         )
     if share_weights(teacher, student):
-        # What is one object must change and stay as it is.
+        # One object cannot both change and stay as it is.
         teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
     if cache is not None:
         cache.check_recipe(recipe, teacher)
