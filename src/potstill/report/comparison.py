@@ -271,6 +271,12 @@ def seed_names(group: Group) -> dict[Path, str]:
     }
 
 
+def in_turn(groups: Sequence[Group]) -> list[Entry]:
+    """The first entry of each group, then the second of each, and so on."""
+    depth = max((len(group.entries) for group in groups), default=0)
+    return [group.entries[i] for i in range(depth) for group in groups if i < len(group.entries)]
+
+
 def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Group]:
     """The entries grouped by seed, each group with a label that no other has."""
     starts = find_starts(entries)

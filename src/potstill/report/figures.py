@@ -9,9 +9,9 @@ import html
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from potstill.config import METHODS, Recipe
+from potstill.config import Recipe
 from potstill.report.comparison import (
     BeforeAndAfter,
     GridPart,
@@ -21,173 +21,138 @@ from potstill.report.comparison import (
     stored,
 )
 from potstill.runs.results import Entry
-from potstill.runs.schema import MetricsRow, StepNumber, value_in
 
 Figure = dict[str, Any]
 Link = Callable[[Path], str]
 
-MAX_POINTS = 300
-# A run that is neither a corner nor one of these has the colour of its prefix.
-COLOURS = {
-    "SFT": "#4477aa",
-    "DAgger": "#228833",
-    "Offline RL": "#b8a020",
-    "OPD": "#ee6677",
-    "teacher prefix": "#66aacc",
-    "student prefix": "#aa3377",
-    "mixed prefix": "#44aa99",
-    "dataset prefix": "#999933",
-    "GRPO": "#dd7722",
-    "model": "#888888",
-}
-MARKERS = dict(
-    zip(
-        COLOURS,
-        (
-            "circle",
-            "square",
-            "diamond",
-            "triangle-up",
-            "cross",
-            "x",
-            "pentagon",
-            "hexagon",
-            "star",
-            "circle-open",
-        ),
-        strict=True,
-    )
-)
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-CURVES: tuple[tuple[StepNumber, str], ...] = (
-    ("forward_kl", "forward KL (nats a token)"),
-    ("reverse_kl", "reverse KL (nats a token)"),
-    ("student_entropy_before_answer", "student entropy up to the answer (nats)"),
-    ("teacher_entropy_before_answer", "teacher entropy up to the answer (nats)"),
-    ("reward", "mean score of responses (GRPO)"),
-    ("groups_with_signal", "share of groups that disagree in score (GRPO)"),
-    ("length", "completion length (tokens)"),
-    ("truncation", "share of completions cut by the window"),
-    ("grad_norm", "gradient norm before clipping"),
-)
-# Values that controllers move, shown where they move in any run.
-CONTROLLED: tuple[tuple[StepNumber, str], ...] = (
-    ("window", "window (tokens)"),
-    ("forward_weight", "weight of the forward KL"),
-)
-ACTIONS = {
-    "climb": "triangle-up",
-    "hold": "circle-open",
-    "freeze": "square",
-    "step back": "triangle-down",
-}
+
+class Style(NamedTuple):
+    """How a run looks in every figure."""
+
+    colour: str
+    dash: str
+    symbol: str
 
 
-def family(entry: Entry) -> str:
-    """The family that a run's colour and mark stand for."""
-    if entry.cell is not None:
-        return METHODS[entry.cell].name
-    if entry.recipe is None:
-        return "model"
-    return f"{entry.recipe.objective.prefix} prefix" if isinstance(entry.recipe, Recipe) else "GRPO"
+Styles = dict[Path, Style]
+
+# Colours by Okabe and Ito, which colour-blind readers tell apart, on white and on black alike.
+# Marks and dashes change with them, so that nothing is told by colour alone.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+GREY = "#888888"
+# How many marks of a figure bear their names, and the places of those beside the mark.
+NUM_NAMED_MARKS = 12
+TEXT_PLACES = ("top right", "bottom right", "top left", "bottom left")
 
 
-def thin(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
-    """At most MAX_POINTS of a run's steps, evenly, the last one among them."""
-    every = -(-len(rows) // MAX_POINTS)
-    return list(rows[::-every])[::-1] if every else []
+class Row(NamedTuple):
+    """A row of a ranking: its name, its value with the ends of its interval, and where it leads."""
+
+    label: str
+    path: Path
+    href: str
+    value: float
+    low: float | None
+    high: float | None
 
 
-def shown_curves(runs: Sequence[Entry]) -> list[tuple[StepNumber, str]]:
-    """Name and title of the quantities that these runs logged, and of those that a controller moved
-    in any of them."""
-    shown = [
-        each
-        for each in CURVES
-        if any(value_in(run.metrics[0], each[0]) is not None for run in runs)
-    ]
-    return shown + [each for each in CONTROLLED if any(_moves(run, each[0]) for run in runs)]
+def style_at(group: int, seed: int) -> Style:
+    """The style of a run: colour and mark are its group's, the dash changes with the seed too.
+
+    The first six groups differ in all of them, and those that share a colour in mark and dash.
+    """
+    num = len(COLOURS)
+    other = group + group // num
+    return Style(COLOURS[group % num], DASHES[(other + seed) % num], MARKERS[other % num])
 
 
-def _moves(run: Entry, name: StepNumber) -> bool:
-    return len({value_in(row, name) for row in run.metrics}) > 1
-
-
-def curve(
-    name: StepNumber,
-    title: str,
-    runs: Sequence[Entry],
-    labels: dict[Path, str],
-    visible: set[Path],
-    link: Link,
-) -> Figure:
-    """One quantity of training over steps, a line a run; the page's list of runs says which are
-    drawn."""
-    shape = "hv" if name == "window" else "linear"
-    lines = []
-    for run, line in zip(runs, line_styles(runs), strict=True):
-        rows = thin(run.metrics)
-        lines.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [row["step"] for row in rows],
-                "y": [rounded(value_in(row, name)) for row in rows],
-                "name": html.escape(labels[run.path]),
-                "line": line | {"shape": shape},
-                "visible": run.path in visible,
-                "meta": link(run.path),
-                "hovertemplate": "%{y:.4~g} at step %{x}<br>%{fullData.name}<extra></extra>",
-            }
-        )
-    return layout(lines, 280, axis("step"), axis(""), title)
-
-
-def line_styles(runs: Sequence[Entry]) -> list[dict[str, Any]]:
-    """A colour a family; its runs take turns in dashes, so that no two neighbours differ by colour
-    alone."""
-    num_seen: dict[str, int] = {}
-    styles = []
-    for run in runs:
-        place = num_seen[family(run)] = num_seen.get(family(run), -1) + 1
-        width = 1.8 if len(runs) <= 12 else 1.2
-        styles.append(
-            {"color": COLOURS[family(run)], "dash": DASHES[place % len(DASHES)], "width": width}
-        )
-    return styles
+def line_of(style: Style) -> dict[str, Any]:
+    """Plotly's line in this style."""
+    return {"color": style.colour, "dash": style.dash, "width": 1.8}
 
 
 def trade_off(
-    avg: Metric, other: Metric, entries: Sequence[Entry], labels: dict[Path, str], link: Link
+    avg: Metric,
+    other: Metric,
+    entries: Sequence[Entry],
+    labels: dict[Path, str],
+    named: dict[Path, str],
+    styles: Styles,
+    link: Link,
 ) -> Figure:
-    """Accuracy against another metric, a mark a run with its intervals; models without a run bear
-    their names."""
-    by_family: dict[str, list[tuple[Entry, Sequence[float], Sequence[float]]]] = {}
+    """Accuracy against another metric, a mark a run with its intervals.
+
+    `named` are the runs whose marks bear a name, as long as these are few.
+    """
+    found = []
     for entry in entries:
         x, y = stored(entry, other), stored(entry, avg)
         if x is not None and y is not None:
-            by_family.setdefault(family(entry), []).append((entry, x, y))
-    marks = [
-        {
-            "type": "scatter",
-            "mode": "markers+text" if name == "model" else "markers",
-            "textposition": "top center",
-            "name": name,
-            "x": [rounded(other.scale * x[0]) for _, x, _ in found],
-            "y": [rounded(avg.scale * y[0]) for _, _, y in found],
-            "error_x": errors(other, [x for _, x, _ in found]),
-            "error_y": errors(avg, [y for _, _, y in found]),
-            "marker": {"size": 10, "color": COLOURS[name], "symbol": MARKERS[name]},
-            "text": [html.escape(labels[entry.path]) for entry, _, _ in found],
-            "customdata": [link(entry.path) for entry, _, _ in found],
-            "hovertemplate": f"%{{text}}<br>{avg.title} %{{y:.1f}} %<br>{other.title} %{{x}} "
-            f"{other.unit}<extra></extra>",
-        }
-        for name, found in by_family.items()
-    ]
+            found.append((entry, x, y))
+    found.sort(key=lambda each: each[1][0])
+    firsts = [entry for entry, _, _ in found if entry.path in named]
+    is_named = len(firsts) <= NUM_NAMED_MARKS
+    marks = {
+        "type": "scatter",
+        "mode": "markers+text" if is_named else "markers",
+        "textposition": [TEXT_PLACES[i % len(TEXT_PLACES)] for i in range(len(found))],
+        "cliponaxis": False,
+        "x": [rounded(other.scale * x[0]) for _, x, _ in found],
+        "y": [rounded(avg.scale * y[0]) for _, _, y in found],
+        "error_x": errors(other, [x for _, x, _ in found]),
+        "error_y": errors(avg, [y for _, _, y in found]),
+        "marker": {
+            "size": 10,
+            "color": [styles[entry.path].colour for entry, _, _ in found],
+            "symbol": [styles[entry.path].symbol for entry, _, _ in found],
+        },
+        "text": [html.escape(named.get(entry.path, "")) for entry, _, _ in found],
+        "hovertext": [html.escape(labels[entry.path]) for entry, _, _ in found],
+        "customdata": [link(entry.path) for entry, _, _ in found],
+        "hovertemplate": f"%{{hovertext}}<br>{avg.title} %{{y:.1f}} %<br>{other.title} %{{x}} "
+        f"{other.unit}<extra></extra>",
+    }
     kind = "log" if other.temperature is None else "linear"
     x_axis, y_axis = axis(f"{other.title} ({other.unit})", kind), axis(f"{avg.title} (%)")
-    return layout(marks, 400, x_axis, y_axis, f"{avg.title} against {other.title}", legend=True)
+    return layout([marks], 400, x_axis, y_axis, f"{avg.title} against {other.title}")
+
+
+def ranking(title: str, rows: Sequence[Row], styles: Styles) -> Figure:
+    """A quantity of groups or runs as a mark and an interval a row, the first on top."""
+    lines = [textwrap.wrap(row.label, 24) or [""] for row in rows]
+    names = ["<br>".join(html.escape(line) for line in each) for each in lines]
+    low_ends = [row.value if row.low is None else row.low for row in rows]
+    high_ends = [row.value if row.high is None else row.high for row in rows]
+    bars = {
+        "type": "data",
+        "array": [rounded(h - row.value) for h, row in zip(high_ends, rows, strict=True)],
+        "arrayminus": [rounded(row.value - low) for low, row in zip(low_ends, rows, strict=True)],
+        "thickness": 2,
+        "width": 5,
+        "color": GREY,
+    }
+    marks = {
+        "type": "scatter",
+        "mode": "markers+text",
+        "x": [rounded(row.value) for row in rows],
+        "y": names,
+        "error_x": bars,
+        "text": [f"{row.value:.4g}" for row in rows],
+        "textposition": "top center",
+        "marker": {
+            "size": 12,
+            "color": [styles[row.path].colour for row in rows],
+            "symbol": [styles[row.path].symbol for row in rows],
+        },
+        "customdata": [row.href for row in rows],
+        "hovertemplate": "%{y}<br>%{x}<extra></extra>",
+    }
+    height = 100 + sum(28 + 14 * len(each) for each in lines)
+    # The first row on top, with room above it for its value.
+    places = {"range": [len(rows) - 0.5, -0.75]}
+    return layout([marks], height, axis(title), axis("", "category") | places, title)
 
 
 def errors(metric: Metric, estimates: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -200,6 +165,7 @@ def errors(metric: Metric, estimates: Sequence[Sequence[float]]) -> dict[str, An
         "arrayminus": [rounded(metric.scale * (value - low)) for value, low, _ in estimates],
         "thickness": 1,
         "width": 2,
+        "color": GREY,
     }
 
 
@@ -227,10 +193,10 @@ def sweep(metric: Metric, sweeps: Sequence[GridPart], link: Link) -> Figure:
                 "y": [rounded(metric.scale * value) for value, _, _ in estimates],
                 "error_y": errors(metric, estimates),
                 "line": {
-                    "color": list(COLOURS.values())[i % len(COLOURS)],
+                    "color": COLOURS[i % len(COLOURS)],
                     "dash": DASHES[i % len(DASHES)],
                 },
-                "marker": {"symbol": list(MARKERS.values())[i % len(MARKERS)], "size": 9},
+                "marker": {"symbol": MARKERS[i % len(MARKERS)], "size": 9},
                 "text": [html.escape(group.label) for group in groups],
                 "customdata": [link(group.entries[0].path) for group in groups],
                 "hovertemplate": f"%{{text}}<br>%{{y}} {metric.unit} at weight "
@@ -252,63 +218,6 @@ def sweep_prefix(part: GridPart) -> str:
     return f"{recipe.objective.prefix} prefix" if isinstance(recipe, Recipe) else ""
 
 
-def windows(
-    runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link
-) -> Figure:
-    """The window over steps of the runs with a gate, and a mark for each decision with the numbers
-    behind it."""
-    traces: list[dict[str, Any]] = []
-    for run, line in zip(runs, line_styles(runs), strict=True):
-        rows = thin(run.metrics)
-        name = html.escape(labels[run.path])
-        shared = {
-            "type": "scatter",
-            "name": name,
-            "visible": run.path in visible,
-            "meta": link(run.path),
-        }
-        traces.append(
-            shared
-            | {
-                "mode": "lines",
-                "x": [row["step"] for row in rows],
-                "y": [value_in(row, "window") for row in rows],
-                "line": line | {"shape": "hv"},
-                "hoverinfo": "skip",
-            }
-        )
-        traces.append(
-            shared
-            | {
-                "mode": "markers",
-                "x": [row["step"] for row in run.decisions],
-                "y": [row["window"] for row in run.decisions],
-                "marker": {
-                    "size": 12,
-                    "color": line["color"],
-                    "symbol": [ACTIONS[row["action"]] for row in run.decisions],
-                    "line": {"width": 1.5, "color": line["color"]},
-                },
-                "text": [decision_text(row) for row in run.decisions],
-                "hovertemplate": "%{text}<br>%{fullData.name}<extra></extra>",
-            }
-        )
-    return layout(traces, 340, axis("step"), axis("window (tokens)"))
-
-
-def decision_text(row: dict[str, Any]) -> str:
-    """The gate's decision, and the numbers of its probe, as text."""
-    numbers = [
-        f"{row['action']} before step {row['step']}, window {row['window']}",
-        f"entropy {row['entropy']:.3f}, threshold {row['threshold']:.3f}",
-        f"truncation {row['truncation']:.0%}, teacher's {row['teacher_truncation']:.0%}",
-        f"repetition {row['repetition']:.0%}",
-    ]
-    return html.escape(" | ".join(numbers + [f"failed: {name}" for name in row["failed"]])).replace(
-        " | ", "<br>"
-    )
-
-
 def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link) -> Figure:
     """A metric before and after GRPO, a row a start, the best end on top."""
     shown = [
@@ -326,7 +235,7 @@ def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link
                 for x in (*(rounded(metric.scale * v) for v in end_values(p, metric)), None)
             ],
             "y": [y for name in names for y in (name, name, None)],
-            "line": {"color": COLOURS["model"], "width": 2},
+            "line": {"color": GREY, "width": 2},
             "hoverinfo": "skip",
             "showlegend": False,
         }
@@ -344,7 +253,7 @@ def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link
                 "marker": {
                     "size": 11,
                     "symbol": symbol,
-                    "color": COLOURS["GRPO"],
+                    "color": COLOURS[0],
                     "line": {"width": 2},
                 },
                 "customdata": [link(group.entries[0].path) for group in groups],

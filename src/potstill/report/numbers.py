@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import Recipe
-from potstill.report import figures
+from potstill.report import curves
 from potstill.report.claims import claims
 from potstill.report.comparison import (
     BeforeAndAfter,
@@ -20,7 +20,7 @@ from potstill.report.comparison import (
     metrics_of,
     seed_names,
 )
-from potstill.report.figures import Link
+from potstill.report.figures import Link, Styles, style_at
 from potstill.report.findings import findings, first_and_last_habits
 from potstill.report.questions import Claim
 from potstill.runs.results import Entry, Panel
@@ -47,6 +47,20 @@ class PanelResult:
             for group in self.groups
             for path, seed in seed_names(group).items()
         }
+
+    @property
+    def styles(self) -> Styles:
+        """How each entry looks in figures."""
+        return {
+            entry.path: style_at(i, seed)
+            for i, group in enumerate(self.groups)
+            for seed, entry in enumerate(group.entries)
+        }
+
+    @property
+    def firsts(self) -> dict[Path, str]:
+        """The first entry of each group, and the group's name."""
+        return {group.entries[0].path: group.label for group in self.groups}
 
 
 def panel_result(panel: Panel) -> PanelResult:
@@ -161,11 +175,11 @@ def run_numbers(entry: Entry, label: str, link: Link) -> dict[str, Any]:
 
 def curve_numbers(entry: Entry) -> dict[StepNumber, list[float | None]]:
     """Logged values of each curve of a run, at the steps that figures show."""
-    names: list[StepNumber] = ["step", *(name for name, _ in figures.CURVES + figures.CONTROLLED)]
+    names: list[StepNumber] = ["step", *(name for name, _ in curves.CURVES + curves.CONTROLLED)]
     logged: list[StepNumber] = [
         name for name in names if any(value_in(row, name) is not None for row in entry.metrics)
     ]
-    rows = figures.thin(entry.metrics)
+    rows = curves.thin(entry.metrics)
     return {name: [value_in(row, name) for row in rows] for name in logged}
 
 

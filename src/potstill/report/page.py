@@ -16,25 +16,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from potstill.config import METHODS
 from potstill.files import write_atomically
-from potstill.report import figures
+from potstill.report import curves, figures
 from potstill.report.comparison import (
-    GridPart,
     Group,
-    Metric,
     at_temperature,
     budgets,
     forward_weight_sweeps,
+    in_turn,
     is_gated,
-    seed_names,
     stored,
     window_comparisons,
 )
 from potstill.report.figures import Link
 from potstill.report.findings import findings, habit_table, number_text, seeds_of, values
 from potstill.report.numbers import PanelResult, finite, numbers_of, panel_result
-from potstill.report.tables import comparison_table, level_table, table_note
+from potstill.report.opening import picture, sentences_of, title_of
+from potstill.report.tables import comparison_table, grid, level_table, runs_of, table_note
 from potstill.report.validation import validation_curves, validation_table
 from potstill.report.viewer import reader_data
 from potstill.runs.results import read_panels
@@ -43,7 +41,8 @@ from potstill.statistics import Estimate
 
 RESULTS_FILE = "results.json"
 # How many runs' curves are drawn before the reader chooses.
-NUM_DRAWN = 12
+NUM_DRAWN = 6
+VERDICTS = ("supported", "contradicted", "undecided")
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
@@ -79,9 +78,10 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     )
     text = environment.get_template("report.html").render(
         panels=[page_of(result, link) for result in results],
+        title=title_of(results),
+        opening=opening_of(results, link),
         num_runs=len(runs),
         results_file=RESULTS_FILE,
-        colours=figures.COLOURS,
         reader=reader_data(runs),
         plotly=get_plotlyjs(),
     )
@@ -96,6 +96,20 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     )
     write_atomically(out, with_policy(text))
     return out
+
+
+def opening_of(results: Sequence[PanelResult], link: Link) -> dict[str, Any]:
+    """The sentences, the picture and the first groups of the first panel that has a result."""
+    first = next((result for result in results if result.groups), results[0])
+    shown = [group for group in first.groups if group.entries[0].metrics][:NUM_DRAWN]
+    return {
+        "sentences": sentences_of(first),
+        "picture": picture(first, link),
+        "groups": [
+            (group.label, link(group.entries[0].path), first.styles[group.entries[0].path])
+            for group in shown
+        ],
+    }
 
 
 def with_policy(page: str) -> str:
@@ -146,17 +160,22 @@ def refuse_to_replace(path: Path) -> None:
 def page_of(result: PanelResult, link: Link) -> dict[str, Any]:
     """Everything that the template shows of a panel; a section that its runs do not feed is
     empty."""
-    panel = result.panel
+    panel, labels = result.panel, result.labels
     page = {
         "title": panel.title or "Runs",
         "note": panel.note,
         "metrics": result.metrics,
+        "is_scored": any(entry.evals for entry in panel.entries),
         "unfinished": [
             {"name": path.name, "href": link(path) if path.exists() else None, "state": state}
             for path, state in panel.unfinished
         ],
         "findings": [
-            (text, [(path.name, link(path)) for path in paths[:NUM_DRAWN]], len(paths) - NUM_DRAWN)
+            (
+                text,
+                [(labels[path], link(path)) for path in paths[:NUM_DRAWN]],
+                len(paths) - NUM_DRAWN,
+            )
             for text, paths in findings(result.metrics, result.groups, result.grpo)
         ],
     }
@@ -174,7 +193,14 @@ def page_of(result: PanelResult, link: Link) -> dict[str, Any]:
 
 
 def claims_section(result: PanelResult, link: Link) -> dict[str, Any]:
-    """Claims with what was measured of each, and those that these runs do not measure."""
+    """Claims with what was measured of each, and those that these runs do not measure.
+
+    They are for a study, or where there are seeds enough for a verdict on some claim.
+    """
+    measured = [claim for claim in result.claims if claim.effect is not None]
+    is_study = bool(result.panel.title)
+    if not is_study and not any(claim.verdict in VERDICTS for claim in measured):
+        return {"measured": [], "unmeasured": []}
     labels = result.labels
     return {
         "measured": [
@@ -186,7 +212,7 @@ def claims_section(result: PanelResult, link: Link) -> dict[str, Any]:
                     for pair in claim.pairs
                 ],
             }
-            for claim in result.claims
+            for claim in measured
             if claim.effect is not None
         ],
         "unmeasured": [claim for claim in result.claims if claim.effect is None],
@@ -232,7 +258,9 @@ def table_section(result: PanelResult, link: Link) -> dict[str, Any]:
             (
                 avg.title,
                 [
-                    figures.trade_off(avg, other, entries, labels, link)
+                    figures.trade_off(
+                        avg, other, entries, labels, result.firsts, result.styles, link
+                    )
                     for other in at_temperature(metrics, avg)
                 ],
             )
@@ -243,8 +271,8 @@ def table_section(result: PanelResult, link: Link) -> dict[str, Any]:
 
 def curves_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """Curves over the steps, validations, habits of ending, and sweeps of the forward weight."""
-    groups, labels = result.groups, result.labels
-    runs = [entry for entry in result.panel.entries if entry.metrics]
+    groups, labels, styles = result.groups, result.labels, result.styles
+    runs = [entry for entry in in_turn(groups) if entry.metrics]
     drawn = drawn_first(groups)
     sweeps = forward_weight_sweeps(groups)
     swept = [metric for metric in result.metrics if metric.temperature is not None]
@@ -252,14 +280,13 @@ def curves_section(result: PanelResult, link: Link) -> dict[str, Any]:
     header, validated = validation_table(result.panel.entries)
     return {
         "runs": [
-            (labels[run.path], link(run.path), figures.family(run), run.path in drawn)
-            for run in runs
+            (labels[run.path], link(run.path), styles[run.path], run.path in drawn) for run in runs
         ],
         "curves": [
-            figures.curve(name, title, runs, labels, drawn, link)
-            for name, title in figures.shown_curves(runs)
+            curves.curve(name, title, runs, labels, styles, drawn, link)
+            for name, title in curves.shown_curves(runs)
         ],
-        "validations": validation_curves(runs, labels, drawn, link),
+        "validations": validation_curves(runs, labels, styles, drawn, link),
         "validated_header": header,
         "validated": [(labels[entry.path], link(entry.path), cells) for entry, cells in validated],
         "habits_header": habits_header,
@@ -271,16 +298,17 @@ def curves_section(result: PanelResult, link: Link) -> dict[str, Any]:
 def window_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """Gated windows over the steps, and tables of runs that differ in their windows."""
     groups, labels, metrics = result.groups, result.labels, result.metrics
+    styles = result.styles
     gated = [
         entry for group in groups if is_gated(group) for entry in group.entries if entry.decisions
     ]
     gated_drawn = drawn_first([group for group in groups if is_gated(group)])
     return {
         "gated": [
-            (labels[run.path], link(run.path), figures.family(run), run.path in gated_drawn)
+            (labels[run.path], link(run.path), styles[run.path], run.path in gated_drawn)
             for run in gated
         ],
-        "windows": figures.windows(gated, labels, gated_drawn, link) if gated else None,
+        "windows": curves.windows(gated, labels, styles, gated_drawn, link) if gated else None,
         "window_tables": [
             (
                 part.label,
@@ -310,7 +338,9 @@ def budget_section(result: PanelResult, link: Link) -> dict[str, Any]:
             ]
             for same in by_budget
         ],
-        "compute": figures.trade_off(avgs[0], costs[0], runs, labels, link)
+        "compute": figures.trade_off(
+            avgs[0], costs[0], runs, labels, result.firsts, result.styles, link
+        )
         if avgs and costs and not by_budget
         else None,
     }
@@ -346,50 +376,6 @@ def grpo_section(result: PanelResult, link: Link) -> dict[str, Any]:
 def drawn_first(groups: Sequence[Group]) -> set[Path]:
     """The runs whose curves are drawn at first: one of each group, then their other seeds, up to a
     number."""
-    depth = max((len(group.entries) for group in groups), default=0)
-    in_turn = [group.entries[i] for i in range(depth) for group in groups if i < len(group.entries)]
-    return {entry.path for entry in [entry for entry in in_turn if entry.metrics][:NUM_DRAWN]}
-
-
-def grid(part: GridPart, metric: Metric, parts: Sequence[GridPart], link: Link) -> dict[str, Any]:
-    """The corners of a grid in reading order, each with its value, how dark it is, and its runs."""
-    shown = [
-        group.summaries[metric.key].value
-        for p in parts
-        for group in p.groups
-        if metric.key in group.summaries
-    ]
-    lowest, highest = min(shown), max(shown)
-    cells = []
-    for key, method in METHODS.items():
-        group = next(
-            (g for g in part.groups if g.entries[0].cell == key and metric.key in g.summaries), None
-        )
-        cell: dict[str, Any] = {"key": key, "method": method, "text": None}
-        if group is not None:
-            value = group.summaries[metric.key].value
-            cell |= {
-                "text": values(group, [metric])[0],
-                "heat": (value - lowest) / (highest - lowest) if highest > lowest else 0.5,
-                "runs": runs_of(group, metric, link),
-            }
-        cells.append(cell)
-    return {"label": part.label, "cells": cells}
-
-
-def runs_of(group: Group, metric: Metric | None, link: Link) -> list[tuple[str, str]]:
-    """A text and a link for each run of a group: its seed, and its own value of a metric."""
-    own = dict(group.summaries[metric.key].per_run) if metric is not None else {}
-    return [
-        (
-            (seed or path.name)
-            + (
-                f": {number_text((own[path],), metric)}"
-                if metric is not None and len(own) > 1
-                else ""
-            ),
-            link(path),
-        )
-        for path, seed in seed_names(group).items()
-        if metric is None or path in own
-    ]
+    return {
+        entry.path for entry in [entry for entry in in_turn(groups) if entry.metrics][:NUM_DRAWN]
+    }

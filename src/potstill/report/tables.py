@@ -2,7 +2,12 @@
 numbers are of."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from potstill.config import METHODS
+from potstill.report.comparison import GridPart, Group, Metric, seed_names
+from potstill.report.figures import Link
+from potstill.report.findings import number_text, values
 from potstill.runs.results import Entry
 
 
@@ -99,6 +104,50 @@ def settings_warning(entries: Sequence[Entry]) -> list[str]:
     return [
         f"WARNING: the evaluations differ in {', '.join(differing)}, so their numbers cannot be "
         "compared."
+    ]
+
+
+def grid(part: GridPart, metric: Metric, parts: Sequence[GridPart], link: Link) -> dict[str, Any]:
+    """The corners of a grid in reading order, each with its value, how dark it is, and its runs."""
+    shown = [
+        group.summaries[metric.key].value
+        for p in parts
+        for group in p.groups
+        if metric.key in group.summaries
+    ]
+    lowest, highest = min(shown), max(shown)
+    cells = []
+    for key, method in METHODS.items():
+        group = next(
+            (g for g in part.groups if g.entries[0].cell == key and metric.key in g.summaries), None
+        )
+        cell: dict[str, Any] = {"key": key, "method": method, "text": None}
+        if group is not None:
+            value = group.summaries[metric.key].value
+            cell |= {
+                "text": values(group, [metric])[0],
+                "heat": (value - lowest) / (highest - lowest) if highest > lowest else 0.5,
+                "runs": runs_of(group, metric, link),
+            }
+        cells.append(cell)
+    return {"label": part.label, "cells": cells}
+
+
+def runs_of(group: Group, metric: Metric | None, link: Link) -> list[tuple[str, str]]:
+    """A text and a link for each run of a group: its seed, and its own value of a metric."""
+    own = dict(group.summaries[metric.key].per_run) if metric is not None else {}
+    return [
+        (
+            (seed or group.label)
+            + (
+                f": {number_text((own[path],), metric)}"
+                if metric is not None and len(own) > 1
+                else ""
+            ),
+            link(path),
+        )
+        for path, seed in seed_names(group).items()
+        if metric is None or path in own
     ]
 
 

@@ -5,25 +5,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.report.figures import Figure, Link, axis, layout, line_styles, rounded
+from potstill.report.figures import GREY, Figure, Link, Styles, axis, layout, line_of, rounded
 from potstill.runs.quantities import SHOWN
 from potstill.runs.results import Entry
 from potstill.runs.schema import Quality, quantity_in
 
 
 def validation_curves(
-    runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link
+    runs: Sequence[Entry],
+    labels: dict[Path, str],
+    styles: Styles,
+    visible: set[Path],
+    link: Link,
 ) -> list[Figure]:
     """A figure a quantity that some run has validated, with 95 % intervals over prompts."""
     known = [name for name in SHOWN if any(name in row for run in runs for row in run.validations)]
-    return [_curve(name, runs, labels, visible, link) for name in known]
+    return [_curve(name, runs, labels, styles, visible, link) for name in known]
 
 
 def _curve(
-    name: str, runs: Sequence[Entry], labels: dict[Path, str], visible: set[Path], link: Link
+    name: str,
+    runs: Sequence[Entry],
+    labels: dict[Path, str],
+    styles: Styles,
+    visible: set[Path],
+    link: Link,
 ) -> Figure:
     shown, lines = SHOWN[name], []
-    for run, line in zip(runs, line_styles(runs), strict=True):
+    for run in runs:
         known = [(row["step"], quantity_in(row, name)) for row in run.validations]
         points = [(step, found) for step, found in known if found is not None]
         estimates = [[shown.scale * end for end in found] for _, found in points]
@@ -39,10 +48,11 @@ def _curve(
                     "arrayminus": [rounded(value - low) for value, low, _ in estimates],
                     "thickness": 1,
                     "width": 2,
+                    "color": GREY,
                 },
                 "name": html.escape(labels[run.path]),
-                "line": line,
-                "marker": {"size": 5},
+                "line": line_of(styles[run.path]),
+                "marker": {"size": 6, "symbol": styles[run.path].symbol},
                 "visible": run.path in visible,
                 "meta": link(run.path),
                 "hovertemplate": "%{y:.4~g} after step %{x}<br>%{fullData.name}<extra></extra>",
