@@ -1,4 +1,4 @@
-"""What Python gives in place of names: models by name or as objects, chats as prompts, sections."""
+"""Objects from Python in place of names: models, chats as prompts, sections."""
 
 import pytest
 import torch

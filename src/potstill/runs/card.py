@@ -19,7 +19,7 @@ from potstill.runs.schema import ValidationRow, quantity_in
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# What an evaluation is shown by: its key, its title and a scale.
+# Columns of an evaluation: key, title and scale.
 EVALUATED = (
     ("avg", "Avg@{n} (%)", 100.0),
     ("entropy_before_answer", "entropy up to the answer (nats)", 1.0),
@@ -112,7 +112,7 @@ def _front_matter(recipe: Recipe | GrpoRecipe, models: Mapping[str, str]) -> str
 
 
 def _about(recipe: Recipe | GrpoRecipe, models: Mapping[str, str], step: int) -> list[str]:
-    """What was trained, how, and on what."""
+    """Lines on what was trained, how, and on what."""
     rows: list[tuple[str, str]] = []
     if isinstance(recipe, GrpoRecipe):
         said = "A language model trained by reinforcement learning with potstill."

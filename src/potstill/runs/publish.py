@@ -51,7 +51,7 @@ def push(folder: Path, repo_id: str) -> str:
             folder_path=os.fspath(folder / "model"),
             commit_message="A student distilled with potstill",
         )
-    # Of a network, a server or a client of any version.
+    # Any error can come from a network, a server or a client of any version.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RunError(
