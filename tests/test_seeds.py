@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from potstill.config import Objective, Sampling
-from potstill.rollouts.prefixes import Writing, student_places, write_rollouts
-from potstill.seeds import Stream, round_key, stream_key
+from potstill.rollouts.prefixes import Writing, write_rollouts
+from potstill.seeds import Stream, response_key, stream_key
 from potstill.types import Example, Prompt
 
 # From 2^32 on a seed is two of numpy's words, and there its keys are one longer.
@@ -32,7 +32,8 @@ def state_of(key: tuple[int, ...]) -> tuple[int, ...]:
 
 def keys_of_a_distillation(seed: int) -> list[tuple[int, ...]]:
     places = itertools.product(range(9), range(9))
-    return [stream_key((seed, *place), stream) for place in places for stream in OF_A_DISTILLATION]
+    keys = [stream_key((seed, *place), stream) for place in places for stream in OF_A_DISTILLATION]
+    return keys + [stream_key((seed, round_, 0), Stream.PLACES) for round_ in range(9)]
 
 
 def keys_of_grpo(seed: int) -> list[tuple[int, ...]]:
@@ -67,7 +68,25 @@ def test_seeds_of_one_word_share_no_stream(keys_of):
 
 
 def test_every_stream_is_enumerated():
-    assert {*OF_A_DISTILLATION, Stream.START, Stream.VALIDATION} == set(Stream)
+    others = {Stream.START, Stream.VALIDATION, Stream.PLACES}
+    assert {*OF_A_DISTILLATION, *others} == set(Stream)
+
+
+def test_an_evaluation_shares_streams_with_tokens_alone():
+    """With those of a run that has its seed; all else in a run is drawn from other streams."""
+    one_word = [seed for seed in SEEDS if seed < 2**32]
+    asked = itertools.product(one_word, range(9), range(9))
+    responses = {state_of(response_key(*numbers)) for numbers in asked}
+    assert len(responses) == 81 * len(one_word)
+    for seed in one_word:
+        of_seed = {state_of(response_key(seed, i, j)) for i in range(9) for j in range(9)}
+        tokens = {
+            state_of(stream_key((seed, *place), Stream.TOKENS))
+            for place in itertools.product(range(9), range(9))
+        }
+        assert {state_of(key) for key in keys_of_a_distillation(seed)} & responses == tokens
+        assert tokens == of_seed
+    assert not responses & {state_of(key) for key in OF_VALIDATION}
 
 
 def test_a_seed_means_what_it_meant():
@@ -80,11 +99,12 @@ def test_a_seed_means_what_it_meant():
         "PROBE": 4,
         "START": 5,
         "VALIDATION": 6,
+        "PLACES": 7,
     }
     assert {stream.name: stream.value for stream in Stream} == numbers
     assert stream_key((7, 2, 5), Stream.TOKENS) == (7, 2, 5)
     assert stream_key((7, 2, 5), Stream.HANDOFF) == (7, 2, 5, 3)
-    assert round_key(7, 2) == (7, 2)
+    assert response_key(7, 2, 5) == (7, 2, 5)
 
 
 @pytest.mark.parametrize("prefix_mix", ["sequence", "handoff", "token"])
@@ -112,20 +132,8 @@ def test_writers_ask_for_each_stream_once(monkeypatch, student, teacher, prefix_
     )
     for round_ in range(3):
         write_rollouts(writing, prompts, [(7, round_, place) for place in range(8)])
-    # The order of a round's places is asked for by every place, and its key is filled up to that of
-    # the first place.
-    first_places = {state_of(round_key(7, round_)) for round_ in range(3)}
+    # Every place asks for the order of its round's places.
+    orders = {state_of(stream_key((7, round_, 0), Stream.PLACES)) for round_ in range(3)}
     shared = {state: num for state, num in asked.items() if num > 1}
-    assert shared.keys() == (first_places if prefix_mix == "sequence" else set())
+    assert shared.keys() == (orders if prefix_mix == "sequence" else set())
     assert len(asked) >= 3 * 8
-
-
-def test_the_order_of_places_tells_nothing_of_the_first_tokens():
-    """They share a key, but an order takes the low bits of the numbers."""
-    draws = {True: [], False: []}
-    for round_ in range(4000):
-        is_students = 0 in student_places(8, 0.5, 0, round_)
-        draws[is_students].append(np.random.default_rng((0, round_, 0)).random(3))
-    means = {is_students: np.mean(values, axis=0) for is_students, values in draws.items()}
-    # The mean of 2,000 uniform numbers is within 0.0065 as a rule.
-    assert all(abs(means[which] - 0.5).max() < 0.025 for which in means)

@@ -33,6 +33,8 @@ class Stream(IntEnum):
     VALIDATION = 6
     """Draws the tokens of validations, which are the same for all seeds: their first numbers are
     zeros."""
+    PLACES = 7
+    """Says which places of a round the student writes; drawn once a round, at its first place."""
 
 
 def stream_key(rollout: Key, stream: Stream) -> Key:
@@ -40,14 +42,14 @@ def stream_key(rollout: Key, stream: Stream) -> Key:
     return rollout if stream is Stream.TOKENS else (*rollout, int(stream))
 
 
-def round_key(seed: int, round_: int) -> Key:
-    """The key of what is drawn once for a round: the order of its places.
+def response_key(seed: int, problem: int, response: int) -> Key:
+    """The key of the tokens of a response in an evaluation, or of an answer in a chat.
 
-    numpy fills short keys with zeros, so that this is also the key of the tokens in the round's
-    first place. An order takes the low bits of the numbers that are drawn, and tokens the high
-    ones.
+    It is the key of TOKENS where a problem stands for a round and a response for a place. So a
+    training run with the same seed draws the same numbers, for other prompts and at another time;
+    nothing compares the two. A stream of its own would change every evaluation that was made.
     """
-    return (seed, round_)
+    return stream_key((seed, problem, response), Stream.TOKENS)
 
 
 def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[int]:

@@ -15,6 +15,7 @@ from potstill.models.language_model import LanguageModel
 from potstill.models.sampling import sample
 from potstill.rollouts.text import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.runs.run_folder import read_rows
+from potstill.seeds import response_key
 from potstill.tasks import Task
 from potstill.tasks.own import own_files
 from potstill.teachers.vocabulary import num_named_rows
@@ -58,7 +59,7 @@ def write_responses(
             completions = sample(
                 model.model,
                 [prompts[i].token_ids for i, _ in batch],
-                [(evaluation.seed, i, j) for i, j in batch],
+                [response_key(evaluation.seed, i, j) for i, j in batch],
                 max_tokens=evaluation.max_tokens,
                 end_ids=end_ids,
                 sampling=sampling,

@@ -15,7 +15,7 @@ import numpy as np
 
 from potstill.config import Objective, Sampling
 from potstill.models.sampling import OtherWriter, sample
-from potstill.seeds import Key, Stream, round_key, stream_key
+from potstill.seeds import Key, Stream, stream_key
 from potstill.teachers.store import Cache
 from potstill.types import Prompt, Rollout, Stop, Writer
 
@@ -117,7 +117,8 @@ def student_places(num_places: int, share: float, seed: int, round_: int) -> fro
     """Which places of a set the student writes: as many as bring the total of all sets so far to
     its share, rounded."""
     before, after = (round(share * num_places * (round_ + done)) for done in (0, 1))
-    order = np.random.default_rng(round_key(seed, round_)).permutation(num_places)
+    key = stream_key((seed, round_, 0), Stream.PLACES)
+    order = np.random.default_rng(key).permutation(num_places)
     return frozenset(order[: after - before].tolist())
 
 
