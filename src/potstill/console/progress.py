@@ -23,7 +23,6 @@ class StepDisplay:
         self.live = sys.stderr.isatty() and not quiet
         self.began = self.last_step = self.last_line = time.perf_counter()
         self.num_tokens = 0
-        self.has_warned = False
 
     def __enter__(self):
         if self.live:
@@ -60,12 +59,6 @@ class StepDisplay:
                 self.progress.console.print(plain(line))
             else:
                 say(line, error=True)
-
-    def note_once(self, warning: str | None) -> None:
-        """Print a warning unless there is none, or one was printed before."""
-        if warning is not None and not self.has_warned:
-            self.has_warned = True
-            self.note(warning)
 
     def lap(self) -> float:
         """Seconds of the step that ends now."""

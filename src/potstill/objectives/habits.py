@@ -19,6 +19,12 @@ from potstill.runs.schema import EndHabits
 from potstill.teachers.ends import Ends, end_names
 from potstill.types import Rollout
 
+# Whoever has learnt to end gives one end token much of the probability where completions end. With
+# models that have not, each token has about one in the vocabulary, and which end token is likelier
+# is chance: a tenth for one of both models lies far from that. The other may not want to end there
+# at all; that it prefers another token then shows in how much likelier that is to it.
+HABIT, CLEARLY = 0.1, 4.0
+
 
 def writer_of_ends(objective: Objective) -> str:
     """Whose completions are looked at: the student's where it writes any."""
@@ -107,13 +113,16 @@ def step_habits(
 
 
 def disagreement(habits: EndHabits, ends: Ends, tokenizer) -> str | None:
-    """A warning where the two models' likeliest end tokens differ; None where they agree or one is
-    not known."""
+    """A warning where the two models have the habit of different end tokens; None where they agree
+    or have none, or one is not known."""
     if "student" not in habits or "teacher" not in habits:
         return None
     student, teacher = habits["student"], habits["teacher"]
     mine, theirs = max(student, key=student.__getitem__), max(teacher, key=teacher.__getitem__)
-    if mine == theirs:
+    is_habit = max(student[mine], teacher[theirs]) >= HABIT
+    are_clear = student[mine] >= CLEARLY * student[theirs]
+    are_clear = are_clear and teacher[theirs] >= CLEARLY * teacher[mine]
+    if mine == theirs or not is_habit or not are_clear:
         return None
     id_of = dict(zip(end_names(tokenizer, ends.compared_ids), ends.compared_ids, strict=True))
     if {id_of[mine], id_of[theirs]} <= set(ends.class_ids):
@@ -124,7 +133,7 @@ def disagreement(habits: EndHabits, ends: Ends, tokenizer) -> str | None:
             "and for a while none may end its responses: look at length and truncation"
         )
     return (
-        f"warning: where the {habits['ends_of']}'s completions end, the student would end with "
+        f"where the {habits['ends_of']}'s completions end, the student would end with "
         f"{mine} ({student[mine]:.1%}, the teacher {teacher[mine]:.1%}) and the teacher with "
         f"{theirs} ({teacher[theirs]:.1%}, the student {student[theirs]:.1%}); {treated}"
     )

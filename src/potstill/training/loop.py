@@ -27,6 +27,7 @@ from potstill.runs.card import write_card
 from potstill.runs.schema import AnyMetrics, DistillationMetrics, DistillationRow
 from potstill.tasks.own import own_files
 from potstill.teachers.protocol import Teacher
+from potstill.tracking.signs import SIGNS, Rows, Watch
 from potstill.tracking.trackers import refuse_missing, tracked
 from potstill.training import checkpoint
 from potstill.training.extension import extended
@@ -173,7 +174,8 @@ def _run(
         StepDisplay(settings.steps, run.step, quiet, settings.flops) as display,
         stop_asked_for() as asked,
     ):
-        told = [] if on_step is None else [on_step]
+        told = [_warner(trainer, display)] if world.is_main else []
+        told += [] if on_step is None else [on_step]
         if world.is_main and recipe.train.tracker is not None:
             told.append(stack.enter_context(tracked(recipe)))
         display.note(*opening(recipe, setup, world, run.step), *notes)
@@ -259,12 +261,7 @@ def _record(
     display: StepDisplay,
     clock: Stopwatch,
 ) -> DistillationRow:
-    """Log a finished step, and warn once where the two models end their texts differently; its
-    row."""
-    if "end_habits" in metrics:
-        display.note_once(
-            disagreement(metrics["end_habits"], trainer.setup.ends, trainer.setup.student.tokenizer)
-        )
+    """Log a finished step; its row."""
     row: DistillationRow = {**metrics, **timing(display.lap(), clock.seconds)}
     if not trainer.world.is_main:
         return row
@@ -272,6 +269,20 @@ def _record(
     for sample in samples:
         files.append(trainer.folder / "samples.jsonl", {"step": metrics["step"], **sample})
     return row
+
+
+def _warner(trainer: Trainer, display: StepDisplay) -> StepFunction:
+    """A function that is told of each step and warns of each sign once, also of a run that is
+    resumed."""
+    ends, tokenizer = trainer.setup.ends, trainer.setup.student.tokenizer
+
+    def other_habits(first: Rows, recent: Rows) -> str | None:
+        habits = recent[-1].get("end_habits")
+        return None if habits is None else disagreement(habits, ends, tokenizer)
+
+    signs = SIGNS | {"ends": other_habits}
+    watch = Watch(signs, run_folder.read_metrics(trainer.folder))
+    return lambda row: display.note(*watch.after(row))
 
 
 def _tell(told: Sequence[StepFunction], row: DistillationRow) -> Exception | None:
