@@ -183,7 +183,6 @@ def headless(model):
             ModelError,
             "head",
         ),
-        (lambda r, m: train(r, student=m, teacher=m), ModelError, "student and teacher are one"),
         (lambda r, m: train(r, student="no/such/folder"), ModelError, "does not exist"),
         (lambda r, m: train(r, prompts="12*3="), DataError, "prompts is the string"),
         (lambda r, m: train(r, prompts=3), DataError, "prompts"),

@@ -9,9 +9,8 @@ from planted import MESSAGES, chat_tokenizer, write_pair
 
 from potstill import load_recipe
 from potstill.cli.app import main
-from potstill.doctor.draft import choose_window
+from potstill.doctor.draft import TOY_LR, _lr, choose_window
 from potstill.models.language_model import load_model
-from potstill.training.rates import usual_lr
 from potstill.types import DataError
 
 FLAGS = ["--student", "student", "--teacher", "teacher", "--method", "opd", "--device", "cpu"]
@@ -52,7 +51,7 @@ def test_what_is_written_trains_as_it_is(here, capsys):
     text = (here / "mine.toml").read_text()
     recipe = load_recipe("mine.toml")
     num_weights = load_model("student").num_weights
-    assert recipe.train.lr == usual_lr(num_weights)
+    assert recipe.train.lr == TOY_LR
     assert f"# {num_weights:,} weights" in text
     assert len(text.splitlines()) <= 30 and max(map(len, text.splitlines())) <= 100
     main(["train", "mine.toml", "--train.steps", "2", "--window.tokens", "8"])
@@ -155,3 +154,13 @@ def test_the_long_prompts_are_left_out(here):
     assert len(chat_tokenizer().encode(long[0]["prompt"])) > 512
     main(["init", *FLAGS, "--data", "rows.jsonl"])
     assert load_recipe("my.toml").data.too_long == "drop"
+
+
+def test_the_rate_fits_the_size():
+    """A toy at a real model's rate hardly moves; the shipped one is trained at 3e-3."""
+    assert [_lr(num).value for num in (75_000, 9_999_999, 10_000_000, 4_000_000_000)] == [
+        TOY_LR,
+        TOY_LR,
+        1e-5,
+        2.5e-6,
+    ]

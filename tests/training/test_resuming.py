@@ -326,6 +326,29 @@ def test_ctrl_c_in_an_evaluation_that_saves_nothing_says_so(monkeypatch, capsys)
     assert stopped.value.code == 130 and capsys.readouterr().err.endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [
+        ("doctor demo", "potstill.doctor.examine.prepare"),
+        (
+            "init x.toml --student a --teacher b --data c --method sft",
+            "potstill.doctor.draft.draft",
+        ),
+        ("chat potstill:base", "potstill.cli.chat.converse"),
+        ("sample potstill:base", "potstill.cli.show.show_responses"),
+        ("runs .", "potstill.cli.run_commands.list_runs"),
+    ],
+)
+def test_ctrl_c_in_a_command_that_saves_nothing_says_so(monkeypatch, capsys, line, where):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(line.split())
+    assert stopped.value.code == 130 and capsys.readouterr().err.endswith("potstill: stopped\n")
+
+
 # -- a run is a model ------------------------------------------------------------------------------
 
 

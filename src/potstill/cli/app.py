@@ -10,10 +10,11 @@ import ast
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import potstill
-from potstill.console.boundary import boundary
+from potstill.console.boundary import STOPPED_AND_SAVED, boundary, saying_when_stopped
 from potstill.console.printable import say
 
 # The module of each command, in the order of the help text. The function is named as the command's
@@ -35,6 +36,8 @@ COMMANDS = {
     "report": "run_commands",
     "study": "run_commands",
 }
+# Commands that save as they go. Others that may go on say so themselves.
+SAVING = ("train", "grpo", "cache build", "study")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +58,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     if command is None:
         _help_or_refuse(words)
         return
-    _prepared(command, words[len(command.split()) :])()
+    saving = saying_when_stopped(lambda: STOPPED_AND_SAVED) if command in SAVING else nullcontext()
+    with saving:
+        _prepared(command, words[len(command.split()) :])()
 
 
 def _prepared(command: str, arguments: list[str]) -> Callable[[], None]:

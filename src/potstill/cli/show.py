@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from potstill.config import Evaluation, Recipe, Sampling
-from potstill.console.boundary import Stopped
+from potstill.console.boundary import STOPPED_AND_SAVED, saying_when_stopped
 from potstill.console.printable import plain, say
 from potstill.evaluation.on_prompts import OnPrompts, evaluate_on_prompts, read_prompts
 from potstill.evaluation.scores import evaluate, make_problems
@@ -33,6 +33,7 @@ from potstill.types import Example
 
 # A share of responses, above which their cap is what is measured.
 MOSTLY = 0.5
+UNSAVED = "stopped; nothing was saved: with --responses FOLDER an evaluation can go on"
 
 
 def evaluate_and_store(
@@ -57,15 +58,9 @@ def evaluate_and_store(
         folder, date = (
             (responses, None) if step is None else (target / "responses", begun_on(target))
         )
-        try:
+        saved = UNSAVED if folder is None else STOPPED_AND_SAVED
+        with saying_when_stopped(lambda saved=saved: saved):
             rows = evaluate(model, evaluation, responses=folder, date=date)
-        except KeyboardInterrupt as stop:
-            if folder is None:
-                stop = Stopped.of(
-                    stop,
-                    "stopped; nothing was saved: with --responses FOLDER an evaluation can go on",
-                )
-            raise stop from None
         if step is not None:
             store_evals(target, step, rows)
             write_card(target)

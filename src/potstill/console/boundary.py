@@ -55,7 +55,8 @@ OUT_OF_MEMORY = re.compile(
 # Seconds in which more signals are the same request: a terminal or a scheduler tells every process
 # of a group, and a study and torchrun pass on to their processes what these have heard already.
 AT_ONCE = 2.0
-STOPPED = "stopped; the same command goes on from what was saved last"
+STOPPED = "stopped"
+STOPPED_AND_SAVED = "stopped; the same command goes on from what was saved last"
 
 
 class Stopped(KeyboardInterrupt):
@@ -70,6 +71,17 @@ class Stopped(KeyboardInterrupt):
     def of(stop: KeyboardInterrupt, saved: str) -> "Stopped":
         """The same signal, with what is saved."""
         return Stopped(stop.number if isinstance(stop, Stopped) else signal.SIGINT, saved)
+
+
+@contextmanager
+def saying_when_stopped(saved: Callable[[], str]) -> Iterator[None]:
+    """Have a signal that ends the work inside say what is saved, unless that is said already."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Stopped) and stop.saved:
+            raise
+        raise Stopped.of(stop, saved()) from None
 
 
 def stopped_after(step: int, number: int) -> Stopped:

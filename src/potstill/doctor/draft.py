@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from potstill.checks.resources import ACTIVATION_BYTES, GIB, MOMENTS, free_memory
+from potstill.checks.settings import FEW_WEIGHTS
 from potstill.config import METHODS, load_recipe, toml_value
 from potstill.files import write_atomically
 from potstill.models.language_model import LanguageModel, load_config, load_tokenizer
@@ -36,6 +37,8 @@ LEAST_BATCH, MOST_BATCH = 512, 16384
 LEAST_WINDOW = 16
 # One pass over the prompts, within these.
 LEAST_STEPS, MOST_STEPS = 50, 500
+# Peak learning rate of a toy, which learns hardly anything at the rates of real models.
+TOY_LR = 1e-3
 # Share of prompts that must leave room for a response; the longest others are left out.
 KEPT = 0.95
 # Share of free memory that a batch may take beside weights, gradients and moments.
@@ -148,12 +151,14 @@ def _about_training(
         Line("window.tokens", window, "longest response; no later end is learnt"),
         Line("train.steps", num_steps, f"each prompt about {max(passes, 0.01):.2g} times"),
         Line("train.prompts_per_step", per_step, "fewer are faster and noisier"),
-        Line(
-            "train.lr",
-            usual_lr(student.num_weights),
-            "usual for this size; very small or fresh students need far more",
-        ),
+        _lr(student.num_weights),
     ]
+
+
+def _lr(num_weights: int) -> Line:
+    if num_weights < FEW_WEIGHTS:
+        return Line("train.lr", TOY_LR, "for so few weights; real models need far less")
+    return Line("train.lr", usual_lr(num_weights), "usual for this size; fresh students need more")
 
 
 def _examples(wanted: Wanted) -> tuple[list[Example], str | None, bool]:

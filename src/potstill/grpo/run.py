@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from potstill.config import GrpoRecipe, RecipeError, check_recipe, run_evaluation
-from potstill.console.boundary import stop_asked_for
+from potstill.console.boundary import saying_when_stopped, stop_asked_for
 from potstill.console.progress import StepDisplay
 from potstill.evaluation.scores import evaluate, evaluate_anew, prepare_problems
 from potstill.grpo.responses import GrpoSetup, State, response_means, score, write
@@ -71,7 +71,7 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
         if not run_folder.is_done(recipe.out, recipe):
             evaluate_anew(recipe, load_model(str(recipe.out / "model")).to(world.device), quiet)
         return recipe.out
-    with checkpoint.told_when_stopped(recipe.out):
+    with saying_when_stopped(lambda: checkpoint.what_is_saved(recipe.out)):
         setup = prepare_grpo(recipe, world)
         environment = recipe.out / "environment.json"
         # The start is measured once: a run that is resumed knows it.

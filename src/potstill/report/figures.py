@@ -119,7 +119,7 @@ def trade_off(
     return layout([marks], 400, x_axis, y_axis, f"{avg.title} against {other.title}")
 
 
-def ranking(title: str, rows: Sequence[Row], styles: Styles) -> Figure:
+def ranking_bars(title: str, rows: Sequence[Row], styles: Styles) -> Figure:
     """A quantity of groups or runs as a mark and an interval a row, the first on top."""
     lines = [textwrap.wrap(row.label, 24) or [""] for row in rows]
     names = ["<br>".join(html.escape(line) for line in each) for each in lines]

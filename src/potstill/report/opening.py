@@ -227,7 +227,7 @@ def picture(result: PanelResult, link: Link) -> Figure | None:
             rows.append(_row(label, entry, estimate, scale, link))
     else:
         return None
-    return figures.ranking(name, rows, result.styles)
+    return figures.ranking_bars(name, rows, result.styles)
 
 
 def _row(

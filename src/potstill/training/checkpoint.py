@@ -10,8 +10,7 @@ from the recipe's seed and the step.
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from potstill.console.boundary import Stopped
 from potstill.files import file_digest, flush, json_line, seal, unseal
 from potstill.models.distributed import World, gather, wait_for_all
 from potstill.models.language_model import LanguageModel, save_model
@@ -236,23 +234,12 @@ def _read_state(checkpoint: Path, files: Sequence[str]) -> dict[str, Any]:
     return data
 
 
-@contextmanager
-def told_when_stopped(folder: Path) -> Iterator[None]:
-    """Say what of a run is saved when a signal such as Ctrl-C ends the work on it, unless that is
-    said already."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if isinstance(stop, Stopped) and stop.saved:
-            raise
-        last = latest(folder)
-        saved = "stopped; nothing was saved yet: the same command begins again"
-        if last is not None:
-            saved = (
-                f"stopped; step {step_of(last)} was saved last, and the same command goes "
-                "on from there"
-            )
-        raise Stopped.of(stop, saved) from None
+def what_is_saved(folder: Path) -> str:
+    """A line on a run whose work was stopped, for its user."""
+    last = latest(folder)
+    if last is None:
+        return "stopped; nothing was saved yet: the same command begins again"
+    return f"stopped; step {step_of(last)} was saved last, and the same command goes on from there"
 
 
 def _damaged(path: Path, what: str) -> RunError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from potstill import files
 from potstill.config import Recipe, Role, check_recipe, run_evaluation
-from potstill.console.boundary import stop_asked_for, stopped_after
+from potstill.console.boundary import saying_when_stopped, stop_asked_for, stopped_after
 from potstill.console.printable import say
 from potstill.console.progress import StepDisplay
 from potstill.evaluation.scores import evaluate, evaluate_anew
@@ -113,7 +113,7 @@ def train(
                 f"in {str(folder / 'model')!r}"
             )
     with (
-        checkpoint.told_when_stopped(folder),
+        saying_when_stopped(lambda: checkpoint.what_is_saved(folder)),
         left_as_it_was(None if teacher is student else teacher),
     ):
         given: dict[str, Any] = {
