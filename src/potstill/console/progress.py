@@ -10,6 +10,9 @@ from potstill.console.printable import plain, printable, say
 
 # Seconds between plain lines where there is no terminal.
 PLAIN_INTERVAL = 5.0
+# Seconds that a step takes before it is said what it is at: on the bar, and as a line each so many
+# seconds where there is no terminal.
+LONG_ON_BAR, LONG_IN_LOG = 1.0, 10.0
 
 
 class StepDisplay:
@@ -21,7 +24,8 @@ class StepDisplay:
         self.start = start
         self.quiet = quiet
         self.live = sys.stderr.isatty() and not quiet
-        self.began = self.last_step = self.last_line = time.perf_counter()
+        self.began = self.last_step = self.last_line = self.last_part = time.perf_counter()
+        self.num_done, self.shown = start, ""
         self.num_tokens = 0
 
     def __enter__(self):
@@ -66,6 +70,17 @@ class StepDisplay:
         seconds, self.last_step = now - self.last_step, now
         return seconds
 
+    def doing(self, what: str) -> None:
+        """Show what the present step is at, where it takes long."""
+        now = time.perf_counter()
+        if self.quiet or now - self.last_step < (LONG_ON_BAR if self.live else LONG_IN_LOG):
+            return
+        if self.live:
+            self.progress.update(self.task, description=f"{what}  {self.shown}")
+        elif now - self.last_part >= LONG_IN_LOG:
+            self.last_part = now
+            say(f"step {self.num_done + 1}/{self.num_steps}: {what}", error=True)
+
     def update(self, step: int, *, num_tokens: int, total_flops: float, numbers: str) -> None:
         """Show a finished step: tokens/s, its `numbers` as text, and the time left."""
         if self.quiet:
@@ -78,6 +93,7 @@ class StepDisplay:
             num_steps = min(num_steps, max(promised, step))
         self.num_tokens += num_tokens
         shown = f"{self.num_tokens / (now - self.began):,.0f} tok/s  {numbers}"
+        self.num_done, self.shown = step, shown
         if self.live:
             self.progress.update(self.task, completed=step, total=num_steps, description=shown)
         elif now - self.last_line >= PLAIN_INTERVAL or step in (self.start + 1, num_steps):

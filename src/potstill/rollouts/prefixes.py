@@ -26,7 +26,8 @@ class Writing:
     how.
 
     `vocab_size` is that of the loss: what is drawn is drawn from the rows that both heads share.
-    With a `cache` the teacher's are there already.
+    With a `cache` the teacher's are there already. `on_token` is told of each token that is drawn,
+    as `sample` does.
     """
 
     objective: Objective
@@ -37,6 +38,7 @@ class Writing:
     rollouts_per_step: int
     vocab_size: int | None = None
     cache: Cache | None = None
+    on_token: Callable[[int, int], None] = lambda place, token_id: None
 
 
 def from_one(
@@ -51,6 +53,7 @@ def from_one(
         end_ids=writing.end_ids,
         sampling=writing.sampling,
         vocab_size=writing.vocab_size,
+        on_token=writing.on_token,
     )
     return [
         _rollout(
@@ -128,7 +131,7 @@ def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
     objective = writing.objective
     first: Writer = objective.first_writer
     second: Writer = "student" if first == "teacher" else "teacher"
-    names = ("end_ids", "sampling", "vocab_size")
+    names = ("end_ids", "sampling", "vocab_size", "on_token")
     options: dict[str, Any] = {name: getattr(writing, name) for name in names}
     caps = [_handoff_place(seed, objective.handoff_tokens) for seed in seeds]
     begun = sample(
@@ -171,6 +174,7 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) 
         end_ids=writing.end_ids,
         sampling=writing.sampling,
         vocab_size=writing.vocab_size,
+        on_token=writing.on_token,
         other=OtherWriter(
             model=writing.models["student"],
             prompts=[prompt.ids_of("student") for prompt in prompts],

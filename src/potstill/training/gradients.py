@@ -58,10 +58,13 @@ def accumulate_gradients(
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
     returns = _returns(setup, loss, batches, world, clock)
     samples: dict[int, dict[str, Any]] = {}
-    for places, batch, returns_N in zip(groups, batches, returns, strict=True):
+    for number, (places, batch) in enumerate(zip(groups, batches, strict=True), 1):
+        returns_N, of_all = returns[number - 1], f"batch {number} of {len(batches)}"
+        clock.doing(f"teacher, {of_all}")
         with clock("teacher_seconds"):
             known = known_of_teacher(setup.teacher, batch, loss)
             signal = signal_of(known, setup.teacher, loss)
+        clock.doing(f"student, {of_all}")
         with clock("student_seconds"):
             hidden_ND = student_rows(student, batch, loss)
             given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)

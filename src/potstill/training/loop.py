@@ -197,7 +197,7 @@ def _take_steps(
     settings, world, student = trainer.settings, trainer.world, trainer.setup.student
     has_dropout = trainer.recipe.student.dropout
     while not is_spent(settings, run.step, run.flops) and not is_exhausted(trainer, run):
-        clock = Stopwatch(world.device)
+        clock = Stopwatch(world.device, display.doing)
         begin_step(trainer, run)
         run, probed = probe_if_due(trainer, run, clock, display.note)
         plan = plan_step(trainer, run)

@@ -37,11 +37,16 @@ BEFORE_ANSWER: tuple[EntropyBeforeAnswer, ...] = (
 )
 
 
-class Stopwatch:
-    """Seconds spent in named parts of a step."""
+# Tokens between two notices of how far the writing of rollouts is.
+NOTICED_TOKENS = 64
 
-    def __init__(self, device: torch.device):
+
+class Stopwatch:
+    """Seconds spent in named parts of a step. `doing` is told what the step is at."""
+
+    def __init__(self, device: torch.device, doing: Callable[[str], None] = lambda what: None):
         self.device = device
+        self.doing = doing
         self.seconds: dict[TimedPart, float] = defaultdict(float)
 
     @contextmanager
@@ -51,6 +56,18 @@ class Stopwatch:
             yield
         finally:
             self.seconds[part] += self._now() - start
+
+    def token_counter(self, most: int) -> Callable[[int, int], None]:
+        """A function that is told each token of rollouts, of which there can be so many."""
+        num = 0
+
+        def count(place: int, token_id: int) -> None:
+            nonlocal num
+            num += 1
+            if num % NOTICED_TOKENS == 0:
+                self.doing(f"rollouts, {num:,} of at most {most:,} tokens")
+
+        return count
 
     def _now(self) -> float:
         if self.device.type == "cuda":

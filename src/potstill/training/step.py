@@ -130,7 +130,9 @@ def write_round(
     with clock("rollout_seconds"), naming_the_step(plan.step, plan.prompts):
         if plan.age > 0:
             return run.rollouts, 0
-        rollouts = write_rollouts(plan.writing, plan.prompts, plan.seeds)
+        counter = clock.token_counter(len(plan.prompts) * plan.writing.window)
+        writing = dataclasses.replace(plan.writing, on_token=counter)
+        rollouts = write_rollouts(writing, plan.prompts, plan.seeds)
         by_token = objective.prefix == "mixed" and objective.prefix_mix == "token"
         return rollouts, rollout_flops(rollouts, flops, by_token)
 
