@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from potstill.models.language_model import ModelError, load_model
 from potstill.runs import run_folder
 from potstill.runs.results import EVAL_COLUMNS, read_entry
 from potstill.runs.run_folder import RunError
+from potstill.training import checkpoint
 from potstill.training.rates import learning_rate
 
 
@@ -313,6 +315,35 @@ def test_ctrl_c_says_what_is_saved(tmp_path, monkeypatch, capsys):
         assert stopped.value.code == 130 and capsys.readouterr().err.endswith(
             f"potstill: stopped; {said}\n"
         )
+
+
+@pytest.mark.parametrize("at_step", [3, 4])
+def test_ctrl_c_while_a_step_is_saved_ends_after_a_saved_one(
+    tmp_path, monkeypatch, capsys, at_step
+):
+    """Also after the last step, where only the evaluation is left: it goes on from there."""
+    sections = {"train": {"checkpoint_every": 1}, "evaluation": EVALUATION}
+    recipe = recipe_of(tmp_path / "run", **sections)
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
+    real = checkpoint.save
+
+    def save_and_interrupt(folder, step, *given, **options):
+        real(folder, step, *given, **options)
+        if step == at_step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(checkpoint, "save", save_and_interrupt)
+        main(["train", str(tmp_path / "recipe.toml")])
+    num_done = min(at_step + 1, 4)
+    said = f"stopped after step {num_done}, which is saved; the same command goes on from there"
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"potstill: {said}"
+    assert checkpoint.step_of(checkpoint.latest(tmp_path / "run")) == num_done
+    assert not (tmp_path / "run/evals.jsonl").exists()
+    potstill.train(recipe, quiet=True)
+    potstill.train(recipe_of(tmp_path / "alone", **sections), quiet=True)
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
 def test_ctrl_c_in_an_evaluation_that_saves_nothing_says_so(monkeypatch, capsys):

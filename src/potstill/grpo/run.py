@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from potstill.config import GrpoRecipe, RecipeError, check_recipe, run_evaluation
-from potstill.console.boundary import saying_when_stopped, stop_asked_for
+from potstill.console.boundary import saying_when_stopped, stop_asked_for, stopped_after
 from potstill.console.progress import StepDisplay
 from potstill.evaluation.scores import evaluate, evaluate_anew, prepare_problems
 from potstill.grpo.responses import GrpoSetup, State, response_means, score, write
@@ -205,6 +205,9 @@ def _run(
             steps = Steps(recipe, setup, optimizer, state, step, display, asked)
             with tempfile.TemporaryDirectory() as scratch, hushed():
                 make_grpo_trainer(recipe, setup, optimizer, steps, scratch).train()
+        # Asked for while the last step was saved.
+        if signal := asked():
+            raise stopped_after(config.steps, signal)
     weights = checkpoint.weights(model)
     # TRL changes the settings and the forward pass of the model that it trains; the one that is
     # saved is as it was.

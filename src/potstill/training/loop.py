@@ -182,6 +182,9 @@ def _run(
         if run.step == 0:
             run = validate_if_due(trainer, run, display)
         run = _take_steps(trainer, run, display, asked, told)
+        # Asked for while the last step was saved: what follows can take longer than all steps.
+        if signal := distributed.max_over_ranks(asked(), world):
+            raise stopped_after(run.step, signal)
     return _finish(trainer, run, quiet)
 
 
