@@ -76,6 +76,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/window.py
 	$(BIN)/python benchmarks/likeliest.py
 	$(BIN)/python benchmarks/samples.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

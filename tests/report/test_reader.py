@@ -20,6 +20,7 @@ from potstill.cache.build import build_cache
 from potstill.config import CacheOptions, Objective
 from potstill.models.language_model import ASSETS, LanguageModel
 from potstill.objectives.loss import Loss
+from potstill.report.packed import pack_data
 from potstill.report.viewer import reader_data
 from potstill.runs import run_folder
 from potstill.runs.results import Entry
@@ -341,10 +342,12 @@ def dumped(folder: Path, entries, script: str = "", head: str = "") -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("potstill.report", "templates"), autoescape=True
     )
+    environment.filters["packed"] = pack_data
     page = environment.from_string(
         "<!doctype html><meta charset=utf-8><title>page</title><body>{{ head | safe }}{% include "
-        "'reader.html' %}<script>{{ script | safe }}\nsetTimeout(() => { "
-        "document.body.dataset.hacked = String(window.hacked); }, 300);</script>"
+        "'packed.html' %}{% include 'reader.html' %}<script>readerReady.then(() => { "
+        "{{ script | safe }}\nsetTimeout(() => { "
+        "document.body.dataset.hacked = String(window.hacked); }, 300); });</script>"
     )
     (folder / "page.html").write_text(
         page.render(reader=reader_data(entries), script=script, head=head)

@@ -1,15 +1,19 @@
 """Curves of training over steps, and windows with their gate's decisions, as plotly's JSON."""
 
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.report.figures import Figure, Link, Styles, axis, layout, line_of, rounded
+from potstill.report.figures import Figure, Link, Styles, axis, layout, line_of
 from potstill.runs.results import Entry
 from potstill.runs.schema import MetricsRow, StepNumber, value_in
 
-MAX_POINTS = 300
+# The most points of a curve, and of one quantity of all runs together; they make up most of a page
+# with hundreds of runs.
+MAX_POINTS, MAX_IN_ALL = 300, 20_000
+DIGITS = 4
 CURVES: tuple[tuple[StepNumber, str], ...] = (
     ("forward_kl", "forward KL (nats a token)"),
     ("reverse_kl", "reverse KL (nats a token)"),
@@ -34,9 +38,9 @@ ACTIONS = {
 }
 
 
-def thin(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
-    """At most MAX_POINTS of a run's steps, evenly, the last one among them."""
-    every = -(-len(rows) // MAX_POINTS)
+def thin(rows: Sequence[MetricsRow], num_points: int = MAX_POINTS) -> list[MetricsRow]:
+    """At most so many of a run's steps, evenly, the last one among them."""
+    every = -(-len(rows) // num_points)
     return list(rows[::-every])[::-1] if every else []
 
 
@@ -55,35 +59,55 @@ def _moves(run: Entry, name: StepNumber) -> bool:
     return len({value_in(row, name) for row in run.metrics}) > 1
 
 
-def curve(
-    name: StepNumber,
-    title: str,
-    runs: Sequence[Entry],
-    labels: dict[Path, str],
-    styles: Styles,
-    visible: set[Path],
-    link: Link,
-) -> Figure:
-    """One quantity of training over steps, a line a run; the page's list of runs says which are
-    drawn."""
-    shape = "hv" if name == "window" else "linear"
-    lines = []
+def training_curves(
+    runs: Sequence[Entry], labels: dict[Path, str], styles: Styles, link: Link
+) -> dict[str, Any]:
+    """Quantities of training over steps, from which the page's script draws those of chosen runs.
+
+    `figures` has name, title and shape of each, `runs` each run's style, `steps` and `values`.
+    """
+    shown = shown_curves(runs)
+    num_points = max(1, min(MAX_POINTS, MAX_IN_ALL // max(1, len(runs))))
+    found = []
     for run in runs:
-        rows = thin(run.metrics)
-        lines.append(
+        rows = thin(run.metrics, num_points)
+        values = {name: [short(value_in(row, name)) for row in rows] for name, _ in shown}
+        known = {name: each for name, each in values.items() if any(x is not None for x in each)}
+        about = about_run(run, labels, styles, link)
+        found.append(about | {"steps": [row["step"] for row in rows], "values": known})
+    controlled = [name for name, _ in CONTROLLED]
+    return {
+        "figures": [
             {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [row["step"] for row in rows],
-                "y": [rounded(value_in(row, name)) for row in rows],
-                "name": html.escape(labels[run.path]),
-                "line": line_of(styles[run.path]) | {"shape": shape},
-                "visible": run.path in visible,
-                "meta": link(run.path),
-                "hovertemplate": "%{y:.4~g} at step %{x}<br>%{fullData.name}<extra></extra>",
+                "name": name,
+                "title": title,
+                "is_smooth": name not in controlled,
+                "shape": "hv" if name == "window" else "linear",
             }
-        )
-    return layout(lines, 280, axis("step"), axis(""), title)
+            for name, title in shown
+        ],
+        "runs": found,
+    }
+
+
+def about_run(
+    run: Entry, labels: dict[Path, str], styles: Styles, link: Link
+) -> dict[str, str | None]:
+    """How a run is called, where it leads, and how its curves look."""
+    style = styles[run.path]
+    return {
+        "name": html.escape(labels[run.path]),
+        "href": link(run.path),
+        "colour": style.colour,
+        "dash": style.dash,
+        "symbol": style.symbol,
+    }
+
+
+def short(value: float | None) -> float | None:
+    """Four digits, which is more than a curve shows; null where it is no number."""
+    is_number = value is not None and math.isfinite(value)
+    return float(f"{value:.{DIGITS}g}") if is_number else None
 
 
 def windows(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class PanelResult:
     grpo: list[BeforeAndAfter]
     claims: list[Claim]
 
-    @property
+    @cached_property
     def labels(self) -> dict[Path, str]:
         """A name for each run that no other run has."""
         return {
@@ -48,7 +49,7 @@ class PanelResult:
             for path, seed in seed_names(group).items()
         }
 
-    @property
+    @cached_property
     def styles(self) -> Styles:
         """How each entry looks in figures."""
         return {
@@ -57,7 +58,7 @@ class PanelResult:
             for seed, entry in enumerate(group.entries)
         }
 
-    @property
+    @cached_property
     def firsts(self) -> dict[Path, str]:
         """The first entry of each group, and the group's name."""
         return {group.entries[0].path: group.label for group in self.groups}

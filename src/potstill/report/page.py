@@ -32,6 +32,7 @@ from potstill.report.figures import Link
 from potstill.report.findings import findings, habit_table, number_text, seeds_of, values
 from potstill.report.numbers import PanelResult, finite, numbers_of, panel_result
 from potstill.report.opening import picture, sentences_of, title_of
+from potstill.report.packed import pack, pack_data, unpack
 from potstill.report.tables import comparison_table, grid, level_table, runs_of, table_note
 from potstill.report.validation import validation_curves, validation_table
 from potstill.report.viewer import reader_data
@@ -40,8 +41,11 @@ from potstill.runs.run_folder import RunError
 from potstill.statistics import Estimate
 
 RESULTS_FILE = "results.json"
+PLOTLY = r'<script type="text/plain" id="plotly">(.*?)</script>'
 # How many runs' curves are drawn before the reader chooses.
 NUM_DRAWN = 6
+# How many runs' rollouts a page holds.
+NUM_READ = 24
 VERDICTS = ("supported", "contradicted", "undecided")
 
 
@@ -73,17 +77,21 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
 
     entries = [entry for result in results for entry in result.panel.entries]
     runs = [entry for entry in entries if entry.metrics]
+    ordered = [entry for result in results for entry in in_turn(result.groups)]
+    read = [entry for entry in ordered if entry.samples][:NUM_READ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("potstill.report", "templates"), autoescape=True
     )
+    environment.filters["packed"] = pack_data
     text = environment.get_template("report.html").render(
         panels=[page_of(result, link) for result in results],
         title=title_of(results),
         opening=opening_of(results, link),
         num_runs=len(runs),
         results_file=RESULTS_FILE,
-        reader=reader_data(runs),
-        plotly=get_plotlyjs(),
+        reader=reader_data(read),
+        num_unread=len([entry for entry in runs if entry.samples]) - len(read),
+        plotly=pack(re.sub("\r\n?", "\n", get_plotlyjs())),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     numbers = {
@@ -92,7 +100,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     }
     write_atomically(
         results_file,
-        json.dumps(finite(numbers), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        json.dumps(finite(numbers), ensure_ascii=False, allow_nan=False) + "\n",
     )
     write_atomically(out, with_policy(text))
     return out
@@ -120,6 +128,8 @@ def with_policy(page: str) -> str:
     """
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
     # A browser reads any line end as a line feed before it hashes.
+    # Plotly is packed, and put into a script of its own when it is unpacked.
+    scripts += [unpack(text) for text in re.findall(PLOTLY, page)]
     digests = [
         hashlib.sha256(re.sub("\r\n?", "\n", script).encode()).digest() for script in scripts
     ]
@@ -282,11 +292,8 @@ def curves_section(result: PanelResult, link: Link) -> dict[str, Any]:
         "runs": [
             (labels[run.path], link(run.path), styles[run.path], run.path in drawn) for run in runs
         ],
-        "curves": [
-            curves.curve(name, title, runs, labels, styles, drawn, link)
-            for name, title in curves.shown_curves(runs)
-        ],
-        "validations": validation_curves(runs, labels, styles, drawn, link),
+        "curves": curves.training_curves(runs, labels, styles, link),
+        "validations": validation_curves(runs, labels, styles, link),
         "validated_header": header,
         "validated": [(labels[entry.path], link(entry.path), cells) for entry, cells in validated],
         "habits_header": habits_header,

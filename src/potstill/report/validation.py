@@ -1,64 +1,40 @@
 """Validations of runs for the report and the terminal: curves with their intervals, and a table."""
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.report.figures import GREY, Figure, Link, Styles, axis, layout, line_of, rounded
+from potstill.report.curves import about_run, short
+from potstill.report.figures import Link, Styles
 from potstill.runs.quantities import SHOWN
 from potstill.runs.results import Entry
 from potstill.runs.schema import Quality, quantity_in
 
 
 def validation_curves(
-    runs: Sequence[Entry],
-    labels: dict[Path, str],
-    styles: Styles,
-    visible: set[Path],
-    link: Link,
-) -> list[Figure]:
-    """A figure a quantity that some run has validated, with 95 % intervals over prompts."""
-    known = [name for name in SHOWN if any(name in row for run in runs for row in run.validations)]
-    return [_curve(name, runs, labels, styles, visible, link) for name in known]
-
-
-def _curve(
-    name: str,
-    runs: Sequence[Entry],
-    labels: dict[Path, str],
-    styles: Styles,
-    visible: set[Path],
-    link: Link,
-) -> Figure:
-    shown, lines = SHOWN[name], []
-    for run in runs:
-        known = [(row["step"], quantity_in(row, name)) for row in run.validations]
-        points = [(step, found) for step, found in known if found is not None]
-        estimates = [[shown.scale * end for end in found] for _, found in points]
-        lines.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "x": [step for step, _ in points],
-                "y": [rounded(value) for value, _, _ in estimates],
-                "error_y": {
-                    "type": "data",
-                    "array": [rounded(high - value) for value, _, high in estimates],
-                    "arrayminus": [rounded(value - low) for value, low, _ in estimates],
-                    "thickness": 1,
-                    "width": 2,
-                    "color": GREY,
-                },
-                "name": html.escape(labels[run.path]),
-                "line": line_of(styles[run.path]),
-                "marker": {"size": 6, "symbol": styles[run.path].symbol},
-                "visible": run.path in visible,
-                "meta": link(run.path),
-                "hovertemplate": "%{y:.4~g} after step %{x}<br>%{fullData.name}<extra></extra>",
-            }
-        )
-    return layout(lines, 280, axis("step"), axis(""), shown.title)
+    runs: Sequence[Entry], labels: dict[Path, str], styles: Styles, link: Link
+) -> dict[str, Any]:
+    """Quantities that some run has validated, with 95 % intervals over prompts, as
+    `training_curves` has those of training; `low` and `high` are the ends."""
+    validated = [run for run in runs if run.validations]
+    known = [n for n in SHOWN if any(n in row for run in validated for row in run.validations)]
+    found = []
+    for run in validated:
+        values: dict[str, list[float | None]] = {}
+        low: dict[str, list[float | None]] = {}
+        high: dict[str, list[float | None]] = {}
+        for name in known:
+            scale = SHOWN[name].scale
+            rows = [quantity_in(row, name) or (None, None, None) for row in run.validations]
+            values[name], low[name], high[name] = (
+                [short(None if row[i] is None else scale * row[i]) for row in rows]
+                for i in range(3)
+            )
+        steps = [row["step"] for row in run.validations]
+        numbers = {"steps": steps, "values": values, "low": low, "high": high}
+        found.append(about_run(run, labels, styles, link) | numbers)
+    figures = [{"name": name, "title": SHOWN[name].title, "is_smooth": False} for name in known]
+    return {"figures": figures, "runs": found}
 
 
 def validation_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[Entry, list[str]]]]:

@@ -20,8 +20,8 @@ CHOICES = ("teacher_choices", "student_choices")
 # The share of a run's numbers that lies within its colour scale; a few large ones would pale all
 # others.
 SCALE_SHARE = 0.95
-# The most tokens that one page may hold: about 20 MB.
-MAX_TOKENS = 60_000
+# The most tokens that one page may hold: about 4 MB, packed some 1 MB.
+MAX_TOKENS = 12_000
 
 
 def reader_data(entries: Sequence[Entry], max_tokens: int = MAX_TOKENS) -> list[dict[str, Any]]:
