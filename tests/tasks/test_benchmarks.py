@@ -129,7 +129,7 @@ def test_clear_errors_for_missing_files_and_without_the_network(capsys):
     for source, message in [
         (
             "gsm8k:nowhere.jsonl",
-            "file 'nowhere.jsonl' does not exist; give a file (.jsonl, .json, .csv, .parquet) in",
+            "'nowhere.jsonl' does not exist; give a file (.jsonl, .json, .csv, .parquet, .txt)",
         ),
         ("aime24", "data set 'HuggingFaceH4/aime_2024' is not here nor in the hub's cache"),
     ]:

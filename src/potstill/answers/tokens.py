@@ -35,7 +35,7 @@ def spellings(text: str) -> dict[str, str]:
 
 
 # One character each; what a word processor or a model writes for the macro.
-SIGNS = spellings(r"""
+SIGN_SPELLINGS = spellings(r"""
     - − – ‐
     ' ′ ’
     \pi π
@@ -143,7 +143,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda run: f"^{{{run[0].translate(_SMALL)}}}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda run: f"_{{{run[0].translate(_SMALL)}}}", text)
     text = re.sub(r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
-    text = "".join(f"{SIGNS[c]} " if c in SIGNS else _plain(c) for c in text)
+    text = "".join(f"{SIGN_SPELLINGS[c]} " if c in SIGN_SPELLINGS else _plain(c) for c in text)
     text = (
         re.sub(r"\\!\s*", "", text).replace("\\textdollar", r"\$").replace(r"\textpercent", r"\%")
     )

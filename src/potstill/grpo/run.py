@@ -44,7 +44,7 @@ from potstill.training.setup import hold_out
 NUM_START_PROMPTS = 32
 # Below these the start checkpoint has little to explore with: entropy in nats a token, share of
 # groups that disagree.
-LOW_ENTROPY, FEW_GROUPS = 0.05, 0.1
+COLLAPSED_ENTROPY, FEW_GROUPS = 0.05, 0.1
 
 
 def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
@@ -171,9 +171,9 @@ def verdict(start: dict[str, float]) -> list[str]:
             f"too {too} for this model; take other prompts, a larger grpo.group_size or another "
             "start"
         )
-    if entropy < LOW_ENTROPY:
+    if entropy < COLLAPSED_ENTROPY:
         warned.append(
-            f"warning: the entropy is near 0 (below {LOW_ENTROPY:g} nats), so that responses "
+            f"warning: the entropy is near 0 (below {COLLAPSED_ENTROPY:g} nats), so that responses "
             "hardly differ; start from a checkpoint that kept its entropy (forward KL keeps it), "
             "or raise sampling.temperature"
         )

@@ -173,5 +173,5 @@ def _student_writes(rows: Rows) -> bool:
 
 
 def _measured_by(row: AnyMetrics) -> tuple[float | None, ...]:
-    """What must be the same for two losses to be compared."""
+    """The settings that must be the same for two losses to be compared."""
     return value_in(row, "window"), value_in(row, "forward_weight")
