@@ -229,7 +229,7 @@ def test_the_report_and_the_terminal_show_it(whole, tmp_path, capsys):
     value, low, high = last["student_prefix_reverse_kl"]
     text = page.read_text()
     assert "On prompts that are not trained on" in text
-    assert f"<td>{value:.4f}<br><small>[{low:.4f}, {high:.4f}]</small></td>" in text
+    assert f"<td><span>{value:.4f}<br><small>[{low:.4f}, {high:.4f}]</small></span></td>" in text
     (run,) = json.loads((tmp_path / "results.json").read_text())["panels"][0]["runs"]
     assert [row["step"] for row in run["validations"]] == [0, 2, 4]
     (figure,) = [

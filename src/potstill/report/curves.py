@@ -13,7 +13,7 @@ from potstill.runs.schema import MetricsRow, StepNumber, value_in
 # The most points of a curve, and of one quantity of all runs together; they make up most of a page
 # with hundreds of runs.
 MAX_POINTS, MAX_IN_ALL = 300, 20_000
-DIGITS = 4
+DIGITS_OF_CURVES = 4
 CURVES: tuple[tuple[StepNumber, str], ...] = (
     ("forward_kl", "forward KL (nats a token)"),
     ("reverse_kl", "reverse KL (nats a token)"),
@@ -107,7 +107,7 @@ def about_run(
 def short(value: float | None) -> float | None:
     """Four digits, which is more than a curve shows; null where it is no number."""
     is_number = value is not None and math.isfinite(value)
-    return float(f"{value:.{DIGITS}g}") if is_number else None
+    return float(f"{value:.{DIGITS_OF_CURVES}g}") if is_number else None
 
 
 def windows(

@@ -45,7 +45,7 @@ PLOTLY = r'<script type="text/plain" id="plotly">(.*?)</script>'
 # How many runs' curves are drawn before the reader chooses.
 NUM_DRAWN = 6
 # How many runs' rollouts a page holds.
-NUM_READ = 24
+NUM_READABLE = 24
 VERDICTS = ("supported", "contradicted", "undecided")
 
 
@@ -78,7 +78,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     entries = [entry for result in results for entry in result.panel.entries]
     runs = [entry for entry in entries if entry.metrics]
     ordered = [entry for result in results for entry in in_turn(result.groups)]
-    read = [entry for entry in ordered if entry.samples][:NUM_READ]
+    read = [entry for entry in ordered if entry.samples][:NUM_READABLE]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("potstill.report", "templates"), autoescape=True
     )
