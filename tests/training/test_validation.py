@@ -21,6 +21,7 @@ from potstill.files import write_rows
 from potstill.models import distributed
 from potstill.models.language_model import load_model
 from potstill.prompts.held_out import hold_out_of
+from potstill.report.figures import style_at
 from potstill.report.page import write_report
 from potstill.report.validation import validation_curves
 from potstill.runs.results import read_entry
@@ -232,14 +233,14 @@ def test_the_report_and_the_terminal_show_it(whole, tmp_path, capsys):
     assert f"<td><span>{value:.4f}<br><small>[{low:.4f}, {high:.4f}]</small></span></td>" in text
     (run,) = json.loads((tmp_path / "results.json").read_text())["panels"][0]["runs"]
     assert [row["step"] for row in run["validations"]] == [0, 2, 4]
-    (figure,) = [
-        figure
-        for figure in validation_curves([read_entry(whole)], {whole: "a"}, {whole}, str)
-        if figure["title"].startswith("reverse KL on the student's")
+    styles = {whole: style_at(0, 0)}
+    curves = validation_curves([read_entry(whole)], {whole: "a"}, styles, str)
+    assert "reverse KL on the student's text (nats)" in [
+        each["title"] for each in curves["figures"]
     ]
-    (line,) = figure["data"]
-    assert line["x"] == [0, 2, 4] and line["y"][-1] == pytest.approx(value, rel=1e-4)
-    assert line["error_y"]["array"][-1] == pytest.approx(high - value, rel=1e-4)
+    (line,) = curves["runs"]
+    shown = [line[end]["student_prefix_reverse_kl"][-1] for end in ("values", "low", "high")]
+    assert line["steps"] == [0, 2, 4] and shown == pytest.approx([value, low, high], rel=1e-3)
     print_results([whole])
     said = capsys.readouterr().out
     assert "5 prompts that were not trained on" in said
