@@ -1,11 +1,12 @@
-"""Tables of the fields of a run's files, read from the source of `potstill.runs.schema`."""
+"""Tables of the fields of a run's files, read from the source of their schemas."""
 
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SCHEMA = Path(__file__).resolve().parent.parent / "src/potstill/runs/schema.py"
+RUNS = Path(__file__).resolve().parent.parent / "src/potstill/runs"
+SCHEMAS = (RUNS / "schema.py", RUNS / "results_schema.py")
 # The kinds of rows that each file has; a field that was shown above is not shown again.
 FILES = {
     "metrics.jsonl": (
@@ -13,6 +14,10 @@ FILES = {
         *("WriterMeans", "EndHabits", "Flops"),
     ),
     "validation.jsonl": ("ValidationRow",),
+    "evals.jsonl": ("RunEvalRow", "ProblemColumns"),
+    "samples.jsonl": ("SampleRow",),
+    "window.jsonl": ("WindowRow",),
+    "plan.json of a study": ("Plan", "PlanPanel", "PlanRun"),
 }
 
 
@@ -36,10 +41,12 @@ class Kind:
 
 def row_tables() -> str:
     """A section for each file, with a table for each kind of row."""
-    kinds = kinds_in(ast.parse(SCHEMA.read_text()))
+    kinds: dict[str, Kind] = {}
+    for file in SCHEMAS:
+        kinds |= kinds_in(ast.parse(file.read_text()))
     lines: list[str] = []
-    for file, names in FILES.items():
-        lines += [f"### {file}", ""]
+    for title, names in FILES.items():
+        lines += [f"### {title}", ""]
         shown: set[str] = set()
         for name in names:
             lines += [kinds[name].about, "", "| field | in | meaning |", "|---|---|---|"]

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import make_model
+from row_faults import faults
 from safetensors.torch import load_file
 
 from potstill.cli.app import main
@@ -15,6 +16,7 @@ from potstill.grpo.run import run_grpo
 from potstill.models.language_model import load_model, save_model
 from potstill.runs import run_folder
 from potstill.runs.results import read_entry
+from potstill.runs.schema import GrpoRow
 from potstill.training import checkpoint
 from potstill.types import NonFiniteError
 
@@ -99,6 +101,7 @@ def test_run_folder(tmp_path, monkeypatch, capsys):
     assert entry.num_loss_tokens and entry.seconds and entry.flops
     assert [row["temperature"] for row in entry.evals] == [1.0, 0.6]
     assert [row["step"] for row in entry.metrics] == [1, 2, 3, 4]
+    assert [fault for row in entry.metrics for fault in faults(row, GrpoRow)] == []
     captured = capsys.readouterr()
     assert captured.out == ""
     said = captured.err

@@ -1,15 +1,15 @@
 """Rows of real runs have the fields of their schema, with values of its types, and no others."""
 
-import types
-from collections.abc import Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import get_args, get_type_hints
 
 import pytest
 from conftest import tiny_recipe
+from row_faults import faults
 from small_runs import EVALUATION
 
 import potstill
 from potstill.runs import schema
+from potstill.runs.results_schema import RunEvalRow
 from potstill.runs.run_folder import read_rows
 
 RUNS = {
@@ -30,6 +30,15 @@ RUNS = {
     },
 }
 
+FILES = {
+    "metrics.jsonl": schema.DistillationRow,
+    "evals.jsonl": RunEvalRow,
+    "samples.jsonl": schema.SampleRow,
+    "window.jsonl": schema.WindowRow,
+}
+# What every run logs; the other files are of runs that are evaluated, or have a gate.
+ALWAYS = ("metrics.jsonl", "samples.jsonl")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -37,47 +46,6 @@ def folders(tmp_path_factory):
     few = {"steps": 2, "prompts_per_step": 4, "warmup_steps": 0}
     recipes = [tiny_recipe(out / name, **sections, train=few) for name, sections in RUNS.items()]
     return {recipe.out.name: potstill.train(recipe, quiet=True).folder for recipe in recipes}
-
-
-def faults(value: Any, kind: Any, where: str = "") -> list[str]:
-    """Where a value read from JSON is not of a type, in words."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if is_typeddict(kind):
-        return faults_of_row(value, kind, where)
-    if origin in (Union, types.UnionType):
-        return (
-            [] if any(not faults(value, each) for each in inner) else [f"{where} is {value!r:.60}"]
-        )
-    if origin is Literal:
-        return [] if value in inner else [f"{where} is {value!r:.60}"]
-    if origin is dict:
-        return [
-            fault
-            for key, item in value.items()
-            for fault in faults(item, inner[1], f"{where}.{key}")
-        ]
-    if origin in (list, Sequence):
-        return [
-            fault
-            for i, item in enumerate(value)
-            for fault in faults(item, inner[0], f"{where}[{i}]")
-        ]
-    if kind is Any:
-        return []
-    # JSON has one kind of number.
-    allowed = {float: (int, float), int: int, str: str, bool: bool, type(None): type(None)}[kind]
-    fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
-    return [] if fits else [f"{where} is {value!r:.60}"]
-
-
-def faults_of_row(row: Any, kind: Any, where: str) -> list[str]:
-    hints = get_type_hints(kind)
-    found = [f"{where} lacks {key}" for key in sorted(kind.__required_keys__ - row.keys())]
-    found += [f"{where} has {key}" for key in sorted(row.keys() - hints.keys())]
-    known = [key for key in row if key in hints]
-    return found + [
-        fault for key in known for fault in faults(row[key], hints[key], f"{where}.{key}")
-    ]
 
 
 def test_the_check_finds_what_is_missing_unknown_or_of_another_type():
@@ -88,11 +56,12 @@ def test_the_check_finds_what_is_missing_unknown_or_of_another_type():
     assert faults(good | {"lr": "1"}, schema.Update) == [".lr is '1'"]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_metrics_of_a_distillation_have_their_fields(folders, name):
-    rows = read_rows(folders[name] / "metrics.jsonl")
-    assert len(rows) == 2
-    assert [fault for row in rows for fault in faults(row, schema.DistillationRow)] == []
+@pytest.mark.parametrize("file", FILES)
+def test_rows_of_runs_have_their_fields(folders, file):
+    rows = {name: read_rows(folder / file) for name, folder in folders.items()}
+    assert rows["whole distributions"] and all(rows.values()) == (file in ALWAYS)
+    found = [fault for each in rows.values() for row in each for fault in faults(row, FILES[file])]
+    assert found == []
 
 
 def test_names_to_ask_for_are_fields_that_hold_numbers():

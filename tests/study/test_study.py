@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import tiny_recipe
+from row_faults import faults
 from waiting import wait_until
 
 from potstill.cli.app import main
@@ -15,6 +16,7 @@ from potstill.cli.overrides import split_overrides
 from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
 from potstill.files import append
 from potstill.runs.results import EVAL_COLUMNS, read_panels
+from potstill.runs.results_schema import Plan
 from potstill.runs.run_folder import is_done, mark_done, read_rows
 from potstill.study import items
 from potstill.study.estimates import estimate_costs
@@ -422,7 +424,9 @@ def test_plan_file_is_plain_data(tmp_path):
     (item,) = items_of(study)
     pretend(item, 0.5)
     assert run_study(study, main)
-    (panel,) = json.loads((study.out / "plan.json").read_text())["panels"]
+    written = json.loads((study.out / "plan.json").read_text())
+    assert faults(written, Plan) == []
+    (panel,) = written["panels"]
     assert (panel["title"], panel["note"], panel["runs"][0]["state"]) == ("A", "b", "done")
     assert tiny_recipe(tmp_path / "x").hash() != item.recipe.hash()
 

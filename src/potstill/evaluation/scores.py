@@ -25,6 +25,7 @@ from potstill.models.probe import ready
 from potstill.prompts.examples import make_prompts, prompt_notes
 from potstill.prompts.system import with_system
 from potstill.runs.card import write_card
+from potstill.runs.results_schema import Accuracy, Estimates, EvalRow, Measures, ProblemColumns
 from potstill.runs.run_folder import begun_on, last_row, locked, read_json, store_evals
 from potstill.statistics import Estimate, mean_over_problems, pass_at_k, ratio_over_problems
 from potstill.tasks import TASKS, Task, is_table, make_task
@@ -42,17 +43,11 @@ def evaluate(
     responses: Path | None = None,
     quiet: bool = False,
     date: str | None = None,
-) -> list[dict[str, Any]]:
+) -> list[EvalRow]:
     """Evaluate a loaded model, a model folder, a hub id or a run folder; one row of results for
     each temperature.
 
-    A row holds `avg` (the mean score), `pass` (by k, unbiased, every k up to n), `majority` (the
-    score of the most common answer), `answered` (the share of responses that give one), `entropy`
-    and `entropy_before_answer` (nats a token, of the distribution sampled from), `length` and
-    `length_to_answer` (tokens), `truncation`, `repetition` (the share of loops) and `zlib_ratio`,
-    each as value, low and high of the 95 % bootstrap interval over problems; `avg` and `pass` for
-    each difficulty level; `problems`, one number a problem; and what was noted in grading. Two
-    calls with one seed sample the same responses.
+    `EvalRow` says what is in a row. Two calls with one seed sample the same responses.
 
     With a folder for `responses` each response is written there as soon as it is graded, in one
     file for each model, set of settings and temperature; a call that was killed goes on after the
@@ -72,7 +67,7 @@ def evaluate(
     end_ids = named_end_ids(model.tokenizer, evaluation.end_tokens) or end_ids or end_set(model)
     model.eval()
     weights = "" if responses is None else fingerprint(model)
-    rows = []
+    rows: list[EvalRow] = []
     for temperature in evaluation.temperatures:
         started = time.perf_counter()
         file = None
@@ -83,27 +78,32 @@ def evaluate(
             found = write_responses(
                 model, evaluation, temperature, task, examples, prompts, end_ids, file, quiet
             )
-        row = {"model": model.name, "temperature": temperature}
-        row |= _measures(found, evaluation.num_responses, {each.level for each in examples})
-        row["seconds"] = round(time.perf_counter() - started, 2)
-        row["settings"] = settings_of(evaluation) | {"end_ids": list(end_ids)}
+        row: EvalRow = {
+            "model": model.name,
+            "temperature": temperature,
+            **_measures(found, evaluation.num_responses, {each.level for each in examples}),
+            "seconds": round(time.perf_counter() - started, 2),
+            "settings": settings_of(evaluation) | {"end_ids": list(end_ids)},
+        }
         rows.append(row)
     return rows
 
 
-def _measures(found: Sequence[ResponseRow], num_responses: int, levels: set[str]) -> dict[str, Any]:
+def _measures(found: Sequence[ResponseRow], num_responses: int, levels: set[str]) -> Measures:
     """Everything that is measured of responses at one temperature: over all problems, by level, and
     for each problem."""
     problems = by_problem(found, num_responses)
-    row = summarize_responses(found, num_responses)
-    row["levels"] = {
+    by_level = {
         level: accuracy([rows for rows in problems if rows[0]["level"] == level], num_responses)
         for level in sorted(levels)
     }
-    row["problems"] = per_problem(problems)
-    row["notes"] = dict(Counter(r["note"] for r in found if r["note"]))
-    row["num_tokens"] = sum(r["length"] for r in found)
-    return row
+    return {
+        **summarize_responses(found, num_responses),
+        "levels": by_level,
+        "problems": per_problem(problems),
+        "notes": dict(Counter(r["note"] for r in found if r["note"])),
+        "num_tokens": sum(r["length"] for r in found),
+    }
 
 
 def by_problem(rows: Sequence[ResponseRow], num_responses: int) -> list[Sequence[ResponseRow]]:
@@ -121,14 +121,14 @@ def _distinct(names: Sequence[Any]) -> list[str]:
     ]
 
 
-def per_problem(problems: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[Any]]:
+def per_problem(problems: Sequence[Sequence[ResponseRow]]) -> ProblemColumns:
     """One column a quantity, one number a problem: what differences between models are computed
     from.
 
     Means over the responses, entropies in nats a token, and how many responses are right.
     """
 
-    def mean(rows: Sequence[dict[str, Any]], name: str, over: str | None = None) -> float:
+    def mean(rows: Sequence[ResponseRow], name: str, over: str | None = None) -> float:
         return round(
             sum(r[name] for r in rows)
             / (len(rows) if over is None else sum(r[over] for r in rows)),
@@ -197,7 +197,7 @@ def prepare_problems(
     return task, examples, prompts
 
 
-def accuracy(problems: Sequence[Sequence[dict[str, Any]]], num_responses: int) -> dict[str, Any]:
+def accuracy(problems: Sequence[Sequence[ResponseRow]], num_responses: int) -> Accuracy:
     """Avg@n and Pass@k for every k up to n, with intervals over problems."""
     scores = [sum(row["score"] for row in rows) / num_responses for rows in problems]
     num_correct = [sum(row["score"] >= 1 for row in rows) for rows in problems]
@@ -208,11 +208,11 @@ def accuracy(problems: Sequence[Sequence[dict[str, Any]]], num_responses: int) -
     return {"avg": mean_over_problems(scores), "pass": pass_at}
 
 
-def summarize_responses(rows: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
+def summarize_responses(rows: Sequence[ResponseRow], num_responses: int) -> Estimates:
     """All metrics of one model at one temperature from its responses."""
     problems = by_problem(rows, num_responses)
 
-    def per_response(value: Callable[[dict[str, Any]], float]) -> Estimate:
+    def per_response(value: Callable[[ResponseRow], float]) -> Estimate:
         return mean_over_problems([sum(map(value, each)) / num_responses for each in problems])
 
     def per_token(name: str, tokens: str) -> Estimate:

@@ -28,7 +28,7 @@ from potstill.grpo.responses import (
 )
 from potstill.models.flops import rollout_flops, training_flops
 from potstill.models.language_model import without_progress_bars
-from potstill.runs.schema import FLOPS_PARTS, GrpoMetrics, GrpoRow, Rewards
+from potstill.runs.schema import FLOPS_PARTS, GrpoMetrics, GrpoRow, Rewards, WindowRow
 from potstill.seeds import step_indices, step_seed
 from potstill.training import checkpoint
 from potstill.training.controllers import decide, is_probe_due, scheduled_window
@@ -144,7 +144,8 @@ class Steps(TrainerCallback):
             gate, decision = decide(recipe.window, self.state.window, probe)
             self.state = dataclasses.replace(self.state, window=gate)
             self.display.note(f"before step {step + 1}: {decision}")
-            files.append(recipe.out / "window.jsonl", {"step": step + 1, **decision.as_row()})
+            row: WindowRow = {"step": step + 1, **decision.as_row()}
+            files.append(recipe.out / "window.jsonl", row)
         self.window = self.state.window.tokens
         if recipe.window.schedule == "linear":
             self.window = scheduled_window(recipe.window, step, recipe.grpo.steps)

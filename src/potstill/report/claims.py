@@ -24,11 +24,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from potstill.config import ALIKE, GrpoRecipe, Recipe, Role
+from potstill.report.comparison import eval_at
 from potstill.report.questions import (
     ABOVE_TEACHER,
     QUESTIONS,
@@ -39,6 +40,7 @@ from potstill.report.questions import (
     Question,
 )
 from potstill.runs.results import Entry, recipe_key
+from potstill.runs.results_schema import ProblemColumn
 from potstill.runs.schema import MetricsRow, value_in
 from potstill.statistics import SEEDS_TO_JUDGE, Estimate, pass_at_k, seeds_and_problems
 
@@ -46,6 +48,11 @@ from potstill.statistics import SEEDS_TO_JUDGE, Estimate, pass_at_k, seeds_and_p
 # newer.
 IGNORED = (*ALIKE, Role.EVALUATION)
 NUM_LAST_STEPS = 10
+# The column of problems that a question's metric is, as it is.
+COLUMN_OF: dict[str, ProblemColumn] = {
+    "length": "length",
+    "entropy before the answer": "entropy_before_answer",
+}
 
 
 def claims(entries: Sequence[Entry]) -> list[Claim]:
@@ -246,9 +253,7 @@ def _measure(
         }
         found = {step: gap for step, gap in gaps.items() if gap is not None}
         return ("", found) if len(found) > 1 else None
-    row: dict[str, Any] | None = next(
-        (row for row in entry.evals if row["temperature"] == temperature), None
-    )
+    row = eval_at(entry, temperature)
     if row is None:
         return None
     columns, num_responses = row["problems"], row["num_responses"]
@@ -263,9 +268,9 @@ def _measure(
     elif metric == "truncation":
         values = [100 * share for share in columns["truncation"]]
     else:
-        values = columns[
-            {"length": "length", "entropy before the answer": "entropy_before_answer"}[metric]
-        ]
+        values = value_in(columns, COLUMN_OF[metric])
+        if values is None:
+            return None
     settings = {
         name: row["settings"][name]
         for name in sorted(row["settings"])

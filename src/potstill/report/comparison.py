@@ -9,10 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from potstill.config import ALIKE, GrpoRecipe, Recipe, Role, fields_with, role_of
 from potstill.runs.results import Entry, find_starts, group_by_seed, recipe_key
+from potstill.runs.results_schema import EvalEstimate, EvalRow, ProblemColumn
+from potstill.runs.schema import value_in
 from potstill.statistics import Estimate, pass_at_k, seeds_and_problems
 
 # In which fields the runs of a grid differ, of a sweep of the forward weight, and of a comparison
@@ -21,6 +23,17 @@ GRID_AXES = (Role.PREFIX, Role.DIVERGENCE)
 SWEEP_AXES = (Role.DIVERGENCE, Role.WEIGHT_SCHEDULE)
 WINDOW_AXES = (Role.WINDOW,)
 BUDGET = (Role.LENGTH, Role.WARM_UP, Role.BUDGET)
+
+
+MetricColumn = EvalEstimate | Literal["pass", "flops", "seconds"]
+# The column of problems that each metric of an evaluation is the mean of.
+PROBLEM_COLUMNS: dict[MetricColumn, ProblemColumn] = {
+    "avg": "score",
+    "pass": "num_correct",
+    "entropy_before_answer": "entropy_before_answer",
+    "length": "length",
+    "truncation": "truncation",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +46,7 @@ class Metric:
 
     key: str
     title: str
-    column: str
+    column: MetricColumn
     temperature: float | None = None
     k: int | None = None
     scale: float = 1.0
@@ -152,20 +165,22 @@ def metrics_of(entries: Sequence[Entry]) -> list[Metric]:
     return found
 
 
-def eval_at(entry: Entry, temperature: float) -> dict[str, Any] | None:
+def eval_at(entry: Entry, temperature: float | None) -> EvalRow | None:
     """The entry's evaluation at this temperature."""
     return next((row for row in entry.evals if row["temperature"] == temperature), None)
 
 
 def stored(entry: Entry, metric: Metric) -> Sequence[float] | None:
     """A run's own number as it is in its files: value, low, high, or the value alone."""
-    if metric.temperature is None:
+    if metric.column == "flops" or metric.column == "seconds":
         value = entry.flops if metric.column == "flops" else entry.seconds
         return None if value is None else (value,)
     row = eval_at(entry, metric.temperature)
     if row is None:
         return None
-    return row["pass"].get(str(metric.k)) if metric.column == "pass" else row[metric.column]
+    return (
+        row["pass"].get(str(metric.k)) if metric.column == "pass" else value_in(row, metric.column)
+    )
 
 
 def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:
@@ -175,19 +190,21 @@ def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:
     Entropies are ratios of sums, nats over tokens. Of those it is the ratio plus each problem's
     influence on it (the delta method), so that a mean of them varies as the ratio does.
     """
-    row = eval_at(entry, metric.temperature) if metric.temperature is not None else None
-    columns = row.get("problems", {}) if row else {}
-    lengths = columns.get(
-        {"entropy_before_answer": "length_to_answer"}.get(metric.column, "length")
-    )
-    name = {"avg": "score", "pass": "num_correct"}.get(metric.column, metric.column)
-    if row is None or lengths is None or name not in columns:
+    row, name = eval_at(entry, metric.temperature), PROBLEM_COLUMNS.get(metric.column)
+    if row is None or name is None:
         return None
-    values = columns[name]
+    columns = row["problems"]
+    values, lengths = value_in(columns, name), value_in(columns, "length_to_answer")
+    if values is None:
+        return None
     if metric.k is not None:
-        values = [pass_at_k(row["num_responses"], num_correct, metric.k) for num_correct in values]
+        values = [
+            pass_at_k(row["num_responses"], right, metric.k) for right in columns["num_correct"]
+        ]
     if metric.column == "entropy_before_answer":
-        ratio, mean_length = row[metric.column][0], sum(lengths) / len(lengths)
+        if lengths is None:
+            return None
+        ratio, mean_length = row["entropy_before_answer"][0], sum(lengths) / len(lengths)
         values = [
             ratio + (value - ratio) * n / mean_length
             for value, n in zip(values, lengths, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from potstill.report.figures import Figure, Link, Styles, axis, layout, line_of
 from potstill.runs.results import Entry
-from potstill.runs.schema import MetricsRow, StepNumber, value_in
+from potstill.runs.schema import GateAction, MetricsRow, StepNumber, WindowRow, value_in
 
 # The most points of a curve, and of one quantity of all runs together; they make up most of a page
 # with hundreds of runs.
@@ -30,7 +30,7 @@ CONTROLLED: tuple[tuple[StepNumber, str], ...] = (
     ("window", "window (tokens)"),
     ("forward_weight", "weight of the forward KL"),
 )
-ACTIONS = {
+ACTIONS: dict[GateAction, str] = {
     "climb": "triangle-up",
     "hold": "circle-open",
     "freeze": "square",
@@ -158,7 +158,7 @@ def windows(
     return layout(traces, 340, axis("step"), axis("window (tokens)"))
 
 
-def decision_text(row: dict[str, Any]) -> str:
+def decision_text(row: WindowRow) -> str:
     """The gate's decision, and the numbers of its probe, as text."""
     numbers = [
         f"{row['action']} before step {row['step']}, window {row['window']}",

@@ -25,6 +25,7 @@ from potstill.report.figures import Link, Styles, style_at
 from potstill.report.findings import findings, first_and_last_habits
 from potstill.report.questions import Claim
 from potstill.runs.results import Entry, Panel
+from potstill.runs.results_schema import EvalRow
 from potstill.runs.schema import StepNumber, value_in
 from potstill.statistics import Estimate
 
@@ -221,7 +222,7 @@ def start_of(group: Group, result: PanelResult) -> str | None:
     )
 
 
-def evaluation_of(row: dict[str, Any]) -> dict[str, Any]:
+def evaluation_of(row: EvalRow) -> dict[str, Any]:
     """An evaluation without its columns of problems, and of its levels what is shown."""
     levels = {level: {"avg": estimates["avg"]} for level, estimates in row["levels"].items()}
     return {key: value for key, value in row.items() if key != "problems"} | {"levels": levels}

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from potstill.runs.results import Entry
+from potstill.runs.schema import ChoicesName, SampleRow, TokenNumber, value_in
 
 # Numbers that tokens can be coloured by, and their names in the reader; loss comes last, for the
 # run defines it.
-COLOURINGS = {
+COLOURINGS: dict[TokenNumber, str] = {
     "forward_kl": "forward KL",
     "reverse_kl": "reverse KL",
     "student_entropy": "student entropy",
     "teacher_entropy": "teacher entropy",
     "loss": "loss",
 }
-CHOICES = ("teacher_choices", "student_choices")
+CHOICES: tuple[ChoicesName, ...] = ("teacher_choices", "student_choices")
 # The share of a run's numbers that lies within its colour scale; a few large ones would pale all
 # others.
 SCALE_SHARE = 0.95
@@ -42,7 +43,7 @@ def reader_data(entries: Sequence[Entry], max_tokens: int = MAX_TOKENS) -> list[
     return [_run(entry, [_cut(sample, limit) for sample in samples]) for entry, samples in runs]
 
 
-def _ends(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _ends(samples: Sequence[SampleRow]) -> list[SampleRow]:
     """The rollouts of the first and the last step."""
     steps = (samples[0]["step"], samples[-1]["step"])
     return [sample for sample in samples if sample["step"] in steps]
@@ -60,28 +61,31 @@ def _fair_limit(lengths: Sequence[int], total: int) -> int:
     return max(lengths, default=0)
 
 
-def _cut(sample: dict[str, Any], limit: int) -> dict[str, Any]:
+def _cut(sample: SampleRow, limit: int) -> dict[str, Any]:
     """The first `limit` tokens of a sample, and their numbers."""
     trained = sample["trained"][:limit]
-    per_token = {
-        name: sample[name][: sum(trained)] for name in (*COLOURINGS, *CHOICES) if name in sample
-    }
-    numbers = {
-        name: [x if math.isfinite(x) else str(x) for x in values]
-        for name, values in per_token.items()
-        if name in COLOURINGS
-    }
-    cut = {
+    num = sum(trained)
+    cut: dict[str, Any] = {
         "tokens": sample["tokens"][:limit],
         "trained": trained,
         "num_tokens": len(sample["tokens"]),
     }
-    return sample | per_token | numbers | cut
+    for name in COLOURINGS:
+        values = value_in(sample, name)
+        if values is not None:
+            cut[name] = [x if math.isfinite(x) else str(x) for x in values[:num]]
+    for name in CHOICES:
+        choices = value_in(sample, name)
+        if choices is not None:
+            cut[name] = choices[:num]
+    return {**sample, **cut}
 
 
 def _run(entry: Entry, rollouts: list[dict[str, Any]]) -> dict[str, Any]:
-    numbers = {name: [x for r in rollouts for x in r.get(name, ())] for name in COLOURINGS}
-    names = [name for name, values in numbers.items() if values]
+    numbers: dict[TokenNumber, list[float | str]] = {
+        name: [x for r in rollouts for x in r.get(name, ())] for name in COLOURINGS
+    }
+    names: list[TokenNumber] = [name for name, values in numbers.items() if values]
     return {
         "name": entry.name,
         "path": str(entry.path),

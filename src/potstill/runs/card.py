@@ -14,7 +14,8 @@ from potstill.config import GrpoRecipe, Recipe, load_any_recipe, to_toml
 from potstill.console.printable import one_line, printable
 from potstill.files import write_atomically
 from potstill.runs.quantities import SHOWN
-from potstill.runs.run_folder import EVAL_KEYS, last_row, read_json, read_rows, read_validations
+from potstill.runs.results_schema import EVAL_KEYS
+from potstill.runs.run_folder import last_row, read_evals, read_json, read_validations
 from potstill.runs.schema import ValidationRow, quantity_in
 
 CARD = "README.md"
@@ -44,7 +45,7 @@ def write_card(folder: Path, repo_id: str | None = None) -> None:
     environment = read_json(folder / "environment.json", ("models",))
     models = {role: str(model["name"]) for role, model in environment["models"].items()}
     step = last_row(folder)["step"]
-    evals = [row for row in read_rows(folder / "evals.jsonl", EVAL_KEYS) if row["step"] == step]
+    evals = [row for row in read_evals(folder, EVAL_KEYS) if row["step"] == step]
     validations = [row for row in read_validations(folder) if row["step"] == step]
     lines = [
         "---",

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from potstill.config import GrpoRecipe, Recipe, RecipeError, load_any_recipe
 from potstill.runs.results import PLAN_FILE, newest_evals, read_plan
-from potstill.runs.run_folder import STEP_LOGS, RunError, is_done, is_in_use, read_rows
+from potstill.runs.results_schema import RunEvalRow
+from potstill.runs.run_folder import STEP_LOGS, RunError, is_done, is_in_use, read_metrics
+from potstill.runs.schema import MetricsRow
 
 RunState = Literal["finished", "running", "stopped", "failed", "unreadable"]
 
@@ -108,30 +110,30 @@ def _with_crash(run: ListedRun, crash: str | None) -> ListedRun:
 def _listed(folder: Path) -> ListedRun:
     try:
         recipe = load_any_recipe(folder / "recipe.toml")
-        rows = read_rows(folder / "metrics.jsonl", STEP_LOGS["metrics.jsonl"])
+        rows = read_metrics(folder, STEP_LOGS["metrics.jsonl"])
         return _described(folder, recipe, rows)
     except (RunError, RecipeError) as error:
         return ListedRun(folder=folder, state="unreadable", trouble=str(error))
 
 
-def _described(folder: Path, recipe: Recipe | GrpoRecipe, rows: list[dict[str, Any]]) -> ListedRun:
+def _described(folder: Path, recipe: Recipe | GrpoRecipe, rows: list[MetricsRow]) -> ListedRun:
     path = folder / "metrics.jsonl"
-    last = rows[-1] if rows else {"step": 0}
-    evals = newest_evals(folder, last["step"])
+    step = rows[-1]["step"] if rows else 0
+    evals = newest_evals(folder, step)
     state: RunState = "finished" if is_done(folder, recipe) else "stopped"
     return ListedRun(
         folder=folder,
         state="running" if is_in_use(folder) else state,
         method=recipe.method,
-        step=int(_number(last["step"], path)),
+        step=int(_number(step, path)),
         num_steps=recipe.grpo.steps if isinstance(recipe, GrpoRecipe) else recipe.train.steps,
-        loss=_number(last["loss"], path) if "loss" in last else None,
+        loss=_number(rows[-1]["loss"], path) if rows and "loss" in rows[-1] else None,
         avgs=tuple((_number(row["temperature"], path), _avg(row, folder)) for row in evals),
         seconds=math.fsum(_number(row["seconds"], path) for row in rows),
     )
 
 
-def _avg(row: dict[str, Any], folder: Path) -> float:
+def _avg(row: RunEvalRow, folder: Path) -> float:
     """The share of right answers, which stands with its interval."""
     found = row["avg"]
     return _number(found[0] if isinstance(found, list) and found else found, folder / "evals.jsonl")

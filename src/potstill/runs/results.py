@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, Role, Selection, load_any_recipe
+from potstill.runs.results_schema import EvalRow, PlanPanel, RunEvalRow
 from potstill.runs.run_folder import (
     REPAIRS,
     STEP_LOGS,
@@ -16,6 +17,7 @@ from potstill.runs.run_folder import (
     check_keys,
     is_done,
     last_row,
+    read_evals,
     read_json,
     read_json_list,
     read_metrics,
@@ -23,7 +25,7 @@ from potstill.runs.run_folder import (
     read_validations,
     resume_command,
 )
-from potstill.runs.schema import MetricsRow, ValidationRow, value_in
+from potstill.runs.schema import MetricsRow, SampleRow, ValidationRow, WindowRow, value_in
 
 # The list of what a study's folder consists of, written before the first run.
 PLAN_FILE = "plan.json"
@@ -46,17 +48,17 @@ EVAL_COLUMNS = (
 class Entry:
     """A finished run, or an evaluated model without one.
 
-    `evals` has one row a temperature (`evaluation.scores.evaluate` says what is in it), `decisions`
+    `evals` has one row a temperature (`EvalRow` says what is in it), `decisions`
     what the length gate did, `validations` a row for each validation of the student as it learnt.
     """
 
     name: str
     path: Path
-    evals: list[dict[str, Any]]
+    evals: Sequence[EvalRow]
     recipe: Recipe | GrpoRecipe | None = None
     metrics: tuple[MetricsRow, ...] = ()
-    samples: tuple[dict[str, Any], ...] = ()
-    decisions: tuple[dict[str, Any], ...] = ()
+    samples: tuple[SampleRow, ...] = ()
+    decisions: tuple[WindowRow, ...] = ()
     validations: tuple[ValidationRow, ...] = ()
 
     @property
@@ -112,8 +114,8 @@ def read_entry(path: Path) -> Entry:
     """A finished run folder, or a JSON file that `potstill evaluate --out` wrote. Raises
     RunError."""
     if path.is_file():
-        evals = read_json_list(path, EVAL_COLUMNS)
-        return Entry(name=evals[0]["model"].removeprefix("potstill:"), path=path, evals=evals)
+        found = cast(list[EvalRow], read_json_list(path, EVAL_COLUMNS))
+        return Entry(name=found[0]["model"].removeprefix("potstill:"), path=path, evals=found)
     if not (path / "recipe.toml").exists():
         raise RunError(
             f"{str(path)!r} is no run folder, study folder or evaluation file; "
@@ -124,9 +126,8 @@ def read_entry(path: Path) -> Entry:
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
     metrics = tuple(read_metrics(path, STEP_LOGS["metrics.jsonl"]))
     samples, decisions = (
-        tuple(read_rows(path / name, STEP_LOGS[name])) for name in ("samples.jsonl", "window.jsonl")
+        read_rows(path / name, STEP_LOGS[name]) for name in ("samples.jsonl", "window.jsonl")
     )
-    validations = tuple(read_validations(path, STEP_LOGS["validation.jsonl"]))
     evals = newest_evals(path, last_row(path)["step"])
     return Entry(
         name=recipe.method,
@@ -134,19 +135,19 @@ def read_entry(path: Path) -> Entry:
         evals=evals,
         recipe=recipe,
         metrics=metrics,
-        samples=samples,
-        decisions=decisions,
-        validations=validations,
+        samples=tuple(cast(list[SampleRow], samples)),
+        decisions=tuple(cast(list[WindowRow], decisions)),
+        validations=tuple(read_validations(path, STEP_LOGS["validation.jsonl"])),
     )
 
 
-def newest_evals(folder: Path, step: int) -> list[dict[str, Any]]:
+def newest_evals(folder: Path, step: int) -> list[RunEvalRow]:
     """The newest evaluation at each temperature of a run's student as it is now, after so many
     steps.
 
     Those of a student that the run has gone on from do not count. Raises RunError.
     """
-    rows = read_rows(folder / "evals.jsonl", ("step", *EVAL_COLUMNS))
+    rows = read_evals(folder, ("step", *EVAL_COLUMNS))
     return list({row["temperature"]: row for row in rows if row["step"] == step}.values())
 
 
@@ -158,7 +159,7 @@ def read_panels(paths: list[Path]) -> list[Panel]:
     return [*panels, *([Panel(title="", entries=others)] if others else [])]
 
 
-def read_plan(folder: Path) -> list[dict[str, Any]]:
+def read_plan(folder: Path) -> list[PlanPanel]:
     """The panels of a study's plan. Raises RunError where the file is damaged."""
     path = folder / PLAN_FILE
     panels = read_json(path, ("panels",))["panels"]
@@ -171,7 +172,7 @@ def read_plan(folder: Path) -> list[dict[str, Any]]:
                     f"{str(path)!r} has a run of {run}, which is not three texts; "
                     f"{REPAIRS[PLAN_FILE]}"
                 )
-    return panels
+    return cast(list[PlanPanel], panels)
 
 
 def _listed(found: Any, path: Path) -> list[Any]:
@@ -181,11 +182,7 @@ def _listed(found: Any, path: Path) -> list[Any]:
 
 
 def read_study(folder: Path) -> list[Panel]:
-    """The panels of a study as far as it has come.
-
-    `plan.json` has `panels`, each with `title`, `note`, `is_sweep` and `runs`: `folder` (or
-    evaluation file) in the study's folder, `name` and `state` as last seen.
-    """
+    """The panels of a study as far as it has come."""
     panels = []
     for planned in read_plan(folder):
         entries, unfinished = [], []

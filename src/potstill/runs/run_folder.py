@@ -26,6 +26,7 @@ from potstill.config import (
 )
 from potstill.files import file_digest, flush, write_atomically, write_rows
 from potstill.runs.machine import describe_machine
+from potstill.runs.results_schema import EVAL_KEYS, EvalRow, RunEvalRow
 from potstill.runs.schema import MetricsRow, ValidationRow
 
 # Logs that each step adds rows to, and the keys of every row; `evals.jsonl` belongs to a student
@@ -36,8 +37,6 @@ STEP_LOGS = {
     "window.jsonl": ("step", "window", "action", "failed"),
     "validation.jsonl": ("step", "num_prompts"),
 }
-# Keys that tell one evaluation of a run from another.
-EVAL_KEYS = ("step", "temperature", "settings")
 
 # Advice on a damaged file, by its name.
 REPAIRS = {
@@ -259,18 +258,22 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
-def store_evals(folder: Path, step: int, rows: Sequence[dict[str, Any]]) -> None:
-    """Add the rows of an evaluation to `evals.jsonl`, in place of those of the same step,
-    temperature and settings."""
+def store_evals(folder: Path, step: int, rows: Sequence[EvalRow]) -> None:
+    """Add rows to `evals.jsonl`, in place of those of the same step, temperature and settings."""
 
-    def key(row: dict[str, Any]) -> str:
-        return json.dumps([row[name] for name in EVAL_KEYS], sort_keys=True)
+    def key(row: RunEvalRow) -> str:
+        return json.dumps([row["step"], row["temperature"], row["settings"]], sort_keys=True)
 
-    new = {key(row): row for row in ({"step": step, **row} for row in rows)}
-    path = folder / "evals.jsonl"
-    with locked(path, "evaluations", waits=True):
-        kept = [row for row in read_rows(path, EVAL_KEYS) if key(row) not in new]
-        write_rows(path, [*kept, *new.values()])
+    added: list[RunEvalRow] = [{"step": step, **row} for row in rows]
+    new = {key(row): row for row in added}
+    with locked(folder / "evals.jsonl", "evaluations", waits=True):
+        kept = [row for row in read_evals(folder, EVAL_KEYS) if key(row) not in new]
+        write_rows(folder / "evals.jsonl", [*kept, *new.values()])
+
+
+def read_evals(folder: Path, keys: Collection[str] = ("step",)) -> list[RunEvalRow]:
+    """The evaluations of a run; errors as `read_rows`."""
+    return cast(list[RunEvalRow], read_rows(folder / "evals.jsonl", keys))
 
 
 def read_metrics(folder: Path, keys: Collection[str] = ("step",)) -> list[MetricsRow]:
@@ -287,10 +290,8 @@ def last_row(folder: Path) -> MetricsRow:
     """The metrics of a run's last step. Raises RunError where there are none."""
     rows = read_metrics(folder)
     if not rows:
-        raise RunError(
-            f"{str(folder / 'metrics.jsonl')!r} is missing or empty; "
-            f"{_repair(folder / 'metrics.jsonl')}"
-        )
+        path = folder / "metrics.jsonl"
+        raise RunError(f"{str(path)!r} is missing or empty; {_repair(path)}")
     return rows[-1]
 
 
@@ -316,7 +317,7 @@ def rewind(folder: Path, num_steps: int, sealed: dict[str, dict[str, Any]]) -> N
     for name in STEP_LOGS:
         if (path := folder / name).exists():
             os.truncate(path, sealed.get(name, {"num_bytes": 0})["num_bytes"])
-    evals = read_rows(folder / "evals.jsonl", ("step",))
+    evals = read_evals(folder)
     if late := [row for row in evals if row["step"] > num_steps]:
         write_rows(folder / "evals.jsonl", [row for row in evals if row not in late])
 

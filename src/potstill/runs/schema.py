@@ -1,13 +1,20 @@
-"""Rows of a run's files and of a study's plan: the fields that writers give and readers find.
+"""Rows of a run's logs: the fields that writers give and readers find.
 
 A docstring below a group of fields says what they hold; `docs/run_folder.md` shows the groups as
 tables. A field that not every row has is `NotRequired`. Needs no torch.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NotRequired, TypedDict, get_args
+from typing import Any, Literal, NotRequired, TypedDict, get_args, overload
 
-from potstill.types import Writer
+from potstill.runs.results_schema import (
+    EvalEstimate,
+    EvalRow,
+    Interval,
+    ProblemColumn,
+    ProblemColumns,
+)
+from potstill.types import Stop, Writer
 
 TokenMean = Literal["forward_kl", "reverse_kl", "student_entropy", "teacher_entropy"]
 EntropyBeforeAnswer = Literal["student_entropy_before_answer", "teacher_entropy_before_answer"]
@@ -38,6 +45,14 @@ StepNumber = (
     | EntropyBeforeAnswer
     | TimedPart
 )
+
+# The same of a logged rollout.
+TokenNumber = Literal["loss"] | TokenMean
+ChoicesName = Literal["student_choices", "teacher_choices"]
+
+GateAction = Literal["climb", "hold", "freeze", "step back"]
+# [text, probability]
+Choice = list[str | float]
 
 # Where a step's operations go.
 FLOPS_PARTS: tuple[FlopsPart, ...] = get_args(FlopsPart)
@@ -215,29 +230,29 @@ class GrpoRow(GrpoMetrics, Timing):
 class Quality(TypedDict):
     """Both models on prompts, each number as [value, low, high] of its 95 % bootstrap interval."""
 
-    teacher_prefix_forward_kl: NotRequired[Sequence[float]]
-    teacher_prefix_reverse_kl: NotRequired[Sequence[float]]
+    teacher_prefix_forward_kl: NotRequired[Interval]
+    teacher_prefix_reverse_kl: NotRequired[Interval]
     """KL(teacher ‖ student) and KL(student ‖ teacher) on the teacher's text, in nats a token."""
-    student_prefix_forward_kl: NotRequired[Sequence[float]]
-    student_prefix_reverse_kl: NotRequired[Sequence[float]]
+    student_prefix_forward_kl: NotRequired[Interval]
+    student_prefix_reverse_kl: NotRequired[Interval]
     """The same on the student's text."""
-    student_perplexity: NotRequired[Sequence[float]]
+    student_perplexity: NotRequired[Interval]
     """Perplexity of the teacher's text under the student."""
-    teacher_log_prob: NotRequired[Sequence[float]]
+    teacher_log_prob: NotRequired[Interval]
     """Log-probability of the student's text under the teacher, in nats a token."""
-    student_entropy_before_answer: NotRequired[Sequence[float]]
-    teacher_entropy_before_answer: NotRequired[Sequence[float]]
+    student_entropy_before_answer: NotRequired[Interval]
+    teacher_entropy_before_answer: NotRequired[Interval]
     """Token entropies on the student's text up to its first answer or stop, in nats."""
-    length: NotRequired[Sequence[float]]
-    truncation: NotRequired[Sequence[float]]
-    repetition: NotRequired[Sequence[float]]
+    length: NotRequired[Interval]
+    truncation: NotRequired[Interval]
+    repetition: NotRequired[Interval]
     """Tokens of the student's text, the share that is cut, and the share that is a loop."""
-    score: NotRequired[Sequence[float]]
-    judged: NotRequired[Sequence[float]]
+    score: NotRequired[Interval]
+    judged: NotRequired[Interval]
     """Score of the student's text by the task, where the prompts are one's, and by a judge."""
-    teacher_length: NotRequired[Sequence[float]]
-    teacher_truncation: NotRequired[Sequence[float]]
-    teacher_repetition: NotRequired[Sequence[float]]
+    teacher_length: NotRequired[Interval]
+    teacher_truncation: NotRequired[Interval]
+    teacher_repetition: NotRequired[Interval]
     """Tokens of the teacher's text, the share that is cut, and the share that is a loop."""
 
 
@@ -253,20 +268,113 @@ class ValidationRow(Quality):
     """Seconds of the validation, which are in no step's."""
 
 
+class SamplePrompt(TypedDict):
+    """Whose rollout it is."""
+
+    prompt_id: str
+    prompt: str
+    """The prompt's id, and the text that the student read."""
+    teacher_prompt: NotRequired[str]
+    """The text that the teacher read, where it is another."""
+
+
+class SampleNumbers(TypedDict):
+    """One number a loss token, in nats; both models as they are at `temperature`."""
+
+    loss: NotRequired[list[float]]
+    """The loss of each loss token, in nats for a KL, but for the returns of `gamma`."""
+    forward_kl: NotRequired[list[float]]
+    reverse_kl: NotRequired[list[float]]
+    """KL(teacher ‖ student) and KL(student ‖ teacher) of each loss token in nats, end ids merged as
+    in the loss; lower bounds where `kept` is a number."""
+    student_entropy: NotRequired[list[float]]
+    teacher_entropy: NotRequired[list[float]]
+    """Token entropies of each loss token in nats, end ids merged as in the loss."""
+
+
+class SampleChoices(TypedDict):
+    """The likeliest tokens at each loss token."""
+
+    student_choices: list[list[Choice]]
+    """The student's likeliest tokens at each loss token as [text, probability], no ids merged."""
+    teacher_choices: NotRequired[list[list[Choice]]]
+    """The teacher's, where its distribution is known."""
+
+
+class Sample(SamplePrompt, SampleNumbers, SampleChoices):
+    """One rollout, token by token."""
+
+    tokens: list[str]
+    """Texts of the completion's tokens."""
+    writers: list[list[Writer | int]]
+    """Who wrote them, as runs of [writer, number of tokens]."""
+    stop: Stop
+    """Whether it ended or the window cut it."""
+    trained: list[bool]
+    """Which tokens are loss tokens."""
+    temperature: float
+    """The temperature of the models' distributions: 1, unless a cache knows another alone."""
+    kept: int | None
+    """How many of the teacher's likeliest tokens are known; null where all are, or none."""
+
+
+class SampleRow(Sample):
+    """A rollout that the run logged, token by token."""
+
+    step: int
+    """The step that it was of."""
+
+
+class GateDecision(TypedDict):
+    """A decision of the length gate, and what its probe showed."""
+
+    action: GateAction
+    """What the gate did."""
+    window: int
+    """The window from now on, in tokens."""
+    failed: list[str]
+    """The gates that failed: `entropy`, `truncation`, `repetition`."""
+    threshold: float
+    """The least entropy that passes, in nats."""
+    entropy: float
+    """The student's token entropy up to the first final answer, in nats."""
+    teacher_entropy: float | None
+    """The teacher's on the same tokens, in nats; null where the threshold needs none."""
+    truncation: float
+    teacher_truncation: float
+    """Share of the student's responses that the window cut, and of the teacher's."""
+    repetition: float
+    """Share of the student's responses that are loops."""
+
+
+class WindowRow(GateDecision):
+    """A decision of the length gate, and what its probe showed."""
+
+    step: int
+    """The step that it came before, from 1."""
+
+
 AnyMetrics = DistillationMetrics | GrpoMetrics
 MetricsRow = DistillationRow | GrpoRow
 
 
-def value_in(row: AnyMetrics, name: StepNumber) -> float | None:
+@overload
+def value_in(row: AnyMetrics, name: StepNumber) -> float | None: ...
+@overload
+def value_in(row: EvalRow, name: EvalEstimate) -> Interval | None: ...
+@overload
+def value_in(row: ProblemColumns, name: ProblemColumn) -> Sequence[float] | None: ...
+@overload
+def value_in(row: Sample, name: TokenNumber) -> list[float] | None: ...
+@overload
+def value_in(row: Sample, name: ChoicesName) -> list[list[Choice]] | None: ...
+def value_in(row: Mapping[str, Any], name: str) -> Any:
     """A row's value under a name that is chosen at run time or that not every row has; None where
     it has nothing."""
-    return _found(row, name)
-
-
-def quantity_in(row: Quality, name: str) -> Sequence[float] | None:
-    """A quantity of a validation by its name; None where it was not known."""
-    return _found(row, name)
-
-
-def _found(row: Mapping[str, Any], name: str) -> Any:
     return row.get(name)
+
+
+def quantity_in(row: Quality, name: str) -> Interval | None:
+    """A quantity of a validation by its name; None where it was not known."""
+    found: Mapping[str, Any] = row
+    return found.get(name)

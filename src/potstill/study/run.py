@@ -15,6 +15,7 @@ from potstill.config import METHODS, GrpoRecipe, Recipe, RecipeError, to_toml
 from potstill.console.printable import plain, say
 from potstill.files import write_atomically
 from potstill.runs.results import PLAN_FILE, read_entry, read_plan
+from potstill.runs.results_schema import Plan, PlanPanel
 from potstill.runs.run_folder import edited_files, locked
 from potstill.study.file import Study
 from potstill.study.items import Item, recipe_file
@@ -194,7 +195,7 @@ def state_of(item: Item, study: Study, states: dict[str, str]) -> str:
 def _write_plan(study: Study, panels: Sequence[PlannedPanel], states: dict[str, str]) -> None:
     """Write what the report reads: panels with their runs and what is known of those that are not
     done."""
-    planned = [
+    planned: list[PlanPanel] = [
         {
             "title": panel.title,
             "note": panel.note,
@@ -211,7 +212,8 @@ def _write_plan(study: Study, panels: Sequence[PlannedPanel], states: dict[str, 
         }
         for panel in panels
     ]
-    write_atomically(study.out / PLAN_FILE, json.dumps({"panels": planned}, indent=1) + "\n")
+    found: Plan = {"panels": planned}
+    write_atomically(study.out / PLAN_FILE, json.dumps(found, indent=1) + "\n")
 
 
 def print_plan(

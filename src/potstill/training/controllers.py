@@ -11,9 +11,9 @@ would tell of the loop alone (docs/theory.md, section 8).
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from potstill.config import HIGHER_IS_BETTER, Goal, WeightSchedule, Window
+from potstill.runs.schema import GateAction, GateDecision
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +107,25 @@ class WindowState:
 class Decision:
     """The result of a probe: the window from now on, why, and the numbers."""
 
-    action: Literal["climb", "hold", "freeze", "step back"]
+    action: GateAction
     window: int
     failed: tuple[str, ...]
     threshold: float
     probe: Probe
 
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self) -> GateDecision:
         """Plain data for the run log."""
-        probe = {name: getattr(self.probe, name) for name in Probe.__slots__}
-        mine = {
+        return {
             "action": self.action,
             "window": self.window,
             "failed": list(self.failed),
             "threshold": self.threshold,
+            "entropy": self.probe.entropy,
+            "teacher_entropy": self.probe.teacher_entropy,
+            "truncation": self.probe.truncation,
+            "teacher_truncation": self.probe.teacher_truncation,
+            "repetition": self.probe.repetition,
         }
-        return mine | probe
 
     def __str__(self) -> str:
         probe = self.probe
@@ -192,7 +195,7 @@ def decide(window: Window, state: WindowState, probe: Probe) -> tuple[WindowStat
     ladder = rungs(window)
     place = ladder.index(state.tokens)
     tokens, num_passed, frozen = state.tokens, 0, state.frozen
-    action: Literal["climb", "hold", "freeze", "step back"] = "hold"
+    action: GateAction = "hold"
     if failed:
         frozen, action = True, "freeze"
         if window.step_back and place > 0:

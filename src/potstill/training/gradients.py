@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from potstill.objectives.loss import (
     without_baseline,
 )
 from potstill.rollouts.batching import batch_places, make_batch
+from potstill.runs.schema import Sample
 from potstill.training.metrics import Stopwatch, before_answer, rollout_sums, token_sums
 from potstill.training.rollout_log import Scored, logged_sample
 from potstill.training.setup import Setup
@@ -41,7 +41,7 @@ def accumulate_gradients(
     clock: Stopwatch,
     split_by: Sequence[Writer] = (),
     num_samples: int = 0,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], list[Sample]]:
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one
     count over all ranks.
 
@@ -57,7 +57,7 @@ def accumulate_gradients(
     )
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
     returns = _returns(setup, loss, batches, world, clock)
-    samples: dict[int, dict[str, Any]] = {}
+    samples: dict[int, Sample] = {}
     for number, (places, batch) in enumerate(zip(groups, batches, strict=True), 1):
         returns_N, of_all = returns[number - 1], f"batch {number} of {len(batches)}"
         clock.doing(f"teacher, {of_all}")
@@ -110,7 +110,7 @@ def _samples(
     scored: Scored,
     places: Sequence[int],
     num_samples: int,
-) -> dict[int, dict[str, Any]]:
+) -> dict[int, Sample]:
     """A batch's rollouts among the step's first `num_samples`, as they are logged, by place."""
     found = {}
     each = scored.each(batch.rollouts)

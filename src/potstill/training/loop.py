@@ -24,7 +24,7 @@ from potstill.models.probe import ready
 from potstill.objectives.habits import disagreement
 from potstill.runs import run_folder
 from potstill.runs.card import write_card
-from potstill.runs.schema import AnyMetrics, DistillationMetrics, DistillationRow
+from potstill.runs.schema import AnyMetrics, DistillationMetrics, DistillationRow, Sample, SampleRow
 from potstill.tasks.own import own_files
 from potstill.teachers.protocol import Teacher
 from potstill.tracking.signs import SIGNS, Rows, Watch
@@ -260,7 +260,7 @@ def _ended_early(trainer: Trainer, run: Run) -> str:
 def _record(
     trainer: Trainer,
     metrics: DistillationMetrics,
-    samples: list[dict[str, Any]],
+    samples: list[Sample],
     display: StepDisplay,
     clock: Stopwatch,
 ) -> DistillationRow:
@@ -270,7 +270,8 @@ def _record(
         return row
     files.append(trainer.folder / "metrics.jsonl", row)
     for sample in samples:
-        files.append(trainer.folder / "samples.jsonl", {"step": metrics["step"], **sample})
+        logged: SampleRow = {"step": metrics["step"], **sample}
+        files.append(trainer.folder / "samples.jsonl", logged)
     return row
 
 

@@ -18,6 +18,7 @@ from potstill.kl.topk import TopK, top_k_loss, top_k_of
 from potstill.models.language_model import LanguageModel
 from potstill.objectives.loss import Loss, batch_loss, known_of_teacher, signal_of, student_rows
 from potstill.rollouts.batching import make_batch
+from potstill.runs.schema import Choice, Sample, SampleChoices, SampleNumbers, SamplePrompt
 from potstill.teachers.protocol import Teacher
 from potstill.training.metrics import TOKEN_STATISTICS
 from potstill.types import Rollout
@@ -64,7 +65,7 @@ def scored_samples(
     rollouts: Sequence[Rollout],
     loss: Loss,
     device: torch.device,
-) -> list[dict[str, Any]]:
+) -> list[Sample]:
     """`logged_sample` of each rollout, after a pass of its own. Ranks must call this together."""
     batch = make_batch(rollouts, device)
     known = known_of_teacher(teacher, batch, loss)
@@ -80,53 +81,60 @@ def scored_samples(
 @torch.no_grad()
 def logged_sample(
     student: LanguageModel, teacher: Teacher | None, rollout: Rollout, scored: Scored, loss: Loss
-) -> dict[str, Any]:
+) -> Sample:
     """A rollout as plain data. What the loss does not know takes products of the heads: the
     likeliest tokens always, whole distributions for `signal` "topk" and "sampled" and for another
     temperature than 1.
 
-    `prompt` is the text that the student read (`teacher_prompt` the teacher's, where it is
-    another), `tokens` the completion's, `writers` runs of [writer, number of tokens]. One value a
-    loss token, in nats: `loss` is that of training, but for the returns of `gamma`; both KLs and
-    both entropies are those of the models at `temperature` 1, end ids merged as in the loss.
-    `student_choices` and `teacher_choices` are the likeliest tokens there, each with its
-    probability, no ids merged. With labels there is no teacher in them. A cache of the `kept`
-    likeliest tokens knows no other temperature than its own, and its KLs are lower bounds.
+    Both KLs and both entropies are those of the models at temperature 1; a cache of the likeliest
+    tokens knows no other temperature than its own. With labels there is no teacher in them.
     """
     known, tokenizer, prompt = scored.known, student.tokenizer, rollout.prompt
     temperature = loss.objective.temperature if isinstance(known, TopK) else 1.0
-    given = {"vocab_size": loss.vocab_size, "temperature": temperature}
-    choices = {
-        "student": _choices(
-            top_k_of(scored.hidden_ND, student.head, NUM_CHOICES, **given), (), tokenizer
-        )
-    }
-    if isinstance(known, TopK):
-        choices["teacher"] = _choices(known, loss.end_class, tokenizer)
-    elif known is not None and teacher is not None and teacher.head is not None:
-        choices["teacher"] = _choices(
-            top_k_of(known, teacher.head, NUM_CHOICES, **given), (), tokenizer
-        )
     stats = _whole_statistics(student, teacher, scored, loss, temperature)
-    values = {"loss": scored.loss_N} | {
-        name: getattr(stats, f"{name}_N") for name in TOKEN_STATISTICS
-    }
-    sample: dict[str, Any] = {
+    asked: SamplePrompt = {
         "prompt_id": prompt.example.id,
         "prompt": _text(tokenizer, prompt.token_ids),
     }
     if teacher is not None and prompt.teacher_ids is not None:
-        sample["teacher_prompt"] = _text(teacher.tokenizer, prompt.teacher_ids)
-    sample |= {
+        asked["teacher_prompt"] = _text(teacher.tokenizer, prompt.teacher_ids)
+    return {
+        **asked,
         "tokens": [token_text(tokenizer, i) for i in rollout.completion_ids],
         "writers": [[writer, len(list(run))] for writer, run in itertools.groupby(rollout.writers)],
         "stop": rollout.stop,
         "trained": list(rollout.trained),
         "temperature": temperature,
         "kept": known.token_ids_NK.shape[1] if isinstance(known, TopK) else None,
+        **_numbers(scored.loss_N, stats),
+        **_both_choices(student, teacher, scored, loss, temperature),
     }
-    sample |= {name: _rounded(value_N) for name, value_N in values.items() if value_N is not None}
-    return sample | {f"{who}_choices": rows for who, rows in choices.items()}
+
+
+def _numbers(loss_N: torch.Tensor, stats: TokenStats) -> SampleNumbers:
+    """The loss of each token, and those statistics that are known."""
+    numbers: SampleNumbers = {"loss": _rounded(loss_N)}
+    for name in TOKEN_STATISTICS:
+        values_N = getattr(stats, f"{name}_N")
+        if values_N is not None:
+            numbers[name] = _rounded(values_N)
+    return numbers
+
+
+def _both_choices(
+    student: LanguageModel, teacher: Teacher | None, scored: Scored, loss: Loss, temperature: float
+) -> SampleChoices:
+    """The likeliest tokens of the student, and of the teacher where its distribution is known."""
+    known, tokenizer = scored.known, student.tokenizer
+    given = {"vocab_size": loss.vocab_size, "temperature": temperature}
+    mine = top_k_of(scored.hidden_ND, student.head, NUM_CHOICES, **given)
+    choices: SampleChoices = {"student_choices": _choices(mine, (), tokenizer)}
+    if isinstance(known, TopK):
+        choices["teacher_choices"] = _choices(known, loss.end_class, tokenizer)
+    elif known is not None and teacher is not None and teacher.head is not None:
+        theirs = top_k_of(known, teacher.head, NUM_CHOICES, **given)
+        choices["teacher_choices"] = _choices(theirs, (), tokenizer)
+    return choices
 
 
 def _whole_statistics(
@@ -162,7 +170,7 @@ def _text(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
-def _choices(kept: TopK, end_class: Sequence[int], tokenizer) -> list[list[list[Any]]]:
+def _choices(kept: TopK, end_class: Sequence[int], tokenizer) -> list[list[Choice]]:
     """The likeliest tokens of each position as [text, probability]; merged end ids are one of
     them."""
     text_of = {

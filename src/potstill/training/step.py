@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,7 +14,15 @@ from potstill.models.flops import ModelFlops, rollout_flops, training_flops
 from potstill.objectives.habits import step_habits
 from potstill.objectives.loss import Loss
 from potstill.rollouts.prefixes import Writing, write_rollouts
-from potstill.runs.schema import FLOPS_PARTS, DistillationExtras, DistillationMetrics, Flops, Update
+from potstill.runs.schema import (
+    FLOPS_PARTS,
+    DistillationExtras,
+    DistillationMetrics,
+    Flops,
+    Sample,
+    Update,
+    WindowRow,
+)
 from potstill.seeds import step_seed
 from potstill.training.controllers import decide, is_probe_due, scheduled_weight, scheduled_window
 from potstill.training.metrics import Stopwatch, step_means
@@ -85,7 +92,8 @@ def probe_if_due(
     window, decision = decide(recipe.window, run.window, probe)
     tell(f"before step {run.step + 1}: {decision}")
     if trainer.world.is_main:
-        files.append(trainer.folder / "window.jsonl", {"step": run.step + 1, **decision.as_row()})
+        row: WindowRow = {"step": run.step + 1, **decision.as_row()}
+        files.append(trainer.folder / "window.jsonl", row)
     return dataclasses.replace(run, window=window), flops
 
 
@@ -161,7 +169,7 @@ def is_saved(trainer: Trainer, run: Run, cost: StepFlops) -> bool:
 
 def samples_without_dropout(
     trainer: Trainer, plan: StepPlan, rollouts: list[Rollout], clock: Stopwatch
-) -> list[dict[str, Any]]:
+) -> list[Sample]:
     """Rollouts for the log where the student learns with dropout: the log is of the student that
     wrote."""
     setup = trainer.setup
