@@ -42,9 +42,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 GREY = "#888888"
-# How many marks of a figure bear their names, and the places of those beside the mark.
+# How many marks of a figure bear their names, and the corners at which neighbours have them.
 NUM_NAMED_MARKS = 12
-TEXT_PLACES = ("top right", "bottom right", "top left", "bottom left")
+CORNERS = ("top right", "bottom left", "bottom right", "top left")
 
 
 class Row(NamedTuple):
@@ -93,11 +93,12 @@ def trade_off(
             found.append((entry, x, y))
     found.sort(key=lambda each: each[1][0])
     firsts = [entry for entry, _, _ in found if entry.path in named]
+    corners = {entry.path: CORNERS[i % len(CORNERS)] for i, entry in enumerate(firsts)}
     is_named = len(firsts) <= NUM_NAMED_MARKS
     marks = {
         "type": "scatter",
         "mode": "markers+text" if is_named else "markers",
-        "textposition": [TEXT_PLACES[i % len(TEXT_PLACES)] for i in range(len(found))],
+        "textposition": [corners.get(entry.path, CORNERS[0]) for entry, _, _ in found],
         "cliponaxis": False,
         "x": [rounded(other.scale * x[0]) for _, x, _ in found],
         "y": [rounded(avg.scale * y[0]) for _, _, y in found],
@@ -108,7 +109,7 @@ def trade_off(
             "color": [styles[entry.path].colour for entry, _, _ in found],
             "symbol": [styles[entry.path].symbol for entry, _, _ in found],
         },
-        "text": [html.escape(named.get(entry.path, "")) for entry, _, _ in found],
+        "text": [wrapped(named.get(entry.path, ""), 20) for entry, _, _ in found],
         "hovertext": [html.escape(labels[entry.path]) for entry, _, _ in found],
         "customdata": [link(entry.path) for entry, _, _ in found],
         "hovertemplate": f"%{{hovertext}}<br>{avg.title} %{{y:.1f}} %<br>{other.title} %{{x}} "
@@ -119,10 +120,14 @@ def trade_off(
     return layout([marks], 400, x_axis, y_axis, f"{avg.title} against {other.title}")
 
 
+def wrapped(text: str, width: int) -> str:
+    """The text in lines, as plotly writes it."""
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(text, width))
+
+
 def ranking_bars(title: str, rows: Sequence[Row], styles: Styles) -> Figure:
     """A quantity of groups or runs as a mark and an interval a row, the first on top."""
-    lines = [textwrap.wrap(row.label, 24) or [""] for row in rows]
-    names = ["<br>".join(html.escape(line) for line in each) for each in lines]
+    names = [wrapped(row.label, 24) for row in rows]
     low_ends = [row.value if row.low is None else row.low for row in rows]
     high_ends = [row.value if row.high is None else row.high for row in rows]
     bars = {
@@ -149,7 +154,7 @@ def ranking_bars(title: str, rows: Sequence[Row], styles: Styles) -> Figure:
         "customdata": [row.href for row in rows],
         "hovertemplate": "%{y}<br>%{x}<extra></extra>",
     }
-    height = 100 + sum(28 + 14 * len(each) for each in lines)
+    height = 100 + sum(42 + 14 * name.count("<br>") for name in names)
     # The first row on top, with room above it for its value.
     places = {"range": [len(rows) - 0.5, -0.75]}
     return layout([marks], height, axis(title), axis("", "category") | places, title)
