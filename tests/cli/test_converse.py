@@ -182,6 +182,15 @@ def test_a_model_without_a_template_completes_each_line(monkeypatch, capsys, ask
         assert code == 2 and out == "" and "is for a chat template" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_line_that_is_no_text_is_left_out(monkeypatch, capsys, folder, asked, is_chat):
+    """Python reads a byte that is no UTF-8 as half of a pair where the locale is POSIX's."""
+    model = folder if is_chat else "potstill:base"
+    code, _, err = talk(monkeypatch, capsys, model, "1\udcff\n1*2=\n", "--max-tokens", "2")
+    assert code == 0 and "at character" in err and "; this turn is left out" in err
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -322,6 +322,7 @@ def file_of(folder: Path, num: int, first: int = 0) -> str:
             None,
             "no validation: the run is so short that it would take more than a twentieth of it",
         ),
+        (5, 20, {}, None, "twentieth of it; validation.num_prompts = 2 asks for one"),
         (100, 20, {"num_prompts": 7}, 7, "every 2 steps; 7 prompts of the data are not trained on"),
         (100, 20, {"num_prompts": 0}, None, "first of 100 prompts"),
         (100, 20, {"source": "beside"}, 16, "every 2 steps"),

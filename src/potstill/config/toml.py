@@ -39,7 +39,18 @@ def load_any_recipe(recipe: str | Path) -> Recipe | GrpoRecipe:
 
 def _load(recipe: str | Path, overrides: dict[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
     """Read a recipe, which tells in its notes what was left out of it."""
-    loaded = validate(read_recipe(recipe, overrides), str(recipe), kind)
+    data = read_recipe(recipe, overrides)
+    if kind is not GrpoRecipe and "grpo" in data:
+        raise RecipeError(
+            f"{recipe} has a section [grpo], which makes it a recipe of `potstill grpo`; give it "
+            "to that command, or give a recipe of a distillation"
+        )
+    if kind is GrpoRecipe and ("teacher" in data or "objective" in data):
+        raise RecipeError(
+            f"{recipe} has a teacher or an objective, which makes it a recipe of `potstill train`; "
+            "give it to that command, or give a recipe of GRPO"
+        )
+    loaded = validate(data, str(recipe), kind)
     if names := left_out(recipe, overrides):
         loaded._notes = (
             f"of the shipped recipe {recipe}, not taken for another model, data or length: "

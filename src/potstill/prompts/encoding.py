@@ -29,7 +29,15 @@ class Encoding:
         self.adds_space = bool(alone) and tokenizer.convert_ids_to_tokens(alone[0]).startswith("▁")
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """A text with nothing added."""
+        """A text with nothing added. Raises DataError for one that is not whole Unicode, as bytes
+        of another encoding on the command line are."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"a text of {len(text)} characters has {text[error.start]!r} at character "
+                f"{error.start + 1}, which is no character; give UTF-8 text"
+            ) from None
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def start_of(self, text: str) -> tuple[int, ...]:

@@ -61,10 +61,13 @@ def validation_prompts(
                     )
                 ],
             )
+    # As many as leave at least half of few prompts to train on.
+    num = min(DEFAULT_PROMPTS, len(prompts) // 2)
+    advice = f"; validation.num_prompts = {num} asks for one" if num else ""
     return (
         prompts,
         None,
-        [f"no validation: {reason}; validation.num_prompts = {DEFAULT_PROMPTS} asks for one"],
+        [f"no validation: {reason}{advice}"],
     )
 
 
