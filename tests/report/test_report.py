@@ -18,7 +18,8 @@ from synthetic_runs import evaluate, write_run
 
 import potstill
 from potstill.files import append
-from potstill.report.comparison import grids, make_groups, metrics_of, problem_values, stored
+from potstill.report.comparison import grids, make_groups
+from potstill.report.metrics import metrics_of, problem_values, stored
 from potstill.report.packed import unpack
 from potstill.report.page import with_policy, write_report
 from potstill.report.questions import Claim

@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 
 from potstill.config import ALIKE, GrpoRecipe, Recipe, Role
-from potstill.report.comparison import eval_at
+from potstill.report.metrics import eval_at
 from potstill.report.questions import (
     ABOVE_TEACHER,
     QUESTIONS,

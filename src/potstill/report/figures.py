@@ -12,14 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from potstill.config import Recipe
-from potstill.report.comparison import (
-    BeforeAndAfter,
-    GridPart,
-    Group,
-    Metric,
-    forward_weight,
-    stored,
-)
+from potstill.report.comparison import BeforeAndAfter, GridPart, Group, forward_weight
+from potstill.report.metrics import Metric, stored
 from potstill.runs.results import Entry
 
 Figure = dict[str, Any]

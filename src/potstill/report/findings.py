@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from potstill.config import Recipe
-from potstill.report.comparison import BeforeAndAfter, Group, Metric, pair_up, paired_difference
+from potstill.report.comparison import BeforeAndAfter, Group, pair_up, paired_difference
+from potstill.report.metrics import Metric
 from potstill.runs.results import Entry
 from potstill.runs.schema import EndHabits
 from potstill.statistics import SEEDS_TO_JUDGE, seeds_in_words

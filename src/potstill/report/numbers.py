@@ -13,16 +13,14 @@ from potstill.report.comparison import (
     BeforeAndAfter,
     GridPart,
     Group,
-    Metric,
-    Summary,
     grids,
     grpo_pairs,
     make_groups,
-    metrics_of,
     seed_names,
 )
 from potstill.report.figures import Link, Styles, style_at
 from potstill.report.findings import findings, first_and_last_habits
+from potstill.report.metrics import Metric, Summary, metrics_of
 from potstill.report.questions import Claim
 from potstill.runs.results import Entry, Panel
 from potstill.runs.results_schema import EvalRow

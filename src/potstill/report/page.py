@@ -25,11 +25,11 @@ from potstill.report.comparison import (
     forward_weight_sweeps,
     in_turn,
     is_gated,
-    stored,
     window_comparisons,
 )
 from potstill.report.figures import Link
 from potstill.report.findings import findings, habit_table, number_text, seeds_of, values
+from potstill.report.metrics import stored
 from potstill.report.numbers import PanelResult, finite, numbers_of, panel_result
 from potstill.report.opening import picture, sentences_of, title_of
 from potstill.report.packed import pack, pack_data, unpack

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from potstill.config import METHODS
-from potstill.report.comparison import GridPart, Group, Metric, seed_names
+from potstill.report.comparison import GridPart, Group, seed_names
 from potstill.report.figures import Link
 from potstill.report.findings import number_text, values
+from potstill.report.metrics import Metric
 from potstill.runs.results import Entry
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.console.printable import WIDTH, one_line, say
-from potstill.report.comparison import metrics_of, stored
+from potstill.report.metrics import metrics_of, stored
 from potstill.report.page import RESULTS_FILE
 from potstill.report.tables import settings_note, settings_warning
 from potstill.runs.results import Entry
