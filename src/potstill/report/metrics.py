@@ -53,55 +53,7 @@ class Summary:
 def metrics_of(entries: Sequence[Entry]) -> list[Metric]:
     """The metrics that these entries have, the most important first."""
     rows = [row for entry in entries for row in entry.evals]
-    found = []
-    if rows:
-        temperatures = sorted({row["temperature"] for row in rows}, reverse=True)
-        num_responses = min(row["num_responses"] for row in rows)
-        high = temperatures[0]
-        for t in dict.fromkeys((high, temperatures[-1])):
-            title = f"Avg@{num_responses} T={t:g}"
-            found.append(
-                Metric(
-                    key=f"avg-T{t:g}", title=title, column="avg", temperature=t, scale=100, unit="%"
-                )
-            )
-        for k in dict.fromkeys(
-            (min(8, num_responses), 32 if num_responses >= 64 else num_responses)
-        ):
-            key, title = f"pass{k}-T{high:g}", f"Pass@{k} T={high:g}"
-            found.append(
-                Metric(
-                    key=key, title=title, column="pass", temperature=high, k=k, scale=100, unit="%"
-                )
-            )
-        found += [
-            Metric(
-                key="entropy",
-                title="entropy before the answer",
-                column="entropy_before_answer",
-                temperature=high,
-                scale=1,
-                digits=3,
-                unit="nats",
-            ),
-            Metric(
-                key="length",
-                title="length",
-                column="length",
-                temperature=high,
-                scale=1,
-                digits=0,
-                unit="tokens",
-            ),
-            Metric(
-                key="truncation",
-                title="truncated",
-                column="truncation",
-                temperature=high,
-                scale=100,
-                unit="%",
-            ),
-        ]
+    found = evaluation_metrics(rows) if rows else []
     if any(entry.flops is not None for entry in entries):
         found.append(
             Metric(
@@ -119,6 +71,53 @@ def metrics_of(entries: Sequence[Entry]) -> list[Metric]:
                 unit="s",
             )
         )
+    return found
+
+
+def evaluation_metrics(rows: Sequence[EvalRow]) -> list[Metric]:
+    """The metrics of evaluations: accuracy at two temperatures, and the rest at the highest."""
+    found = []
+    temperatures = sorted({row["temperature"] for row in rows}, reverse=True)
+    num_responses = min(row["num_responses"] for row in rows)
+    high = temperatures[0]
+    for t in dict.fromkeys((high, temperatures[-1])):
+        title = f"Avg@{num_responses} T={t:g}"
+        found.append(
+            Metric(key=f"avg-T{t:g}", title=title, column="avg", temperature=t, scale=100, unit="%")
+        )
+    for k in dict.fromkeys((min(8, num_responses), 32 if num_responses >= 64 else num_responses)):
+        key, title = f"pass{k}-T{high:g}", f"Pass@{k} T={high:g}"
+        found.append(
+            Metric(key=key, title=title, column="pass", temperature=high, k=k, scale=100, unit="%")
+        )
+    found += [
+        Metric(
+            key="entropy",
+            title="entropy before the answer",
+            column="entropy_before_answer",
+            temperature=high,
+            scale=1,
+            digits=3,
+            unit="nats",
+        ),
+        Metric(
+            key="length",
+            title="length",
+            column="length",
+            temperature=high,
+            scale=1,
+            digits=0,
+            unit="tokens",
+        ),
+        Metric(
+            key="truncation",
+            title="truncated",
+            column="truncation",
+            temperature=high,
+            scale=100,
+            unit="%",
+        ),
+    ]
     return found
 
 

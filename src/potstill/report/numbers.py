@@ -132,26 +132,24 @@ def numbers_of(result: PanelResult, link: Link) -> dict[str, Any]:
             | {"answer": claim.answer}
             for claim in result.claims
         ],
-        "grpo": [
-            {
-                "before": {
-                    "label": pair.before.label,
-                    "metrics": summary_numbers(pair.before.summaries, link),
-                },
-                "after": {
-                    "label": pair.after.label,
-                    "metrics": summary_numbers(pair.after.summaries, link),
-                },
-                "differences": {
-                    key: interval_numbers(effect) for key, effect in pair.differences.items()
-                },
-                "num_seeds": len(pair.after.entries),
-            }
-            for pair in result.grpo
-        ],
+        "grpo": [grpo_numbers(pair, link) for pair in result.grpo],
         "unfinished": [
             {"path": link(path), "state": state} for path, state in result.panel.unfinished
         ],
+    }
+
+
+def grpo_numbers(pair: BeforeAndAfter, link: Link) -> dict[str, Any]:
+    """The numbers of a group before and after GRPO, and of the differences."""
+    before, after = (
+        {"label": group.label, "metrics": summary_numbers(group.summaries, link)}
+        for group in (pair.before, pair.after)
+    )
+    return {
+        "before": before,
+        "after": after,
+        "differences": {key: interval_numbers(effect) for key, effect in pair.differences.items()},
+        "num_seeds": len(pair.after.entries),
     }
 
 
