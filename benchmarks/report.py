@@ -12,7 +12,7 @@ from pathlib import Path
 from potstill.report.page import write_report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from synthetic_runs import evaluate, write_run
+from synthetic_runs import evaluate, write_run  # pyright: ignore[reportMissingImports]
 
 NUM_TOKENS = 60
 

@@ -25,10 +25,9 @@ def validation_curves(
         high: dict[str, list[float | None]] = {}
         for name in known:
             scale = SHOWN[name].scale
-            rows = [quantity_in(row, name) or (None, None, None) for row in run.validations]
+            rows = [quantity_in(row, name) for row in run.validations]
             values[name], low[name], high[name] = (
-                [short(None if row[i] is None else scale * row[i]) for row in rows]
-                for i in range(3)
+                [short(None if row is None else scale * row[i]) for row in rows] for i in range(3)
             )
         steps = [row["step"] for row in run.validations]
         numbers = {"steps": steps, "values": values, "low": low, "high": high}

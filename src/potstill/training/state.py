@@ -87,8 +87,9 @@ class Run:
         if recipe.weight_schedule.schedule == "entropy":
             entropy = value_in(metrics, "student_entropy_before_answer")
             teacher_entropy = value_in(metrics, "teacher_entropy_before_answer")
-            assert entropy is not None and teacher_entropy is not None, "a mixed KL knows both"
-            weight = next_weight(recipe.weight_schedule, weight, entropy, teacher_entropy)
+            # A step without a token before an answer tells nothing, and the weight stays.
+            if entropy is not None and teacher_entropy is not None:
+                weight = next_weight(recipe.weight_schedule, weight, entropy, teacher_entropy)
         return dataclasses.replace(
             self,
             step=self.step + 1,
