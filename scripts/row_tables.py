@@ -17,7 +17,7 @@ FILES = {
     "evals.jsonl": ("RunEvalRow", "ProblemColumns"),
     "samples.jsonl": ("SampleRow",),
     "window.jsonl": ("WindowRow",),
-    "plan.json of a study": ("Plan", "PlanPanel", "PlanRun"),
+    "plan.json of a study": ("StudyPlan", "PlanPanel", "PlanRun"),
 }
 
 

@@ -16,7 +16,7 @@ from potstill.cli.overrides import split_overrides
 from potstill.config import RecipeError, load_recipe, make_recipe, to_toml, with_fields
 from potstill.files import append
 from potstill.runs.results import EVAL_COLUMNS, read_panels
-from potstill.runs.results_schema import Plan
+from potstill.runs.results_schema import StudyPlan
 from potstill.runs.run_folder import is_done, mark_done, read_rows
 from potstill.study import items
 from potstill.study.estimates import estimate_costs
@@ -425,7 +425,7 @@ def test_plan_file_is_plain_data(tmp_path):
     pretend(item, 0.5)
     assert run_study(study, main)
     written = json.loads((study.out / "plan.json").read_text())
-    assert faults(written, Plan) == []
+    assert faults(written, StudyPlan) == []
     (panel,) = written["panels"]
     assert (panel["title"], panel["note"], panel["runs"][0]["state"]) == ("A", "b", "done")
     assert tiny_recipe(tmp_path / "x").hash() != item.recipe.hash()

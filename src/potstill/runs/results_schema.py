@@ -67,7 +67,7 @@ class ProblemColumns(TypedDict):
 
 
 class Measures(Estimates):
-    """What is measured of the responses at one temperature."""
+    """Measurements of the responses at one temperature."""
 
     levels: dict[str, Accuracy]
     """`avg` and `pass` of each difficulty level."""
@@ -124,8 +124,8 @@ class PlanPanel(TypedDict):
     """Its runs."""
 
 
-class Plan(TypedDict):
-    """What a study consists of, and how far it is."""
+class StudyPlan(TypedDict):
+    """Panels and runs of a study, and how far each is."""
 
     panels: list[PlanPanel]
     """The study's panels, sweeps last."""

@@ -329,7 +329,7 @@ class GateDecision(TypedDict):
     """A decision of the length gate, and what its probe showed."""
 
     action: GateAction
-    """What the gate did."""
+    """Decision of the length gate."""
     window: int
     """The window from now on, in tokens."""
     failed: list[str]

@@ -15,7 +15,7 @@ from potstill.config import METHODS, GrpoRecipe, Recipe, RecipeError, to_toml
 from potstill.console.printable import plain, say
 from potstill.files import write_atomically
 from potstill.runs.results import PLAN_FILE, read_entry, read_plan
-from potstill.runs.results_schema import Plan, PlanPanel
+from potstill.runs.results_schema import PlanPanel, StudyPlan
 from potstill.runs.run_folder import edited_files, locked
 from potstill.study.file import Study
 from potstill.study.items import Item, recipe_file
@@ -212,7 +212,7 @@ def _write_plan(study: Study, panels: Sequence[PlannedPanel], states: dict[str, 
         }
         for panel in panels
     ]
-    found: Plan = {"panels": planned}
+    found: StudyPlan = {"panels": planned}
     write_atomically(study.out / PLAN_FILE, json.dumps(found, indent=1) + "\n")
 
 
