@@ -3,7 +3,7 @@
 import ast
 import io
 import tokenize
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,3 +96,10 @@ def test_a_dataclass_of_many_fields_takes_them_by_keyword():
                 if len(fields) >= MANY_FIELDS and not is_by_keyword:
                     positional.append(f"{path.relative_to(PACKAGE)}: {node.name}")
     assert positional == []
+
+
+def test_files_and_folders_are_small():
+    """A file has at most 400 lines, and a folder at most 14 modules beside its `__init__`."""
+    assert [str(f) for f in TREES if len(f.read_text().splitlines()) > 400] == []
+    folders = Counter(f.parent for f in TREES if f.name != "__init__.py")
+    assert [str(folder) for folder, number in folders.items() if number > 14] == []

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import potstill
 from potstill.cache.build import build_cache
 from potstill.config import CacheOptions, Objective
+from potstill.files import pack_data
 from potstill.models.language_model import ASSETS, LanguageModel
 from potstill.objectives.loss import Loss
-from potstill.report.packed import pack_data
 from potstill.report.viewer import reader_data
 from potstill.runs import run_folder
 from potstill.runs.results import Entry

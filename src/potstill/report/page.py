@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from potstill.files import write_atomically
+from potstill.files import pack, pack_data, unpack, write_atomically
 from potstill.report import curves, figures
 from potstill.report.comparison import (
     Group,
@@ -32,7 +32,6 @@ from potstill.report.findings import findings, habit_table, number_text, seeds_o
 from potstill.report.metrics import stored
 from potstill.report.numbers import PanelResult, finite, numbers_of, panel_result
 from potstill.report.opening import picture, sentences_of, title_of
-from potstill.report.packed import pack, pack_data, unpack
 from potstill.report.tables import comparison_table, grid, level_table, runs_of, table_note
 from potstill.report.validation import validation_curves, validation_table
 from potstill.report.viewer import reader_data
