@@ -159,7 +159,18 @@ def test_turns_that_merge_with_what_stands_around_them_are_refused(tmp_path):
 )
 def test_chats_without_a_place_to_begin_or_end(tmp_path, messages, message):
     with pytest.raises(DataError, match=f"row 0 .*: {message}"):
-        prompts_of(tmp_path, family_tokenizer("chatml"), {"messages": messages})
+        prompts_of(tmp_path, family_tokenizer("chatml"), {"messages": messages}, train_on="all")
+
+
+def test_a_chat_that_waits_for_an_answer_is_a_prompt(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    waiting = [user("b"), assistant("c"), user("d")]
+    path.write_text(json.dumps({"messages": waiting}) + "\n")
+    (example,) = load_examples(str(path))
+    assert [message["content"] for message in example.prompt] == ["b", "c", "d"]
+    assert example.completion is None
+    with pytest.raises(DataError, match="has no completion"):
+        prompts_of(tmp_path, family_tokenizer("chatml"), {"messages": waiting}, train_on="last")
 
 
 def test_a_run_trains_on_all_turns(tmp_path):

@@ -127,10 +127,12 @@ def _prompt_and_completion(row: DataRow, asked: Asked) -> tuple[Any, Any]:
 
 def _parted(
     messages: tuple[Message, ...], where: str, train_on: Literal["last", "all"]
-) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+) -> tuple[tuple[Message, ...], tuple[Message, ...] | None]:
     """A chat as the prompt and the completion, which is of the assistant's messages at the end, or
-    of all from its first one on."""
+    of all from its first one on. A chat that waits for an answer is a prompt alone."""
     roles = [message["role"] for message in messages]
+    if roles[-1] in ("user", "tool") and train_on == "last":
+        return messages, None
     if roles[-1] != "assistant":
         raise DataError(
             f"{where}: the last of `messages` is by {roles[-1]!r}; it must be the assistant's turn"
