@@ -85,7 +85,7 @@ def test_folders_and_splits_as_on_the_hub(tmp_path):
         ([{"prompt": [{"role": "user"}]}], "each needs `role` and `content`"),
         ([{"prompt": 3}], "'prompt' is 3"),
         ([{"prompt": "1", "completion": 3}], "`completion` is 3"),
-        ([{"messages": [{"role": "user", "content": "1"}]}], "must be the assistant's turn"),
+        ([{"messages": [{"role": "system", "content": "1"}]}], "must be the assistant's turn"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):

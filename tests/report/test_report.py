@@ -17,10 +17,9 @@ from conftest import browsed, in_a_browser, tiny_recipe
 from synthetic_runs import evaluate, write_run
 
 import potstill
-from potstill.files import append
+from potstill.files import append, unpack
 from potstill.report.comparison import grids, make_groups
 from potstill.report.metrics import metrics_of, problem_values, stored
-from potstill.report.packed import unpack
 from potstill.report.page import with_policy, write_report
 from potstill.report.questions import Claim
 from potstill.report.tables import comparison_table, table_note
