@@ -40,6 +40,18 @@ def load_any_recipe(recipe: str | Path) -> Recipe | GrpoRecipe:
 def _load(recipe: str | Path, overrides: dict[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
     """Read a recipe, which tells in its notes what was left out of it."""
     data = read_recipe(recipe, overrides)
+    _refuse_other_kind(recipe, data, kind)
+    loaded = validate(data, str(recipe), kind)
+    if names := left_out(recipe, overrides):
+        loaded._notes = (
+            f"of the shipped recipe {recipe}, not taken for another model, data or length: "
+            f"{', '.join(names)}; --{names[0]} chooses",
+        )
+    return loaded
+
+
+def _refuse_other_kind(recipe: str | Path, data: dict[str, Any], kind: type) -> None:
+    """Raise RecipeError for a recipe that another command takes."""
     if kind is not GrpoRecipe and "grpo" in data:
         raise RecipeError(
             f"{recipe} has a section [grpo], which makes it a recipe of `potstill grpo`; give it "
@@ -50,13 +62,6 @@ def _load(recipe: str | Path, overrides: dict[str, Any], kind: type[AnyRecipe]) 
             f"{recipe} has a teacher or an objective, which makes it a recipe of `potstill train`; "
             "give it to that command, or give a recipe of GRPO"
         )
-    loaded = validate(data, str(recipe), kind)
-    if names := left_out(recipe, overrides):
-        loaded._notes = (
-            f"of the shipped recipe {recipe}, not taken for another model, data or length: "
-            f"{', '.join(names)}; --{names[0]} chooses",
-        )
-    return loaded
 
 
 def read_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
