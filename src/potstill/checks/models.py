@@ -17,6 +17,7 @@ from potstill.models.language_model import LanguageModel
 from potstill.models.probe import logits_error
 from potstill.objectives.habits import disagreement, habit_sums, step_habits
 from potstill.objectives.loss import student_rows
+from potstill.prompts.overview import marked
 from potstill.types import Rollout
 
 # A KL(self || self) of this many nats a token is rounding, in float32; in lower types it may be
@@ -66,15 +67,7 @@ def loss_tokens(subject: Subject, written: Written) -> Finding:
 
 def begun_with_marks(rollout: Rollout, tokenizer) -> str:
     """The end of a prompt and the beginning of its completion, with loss tokens in brackets."""
-    text, begun, part = "", False, []
-    flags = [*rollout.trained, False]
-    for i, is_trained in enumerate(flags):
-        if is_trained != begun or i == len(rollout.completion_ids):
-            words = tokenizer.decode(part)
-            text += f"[{words}]" if begun else words
-            part, begun = [], is_trained
-        if i < len(rollout.completion_ids):
-            part.append(rollout.completion_ids[i])
+    text = marked(rollout.completion_ids, rollout.trained, tokenizer, marks=("[", "]"))
     prompt = tokenizer.decode(rollout.prompt.token_ids)
     shown = text if len(text) <= ROLLOUT_CHARACTERS else f"{text[:ROLLOUT_CHARACTERS]}..."
     return repr(prompt[-ROLLOUT_CHARACTERS // 4 :] + shown)

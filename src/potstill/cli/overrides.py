@@ -91,7 +91,7 @@ def template_arguments(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def refuse_overrides(overrides: dict[str, Any]) -> None:
     if overrides:
+        takers = ", ".join(f"`potstill {name}`" for name in SCHEMAS)
         raise RecipeError(
-            f"--{next(iter(overrides))} is a field of a recipe, which only `potstill train`, "
-            "`potstill grpo` and `potstill cache build` take"
+            f"--{next(iter(overrides))} is a field of a recipe, which only {takers} take"
         )

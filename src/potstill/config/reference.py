@@ -4,7 +4,7 @@ meaning, place."""
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -82,13 +82,13 @@ def _words_for(annotation: Any) -> str:
     """The name of a type in a recipe: choices as code, lists by their items."""
     if annotation in WORDS:
         return WORDS[annotation]
-    origin = getattr(annotation, "__origin__", None)
+    origin = get_origin(annotation)
     inner = [
         item for item in get_args(annotation) if item is not type(None) and item is not Ellipsis
     ]
-    if str(annotation).startswith("typing.Literal"):
+    if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in inner)
-    if str(annotation).startswith("typing.Annotated"):
+    if origin is Annotated:
         return _words_for(inner[0])
     if origin is dict:
         return "table"

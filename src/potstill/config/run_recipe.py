@@ -1,14 +1,13 @@
 """The base of every kind of recipe: what it resolves to, its hash, and what makes a run this
 run."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from potstill.config.roles import CHANGE_NOTHING, CHANGE_ROUNDING, Role, Selection
 from potstill.config.section import Section, roles_of, set_fields
 from potstill.console.names import nearest_field
+from potstill.files import json_digest
 
 
 class RunRecipe(Section):
@@ -57,12 +56,12 @@ class RunRecipe(Section):
 
     def hash(self) -> str:
         """The hash of the resolved recipe without the folder it is written to."""
-        return _hash(self.resolved_without(("out",)))
+        return json_digest(self.resolved_without(("out",)))
 
     def identity(self) -> str:
         """The hash of what a run's weights depend on: the resolved recipe without what a resume may
         change."""
-        return _hash(self.resolved_without((*CHANGE_NOTHING, *CHANGE_ROUNDING)))
+        return json_digest(self.resolved_without((*CHANGE_NOTHING, *CHANGE_ROUNDING)))
 
     def changes_to(self, other: "RunRecipe") -> dict[str, tuple[Any, Any]]:
         """The dotted fields in which another recipe differs, with both values; None where a field
@@ -93,10 +92,6 @@ def names_of(kind: type[Section], selection: Selection) -> list[str]:
                 f"{nearest}"
             )
     return names
-
-
-def _hash(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _flat(data: dict[str, Any]) -> dict[str, Any]:

@@ -138,8 +138,8 @@ def _unread_of_signal(recipe: RecipeFields) -> dict[str, str]:
             "gamma",
             "temperature",
             "end_class",
+            "separate_ends",
         )
-        fields += ("separate_ends",)
         unread |= {f"objective.{field}": reason for field in fields} | {"weight_schedule": reason}
         if objective.prefix != "teacher":
             unread["teacher"] = reason
@@ -205,8 +205,13 @@ def unread_grpo_fields(recipe: GrpoFields) -> dict[str, str]:
     reason = (
         "GRPO needs scores, so data.source is a task, which has no columns and no configurations"
     )
-    fields = ("data.prompt_column", "data.prompt_template", "data.train_on", "data.config")
-    fields += ("data.sources",)
+    fields = (
+        "data.prompt_column",
+        "data.prompt_template",
+        "data.train_on",
+        "data.config",
+        "data.sources",
+    )
     unread = dict.fromkeys(fields, reason) | _unread_of_window(recipe.window)
     unread |= _unread_of_template(recipe.data)
     if recipe.evaluation.source is None:

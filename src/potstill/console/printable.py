@@ -26,6 +26,11 @@ def one_line(text: object) -> str:
     return printable(" ".join(str(text).split()), keep="")
 
 
+def error_text(error: Exception, most: int = 200) -> str:
+    """An error's text on one line, its first characters; the name of its type where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def say(*lines: object, error: bool = False) -> None:
     """Print lines, on standard output or as an error or note on standard error."""
     for line in lines:

@@ -13,6 +13,7 @@ import torch
 from potstill.checks.resources import ACTIVATION_BYTES, GIB, MOMENTS, free_memory
 from potstill.checks.settings import FEW_WEIGHTS
 from potstill.config import METHODS, load_recipe, toml_value
+from potstill.console.printable import error_text
 from potstill.files import write_atomically
 from potstill.models.language_model import LanguageModel, load_config, load_tokenizer
 from potstill.prompts.examples import load_examples, make_prompts
@@ -85,8 +86,9 @@ def outline(name: str) -> LanguageModel:
             model = transformers.AutoModelForCausalLM.from_config(config)
     # Any error can come from an architecture's own code.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(f"model {name!r} is no causal language model: {reason}") from None
+        raise ModelError(
+            f"model {name!r} is no causal language model: {error_text(error)}"
+        ) from None
     return LanguageModel(model, tokenizer, name)
 
 
@@ -123,7 +125,7 @@ def draft(wanted: Wanted, out: Path) -> Draft:
     if longest < lengths[-1]:
         why = f"prompts of more than {longest} tokens; refuse and cut-left are the other ways"
         lines.append(Line("data.too_long", "drop", why))
-    lines += _about_training(wanted, student, teacher, num_prompts=len(prompts), window=window)
+    lines += _about_training(wanted, student, num_prompts=len(prompts), window=window)
     lines += _about_size(wanted, student, teacher, longest=longest + window)
     if not is_table(wanted.data):
         lines.append(Line("evaluation.source", wanted.data, "its held-out problems, at the end"))
@@ -139,7 +141,7 @@ def draft(wanted: Wanted, out: Path) -> Draft:
 
 
 def _about_training(
-    wanted: Wanted, student: LanguageModel, teacher: LanguageModel, *, num_prompts: int, window: int
+    wanted: Wanted, student: LanguageModel, *, num_prompts: int, window: int
 ) -> list[Line]:
     method = METHODS[wanted.method]
     per_step = min(PROMPTS_PER_STEP[wanted.device], num_prompts)

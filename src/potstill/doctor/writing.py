@@ -54,7 +54,7 @@ def write_first_step(
 ) -> tuple[Written, WritingTime]:
     """The rollouts that the first step trains on, and those of each model by itself."""
     per_step, window = recipe.train.prompts_per_step, first_window(recipe.window).tokens
-    writers, writing = _writers(setup), _writing(recipe, setup, window)
+    writing = _writing(recipe, setup, window)
     tell("timing how fast the models write")
     num, pace = _rows_and_pace(recipe, setup, writing)
     if pace.seconds(window) * per_step / num <= WRITING_SECONDS:
@@ -67,7 +67,7 @@ def write_first_step(
     step = write_rollouts(writing, prompts, seeds)
     seconds = time.perf_counter() - began
     alone: dict[Writer, list[Rollout]] = {"student": [], "teacher": []}
-    for who in writers:
+    for who in writing.models:
         if recipe.objective.prefix == who:
             alone[who] = step
             continue
@@ -98,7 +98,7 @@ def _rows_and_pace(recipe: Recipe, setup: Setup, writing: Writing) -> tuple[int,
     for most in (ENOUGH, FEW):
         num = min(recipe.train.prompts_per_step, most)
         given = _first_prompts(recipe, setup, num)
-        paces = [_pace(writing, who, *given) for who in _writers(setup)]
+        paces = [_pace(writing, who, *given) for who in writing.models]
         pace = max(paces, key=lambda each: each.seconds(writing.window))
         if pace.seconds(writing.window) <= WRITING_SECONDS:
             break
@@ -119,11 +119,6 @@ def _first_prompts(
     per_step, seed = recipe.train.prompts_per_step, recipe.train.seed
     indices = step_places(len(setup.prompts), setup.mixture, per_step, 0, seed)[:num]
     return [setup.prompts[i] for i in indices], [(seed, 0, place) for place in range(num)]
-
-
-def _writers(setup: Setup) -> tuple[Writer, ...]:
-    can_teacher = setup.teacher is not None and setup.teacher.decoder is not None
-    return ("student", "teacher") if can_teacher else ("student",)
 
 
 def _writing(recipe: Recipe, setup: Setup, window: int) -> Writing:

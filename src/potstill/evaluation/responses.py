@@ -1,7 +1,5 @@
 """Responses of an evaluation: sampled, graded, and kept in a file that can be gone on with."""
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 from potstill.answers.grading import Grade
 from potstill.config import Evaluation, Sampling
 from potstill.console.progress import token_bar
-from potstill.files import append, flush, write_rows
+from potstill.files import append, flush, json_digest, write_rows
 from potstill.models.language_model import LanguageModel
 from potstill.models.sampling import sample
 from potstill.rollouts.text import is_loop, num_tokens_to_answer, zlib_ratio
@@ -160,9 +158,9 @@ def file_name(
     settings = settings_of(evaluation)
     # A template may write another date than yesterday's.
     asked = [prompt.token_ids for prompt in prompts]
-    identity = json.dumps([weights, settings, temperature, list(end_ids), asked], sort_keys=True)
+    identity = json_digest([weights, settings, temperature, list(end_ids), asked])
     source = re.sub(r"[^\w.-]+", "-", str(evaluation.source))[:60]
-    return f"{source}-T{temperature:g}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
+    return f"{source}-T{temperature:g}-{identity}.jsonl"
 
 
 def settings_of(evaluation: Evaluation) -> dict[str, Any]:

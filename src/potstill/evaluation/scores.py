@@ -57,9 +57,9 @@ def evaluate(
     responses that another process writes.
     """
     # Before the model is loaded, which can take long.
-    make_problems(evaluation)
+    problems = make_problems(evaluation)
     model = ready(model)
-    task, examples, prompts = prepare_problems(model, evaluation, date)
+    task, examples, prompts = prepare_problems(model, evaluation, date, problems)
     if not quiet:
         template, told = evaluation.template, evaluation.template_arguments
         say(*describe_files(own_files(evaluation.source)), error=True)
@@ -173,14 +173,17 @@ def make_problems(evaluation: Evaluation) -> tuple[Task, list[Example]]:
 
 
 def prepare_problems(
-    model: LanguageModel, evaluation: Evaluation, date: str | None = None
+    model: LanguageModel,
+    evaluation: Evaluation,
+    date: str | None = None,
+    problems: tuple[Task, list[Example]] | None = None,
 ) -> tuple[Task, list[Example], list[Prompt]]:
     """The problems of an evaluation as prompts for a model, checked to fit its context; errors as
-    make_problems.
+    make_problems, which makes them where they are not given.
 
     Raises ModelError for an end token that the model does not have.
     """
-    task, examples = make_problems(evaluation)
+    task, examples = problems or make_problems(evaluation)
     named_end_ids(model.tokenizer, evaluation.end_tokens)
     prompts = make_prompts(
         with_system(examples, evaluation.system, evaluation.template),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.console.names import nearest
+from potstill.console.printable import error_text
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.kl.head import Head
 from potstill.models.batch import Batch
@@ -283,10 +284,7 @@ def _readable(name: str):
         if folder is not None:
             refuse_foreign_files(folder)
             refuse_unread_file(folder)
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"model {name!r} cannot be loaded: {reason or type(error).__name__}"
-        ) from None
+        raise ModelError(f"model {name!r} cannot be loaded: {error_text(error, 300)}") from None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from potstill.console.printable import error_text
 from potstill.types import DataError, Message
 
 # Seconds of the processor for one conversation.
@@ -173,7 +174,7 @@ class ChatTemplate:
         try:
             return self.tokenizer.get_chat_template(tools=tools)
         except ValueError as error:
-            raise TemplateError(f"cannot be chosen: {' '.join(str(error).split())[:200]}") from None
+            raise TemplateError(f"cannot be chosen: {error_text(error)}") from None
 
 
 def today() -> str:

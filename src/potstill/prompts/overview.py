@@ -71,14 +71,19 @@ def first_prompt(
     return lines
 
 
-def marked(token_ids: Sequence[int], trained: Sequence[bool], tokenizer) -> str:
+def marked(
+    token_ids: Sequence[int],
+    trained: Sequence[bool],
+    tokenizer,
+    marks: tuple[str, str] = (OPEN, CLOSE),
+) -> str:
     """The text of a completion, with marks around the tokens that are trained on."""
-    text = ""
+    text, (first, last) = "", marks
     for is_trained, group in itertools.groupby(
         zip(token_ids, trained, strict=True), key=lambda pair: pair[1]
     ):
         part = tokenizer.decode([token_id for token_id, _ in group])
-        text += f"{OPEN}{part}{CLOSE}" if is_trained else part
+        text += f"{first}{part}{last}" if is_trained else part
     return text
 
 

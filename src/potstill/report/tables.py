@@ -13,7 +13,7 @@ from potstill.runs.results import Entry
 
 
 def comparison_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison, for the terminal and for the report."""
+    """Header and rows of the report's comparison of runs."""
     temperatures = sorted(
         {row["temperature"] for entry in entries for row in entry.evals}, reverse=True
     )

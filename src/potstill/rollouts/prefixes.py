@@ -56,7 +56,7 @@ def from_one(
         on_token=writing.on_token,
     )
     return [
-        _rollout(
+        written_rollout(
             prompt, completion.token_ids, (writer,) * len(completion.token_ids), completion.stop
         )
         for prompt, completion in zip(prompts, completions, strict=True)
@@ -151,7 +151,7 @@ def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
         tail = rest[i].token_ids if i in rest else ()
         writers = (first,) * len(part.token_ids) + (second,) * len(tail)
         rollouts.append(
-            _rollout(
+            written_rollout(
                 prompt, part.token_ids + tail, writers, rest[i].stop if i in rest else part.stop
             )
         )
@@ -184,7 +184,7 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) 
     )
     names: tuple[Writer, Writer] = ("teacher", "student")
     return [
-        _rollout(
+        written_rollout(
             prompt,
             completion.token_ids,
             tuple(names[m] for m in completion.models),
@@ -194,9 +194,10 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) 
     ]
 
 
-def _rollout(
+def written_rollout(
     prompt: Prompt, token_ids: tuple[int, ...], writers: tuple[Writer, ...], stop: Stop
 ) -> Rollout:
+    """A rollout whose tokens are all trained on."""
     return Rollout(
         prompt=prompt,
         completion_ids=token_ids,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from potstill.config import GrpoRecipe, Recipe, RecipeError, load_any_recipe
 from potstill.runs.results import PLAN_FILE, newest_evals, read_plan
 from potstill.runs.results_schema import RunEvalRow
-from potstill.runs.run_folder import STEP_LOGS, RunError, is_done, is_in_use, read_metrics
+from potstill.runs.run_folder import STEP_LOGS, RunError, is_in_use, is_trained, read_metrics
 from potstill.runs.schema import MetricsRow
 
 RunState = Literal["finished", "running", "stopped", "failed", "unreadable"]
@@ -120,7 +120,7 @@ def _described(folder: Path, recipe: Recipe | GrpoRecipe, rows: list[MetricsRow]
     path = folder / "metrics.jsonl"
     step = rows[-1]["step"] if rows else 0
     evals = newest_evals(folder, step)
-    state: RunState = "finished" if is_done(folder, recipe) else "stopped"
+    state: RunState = "finished" if is_trained(folder, recipe) else "stopped"
     return ListedRun(
         folder=folder,
         state="running" if is_in_use(folder) else state,

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from potstill.config import RecipeError
+from potstill.console.printable import error_text
 from potstill.runs.card import HUB_ID, write_card
 from potstill.runs.run_folder import RunError, resume_command
 
@@ -53,9 +54,9 @@ def push(folder: Path, repo_id: str) -> str:
         )
     # Any error can come from a network, a server or a client of any version.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RunError(
             f"the student is finished in {str(folder / 'model')!r}, and it could not be pushed to "
-            f"{repo_id}: {reason}; `{resume_command(folder)} {OPTION} {repo_id}` tries again"
+            f"{repo_id}: {error_text(error, 300)}; "
+            f"`{resume_command(folder)} {OPTION} {repo_id}` tries again"
         ) from error
     return str(url)

@@ -15,7 +15,7 @@ from potstill.runs.run_folder import (
     STEP_LOGS,
     RunError,
     check_keys,
-    is_done,
+    is_trained,
     last_row,
     read_evals,
     read_json,
@@ -122,13 +122,13 @@ def read_entry(path: Path) -> Entry:
             "`potstill runs FOLDER` lists the runs in a folder"
         )
     recipe = load_any_recipe(path / "recipe.toml")
-    if not is_done(path, recipe):
+    if not is_trained(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
     metrics = tuple(read_metrics(path, STEP_LOGS["metrics.jsonl"]))
     samples, decisions = (
         read_rows(path / name, STEP_LOGS[name]) for name in ("samples.jsonl", "window.jsonl")
     )
-    evals = newest_evals(path, last_row(path)["step"])
+    evals = newest_evals(path, metrics[-1]["step"] if metrics else last_row(path)["step"])
     return Entry(
         name=recipe.method,
         path=path,

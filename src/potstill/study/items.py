@@ -5,8 +5,6 @@ matching DONE is that run, whoever made it.
 """
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from potstill.config import (
     validate,
     with_fields,
 )
+from potstill.files import json_digest
 from potstill.runs.run_folder import is_done
 from potstill.study.cells import cells, corner
 from potstill.study.file import PanelPlan, Study
@@ -196,7 +195,7 @@ def evaluation_item(
 ) -> Item:
     """An evaluation of a model that is no run of its own, to a file named by model and settings."""
     plain = settings.model_dump(mode="json", exclude_none=True)
-    identity = hashlib.sha256(json.dumps([model, plain], sort_keys=True).encode()).hexdigest()[:16]
+    identity = json_digest([model, plain])
     file = study.out / "evaluations" / f"{_slug(name)}-{identity}.json"
     # A folder of its own: two evaluations of equal weights would write one file at the same time.
     responses = study.out / "responses" / file.stem

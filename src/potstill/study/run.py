@@ -1,6 +1,6 @@
 """A study: what is missing of a plan is done, each run once, side by side.
 
-`study_file.read_study_file` -> `planning.plan` -> `jobs.run_jobs`. `plan.json` in the study's
+`file.read_study_file` -> `planning.plan` -> `jobs.run_jobs`. `plan.json` in the study's
 folder says what it consists of and how far it is; the report reads it.
 """
 
@@ -44,7 +44,8 @@ def run_study(
         raise RecipeError(f"the study's folder {str(study.out)!r} is a file; choose another out")
     num_parallel, one_thread = _processes(num_jobs)
     states = _last_states(study)
-    panels = plan(study, choose(study))
+    chosen_before = choose(study)
+    panels = plan(study, chosen_before)
     _check_models(study, panels)
     sources = _own_sources(panels)
     for source in sources:
@@ -60,7 +61,8 @@ def run_study(
     with locked(study.out, "study"):
         crashed = _run_stage(study, [panel for panel in panels if panel.is_sweep], panels, run)
         chosen = choose(study)
-        panels = plan(study, chosen)
+        if chosen != chosen_before:
+            panels = plan(study, chosen)
         for (title, method), value in chosen.items():
             say(f"{title}: {METHODS[method].name} goes on with {value:g}")
         others = [panel for panel in panels if not panel.is_sweep]

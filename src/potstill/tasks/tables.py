@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from potstill.console.names import nearest
+from potstill.console.printable import error_text
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.types import DataError, Example
 
@@ -139,7 +140,7 @@ def _rows_of_file(file: str, columns: Sequence[str], num_rows: int | None) -> It
             yield make_row(f"row {i} of {file!r}", values, columns)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"data file {file!r} cannot be read: {_one_line(error)}; restore or repair it"
+            f"data file {file!r} cannot be read: {error_text(error)}; restore or repair it"
         ) from None
 
 
@@ -207,7 +208,7 @@ def _parse(data: bytes, where: str) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where} cannot be read as JSON: {_one_line(error)}; repair or remove it"
+            f"{where} cannot be read as JSON: {error_text(error)}; repair or remove it"
         ) from None
     return value
 
@@ -288,7 +289,7 @@ def _parquet(file: str, columns: Sequence[str], num_rows: int | None) -> Iterato
     # Text that is not UTF-8 is a ValueError.
     except (pyarrow.lib.ArrowException, ValueError) as error:
         raise DataError(
-            f"data file {file!r} cannot be read: {_one_line(error)}; restore or repair it"
+            f"data file {file!r} cannot be read: {error_text(error)}; restore or repair it"
         ) from None
 
 
@@ -362,7 +363,7 @@ def _why_not(name: str, config: str | None, split: str, error: Exception) -> str
         )
     of = f"split {split!r}" + (f", configuration {config!r}" if config else "")
     return (
-        f"data set {name!r} ({of}) cannot be read: {_one_line(error)}; without the network "
+        f"data set {name!r} ({of}) cannot be read: {error_text(error)}; without the network "
         "give a local file"
     )
 
@@ -375,7 +376,3 @@ def with_own_ids(examples: Sequence[Example]) -> list[Example]:
     return [
         dataclasses.replace(example, id=f"{i}:{example.id}") for i, example in enumerate(examples)
     ]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import Recipe, RecipeError
+from potstill.console.printable import error_text
 from potstill.files import write_atomically
 from potstill.runs.run_folder import RunError, read_json, read_metrics
 from potstill.runs.schema import MetricsRow
@@ -101,10 +102,9 @@ def _failing_as_one_line(name: str) -> Iterator[None]:
         yield
     # Any error can come from libraries that are not ours: a network, a disk, a version.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RunError(
-            f'train.tracker = "{name}" failed: {reason}; mend that, or remove train.tracker to go '
-            "on without"
+            f'train.tracker = "{name}" failed: {error_text(error, 300)}; mend that, '
+            "or remove train.tracker to go on without"
         ) from error
 
 

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 
@@ -24,19 +25,9 @@ from potstill.runs.schema import (
 )
 from potstill.types import Rollout, Writer
 
-# (statistic, name in the run log) of those that have one value a loss token.
-TOKEN_STATISTICS: tuple[TokenMean, ...] = (
-    "forward_kl",
-    "reverse_kl",
-    "student_entropy",
-    "teacher_entropy",
-)
-BEFORE_ANSWER: tuple[EntropyBeforeAnswer, ...] = (
-    "student_entropy_before_answer",
-    "teacher_entropy_before_answer",
-)
-
-
+# Statistics that have one value a loss token.
+TOKEN_STATISTICS: tuple[TokenMean, ...] = get_args(TokenMean)
+BEFORE_ANSWER: tuple[EntropyBeforeAnswer, ...] = get_args(EntropyBeforeAnswer)
 # Tokens between two notices of how far the writing of rollouts is.
 NOTICED_TOKENS = 64
 
@@ -140,16 +131,17 @@ def rollout_sums(
     """Sums over rollouts: how many, how long, how many cut by the window, how repetitive; and of
     each last writer's."""
     sums: dict[str, float] = {}
+    ratios = [zlib_ratio(text) for text in texts]
     for suffix, writer in (("", None), *((f"/{writer}", writer) for writer in split_by)):
         chosen = [
-            (r, text)
-            for r, text in zip(rollouts, texts, strict=True)
-            if writer is None or r.writers[-1] == writer
+            (rollout, ratio)
+            for rollout, ratio in zip(rollouts, ratios, strict=True)
+            if writer is None or rollout.writers[-1] == writer
         ]
         sums[f"num_rollouts{suffix}"] = float(len(chosen))
         sums[f"length{suffix}"] = float(sum(len(rollout.completion_ids) for rollout, _ in chosen))
         sums[f"truncation{suffix}"] = float(sum(rollout.stop == "length" for rollout, _ in chosen))
-        sums[f"zlib_ratio{suffix}"] = float(sum(zlib_ratio(text) for _, text in chosen))
+        sums[f"zlib_ratio{suffix}"] = float(sum(ratio for _, ratio in chosen))
     return sums
 
 

@@ -41,9 +41,10 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     lines += _about_ends(recipe, setup)
     lines += recipe.notes
     if recipe.train.lr is None:
-        lines.append(describe_lr(recipe.train, student.num_weights))
-    lines += cautions(student.model, with_lr(recipe.train, student.num_weights).lr or 0)
-    lines += faults_at_start(subject_of(recipe, setup, world))
+        lines.append(describe_lr(student.num_weights))
+    subject = subject_of(recipe, setup, world)
+    lines += cautions(student.model, subject.lr)
+    lines += faults_at_start(subject)
     if teacher is not None and setup.loss.vocab_size is not None:
         lines += vocabulary.describe_cut(student, teacher, setup.loss.vocab_size)
     for name, flops in (("student", setup.student_flops), ("teacher", setup.teacher_flops)):

@@ -22,7 +22,7 @@ def with_lr(config: Train, num_weights: int) -> Train:
     )
 
 
-def describe_lr(config: Train, num_weights: int) -> str:
+def describe_lr(num_weights: int) -> str:
     """A line on the rate for the user of a recipe that says none."""
     return (
         f"train.lr is not set: {usual_lr(num_weights):.2g}, which is usual for a student of "

@@ -166,7 +166,9 @@ def _divide_prompts(
     prompts, notes = prepare_prompts(
         recipe, student, teacher, end_ids=ends.stop_ids, date=date, given=given
     )
-    _refuse_prompts(recipe, student, teacher, prompts, loss.vocab_size)
+    _refuse_prompts(
+        student, teacher, prompts, loss.vocab_size, window=("window.tokens", recipe.window.tokens)
+    )
     prompts, probes = hold_out(recipe.window, prompts)
     models = {"student": student, "teacher": teacher}
     prompts, held_out, said = validation_prompts(
@@ -199,21 +201,21 @@ def _refuse_settings(recipe: Recipe, loss: Loss, world: World) -> None:
 
 
 def _refuse_prompts(
-    recipe: Recipe,
     student: LanguageModel,
     teacher: Teacher | None,
     prompts: list[Prompt],
     vocab_size: int | None,
+    *,
+    window: tuple[str, int],
 ) -> None:
     """Raise for ids that the two models do not share, and for texts that cross the border of a
-    longrope model."""
+    longrope model. `window` is the field of the longest completion, and its value."""
+    field, max_tokens = window
     if vocab_size is not None:
         vocabulary.refuse_unshared_ids(prompts, vocab_size, student.tokenizer)
-    refuse_crossing(student, [p.token_ids for p in prompts], recipe.window.tokens, "window.tokens")
+    refuse_crossing(student, [p.token_ids for p in prompts], max_tokens, field)
     if teacher is not None:
-        refuse_crossing(
-            teacher, [p.ids_of("teacher") for p in prompts], recipe.window.tokens, "window.tokens"
-        )
+        refuse_crossing(teacher, [p.ids_of("teacher") for p in prompts], max_tokens, field)
 
 
 def _check_held_out(
@@ -245,21 +247,11 @@ def _check_held_out(
         )
     if goal == "score" and held_out.task is None:
         raise RecipeError(
-            'validation.keep_best is "score" and the prompts are of no task, which alone can score'
+            'validation.keep_best is "score" and the prompts are of no task, which alone can '
+            'score; name a task in validation.source, or use "truncation" or "repetition"'
         )
-    max_tokens = recipe.validation.max_tokens or recipe.window.tokens
-    if vocab_size is not None:
-        vocabulary.refuse_unshared_ids(held_out.prompts, vocab_size, student.tokenizer)
-    refuse_crossing(
-        student, [p.token_ids for p in held_out.prompts], max_tokens, "validation.max_tokens"
-    )
-    if teacher is not None:
-        refuse_crossing(
-            teacher,
-            [p.ids_of("teacher") for p in held_out.prompts],
-            max_tokens,
-            "validation.max_tokens",
-        )
+    window = ("validation.max_tokens", recipe.validation.max_tokens or recipe.window.tokens)
+    _refuse_prompts(student, teacher, held_out.prompts, vocab_size, window=window)
     return held_out
 
 

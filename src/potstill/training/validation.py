@@ -17,7 +17,7 @@ from potstill.console.progress import StepDisplay
 from potstill.evaluation.quality import STUDENT, TEACHER, Pair, Sums, estimates, measure
 from potstill.models import distributed
 from potstill.prompts.held_out import HeldOut, every_steps
-from potstill.rollouts.prefixes import Writing, from_one
+from potstill.rollouts.prefixes import Writing, from_one, from_teacher, written_rollout
 from potstill.runs.run_folder import RunError, read_json
 from potstill.seeds import Key, Stream, stream_key
 from potstill.training import checkpoint
@@ -25,7 +25,7 @@ from potstill.training.controllers import next_best
 from potstill.training.rates import is_extended_at, is_spent, planned_steps
 from potstill.training.state import Run, Trainer
 from potstill.training.step import naming_the_step
-from potstill.types import Prompt, Rollout, Stop, Writer
+from potstill.types import Prompt, Rollout, Stop
 
 LOG, TEACHERS_FILE = "validation.jsonl", "validation_teacher.json"
 
@@ -191,10 +191,7 @@ def _of_teacher(
     """
     teacher, world = trainer.setup.teacher, trainer.world
     if teacher is not None and not teacher.can_score:
-        cache = trainer.setup.cache
-        return (
-            [] if cache is None else [cache.rollout(prompt, writing.window) for prompt in prompts]
-        )
+        return [] if writing.cache is None else from_teacher(writing, prompts, keys)
     if "teacher" not in trainer.decoders:
         return []
     path = trainer.folder / TEACHERS_FILE
@@ -217,7 +214,7 @@ def _of_teacher(
             files.write_atomically(path, files.seal({"asked": asked, "completions": rows}))
     mine = known[world.rank :: world.size]
     return [
-        _rollout(prompt, tuple(ids), stop)
+        written_rollout(prompt, tuple(ids), (TEACHER,) * len(ids), stop)
         for prompt, (ids, stop) in zip(prompts, mine, strict=True)
     ]
 
@@ -239,10 +236,3 @@ def _read_written(path: Path, asked: str) -> list[tuple[list[int], Stop]] | None
     if found["asked"] != asked:
         return None
     return [(row["completion_ids"], row["stop"]) for row in found["completions"]]
-
-
-def _rollout(prompt: Prompt, ids: tuple[int, ...], stop: Stop) -> Rollout:
-    writers: tuple[Writer, ...] = ("teacher",) * len(ids)
-    return Rollout(
-        prompt=prompt, completion_ids=ids, trained=(True,) * len(ids), writers=writers, stop=stop
-    )
