@@ -11,6 +11,7 @@ from potstill import load_recipe
 from potstill.cli.app import main
 from potstill.doctor.draft import TOY_LR, _lr, choose_window
 from potstill.models.language_model import load_model
+from potstill.prompts.examples import load_examples
 from potstill.types import DataError
 
 FLAGS = ["--student", "student", "--teacher", "teacher", "--method", "opd", "--device", "cpu"]
@@ -20,7 +21,7 @@ TABLES = {
     "question": ({"question": "Is it?", "answer": "yes"}, "question", "chat"),
     "text alone": ({"text": "Is it?"}, "text", "chat"),
     "an unknown one alone": ({"ask": "Is it?"}, "ask", "chat"),
-    "messages of a user": ({"messages": MESSAGES[0]}, "messages", None),
+    "messages of a user": ({"messages": MESSAGES[0]}, None, None),
     "messages with an answer": (
         {"messages": [*MESSAGES[0], {"role": "assistant", "content": "yes"}]},
         None,
@@ -83,6 +84,17 @@ def test_the_column_of_the_prompts_is_found(here, table, capsys):
     data = tomllib.loads((here / "my.toml").read_text())["data"]
     assert (data.get("prompt_column"), data.get("template")) == (column, template)
     assert (f"in the column {column!r}" in capsys.readouterr().out) == (column is not None)
+
+
+def test_an_answer_is_no_part_of_a_prompt_wherever_it_stands(here):
+    """The first chat waits for its answer, and the second has one."""
+    answered = [*MESSAGES[0], {"role": "assistant", "content": "yes, " * 40}]
+    rows = [{"messages": MESSAGES[0]}, {"messages": answered}]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["init", *FLAGS, "--data", "rows.jsonl"])
+    data = load_recipe("my.toml").data
+    first, second = load_examples(data.source, prompt_column=data.prompt_column)
+    assert first.prompt == second.prompt
 
 
 def test_a_terminal_is_asked_for_what_no_flag_says(here, monkeypatch):

@@ -168,7 +168,7 @@ def _examples(wanted: Wanted) -> tuple[list[Example], str | None, bool]:
     there may be more."""
     if not is_table(wanted.data):
         return load_examples(wanted.data), None, False
-    first = read_table_rows(wanted.data, ["messages"], num_rows=1)
+    first = read_table_rows(wanted.data, [], num_rows=1)
     if not first:
         raise DataError(f"{wanted.data!r} has no rows; give a data source with prompts")
     asked = Asked(column=wanted.column or _column(first[0], wanted.data))
@@ -187,14 +187,8 @@ def _column(row: DataRow, source: str) -> str:
             f"{source!r} has the columns {', '.join(row.names)}, and none is called "
             f"{', '.join(PROMPT_COLUMNS[:4])} or the like; name it with --column"
         )
-    if found == "messages" and _is_answered(row):
-        return "prompt"
-    return found
-
-
-def _is_answered(row: DataRow) -> bool:
-    messages = row.values.get("messages")
-    return isinstance(messages, list) and dict(messages[-1]).get("role") == "assistant"
+    # Chats are read where no column is named, whether they wait for an answer or have one.
+    return "prompt" if found == "messages" else found
 
 
 def _template(
