@@ -1,27 +1,40 @@
 """Random streams: no two uses of a run share one, and a seed means the same as ever."""
 
+import io
 import itertools
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 
-from potstill.config import Objective, Sampling
+from potstill.cli.app import main
+from potstill.config import Evaluation, Objective, Sampling
+from potstill.evaluation.responses import write_responses
+from potstill.evaluation.scores import prepare_problems
 from potstill.rollouts.prefixes import Writing, write_rollouts
-from potstill.seeds import Stream, response_key, stream_key
+from potstill.seeds import Stream, stream_key
 from potstill.types import Example, Prompt
 
 # From 2^32 on a seed is two of numpy's words, and there its keys are one longer.
 SEEDS = (0, 1, 2, 5, 2**32 - 1, 2**32 + 1, 2**63 - 1)
-# Those of validation are the same for all seeds.
-OF_VALIDATION = [stream_key((0, 0, place), Stream.VALIDATION) for place in range(9)]
-OF_A_DISTILLATION = (
+# Rounds, places, problems, responses and turns. They reach beyond the numbers of all streams.
+NUMBERS = range(len(Stream) + 2)
+# Uses that draw at every place of a round, and those that draw once a round.
+BY_PLACE = (
     Stream.TOKENS,
     Stream.TURNS,
     Stream.SECOND_WRITER,
     Stream.HANDOFF,
     Stream.PROBE,
+    Stream.EVALUATION,
 )
+BY_ROUND = (Stream.PLACES, Stream.CHAT, Stream.SAMPLE)
+# Uses whose streams are the same for all seeds.
+OF_ALL_SEEDS = (Stream.VALIDATION, Stream.MODEL_CHECK)
+KEYS_OF_ALL_SEEDS = [
+    stream_key((0, 0, place), stream) for place in NUMBERS for stream in OF_ALL_SEEDS
+]
 
 
 def state_of(key: tuple[int, ...]) -> tuple[int, ...]:
@@ -30,10 +43,13 @@ def state_of(key: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(np.random.SeedSequence(key).generate_state(4, np.uint64).tolist())
 
 
-def keys_of_a_distillation(seed: int) -> list[tuple[int, ...]]:
-    places = itertools.product(range(9), range(9))
-    keys = [stream_key((seed, *place), stream) for place in places for stream in OF_A_DISTILLATION]
-    return keys + [stream_key((seed, round_, 0), Stream.PLACES) for round_ in range(9)]
+def keys_of_a_seed(seed: int) -> list[tuple[int, ...]]:
+    """The keys of a distillation, of evaluations, chats and samples that all have this seed."""
+    places = itertools.product(NUMBERS, NUMBERS)
+    keys = [stream_key((seed, *place), stream) for place in places for stream in BY_PLACE]
+    return keys + [
+        stream_key((seed, round_, 0), stream) for round_ in NUMBERS for stream in BY_ROUND
+    ]
 
 
 def keys_of_grpo(seed: int) -> list[tuple[int, ...]]:
@@ -49,44 +65,27 @@ def keys_of_grpo(seed: int) -> list[tuple[int, ...]]:
     ]
 
 
-def test_validation_shares_no_stream_with_steps():
-    of_steps = {state_of(key) for seed in SEEDS for key in keys_of_a_distillation(seed)}
-    assert not of_steps & {state_of(key) for key in OF_VALIDATION}
+def test_what_all_seeds_share_is_no_stream_of_theirs():
+    shared = {state_of(key) for key in KEYS_OF_ALL_SEEDS}
+    assert len(shared) == len(KEYS_OF_ALL_SEEDS)
+    assert not shared & {state_of(key) for seed in SEEDS for key in keys_of_a_seed(seed)}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("keys_of", [keys_of_a_distillation, keys_of_grpo])
-def test_no_two_uses_of_a_run_share_a_stream(keys_of, seed):
+@pytest.mark.parametrize("keys_of", [keys_of_a_seed, keys_of_grpo])
+def test_no_two_uses_of_a_seed_share_a_stream(keys_of, seed):
     keys = keys_of(seed)
     assert len({state_of(key) for key in keys}) == len(keys)
 
 
-@pytest.mark.parametrize("keys_of", [keys_of_a_distillation, keys_of_grpo])
+@pytest.mark.parametrize("keys_of", [keys_of_a_seed, keys_of_grpo])
 def test_seeds_of_one_word_share_no_stream(keys_of):
     keys = [key for seed in SEEDS if seed < 2**32 for key in keys_of(seed)]
     assert len({state_of(key) for key in keys}) == len(keys)
 
 
 def test_every_stream_is_enumerated():
-    others = {Stream.START, Stream.VALIDATION, Stream.PLACES}
-    assert {*OF_A_DISTILLATION, *others} == set(Stream)
-
-
-def test_an_evaluation_shares_streams_with_tokens_alone():
-    """With those of a run that has its seed; all else in a run is drawn from other streams."""
-    one_word = [seed for seed in SEEDS if seed < 2**32]
-    asked = itertools.product(one_word, range(9), range(9))
-    responses = {state_of(response_key(*numbers)) for numbers in asked}
-    assert len(responses) == 81 * len(one_word)
-    for seed in one_word:
-        of_seed = {state_of(response_key(seed, i, j)) for i in range(9) for j in range(9)}
-        tokens = {
-            state_of(stream_key((seed, *place), Stream.TOKENS))
-            for place in itertools.product(range(9), range(9))
-        }
-        assert {state_of(key) for key in keys_of_a_distillation(seed)} & responses == tokens
-        assert tokens == of_seed
-    assert not responses & {state_of(key) for key in OF_VALIDATION}
+    assert {*BY_PLACE, *BY_ROUND, *OF_ALL_SEEDS, Stream.START} == set(Stream)
 
 
 def test_a_seed_means_what_it_meant():
@@ -100,23 +99,31 @@ def test_a_seed_means_what_it_meant():
         "START": 5,
         "VALIDATION": 6,
         "PLACES": 7,
+        "EVALUATION": 8,
+        "CHAT": 9,
+        "SAMPLE": 10,
+        "MODEL_CHECK": 11,
     }
     assert {stream.name: stream.value for stream in Stream} == numbers
     assert stream_key((7, 2, 5), Stream.TOKENS) == (7, 2, 5)
     assert stream_key((7, 2, 5), Stream.HANDOFF) == (7, 2, 5, 3)
-    assert response_key(7, 2, 5) == (7, 2, 5)
 
 
-@pytest.mark.parametrize("prefix_mix", ["sequence", "handoff", "token"])
-def test_writers_ask_for_each_stream_once(monkeypatch, student, teacher, prefix_mix):
-    """The generators that are made while rollouts are written, not those that a test thinks of."""
-    asked, real = Counter(), np.random.default_rng
+@pytest.fixture
+def asked(monkeypatch):
+    """How often each stream was asked for: those that are used, not those that a test thinks of."""
+    counts, real = Counter(), np.random.default_rng
 
     def default_rng(key):
-        asked[state_of(key)] += 1
+        counts[state_of(key)] += 1
         return real(key)
 
     monkeypatch.setattr(np.random, "default_rng", default_rng)
+    return counts
+
+
+@pytest.mark.parametrize("prefix_mix", ["sequence", "handoff", "token"])
+def test_writers_ask_for_each_stream_once(asked, student, teacher, prefix_mix):
     prompts = [
         Prompt(example=Example(id=str(i), prompt="prompt"), token_ids=(1, 5 + i)) for i in range(8)
     ]
@@ -137,3 +144,32 @@ def test_writers_ask_for_each_stream_once(monkeypatch, student, teacher, prefix_
     shared = {state: num for state, num in asked.items() if num > 1}
     assert shared.keys() == (orders if prefix_mix == "sequence" else set())
     assert len(asked) >= 3 * 8
+
+
+def states_of(stream: Stream, numbers: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    return {state_of(stream_key(rollout, stream)) for rollout in numbers}
+
+
+def test_an_evaluation_asks_for_streams_of_its_own(asked, student):
+    settings = Evaluation(
+        source="multiplication", num_problems=3, num_responses=2, max_tokens=4, seed=7
+    )
+    task, examples, prompts = prepare_problems(student, settings)
+    write_responses(student, settings, 1.0, task, examples, prompts, end_ids=(2,), quiet=True)
+    numbers = itertools.product((7,), range(3), range(2))
+    assert asked == Counter(states_of(Stream.EVALUATION, numbers))
+
+
+COMMANDS = {
+    "chat": (Stream.CHAT, ("--max-tokens", "2")),
+    "sample": (Stream.SAMPLE, ("--num", "2", "--max-tokens", "2")),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_asks_for_streams_of_its_own(asked, monkeypatch, command):
+    stream, options = COMMANDS[command]
+    monkeypatch.setattr("sys.stdin", io.StringIO("12*3=\n12*4=\n"))
+    main([command, "potstill:base", "--seed", "7", *options])
+    of_check = states_of(Stream.MODEL_CHECK, itertools.product((0,), (0,), range(3)))
+    assert asked == Counter(of_check | states_of(stream, [(7, 0, 0), (7, 1, 0)]))

@@ -35,21 +35,19 @@ class Stream(IntEnum):
     zeros."""
     PLACES = 7
     """Says which places of a round the student writes; drawn once a round, at its first place."""
+    EVALUATION = 8
+    """Draws the tokens of an evaluation: a problem stands for a round, a response for a place."""
+    CHAT = 9
+    """Draws the tokens of a chat's answers: a turn stands for a round, whose place is 0."""
+    SAMPLE = 10
+    """Draws the tokens of `potstill sample`: a prompt's number stands for a round."""
+    MODEL_CHECK = 11
+    """Draws the tokens with which a loaded model's decoding is examined, whatever the seed."""
 
 
 def stream_key(rollout: Key, stream: Stream) -> Key:
     """The key of one of a rollout's random streams."""
     return rollout if stream is Stream.TOKENS else (*rollout, int(stream))
-
-
-def response_key(seed: int, problem: int, response: int) -> Key:
-    """The key of the tokens of a response in an evaluation, or of an answer in a chat.
-
-    It is the key of TOKENS where a problem stands for a round and a response for a place. So a
-    training run with the same seed draws the same numbers, for other prompts and at another time;
-    nothing compares the two. A stream of its own would change every evaluation that was made.
-    """
-    return stream_key((seed, problem, response), Stream.TOKENS)
 
 
 def step_indices(num_prompts: int, per_step: int, step: int, seed: int) -> list[int]:

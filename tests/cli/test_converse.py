@@ -16,6 +16,7 @@ from potstill.config import Sampling
 from potstill.console.printable import printable
 from potstill.models import sampling
 from potstill.models.language_model import load_model
+from potstill.seeds import Stream, stream_key
 
 GREEDY = ("--temperature", "0")
 
@@ -82,7 +83,7 @@ def test_turns_are_rendered_as_the_template_says(monkeypatch, capsys, folder, as
         (alone,) = sampling.sample(
             load_model(str(folder)).model,
             [prompt],
-            [(3, place)],
+            [stream_key((3, place, 0), Stream.CHAT)],
             max_tokens=6,
             end_ids=ends,
             sampling=Sampling(),

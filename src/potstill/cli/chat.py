@@ -17,7 +17,7 @@ from potstill.models.probe import ready
 from potstill.models.sampling import sample
 from potstill.models.templates import ChatTemplate
 from potstill.prompts.examples import make_prompts
-from potstill.seeds import response_key
+from potstill.seeds import Stream, stream_key
 from potstill.teachers.ends import end_set
 from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.vocabulary import num_named_rows
@@ -157,7 +157,7 @@ def _write(
     (completion,) = sample(
         model.model,
         [token_ids],
-        [response_key(speaker.seed, turn, 0)],
+        [stream_key((speaker.seed, turn, 0), Stream.CHAT)],
         max_tokens=num,
         end_ids=end_set(model),
         sampling=speaker.sampling,

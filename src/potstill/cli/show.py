@@ -23,6 +23,7 @@ from potstill.report.validation import comparison_lines, validation_lines
 from potstill.runs.card import write_card
 from potstill.runs.results import Entry, read_entry
 from potstill.runs.run_folder import begun_on, last_row, read_json, store_evals
+from potstill.seeds import Stream, stream_key
 from potstill.statistics import holm, paired
 from potstill.tasks.own import OwnJudge, describe_files, own_files
 from potstill.teachers.ends import end_set
@@ -208,7 +209,7 @@ def show_responses(
     completions = sample(
         model.model,
         [prompt.token_ids for prompt in prompts],
-        [(seed, i) for i in range(len(prompts))],
+        [stream_key((seed, i, 0), Stream.SAMPLE) for i in range(len(prompts))],
         max_tokens=max_tokens,
         end_ids=end_set(model),
         sampling=sampling,

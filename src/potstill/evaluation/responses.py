@@ -13,7 +13,7 @@ from potstill.models.language_model import LanguageModel
 from potstill.models.sampling import sample
 from potstill.rollouts.text import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.runs.run_folder import read_rows
-from potstill.seeds import response_key
+from potstill.seeds import Stream, stream_key
 from potstill.tasks import Task
 from potstill.tasks.own import own_files
 from potstill.teachers.vocabulary import num_named_rows
@@ -57,7 +57,7 @@ def write_responses(
             completions = sample(
                 model.model,
                 [prompts[i].token_ids for i, _ in batch],
-                [response_key(evaluation.seed, i, j) for i, j in batch],
+                [stream_key((evaluation.seed, *place), Stream.EVALUATION) for place in batch],
                 max_tokens=evaluation.max_tokens,
                 end_ids=end_ids,
                 sampling=sampling,
@@ -153,12 +153,13 @@ def file_name(
     end_ids: Sequence[int],
     prompts: Sequence[Prompt],
 ) -> str:
-    """One file for each set of weights (their `fingerprint`), settings and temperature: what would
-    be sampled otherwise is never mixed."""
+    """One file for each set of weights (their `fingerprint`), settings, temperature and streams:
+    what would be sampled otherwise is never mixed."""
     settings = settings_of(evaluation)
     # A template may write another date than yesterday's.
     asked = [prompt.token_ids for prompt in prompts]
-    identity = json_digest([weights, settings, temperature, list(end_ids), asked])
+    sampled = [weights, settings, temperature, list(end_ids), asked, Stream.EVALUATION]
+    identity = json_digest(sampled)
     source = re.sub(r"[^\w.-]+", "-", str(evaluation.source))[:60]
     return f"{source}-T{temperature:g}-{identity}.jsonl"
 

@@ -18,6 +18,7 @@ from potstill.config import Sampling
 from potstill.models.language_model import LanguageModel, load_model
 from potstill.models.sampling import sample
 from potstill.models.weights import refuse_non_finite
+from potstill.seeds import Stream, stream_key
 from potstill.types import ModelError, NonFiniteError
 
 # Lengths of the prompts that are decoded together, and how many tokens each gets: one row leaves
@@ -174,7 +175,7 @@ def _check_decoding(model: LanguageModel) -> None:
     more = window if isinstance(window, int) and window <= LONGEST_WINDOW else 0
     ids = _ids(model, max(LENGTHS) + more + len(LENGTHS)).tolist()
     prompts = [tuple(ids[i : i + length + more]) for i, length in enumerate(LENGTHS)]
-    seeds = [(i,) for i in range(len(prompts))]
+    seeds = [stream_key((0, 0, i), Stream.MODEL_CHECK) for i in range(len(prompts))]
     with _able(model, "decode a batch of rows of different lengths, some of which end early"):
         written = sample(
             model.model, prompts, seeds, max_tokens=CAPS, end_ids=(), sampling=Sampling()
