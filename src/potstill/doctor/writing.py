@@ -11,7 +11,7 @@ from potstill.config import Recipe
 from potstill.prompts.mixture import step_places
 from potstill.rollouts.prefixes import Writing, from_one, write_rollouts
 from potstill.training.controllers import first_window
-from potstill.training.setup import Setup
+from potstill.training.setup import Setup, writing_of
 from potstill.types import Prompt, Rollout, Writer
 
 # Seconds for each writer, and tokens to guess by how long it takes.
@@ -125,16 +125,7 @@ def _writing(recipe: Recipe, setup: Setup, window: int) -> Writing:
     models: dict[Writer, Any] = {"student": setup.student.decoder}
     if setup.teacher is not None and setup.teacher.decoder is not None:
         models["teacher"] = setup.teacher.decoder
-    return Writing(
-        objective=recipe.objective,
-        models=models,
-        window=window,
-        end_ids=setup.ends.stop_ids,
-        sampling=recipe.sampling,
-        rollouts_per_step=recipe.train.prompts_per_step,
-        vocab_size=setup.loss.vocab_size,
-        cache=setup.cache,
-    )
+    return writing_of(recipe, setup, models, window)
 
 
 def _pace(

@@ -18,7 +18,7 @@ from potstill.seeds import Key, Stream, stream_key
 from potstill.teachers.protocol import Teacher
 from potstill.training.controllers import Probe, WindowState
 from potstill.training.metrics import before_answer
-from potstill.training.setup import Setup
+from potstill.training.setup import Setup, writing_of
 from potstill.types import Prompt, Rollout, Writer
 
 
@@ -41,16 +41,7 @@ def probe_window(
     prompts = setup.probes[world.rank :: world.size]
     numbers = range(world.rank, len(setup.probes), world.size)
     seeds = [stream_key((recipe.train.seed, step, number), Stream.PROBE) for number in numbers]
-    writing = Writing(
-        objective=recipe.objective,
-        models=decoders,
-        window=state.tokens,
-        end_ids=setup.ends.stop_ids,
-        sampling=recipe.sampling,
-        rollouts_per_step=len(setup.probes),
-        vocab_size=setup.loss.vocab_size,
-        cache=setup.cache,
-    )
+    writing = writing_of(recipe, setup, decoders, state.tokens)
     # The whole copy that decodes: ranks do not take the same number of passes here.
     student = setup.student.around(decoders["student"], "student")
     rollouts = from_one("student", writing, prompts, seeds)

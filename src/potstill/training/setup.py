@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from potstill.config import Recipe, RecipeError, Window, run_evaluation
 from potstill.evaluation.scores import prepare_problems
@@ -21,6 +22,7 @@ from potstill.objectives.loss import Loss
 from potstill.prompts.held_out import HeldOut, validation_prompts
 from potstill.prompts.mixture import Mixture, make_mixture
 from potstill.prompts.prepare import prepare_prompts
+from potstill.rollouts.prefixes import Writing
 from potstill.tasks import is_table, make_task
 from potstill.tasks.own import own_files
 from potstill.teachers import vocabulary
@@ -29,7 +31,7 @@ from potstill.teachers.ends import Ends, find_ends
 from potstill.teachers.protocol import Teacher
 from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.store import Cache
-from potstill.types import DataError, Prompt
+from potstill.types import DataError, Prompt, Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,20 @@ class Setup:
     def scoring_flops(self) -> ModelFlops | None:
         """The teacher's, if it gives the signal and does not only write."""
         return None if self.loss.objective.signal == "labels" else self.teacher_flops
+
+
+def writing_of(recipe: Recipe, setup: Setup, models: Mapping[Writer, Any], window: int) -> Writing:
+    """How the models of a run write completions of at most `window` tokens."""
+    return Writing(
+        objective=recipe.objective,
+        models=models,
+        window=window,
+        end_ids=setup.ends.stop_ids,
+        sampling=recipe.sampling,
+        rollouts_per_step=recipe.train.prompts_per_step,
+        vocab_size=setup.loss.vocab_size,
+        cache=setup.cache,
+    )
 
 
 def prepare(

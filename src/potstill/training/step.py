@@ -29,6 +29,7 @@ from potstill.training.metrics import Stopwatch, step_means
 from potstill.training.probing import probe_window
 from potstill.training.rates import is_extended_at, is_spent, learning_rate, planned_steps
 from potstill.training.rollout_log import scored_samples
+from potstill.training.setup import writing_of
 from potstill.training.state import Run, Trainer, prompts_and_seeds
 from potstill.types import NonFiniteError, Prompt, Rollout, Writer
 
@@ -112,16 +113,7 @@ def plan_step(trainer: Trainer, run: Run) -> StepPlan:
             recipe.weight_schedule, recipe.objective.forward_weight, step, num_steps
         )
     prompts, seeds = prompts_and_seeds(trainer, step)
-    writing = Writing(
-        objective=recipe.objective,
-        models=trainer.decoders,
-        window=window,
-        end_ids=setup.ends.stop_ids,
-        sampling=recipe.sampling,
-        rollouts_per_step=trainer.settings.prompts_per_step,
-        vocab_size=setup.loss.vocab_size,
-        cache=setup.cache,
-    )
+    writing = writing_of(recipe, setup, trainer.decoders, window)
     loss = dataclasses.replace(setup.loss, forward_weight=weight)
     return StepPlan(step=step, age=age, prompts=prompts, seeds=seeds, writing=writing, loss=loss)
 

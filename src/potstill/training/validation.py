@@ -23,6 +23,7 @@ from potstill.seeds import Key, Stream, stream_key
 from potstill.training import checkpoint
 from potstill.training.controllers import next_best
 from potstill.training.rates import is_extended_at, is_spent, planned_steps
+from potstill.training.setup import writing_of
 from potstill.training.state import Run, Trainer
 from potstill.training.step import naming_the_step
 from potstill.types import Prompt, Rollout, Stop
@@ -133,17 +134,10 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
         stream_key((0, 0, place), Stream.VALIDATION)
         for place in range(world.rank, len(held_out.prompts), world.size)
     ]
-    writing = Writing(
-        objective=recipe.objective,
-        models=trainer.decoders,
-        window=_max_tokens(trainer),
-        end_ids=setup.ends.stop_ids,
-        # As the models are, whatever training draws from them.
-        sampling=Sampling(batch_size=recipe.sampling.batch_size),
-        rollouts_per_step=len(held_out.prompts),
-        vocab_size=setup.loss.vocab_size,
-        cache=setup.cache,
-    )
+    writing = writing_of(recipe, setup, trainer.decoders, _max_tokens(trainer))
+    # As the models are, whatever training draws from them.
+    sampling = Sampling(batch_size=recipe.sampling.batch_size)
+    writing = dataclasses.replace(writing, sampling=sampling)
 
     def pair(teacher) -> Pair:
         return Pair(
