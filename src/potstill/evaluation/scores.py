@@ -239,6 +239,25 @@ def summarize_responses(rows: Sequence[ResponseRow], num_responses: int) -> Esti
     }
 
 
+def evaluate_run(
+    recipe: Recipe | GrpoRecipe, model: LanguageModel, step: int, quiet: bool = False
+) -> None:
+    """Evaluate the model of a run after so many steps, if its recipe says how; the results are
+    stored in its folder. Errors as `evaluate`."""
+    folder = recipe.out
+    if recipe.evaluation.source is None:
+        return
+    rows = evaluate(
+        model.around(model.model, str(folder)),
+        run_evaluation(recipe),
+        end_ids=read_json(folder / "environment.json", ("end_ids",))["end_ids"],
+        responses=folder / "responses",
+        quiet=quiet,
+        date=begun_on(folder),
+    )
+    store_evals(folder, step, rows)
+
+
 def evaluate_anew(recipe: Recipe | GrpoRecipe, model: LanguageModel, quiet: bool = False) -> None:
     """Evaluate the model of a finished run as the recipe says, which then is the run's own.
 
@@ -247,16 +266,7 @@ def evaluate_anew(recipe: Recipe | GrpoRecipe, model: LanguageModel, quiet: bool
     """
     folder = recipe.out
     step = last_row(folder)["step"]
-    end_ids = read_json(folder / "environment.json", ("end_ids",))["end_ids"]
     with locked(folder, "run folder"):
-        if recipe.evaluation.source is not None:
-            named = LanguageModel(model.model, model.tokenizer, str(folder))
-            options: dict[str, Any] = {
-                "end_ids": end_ids,
-                "responses": folder / "responses",
-                "quiet": quiet,
-            }
-            options |= {"date": begun_on(folder)}
-            store_evals(folder, step, evaluate(named, run_evaluation(recipe), **options))
+        evaluate_run(recipe, model, step, quiet)
         write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
         write_card(folder)

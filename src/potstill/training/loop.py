@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from potstill import files
-from potstill.config import Recipe, Role, check_recipe, run_evaluation
+from potstill.config import Recipe, Role, check_recipe
 from potstill.console.boundary import saying_when_stopped, stop_asked_for, stopped_after
 from potstill.console.printable import say
 from potstill.console.progress import StepDisplay
-from potstill.evaluation.scores import evaluate, evaluate_anew
+from potstill.evaluation.scores import evaluate_anew, evaluate_run
 from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.models.given import GivenModel, GivenTokenizer, left_as_it_was, with_names
@@ -331,17 +331,15 @@ def _save(trainer: Trainer, run: Run) -> None:
 def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
     """Write the student, evaluate it, and mark the run as done."""
     recipe, setup, folder = trainer.recipe, trainer.setup, trainer.folder
-    student, end_ids = setup.student, setup.ends.stop_ids
+    student = setup.student
     weights = checkpoint.weights(student)
     distributed.refresh(trainer.decoders["student"], student)
     student.eval()
     if trainer.world.is_main:
-        save_model(student, weights, end_ids, folder / "model")
-        if recipe.evaluation.source is not None:
-            finished = student.around(trainer.decoders["student"], str(folder))
-            options = {"end_ids": end_ids, "responses": folder / "responses", "quiet": quiet}
-            evaluations = evaluate(finished, run_evaluation(recipe), date=setup.date, **options)
-            run_folder.store_evals(folder, run.step, evaluations)
+        save_model(student, weights, setup.ends.stop_ids, folder / "model")
+        # The whole copy that decodes: the other ranks take no part.
+        finished = student.around(trainer.decoders["student"], student.name)
+        evaluate_run(recipe, finished, run.step, quiet)
         write_card(folder)
         run_folder.mark_done(recipe)
     distributed.wait_for_rank_0(trainer.world)
