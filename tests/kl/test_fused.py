@@ -138,13 +138,9 @@ def brute_force(
 
 
 def combined(terms: LossTerms, stats: TokenStats):
-    forward, reverse = terms.forward, terms.reverse
-    if terms.forward_above is not None:
-        is_above = (stats.teacher_entropy_N > terms.forward_above).double()
-        forward, reverse = is_above * forward, reverse + (1 - is_above) * forward
     return (
-        forward * stats.forward_kl_N
-        + reverse * stats.reverse_kl_N
+        terms.forward * stats.forward_kl_N
+        + terms.reverse * stats.reverse_kl_N
         + terms.skew_forward * stats.skew_forward_N
         + terms.skew_reverse * stats.skew_reverse_N
         + terms.jsd * stats.jsd_N
@@ -169,8 +165,6 @@ TERMS = {
     "jsd": LossTerms(jsd=1.0, mixture_weight=0.3),
     "skew forward": LossTerms(skew_forward=1.0, mixture_weight=0.3),
     "skew reverse": LossTerms(skew_reverse=1.0, mixture_weight=0.3),
-    "gated": LossTerms(forward=0.6, reverse=0.4, forward_above=3.45),
-    "gated forward": LossTerms(forward=1.0, forward_above=3.45),
     "entropy": LossTerms(entropy=1.0),
     "cross_entropy": LossTerms(cross_entropy=1.0),
     "all": LossTerms(
@@ -182,7 +176,6 @@ TERMS = {
         skew_forward=-0.3,
         skew_reverse=0.9,
         mixture_weight=0.3,
-        forward_above=3.45,
     ),
     "by token": LossTerms(
         forward=torch.linspace(0, 1, 37),
@@ -706,10 +699,6 @@ def test_a_model_that_is_not_finite_is_named_whatever_is_asked(value, terms, bac
         (
             {"terms": LossTerms(entropy=torch.full((37,), -math.inf))},
             "entropy holds -inf; give finite numbers",
-        ),
-        (
-            {"terms": LossTerms(forward=1.0, forward_above=math.nan)},
-            "forward_above is nan; give a number of nats",
         ),
         ({"scale": math.inf}, "scale is inf; give a finite number"),
     ],

@@ -55,7 +55,7 @@ def coarse_statistics(
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("end_ids", [(), ENDS], ids=["raw", "merged"])
 @pytest.mark.parametrize(
-    "kl", ["forward", "reverse", "mixed", "jsd", "skew forward", "skew reverse", "gated"]
+    "kl", ["forward", "reverse", "mixed", "jsd", "skew forward", "skew reverse"]
 )
 def test_value_and_gradient_equal_float64_autograd(monkeypatch, head, end_ids, kl):
     # Several slices of rows.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from potstill.kl import tiles
 from potstill.kl.inputs import Problem
-from potstill.kl.terms import LossTerms, TokenStats, Weight
+from potstill.kl.terms import LossTerms, TokenStats, Weight, is_there
 from potstill.kl.tiles import Terms
 
 
@@ -33,17 +33,13 @@ class AskedGradient(NamedTuple):
 
 
 def ask(terms: LossTerms, lse: Weight, found: "RowGroup") -> AskedGradient:
-    """The terms of a loss, and `lse` times the student's log-sum-exp, as coefficients of the
-    gradient."""
-    skews, is_gated, b = (
-        (terms.skew_forward, terms.skew_reverse),
-        terms.forward_above is not None,
-        terms.mixture_weight,
-    )
+    """The terms of a group's rows, and `lse` times the student's log-sum-exp, as coefficients of
+    the gradient."""
+    skews, b = (terms.skew_forward, terms.skew_reverse), terms.mixture_weight
     is_skew = any(map(is_there, skews))
     has = Terms(
         forward=is_there(terms.forward),
-        reverse=is_there(terms.reverse) or is_gated,
+        reverse=is_there(terms.reverse),
         entropy=is_there(terms.entropy),
         mixture=is_there(terms.jsd) or is_skew,
         skew=is_skew,
@@ -52,13 +48,11 @@ def ask(terms: LossTerms, lse: Weight, found: "RowGroup") -> AskedGradient:
     is_plain_forward = (
         has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
     )
-    if is_plain_forward and not is_gated:
+    if is_plain_forward:
         return AskedGradient(has, None, float(terms.forward), b, None)
     label_weight = _row(terms.cross_entropy, found)
     f, r, h, e = (_row(w, found) for w in (terms.forward, terms.reverse, terms.entropy, lse))
     moments = found.moments
-    if terms.forward_above is not None:
-        f, r = gated(f, r, moments.teacher_entropy, terms.forward_above)
     # A KL(p || m) + B KL(q || m); of the JSD's own parts nothing is left in d.
     a, s, jsd = (_row(w, found) for w in (*skews, terms.jsd))
     j, d = s + (1 - b) * jsd, (1 - b) * a - b * s
@@ -120,20 +114,9 @@ class RowGroup:
         return stats
 
 
-def gated(forward, reverse, teacher_entropy_N: Tensor, above: float) -> tuple[Tensor, Tensor]:
-    """Weights [N] of both KLs where the forward one's goes to the reverse unless the teacher's
-    entropy is above."""
-    is_above_N = (teacher_entropy_N > above).to(teacher_entropy_N.dtype)
-    return is_above_N * forward, reverse + (1 - is_above_N) * forward
-
-
-def is_there(weight: Weight) -> bool:
-    return isinstance(weight, Tensor) or weight != 0
-
-
 def _row(weight: Weight, found: RowGroup) -> Tensor:
     """A term's weight for each row of a group."""
-    like, group = found.log_sums[0], found.rows
+    like = found.log_sums[0]
     if isinstance(weight, Tensor):
-        return weight[group.start : group.stop].detach().to(like.dtype)
+        return weight.detach().to(like.dtype)
     return torch.full_like(like, weight)

@@ -13,7 +13,7 @@ Shapes: N loss tokens, V shared vocabulary, D student hidden, E teacher hidden.
 `divergence.token_statistics` is the plain version of all this.
 """
 
-import math
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from potstill.kl import definition
-from potstill.kl.coefficients import gated, is_there
 from potstill.kl.head import Head
 from potstill.kl.inputs import Problem
-from potstill.kl.terms import LossTerms, TokenStats, VocabShard, Weight
+from potstill.kl.terms import LossTerms, TermsFunction, TokenStats, VocabShard, Weight, is_there
 from potstill.kl.walk import Gradients, Walk, refuse_rows
+from potstill.kl.weights import KnownInputs, asked_mixture, check_terms, check_weight, terms_of_rows
 
 MIB = 2**20
 DEFAULT_BUDGET = 256 * MIB
@@ -37,7 +37,7 @@ def fused_loss(  # noqa: PLR0913
     head: Head,
     teacher_hidden_NE: Tensor | None,
     teacher_head: Head | None,
-    terms: LossTerms,
+    terms: LossTerms | TermsFunction,
     *,
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
@@ -45,57 +45,62 @@ def fused_loss(  # noqa: PLR0913
     vocab_size: int | None = None,
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
+    mixture_weight: float | None = None,
     budget: int = DEFAULT_BUDGET,
     backend: str = "auto",
     tile: tuple[int, int] | None = None,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
-    """The training loss `scale * sum_i weights_i loss_i`, with its gradient computed on the way
-    forward.
+    """The training loss `scale * sum_i weights_i loss_i`; its gradient is taken on the way forward.
 
     Returns `(loss_sum, loss_N, stats)`: a scalar with a gradient for the student's hidden states,
     head weight and bias (those that require one); the loss of each token before weights and scale;
     and detached statistics [N] in nats.
 
+    `terms` may be a `TermsFunction`, called between the passes for each group of rows that the
+    budget makes. It must treat each row by itself, so that the budget changes no result. It knows
+    the divergences from a mixture where `mixture_weight` asks for them, at one pass more.
+
     Without a teacher (`teacher_hidden_NE` and `teacher_head` None) only entropy and cross-entropy
     can be asked for. `labels_N` holds the written tokens; cross-entropy and the log-probabilities
     in the statistics need it. `vocab_size` cuts both heads to their shared rows. `temperature`
     divides both models' logits; statistics are those of the tempered distributions. Two or more
-    `end_ids` count as one class on both sides. Arithmetic is in float32 (float64 for float64 hidden
-    states), whatever the inputs' type. `budget` is the memory in bytes for tiles that stay between
-    the passes; 0 computes every tile twice. `backend` is "eager", "compiled", "triton", "plain"
-    (whole logits and autograd, any amount of memory) or "auto" (Triton on GPUs, eager elsewhere).
-    `tile` fixes a tile's (rows, columns).
+    `end_ids` are one class on both sides. Arithmetic is in float32 (float64 for float64 hidden
+    states). `budget` is the memory in bytes for tiles that stay between the passes; 0 computes all
+    twice. `backend` is "eager", "compiled", "triton", "plain" (whole logits and autograd) or "auto"
+    (Triton on GPUs, eager elsewhere). `tile` fixes a tile's (rows, columns).
 
-    The value comes from the gradient pass where there is one, in the Bregman form: a KL of 2e-6
-    nats is right to 1 %. Raises ValueError for shapes, ids and options that do not fit,
-    NonFiniteError for logits that are NaN or infinite.
+    Where there is a gradient the value is in the Bregman form: a KL of 2e-6 nats is right to 1 %.
+    Raises ValueError for what does not fit, NonFiniteError for logits that are NaN or infinite.
     """
     sides = (hidden_ND, head, teacher_hidden_NE, teacher_head)
-    has_mixture = any(
-        is_there(weight) for weight in (terms.jsd, terms.skew_forward, terms.skew_reverse)
-    )
-    mixture_weight = terms.mixture_weight if has_mixture else None
+    mixture_weight = asked_mixture(terms, mixture_weight)
     problem = Problem(
         *sides, labels_N, vocab_size, temperature, tuple(end_ids), mixture_weight, shard
     )
-    _check_terms(terms, weights_N, scale, problem)
+    _check_weights(terms, weights_N, scale, problem)
     if backend == "plain":
         stats = _plain_statistics(problem, sides, labels_N, end_ids, temperature)
-        loss_N = token_loss(terms, stats)
-        return (
-            scale * (loss_N if weights_N is None else loss_N * weights_N).sum(),
-            loss_N.detach(),
-            detached(stats),
-        )
-    inputs = (hidden_ND, head.weight_VD, head.bias_V)
-    wants_gradient = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in inputs
-    )
-    trained = tuple(wants_gradient and t is not None and t.requires_grad for t in inputs)
-    walk = Walk(problem, budget if wants_gradient else 0, backend, tile, trains_head=trained[1])
+        rows = slice(0, problem.num_rows)
+        loss_N = token_loss(terms_of_rows(terms, detached(stats), rows, mixture_weight), stats)
+        return _weighted_sum(loss_N, weights_N, scale), loss_N.detach(), detached(stats)
+    inputs, is_on = (hidden_ND, head.weight_VD, head.bias_V), torch.is_grad_enabled()
+    trained = tuple(is_on and t is not None and t.requires_grad for t in inputs)
+    walk = Walk(problem, budget if any(trained) else 0, backend, tile, trains_head=trained[1])
     loss_sum, loss_N, *values = _Loss.apply(*inputs, terms, weights_N, scale, walk, trained)  # pyright: ignore
     return loss_sum, loss_N, _from_values(values)
+
+
+def _check_weights(
+    terms: LossTerms | TermsFunction, weights_N: Tensor | None, scale: float, problem: Problem
+) -> None:
+    has_teacher, has_labels = problem.teacher is not None, problem.labels is not None
+    check_terms(
+        terms, KnownInputs(has_teacher, has_labels, problem.mixture_weight), problem.num_rows
+    )
+    check_weight("scale", scale, problem.num_rows)
+    if weights_N is not None:
+        check_weight("weights_N", weights_N, problem.num_rows)
 
 
 # The arguments of fused_loss that concern no gradient.
@@ -169,19 +174,21 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, terms, weights_N, scale, walk, trained):  # pyright: ignore[reportIncompatibleMethodOverride]
         problem: Problem = walk.problem
         into = Gradients(walk, hidden, weight, bias, trained)
-        parts, kls = [], []
+        parts, losses = [], [hidden.new_zeros(0, dtype=problem.dtype)]
         with torch.autocast(hidden.device.type, enabled=False):
             for group in walk.groups():
-                found = walk.statistics(group)
-                parts.append(found.stats(problem))
+                found, kl_N = walk.statistics(group), None
+                stats, rows = found.stats(problem), slice(group.start, group.stop)
+                given = terms_of_rows(terms, stats, rows, problem.mixture_weight)
                 if any(trained):
-                    kls.append(walk.gradient(found, terms, 0.0, weights_N, scale, into))
-            stats = _joined(parts, problem)
-            loss_N = token_loss(terms, stats, torch.cat(kls) if kls else None)
+                    kl_N = walk.gradient(found, given, 0.0, weights_N, scale, into)
+                parts.append(stats)
+                losses.append(token_loss(given, stats, kl_N))
+            stats, loss_N = _joined(parts, problem), torch.cat(losses)
             ctx.gradients = into.finish(
                 problem, [None if t is None else t.dtype for t in (hidden, weight, bias)]
             )
-        loss_sum = scale * (loss_N if weights_N is None else loss_N * weights_N).sum()
+        loss_sum = _weighted_sum(loss_N, weights_N, scale)
         values = _to_values(stats)
         ctx.mark_non_differentiable(loss_N, *(t for t in values if t is not None))
         ctx.set_materialize_grads(False)
@@ -237,7 +244,9 @@ class _Statistics(torch.autograd.Function):
         log_sum_exp = _weight(gradients.student_log_sum_exp_N)
         with torch.autocast(hidden.device.type, enabled=False):
             for found in ctx.found:
-                walk.gradient(found, terms, log_sum_exp, None, 1.0, into)
+                rows = slice(found.rows.start, found.rows.stop)
+                lse = log_sum_exp[rows] if isinstance(log_sum_exp, Tensor) else log_sum_exp
+                walk.gradient(found, terms.of_rows(rows), lse, None, 1.0, into)
             return *into.finish(
                 problem, [None if t is None else t.dtype for t in (hidden, weight, bias)]
             ), None
@@ -291,16 +300,19 @@ def token_loss(terms: LossTerms, stats: TokenStats, kl_N: Tensor | None = None) 
         (terms.entropy, stats.student_entropy_N),
     ]
     if kl_N is None:
-        forward, reverse = terms.forward, terms.reverse
-        if terms.forward_above is not None and stats.teacher_entropy_N is not None:
-            forward, reverse = gated(forward, reverse, stats.teacher_entropy_N, terms.forward_above)
-        weighted += [(forward, stats.forward_kl_N), (reverse, stats.reverse_kl_N)]
+        weighted += [(terms.forward, stats.forward_kl_N), (terms.reverse, stats.reverse_kl_N)]
     parts += [
         weight * value_N for weight, value_N in weighted if is_there(weight) and value_N is not None
     ]
     if is_there(terms.cross_entropy) and stats.student_log_prob_N is not None:
         parts.append(-terms.cross_entropy * stats.student_log_prob_N)
-    return torch.stack(parts).sum(0)
+    # Without any term it is still a function of the student. One after the other, because the order
+    # in which `Tensor.sum` adds depends on how many rows there are.
+    return functools.reduce(torch.add, parts or [0 * stats.student_entropy_N])
+
+
+def _weighted_sum(loss_N: Tensor, weights_N: Tensor | None, scale: float) -> Tensor:
+    return scale * (loss_N if weights_N is None else loss_N * weights_N).sum()
 
 
 def _joined(parts: Sequence[TokenStats], problem: Problem) -> TokenStats:
@@ -348,33 +360,3 @@ def _from_values(values: Iterable[Any]) -> TokenStats:
 def detached(stats: TokenStats) -> TokenStats:
     """The same numbers without a gradient."""
     return _from_values(None if value is None else value.detach() for value in _to_values(stats))
-
-
-def _check_terms(
-    terms: LossTerms, weights_N: Tensor | None, scale: float, problem: Problem
-) -> None:
-    of_teacher = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
-    weights = {name: getattr(terms, name) for name in (*of_teacher, "entropy", "cross_entropy")}
-    there = [name for name, weight in weights.items() if is_there(weight)]
-    if not there:
-        raise ValueError("every term of the loss has weight 0; give at least one another weight")
-    needing = [name for name in there if name in of_teacher]
-    if problem.teacher is None and needing:
-        raise ValueError(f"the term {needing[0]} needs a teacher's hidden states and head")
-    if "cross_entropy" in there and problem.labels is None:
-        raise ValueError("the term cross_entropy needs labels_N")
-    if terms.forward_above is not None and math.isnan(terms.forward_above):
-        raise ValueError("forward_above is nan; give a number of nats")
-    for name, weight in {**weights, "weights_N": weights_N, "scale": scale}.items():
-        if isinstance(weight, Tensor):
-            if weight.shape != (problem.num_rows,):
-                raise ValueError(
-                    f"{name} is a tensor {list(weight.shape)}; give [{problem.num_rows}], one "
-                    "number a row"
-                )
-            if not torch.isfinite(weight).all():
-                raise ValueError(
-                    f"{name} holds {weight[~torch.isfinite(weight)][0].item()}; give finite numbers"
-                )
-        elif weight is not None and not math.isfinite(weight):
-            raise ValueError(f"{name} is {weight}; give a finite number")

@@ -118,7 +118,7 @@ class Problem:
     ):
         sizes = _sizes(hidden_ND, head, teacher_hidden_NE, teacher_head)
         self.vocab_size = _shared_size(sizes, vocab_size)
-        _check_settings(temperature, mixture_weight, has_teacher=teacher_head is not None)
+        check_settings(temperature, mixture_weight, has_teacher=teacher_head is not None)
         self.num_rows, self.shard, self.mixture_weight = len(hidden_ND), shard, mixture_weight
         self.device, self.dtype = (
             hidden_ND.device,
@@ -188,7 +188,8 @@ def _shared_size(sizes: tuple[int, ...], vocab_size: int | None) -> int:
     return shared
 
 
-def _check_settings(temperature: float, mixture_weight: float | None, has_teacher: bool) -> None:
+def check_settings(temperature: float, mixture_weight: float | None, has_teacher: bool) -> None:
+    """Raise ValueError for a temperature or a mixture of the models that there cannot be."""
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     if mixture_weight is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Union
 
@@ -45,8 +47,7 @@ class LossTerms:
     bonus) and `cross_entropy` minus the log-probability of the label. With m = b p + (1 - b) q and
     b = `mixture_weight` strictly between 0 and 1, `skew_forward` weighs KL(p || m), `skew_reverse`
     KL(q || m), and `jsd` the generalised Jensen-Shannon divergence b KL(p || m) + (1 - b) KL(q ||
-    m). Where the teacher's entropy (nats) is not above `forward_above`, the weight of the forward
-    KL goes to the reverse.
+    m).
     """
 
     forward: Weight = 0.0
@@ -57,7 +58,48 @@ class LossTerms:
     skew_forward: Weight = 0.0
     skew_reverse: Weight = 0.0
     mixture_weight: float = 0.5
-    forward_above: float | None = None
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """The weight of each term by its name, absent ones included."""
+        return {name: getattr(self, name) for name in TERM_NAMES}
+
+    @property
+    def has_mixture(self) -> bool:
+        """Whether a term is a divergence from the mixture m."""
+        return any(is_there(self.weights[name]) for name in MIXTURE_TERMS)
+
+    def scaled(self, weight: Weight) -> LossTerms:
+        """These terms with each weight times another, a number or a tensor [N]; absent ones stay
+        absent."""
+        changed = {name: each * weight for name, each in self.weights.items() if is_there(each)}
+        return dataclasses.replace(self, **changed)
+
+    def of_rows(self, rows: slice) -> LossTerms:
+        """The terms of some rows: weights by token are cut to theirs."""
+        cut = {name: each[rows] for name, each in self.weights.items() if isinstance(each, Tensor)}
+        return dataclasses.replace(self, **cut)
+
+
+MIXTURE_TERMS = ("jsd", "skew_forward", "skew_reverse")
+TEACHER_TERMS = ("forward", "reverse", *MIXTURE_TERMS)
+TERM_NAMES = (*TEACHER_TERMS, "entropy", "cross_entropy")
+
+
+def is_there(weight: Weight) -> bool:
+    """Whether a term takes part: a tensor does whatever it holds, a number where it is not 0."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
+TermsFunction = Callable[[TokenStats, slice], LossTerms]
+"""The terms of some rows by what the first pass found there.
+
+It is given the statistics [n] of n rows, as constants, and the slice of the N rows that these are;
+the memory budget decides how many come together. It gives terms whose weights are numbers or
+tensors [n]: constants of the gradient, without one of their own. They may all be 0. It must treat
+each row by itself, leave the statistics as they are, and give the same on every rank of a sharded
+vocabulary. Terms that need a teacher, `labels_N` or a `mixture_weight` are refused without it.
+"""
 
 
 @dataclass(frozen=True, slots=True)

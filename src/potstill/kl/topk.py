@@ -17,11 +17,12 @@ from potstill.kl import tiles
 from potstill.kl.definition import log_mixture
 from potstill.kl.fused import detached, fused_statistics, token_loss
 from potstill.kl.head import Head
-from potstill.kl.inputs import Problem
+from potstill.kl.inputs import Problem, check_settings
 from potstill.kl.plan import Tile
-from potstill.kl.terms import LossTerms, TokenStats
+from potstill.kl.terms import LossTerms, TermsFunction, TokenStats
 from potstill.kl.tiles import MASKED
 from potstill.kl.walk import Walk, check_finite
+from potstill.kl.weights import KnownInputs, asked_mixture, check_terms, terms_of_rows
 
 # Rows of a head that are gathered at a time, in elements.
 GATHERED_ELEMENTS = 2**22
@@ -146,30 +147,62 @@ def top_k_loss(
     hidden_ND: Tensor,
     head: Head,
     teacher: TopK,
-    terms: LossTerms,
+    terms: LossTerms | TermsFunction,
     *,
+    labels_N: Tensor | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
+    mixture_weight: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, TokenStats]:
     """The divergence of each token between teacher and student over the kept tokens, the end class
     and the tail.
 
-    `terms` weighs divergences alone. Returns `(loss_N, stats)`: the first is differentiable in the
-    student; the statistics are the student's own, the teacher's entropy, and both KLs of the coarse
-    distributions. The student's tail is what the kept tokens leave of 1; below the resolution of
-    the type (1e-7 in float32) it counts as that.
+    `terms` are those of `fused_loss`; a function is called once, with all rows. The divergences are
+    of the coarse distributions, entropy and cross-entropy the student's own over the whole
+    vocabulary. Returns `(loss_N, stats)`: the first is differentiable in the student; the
+    statistics are those that the terms may weigh, and the teacher's entropy. The student's tail is
+    what the kept tokens leave of 1; below the resolution of the type (1e-7 in float32) it counts as
+    that. Other arguments and errors are those of `fused_loss`.
     """
+    mixture_weight = asked_mixture(terms, mixture_weight)
+    check_settings(temperature, mixture_weight, has_teacher=True)
+    check_terms(terms, KnownInputs(True, labels_N is not None, mixture_weight), len(hidden_ND))
     stats = fused_statistics(
         hidden_ND,
         head,
+        labels_N=labels_N,
         vocab_size=vocab_size,
         temperature=temperature,
         end_ids=end_ids,
         backend=backend,
     )
-    log_sum_exp_N = stats.student_log_sum_exp_N
+    ls, lt = _coarse_log_probs(
+        hidden_ND, head, teacher, stats.student_log_sum_exp_N, tuple(end_ids), temperature
+    )
+    stats = dataclasses.replace(
+        stats,
+        teacher_entropy_N=teacher.entropy_N,
+        forward_kl_N=_kl(lt, ls),
+        reverse_kl_N=_kl(ls, lt),
+        **({} if mixture_weight is None else _from_mixture(ls, lt, mixture_weight)),
+    )
+    rows = slice(0, len(hidden_ND))
+    given = terms_of_rows(terms, detached(stats), rows, mixture_weight)
+    return token_loss(given, stats), detached(stats)
+
+
+def _coarse_log_probs(
+    hidden_ND: Tensor,
+    head: Head,
+    teacher: TopK,
+    log_sum_exp_N: Tensor,
+    end_ids: tuple[int, ...],
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the student and of the teacher for the kept tokens, the end class and
+    the tail."""
 
     def log_probs(ids: Tensor) -> Tensor:
         return picked_log_probs(hidden_ND, head, ids, log_sum_exp_N, temperature)
@@ -184,20 +217,18 @@ def top_k_loss(
         resolution = torch.finfo(log_sum_exp_N.dtype).eps
         students.append(mass_N1.clamp(min=resolution).log().to(log_sum_exp_N.dtype))
         teachers.append(teacher.tail_log_prob_N[:, None])
-    ls, lt = torch.cat(students, -1), torch.cat(teachers, -1).to(log_sum_exp_N.dtype)
-    lm = log_mixture(ls, lt, terms.mixture_weight)
-    skew_forward_N, skew_reverse_N = _kl(lt, lm), _kl(ls, lm)
-    known = {
-        "forward_kl_N": _kl(lt, ls),
-        "reverse_kl_N": _kl(ls, lt),
-        "jsd_N": terms.mixture_weight * skew_forward_N
-        + (1 - terms.mixture_weight) * skew_reverse_N,
-        "teacher_entropy_N": teacher.entropy_N,
-        "skew_forward_N": skew_forward_N,
-        "skew_reverse_N": skew_reverse_N,
+    return torch.cat(students, -1), torch.cat(teachers, -1).to(log_sum_exp_N.dtype)
+
+
+def _from_mixture(ls_NK: Tensor, lt_NK: Tensor, mixture_weight: float) -> dict[str, Tensor]:
+    """The statistics of divergences from the mixture of two distributions over classes."""
+    lm_NK = log_mixture(ls_NK, lt_NK, mixture_weight)
+    of_teacher_N, of_student_N = _kl(lt_NK, lm_NK), _kl(ls_NK, lm_NK)
+    return {
+        "jsd_N": mixture_weight * of_teacher_N + (1 - mixture_weight) * of_student_N,
+        "skew_forward_N": of_teacher_N,
+        "skew_reverse_N": of_student_N,
     }
-    stats = dataclasses.replace(stats, **known)
-    return token_loss(terms, stats), detached(stats)
 
 
 def _kl(a_log_probs_NK: Tensor, b_log_probs_NK: Tensor) -> Tensor:

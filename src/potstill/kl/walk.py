@@ -207,7 +207,8 @@ class Walk:
         """The second pass: add a group's gradients of `scale * sum_i weights_i loss_i`; returns the
         KL terms [n].
 
-        The loss of a token is that of `terms` plus `lse` times the student's log-sum-exp.
+        The loss of a token is that of `terms` plus `lse` times the student's log-sum-exp, both for
+        the group's rows.
         """
         problem, group, student = self.problem, found.rows, self.problem.student
         asked = ask(terms, lse, found)

@@ -16,7 +16,7 @@ from torch import Tensor
 from potstill.config import Objective
 from potstill.kl.fused import DEFAULT_BUDGET, detached, fused_loss, fused_statistics
 from potstill.kl.head import Head
-from potstill.kl.terms import LossTerms, TokenStats
+from potstill.kl.terms import LossTerms, TermsFunction, TokenStats
 from potstill.kl.topk import TopK, top_k_loss, top_k_of
 from potstill.models import distributed
 from potstill.models.batch import Batch
@@ -73,7 +73,22 @@ class Loss:
             return LossTerms(skew_reverse=1.0, mixture_weight=1 - objective.skew)
         mixed = objective.forward_weight if self.forward_weight is None else self.forward_weight
         weight = {"forward": 1.0, "reverse": 0.0, "mixed": mixed}[objective.kl]
-        return LossTerms(forward=weight, reverse=1 - weight, forward_above=objective.forward_above)
+        return LossTerms(forward=weight, reverse=1 - weight)
+
+    def gated_terms(self) -> LossTerms | TermsFunction:
+        """The terms, with the forward KL only where the teacher's entropy is above the gate."""
+        terms, above = self.terms(), self.objective.forward_above
+        if above is None:
+            return terms
+
+        def gate(stats: TokenStats, rows: slice) -> LossTerms:
+            entropy_N = stats.teacher_entropy_N
+            assert entropy_N is not None, "a gate is for KLs, which have a teacher"
+            is_above_N = (entropy_N > above).to(entropy_N.dtype)
+            below_N = (1 - is_above_N) * terms.forward
+            return LossTerms(forward=is_above_N * terms.forward, reverse=terms.reverse + below_N)
+
+        return gate
 
 
 @torch.no_grad()
@@ -137,7 +152,7 @@ def batch_loss(
     labels_N = batch.target_ids_BT[batch.loss_mask_BT]
     if isinstance(signal, TopK):
         loss_N, stats = top_k_loss(
-            hidden_ND, student.head, signal, loss.terms(), **loss.shared_options()
+            hidden_ND, student.head, signal, loss.gated_terms(), **loss.shared_options()
         )
         return _weighted_sum(loss_N, weights_N, divisor), loss_N.detach(), stats
     teacher_head = None if signal is None or teacher is None else teacher.head
@@ -145,9 +160,9 @@ def batch_loss(
     if loss.objective.signal == "sampled":
         loss_N, value_N, stats = sampled_loss(*sides, labels_N, loss)
         return _weighted_sum(loss_N, weights_N, divisor), value_N, stats
-    terms = loss.terms()
+    terms = loss.gated_terms()
     if returns_N is not None:
-        terms = dataclasses.replace(terms, cross_entropy=-returns_N)
+        terms = dataclasses.replace(loss.terms(), cross_entropy=-returns_N)
     return fused_loss(
         *sides,
         terms,
