@@ -76,6 +76,7 @@ def evaluated(truth, rng, model="run", **settings):
     row = {
         "step": 10,
         "model": model,
+        "num_problems": NUM_PROBLEMS,
         "num_responses": NUM_RESPONSES,
         "problems": columns,
         "settings": settings,

@@ -2,6 +2,7 @@
 markup; and the hub, which a fake stands for."""
 
 import json
+import shutil
 import types
 
 import pytest
@@ -11,6 +12,7 @@ from small_runs import EVALUATION, FAST
 
 import potstill
 from potstill.cli.app import main
+from potstill.files import write_rows
 from potstill.runs import run_folder
 from potstill.runs.card import code, fenced, write_card
 from potstill.runs.publish import push
@@ -76,6 +78,20 @@ def test_it_is_written_anew_by_an_evaluation(finished, capsys):
     assert not any("Avg@3" in line for line in before)
     assert any(line.startswith("| Avg@3 (%)") for line in after)
     assert any(line.startswith("| Avg@2 (%)") for line in after)
+
+
+@pytest.mark.parametrize(
+    ("log", "key"),
+    [("evals.jsonl", "num_problems"), ("evals.jsonl", "pass"), ("validation.jsonl", "max_tokens")],
+)
+def test_a_damaged_log_is_named(finished, tmp_path, log, key):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    rows = run_folder.read_rows(folder / log)
+    del rows[0][key]
+    write_rows(folder / log, rows)
+    with pytest.raises(run_folder.RunError, match=f"{log}', line 1 has no '{key}'; restore it"):
+        write_card(folder)
 
 
 def test_names_are_code_and_nothing_else(finished, tmp_path):

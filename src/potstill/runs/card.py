@@ -14,8 +14,14 @@ from potstill.config import GrpoRecipe, Recipe, load_any_recipe, to_toml
 from potstill.console.printable import one_line, printable
 from potstill.files import write_atomically
 from potstill.runs.quantities import SHOWN
-from potstill.runs.results_schema import EVAL_KEYS
-from potstill.runs.run_folder import last_row, read_evals, read_json, read_validations
+from potstill.runs.results_schema import EVAL_COLUMNS
+from potstill.runs.run_folder import (
+    STEP_LOGS,
+    last_row,
+    read_evals,
+    read_json,
+    read_validations,
+)
 from potstill.runs.schema import ValidationRow, quantity_in
 
 CARD = "README.md"
@@ -45,8 +51,10 @@ def write_card(folder: Path, repo_id: str | None = None) -> None:
     environment = read_json(folder / "environment.json", ("models",))
     models = {role: str(model["name"]) for role, model in environment["models"].items()}
     step = last_row(folder)["step"]
-    evals = [row for row in read_evals(folder, EVAL_KEYS) if row["step"] == step]
-    validations = [row for row in read_validations(folder) if row["step"] == step]
+    evals = read_evals(folder, ("step", *EVAL_COLUMNS))
+    evals = [row for row in evals if row["step"] == step]
+    validations = read_validations(folder, STEP_LOGS["validation.jsonl"])
+    validations = [row for row in validations if row["step"] == step]
     lines = [
         "---",
         _front_matter(recipe, models).rstrip(),
@@ -152,7 +160,7 @@ def _evaluated(evals: Sequence[Mapping[str, Any]]) -> list[str]:
         best = row["pass"][str(num)]
         found.insert(1, (f"Pass@{num} (%)", best, 100.0))
         lines += [
-            f"{code(settings['source'])}, {code(settings.get('split', 'test'))}: "
+            f"{code(settings.get('source'))}, {code(settings.get('split', 'test'))}: "
             f"{row['num_problems']:,} problems, {num:,} responses each at temperature "
             f"{row['temperature']:g}",
             "",

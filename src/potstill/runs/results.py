@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, Role, Selection, load_any_recipe
-from potstill.runs.results_schema import EvalRow, PlanPanel, RunEvalRow
+from potstill.runs.results_schema import EVAL_COLUMNS, EvalRow, PlanPanel, RunEvalRow
 from potstill.runs.run_folder import (
     REPAIRS,
     STEP_LOGS,
@@ -31,17 +31,6 @@ from potstill.runs.schema import MetricsRow, SampleRow, ValidationRow, WindowRow
 PLAN_FILE = "plan.json"
 # Keys of each run in that plan.
 RUN_KEYS = ("folder", "name", "state")
-# Keys of every row of an evaluation.
-EVAL_COLUMNS = (
-    "model",
-    "temperature",
-    "num_responses",
-    "avg",
-    "pass",
-    "levels",
-    "problems",
-    "settings",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,18 @@ ProblemColumn = Literal[
 ]
 # Keys that tell one evaluation of a run from another.
 EVAL_KEYS = ("step", "temperature", "settings")
+# Keys of an evaluation that its readers need.
+EVAL_COLUMNS = (
+    "model",
+    "temperature",
+    "num_problems",
+    "num_responses",
+    "avg",
+    "pass",
+    "levels",
+    "problems",
+    "settings",
+)
 # [value, low, high]
 Interval = Sequence[float]
 

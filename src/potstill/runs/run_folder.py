@@ -35,7 +35,7 @@ STEP_LOGS = {
     "metrics.jsonl": ("step", "seconds"),
     "samples.jsonl": ("step", "tokens", "trained"),
     "window.jsonl": ("step", "window", "action", "failed"),
-    "validation.jsonl": ("step", "num_prompts"),
+    "validation.jsonl": ("step", "num_prompts", "max_tokens"),
 }
 
 # Advice on a damaged file, by its name.
