@@ -1,6 +1,7 @@
 """Cells of a panel: every combination of its axes, as fields over the base recipe."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,11 @@ def cells(study: Study, panel: PanelPlan) -> list[Cell]:
                 )
             )
     return found
+
+
+def widest_window(found: Sequence[Cell]) -> int:
+    """The widest window that one of the cells sets; 0 where none does."""
+    return max((cell.fields.get("window.tokens", 0) for cell in found), default=0)
 
 
 def axis_text(field: str, value: Any) -> str:

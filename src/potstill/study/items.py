@@ -23,7 +23,7 @@ from potstill.config import (
 )
 from potstill.files import json_digest
 from potstill.runs.run_folder import is_done
-from potstill.study.cells import cells, corner
+from potstill.study.cells import corner
 from potstill.study.file import PanelPlan, Study
 from potstill.study.jobs import Job
 from potstill.tasks import is_table
@@ -76,15 +76,18 @@ def run_items(
     seed: int,
     details: Sequence[str],
     which: str,
-    cached: bool,
+    cache_window: int | None,
     pending: bool = False,
 ) -> Iterator[Item]:
     """A run, after the cache that it reads if it reads one; `details` and `which` seed follow its
-    method's name."""
+    method's name.
+
+    `cache_window` is the widest window that reads the cache; None where none is read.
+    """
     recipe = panel_recipe(panel, fields, seed, study.out)
     needs: tuple[Path, ...] = ()
-    if cached and recipe.objective.prefix == "teacher":
-        cache = _cache(study, panel, recipe)
+    if cache_window is not None and recipe.objective.prefix == "teacher":
+        cache = _cache(study, recipe, cache_window)
         yield cache
         needs = (cache.job.path,)
         recipe = make_recipe(with_fields(recipe.resolved(), {"teacher.cache": str(cache.job.path)}))
@@ -121,15 +124,12 @@ def recipe_file(study: Study, folder: Path) -> Path:
     return study.out / "recipes" / f"{folder.name}.toml"
 
 
-def _cache(study: Study, panel: PanelPlan, recipe: Recipe) -> Item:
-    """The cache of a run's teacher, wide enough for every window of the panel."""
-    windows = [
-        cell.fields.get("window.tokens", recipe.window.tokens) for cell in cells(study, panel)
-    ]
+def _cache(study: Study, recipe: Recipe, window: int) -> Item:
+    """The cache of a run's teacher, wide enough for its own window and for this one."""
     read = ("student", "teacher", "data", "sampling")
     data = {key: value for key, value in recipe.resolved().items() if key in read}
     fields = corner("sft") | {
-        "window.tokens": max([recipe.window.tokens, *windows]),
+        "window.tokens": max(recipe.window.tokens, window),
         "train.seed": recipe.train.seed,
     }
     fields |= {

@@ -8,7 +8,7 @@ from typing import Any
 
 from potstill.config import Recipe, RecipeError, make_recipe, run_evaluation, with_fields
 from potstill.runs.results import read_entry
-from potstill.study.cells import axis_text, cells, corner
+from potstill.study.cells import axis_text, cells, corner, widest_window
 from potstill.study.file import PanelPlan, Study
 from potstill.study.items import Item, evaluation_item, grpo_item, panel_recipe, run_items
 
@@ -70,6 +70,7 @@ def _refuse_more_than_can_be_run(study: Study) -> None:
 def _sweep_items(study: Study, panel: PanelPlan) -> Iterator[Item]:
     sweep = panel.sweep
     assert sweep is not None
+    window = widest_window(cells(study, panel)) if sweep.cache else None
     for method, value in itertools.product(sweep.methods, sweep.values):
         fields = study.fields | panel.fields | sweep.fields | corner(method) | {sweep.field: value}
         fields |= {"evaluation.seed": SWEEP_EVALUATION_SEED}
@@ -80,7 +81,7 @@ def _sweep_items(study: Study, panel: PanelPlan) -> Iterator[Item]:
             study.seeds[0],
             [axis_text(sweep.field, f"{value:g}")],
             "",
-            sweep.cache,
+            window,
         )
 
 
@@ -123,7 +124,10 @@ def _panel_items(
                 _seed_text(seed, study.seeds),
                 pending=False,
             )
-    for cell in cells(study, panel):
+    all_cells = cells(study, panel)
+    widest = widest_window(all_cells)
+    for cell in all_cells:
+        window = widest if cell.group.cache else None
         fields, pending = cell.fields, False
         if panel.sweep is not None and cell.method in panel.sweep.methods:
             value = chosen.get((panel.title, cell.method))
@@ -131,11 +135,7 @@ def _panel_items(
             fields = fields | {panel.sweep.field: panel.sweep.values[0] if value is None else value}
         for seed in cell.seeds:
             which = _seed_text(seed, cell.seeds)
-            made = list(
-                run_items(
-                    study, panel, fields, seed, cell.details, which, cell.group.cache, pending
-                )
-            )
+            made = list(run_items(study, panel, fields, seed, cell.details, which, window, pending))
             yield from made
             run = made[-1]
             assert isinstance(run.recipe, Recipe)
