@@ -21,10 +21,10 @@ from potstill.theory.real_model import check_model
 def test_all_hold_with_every_error_below_the_bound(capsys, tmp_path):
     main(["verify", "--json", str(tmp_path / "out/checks.json")])
     rows = json.loads((tmp_path / "out/checks.json").read_text())
-    assert len(rows) > 60 and all(row["holds"] for row in rows)
+    assert len(rows) >= 100 and all(row["holds"] for row in rows)
     equal = [row for row in rows if not row["differs"]]
     assert all(row["error"] <= row["bound"] == BOUND == 1e-8 for row in equal)
-    assert all(row["error"] > 0.1 for row in rows if row["differs"])
+    assert all(row["error"] > 0.04 for row in rows if row["differs"])
     out = capsys.readouterr().out
     assert f"all {len(rows)} hold" in out and "chain rule" in out
 

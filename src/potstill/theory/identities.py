@@ -22,6 +22,7 @@ from potstill.objectives.loss import Loss, batch_loss, later_costs
 from potstill.rollouts.batching import make_batch
 from potstill.theory.check import DISTANCE, Check
 from potstill.theory.divergences import coarse, divergences
+from potstill.theory.entropy import entropy_identities
 from potstill.theory.enumeration import (
     END,
     WINDOW,
@@ -36,6 +37,7 @@ from potstill.theory.enumeration import (
     score_sum,
     sequence_kl,
 )
+from potstill.theory.reward import reward_identities
 from potstill.types import Example, Prompt, Rollout, Stop
 
 
@@ -94,6 +96,8 @@ def identities() -> Iterator[Check]:
     yield from _splits(student, teacher)
     yield from divergences()
     yield from coarse()
+    yield from reward_identities(student, teacher)
+    yield from entropy_identities()
 
 
 def _options(prefix: str, kind: str, **more: Any) -> dict[str, Any]:
