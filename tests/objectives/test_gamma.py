@@ -7,6 +7,7 @@ not the other.
 """
 
 import dataclasses
+import re
 
 import pytest
 from conftest import tiny_recipe
@@ -17,7 +18,7 @@ from potstill.models.language_model import LanguageModel
 from potstill.models.sampling import sample
 from potstill.prompts.examples import make_prompts
 from potstill.runs import run_folder
-from potstill.tasks.columns import FULL, Columns, styles_of
+from potstill.tasks.columns import Columns
 from potstill.training import step
 
 
@@ -107,9 +108,10 @@ def write(student: LanguageModel, num_problems: int, num_responses: int) -> tupl
         sampling=Sampling(batch_size=256),
     )
     texts = [student.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-    styles = [style for text in texts for style in styles_of(text)]
+    columns = [each for text in texts for each in text.partition("#")[0].split("|") if each]
+    in_full = [each for each in columns if re.fullmatch(r"\d\*\d=\d\d\+\d=\d\d", each)]
     scores = [grade.score for grade in task.grade(examples, texts)]
-    return sum(scores) / len(scores), styles.count(FULL) / len(styles)
+    return sum(scores) / len(scores), len(in_full) / len(columns)
 
 
 @pytest.mark.slow

@@ -76,13 +76,6 @@ def write_response(rng: random.Random, behaviour: Behaviour, a: int, b: int) -> 
     return "|".join(columns) + f"|#{carry or ''}{answer}."
 
 
-def styles_of(response: str) -> list[str]:
-    """The style of each column of a response; what is no column counts as none."""
-    kinds = {(1, 2): FULL, (1, 1): HALF, (0, 0): HEAD}
-    columns = response.partition("#")[0].split("|")
-    return [kinds[key] for c in columns if (key := (c.count("*"), c.count("="))) in kinds and c]
-
-
 class Columns:
     """The task for `data.source = "columns:SETTING"`."""
 
