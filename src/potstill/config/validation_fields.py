@@ -52,6 +52,10 @@ class Validation(Section, role=Role.VALIDATION):
         """Whether a field asks for validation, and not only the default."""
         return self.num_prompts != 0 and bool(self.model_dump(exclude_none=True))
 
+    def cap(self, window: int) -> int:
+        """The most tokens of a completion, in a run with this window."""
+        return self.max_tokens or window
+
 
 # Size of a validation by default: so many prompts, ...
 DEFAULT_PROMPTS = 16
@@ -79,7 +83,7 @@ def steps_between(
     if validation.every is not None:
         return validation.every
     num_prompts = DEFAULT_PROMPTS if validation.num_prompts is None else validation.num_prompts
-    longer = (validation.max_tokens or window) / window
+    longer = validation.cap(window) / window
     in_steps = (
         max(num_prompts / prompts_per_step, 1) * max(longer, 1) * (1 if writes else NOTHING_WRITTEN)
     )

@@ -112,7 +112,7 @@ def _held_out(
 ) -> tuple[list[Prompt], HeldOut]:
     """The prompts that are left to train on, and those of validation. Raises DataError."""
     validation = recipe.validation
-    max_tokens = validation.max_tokens or recipe.window.tokens
+    max_tokens = validation.cap(recipe.window.tokens)
     num = DEFAULT_PROMPTS if validation.num_prompts is None else validation.num_prompts
     has_task = not is_given and not is_table(recipe.data.origin)
     can_score = teacher is None or teacher.can_score

@@ -266,7 +266,7 @@ def _check_held_out(
             'validation.keep_best is "score" and the prompts are of no task, which alone can '
             'score; name a task in validation.source, or use "truncation" or "repetition"'
         )
-    window = ("validation.max_tokens", recipe.validation.max_tokens or recipe.window.tokens)
+    window = ("validation.max_tokens", recipe.validation.cap(recipe.window.tokens))
     _refuse_prompts(student, teacher, held_out.prompts, vocab_size, window=window)
     return held_out
 

@@ -57,7 +57,7 @@ def validate_if_due(trainer: Trainer, run: Run, display: StepDisplay) -> Run:
     held_out = trainer.setup.held_out
     if held_out is None or not is_due(trainer, run):
         return run
-    student, world = trainer.setup.student, trainer.world
+    recipe, student, world = trainer.recipe, trainer.setup.student, trainer.world
     student.eval()
     distributed.refresh(trainer.decoders["student"], student)
     with naming_the_step(run.step - 1, held_out.prompts):
@@ -66,7 +66,7 @@ def validate_if_due(trainer: Trainer, run: Run, display: StepDisplay) -> Run:
     row: dict[str, Any] = {
         "step": run.step,
         "num_prompts": len(sums),
-        "max_tokens": _max_tokens(trainer),
+        "max_tokens": recipe.validation.cap(recipe.window.tokens),
         **found,
         "seconds": round(display.lap(), 4),
     }
@@ -121,11 +121,6 @@ def validation_text(row: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _max_tokens(trainer: Trainer) -> int:
-    recipe = trainer.recipe
-    return recipe.validation.max_tokens or recipe.window.tokens
-
-
 def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
     """The sums of this rank's prompts, in their order."""
     setup, recipe, world = trainer.setup, trainer.recipe, trainer.world
@@ -134,7 +129,9 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
         stream_key((0, 0, place), Stream.VALIDATION)
         for place in range(world.rank, len(held_out.prompts), world.size)
     ]
-    writing = writing_of(recipe, setup, trainer.decoders, _max_tokens(trainer))
+    writing = writing_of(
+        recipe, setup, trainer.decoders, recipe.validation.cap(recipe.window.tokens)
+    )
     # As the models are, whatever training draws from them.
     sampling = Sampling(batch_size=recipe.sampling.batch_size)
     writing = dataclasses.replace(writing, sampling=sampling)
