@@ -70,7 +70,8 @@ class Written:
 
     `step` are those that the recipe trains on, `student` and `teacher` what each model writes by
     itself (none of a teacher that cannot write). All have at most `window` tokens; where time was
-    short that is less than the recipe's, and `is_whole` is false.
+    short that is less than the recipe's, and `is_whole` is false. `known` keeps what one check has
+    computed for others, by its name.
     """
 
     step: Sequence[Rollout]
@@ -78,3 +79,4 @@ class Written:
     teacher: Sequence[Rollout]
     window: int
     is_whole: bool
+    known: dict[str, Any] = field(default_factory=dict)

@@ -307,12 +307,14 @@ def _statistics(subject: Subject, mine, theirs, end_ids: Sequence[int]) -> Token
 
 def _start(subject: Subject, written: Written) -> TokenStats | None:
     """The statistics of the first step's loss tokens; None without the teacher's hidden states."""
-    batch = subject.batch_of(written.step)
-    theirs = _teacher_side(subject, batch)
-    if theirs is None:
-        return None
-    mine = _student_side(subject, batch)
-    return _statistics(subject, mine, theirs, end_ids=subject.loss.end_class)
+    if "start" not in written.known:
+        batch, found = subject.batch_of(written.step), None
+        theirs = _teacher_side(subject, batch)
+        if theirs is not None:
+            mine = _student_side(subject, batch)
+            found = _statistics(subject, mine, theirs, end_ids=subject.loss.end_class)
+        written.known["start"] = found
+    return written.known["start"]
 
 
 def _mean(values_N: Tensor | None) -> float:

@@ -26,12 +26,17 @@ def guarded(name: str, check: Callable[..., Finding], *given: Any) -> Finding:
         with torch.no_grad():
             return check(*given)
     except NonFiniteError as error:
-        fix = "look at both models' weights, and at student.dtype and teacher.dtype"
-        return Finding(check=name, level="error", says=str(error), fix=fix)
+        return no_number(name, error)
     # A check must not keep the others from being done.
     except Exception as error:
         reason = describe_error(error) or f"{type(error).__name__}: {error}"
         return Finding(check=name, level="failed", says=f"it cannot be checked: {reason}")
+
+
+def no_number(name: str, error: NonFiniteError) -> Finding:
+    """The finding of a check that came upon what is not finite."""
+    fix = "look at both models' weights, and at student.dtype and teacher.dtype"
+    return Finding(check=name, level="error", says=str(error), fix=fix)
 
 
 def faults_at_start(subject: Subject) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from potstill.checks import models, settings
 from potstill.checks.finding import Finding, Subject, Written
-from potstill.checks.run import AT_START, guarded
+from potstill.checks.run import AT_START, guarded, no_number
 from potstill.checks.verifier import verifier
 from potstill.config import Recipe
 from potstill.doctor.speed import speed
@@ -103,8 +103,7 @@ def examine(
     try:
         written, clock = write_first_step(recipe, setup, tell)
     except NonFiniteError as error:
-        fix = "look at both models' weights, and at student.dtype and teacher.dtype"
-        findings.append(Finding(check="rollouts", level="error", says=str(error), fix=fix))
+        findings.append(no_number("rollouts", error))
     else:
         tell("checking what was written")
         findings += [guarded(name, check, subject, written) for name, check in OF_WRITTEN.items()]
