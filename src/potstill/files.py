@@ -43,6 +43,11 @@ def write_atomically(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def write_json(path: Path, data: Any) -> None:
+    """Replace a file by this plain data, indented, as `write_atomically` does."""
+    write_atomically(path, json.dumps(data, indent=1) + "\n")
+
+
 def flush(path: Path) -> None:
     """Have the file's (or folder's) bytes on disk before anything refers to them."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,7 +2,6 @@
 they print."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from potstill.console.boundary import STOPPED_AND_SAVED, saying_when_stopped
 from potstill.console.printable import plain, say
 from potstill.evaluation.on_prompts import OnPrompts, evaluate_on_prompts, read_prompts
 from potstill.evaluation.scores import evaluate, make_problems
-from potstill.files import write_atomically
+from potstill.files import write_json
 from potstill.models.language_model import is_run, locate
 from potstill.models.probe import ready
 from potstill.models.sampling import sample
@@ -67,7 +66,7 @@ def evaluate_and_store(
             write_card(target)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, json.dumps(rows, indent=1) + "\n")
+            write_json(out, rows)
         entries.append(Entry(name=str(target).removeprefix("potstill:"), path=target, evals=rows))
     print_table(entries)
     say(*gave_up(entries), *cut_short(entries, evaluation.max_tokens), *comparisons(entries))
@@ -103,7 +102,7 @@ def evaluate_without_task(
         rows.append(row)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, json.dumps(rows, indent=1) + "\n")
+        write_json(out, rows)
     say(*comparison_lines(rows))
 
 
@@ -250,7 +249,7 @@ def print_checks(checks: list[Check], json_file: Path | None = None) -> bool:
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         rows = [{**dataclasses.asdict(check), "holds": check.holds} for check in checks]
-        write_atomically(json_file, json.dumps(rows, indent=1) + "\n")
+        write_json(json_file, rows)
     return not num_broken
 
 

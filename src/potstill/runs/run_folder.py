@@ -24,7 +24,7 @@ from potstill.config import (
     role_of,
     to_toml,
 )
-from potstill.files import file_digest, flush, write_atomically, write_rows
+from potstill.files import file_digest, flush, write_atomically, write_json, write_rows
 from potstill.runs.machine import describe_machine
 from potstill.runs.results_schema import EVAL_KEYS, EvalRow, RunEvalRow
 from potstill.runs.schema import MetricsRow, ValidationRow
@@ -212,9 +212,7 @@ def _num_rows(path: Path) -> int:
 
 def write_environment(folder: Path, environment: dict[str, Any]) -> None:
     """Write `environment.json`: of this machine, and of the run."""
-    write_atomically(
-        folder / "environment.json", json.dumps(describe_machine() | environment, indent=1) + "\n"
-    )
+    write_json(folder / "environment.json", describe_machine() | environment)
 
 
 def _said(name: str, theirs: Any, ours: Any) -> str:

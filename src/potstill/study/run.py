@@ -4,7 +4,6 @@
 folder says what it consists of and how far it is; the report reads it.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from potstill.config import METHODS, GrpoRecipe, Recipe, RecipeError, to_toml
 from potstill.console.printable import plain, say
-from potstill.files import write_atomically
+from potstill.files import write_atomically, write_json
 from potstill.runs.results import PLAN_FILE, read_entry, read_plan
 from potstill.runs.results_schema import PlanPanel, StudyPlan
 from potstill.runs.run_folder import edited_files, locked
@@ -215,7 +214,7 @@ def _write_plan(study: Study, panels: Sequence[PlannedPanel], states: dict[str, 
         for panel in panels
     ]
     found: StudyPlan = {"panels": planned}
-    write_atomically(study.out / PLAN_FILE, json.dumps(found, indent=1) + "\n")
+    write_json(study.out / PLAN_FILE, found)
 
 
 def print_plan(

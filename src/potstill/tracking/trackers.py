@@ -6,7 +6,6 @@ offline unless the user's own WANDB_MODE says otherwise. `tracker.json` in the r
 far each tracker was told, so that a run that is resumed doubles no step and leaves none out.
 """
 
-import json
 import math
 import os
 import secrets
@@ -20,7 +19,7 @@ from typing import Any
 
 from potstill.config import Recipe, RecipeError
 from potstill.console.printable import error_text
-from potstill.files import write_atomically
+from potstill.files import write_json
 from potstill.runs.run_folder import RunError, read_json, read_metrics
 from potstill.runs.schema import MetricsRow
 
@@ -72,7 +71,7 @@ def tracked(recipe: Recipe) -> Iterator[RowFunction]:
         state["num_steps"] = row["step"]
         with _failing_as_one_line(name):
             opened.send(numbers(row), row["step"])
-        write_atomically(path, json.dumps(states) + "\n")
+        write_json(path, states)
 
     try:
         for row in read_metrics(folder):
