@@ -1,10 +1,12 @@
 """Metrics of runs: what each is called, its value in the files, and its mean over seeds."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from potstill.config import GrpoRecipe, Recipe
 from potstill.runs.results import Entry
 from potstill.runs.results_schema import EvalEstimate, EvalRow, ProblemColumn
 from potstill.runs.schema import value_in
@@ -19,6 +21,9 @@ PROBLEM_COLUMNS: dict[MetricColumn, ProblemColumn] = {
     "length": "length",
     "truncation": "truncation",
 }
+
+# The steps of a run that count as its last, as a share of all.
+LAST_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +142,35 @@ def stored(entry: Entry, metric: Metric) -> Sequence[float] | None:
     return (
         row["pass"].get(str(metric.k)) if metric.column == "pass" else value_in(row, metric.column)
     )
+
+
+def entropy_excess(entry: Entry) -> float | None:
+    """Mean student entropy minus the sum of mean teacher entropy and mean forward KL, on the
+    training tokens of the last steps (nats a token).
+
+    At a stationary point of the forward KL it is 0 (docs/theory.md, section 10). No other objective
+    says so, and the value is None for those, and where a step does not tell.
+    """
+    if not _predicts_entropy(entry.recipe):
+        return None
+    total = num_all = 0.0
+    for row in entry.metrics[-math.ceil(LAST_SHARE * len(entry.metrics)) :]:
+        student, teacher = value_in(row, "student_entropy"), value_in(row, "teacher_entropy")
+        kl, num_tokens = value_in(row, "forward_kl"), value_in(row, "num_loss_tokens")
+        if student is None or teacher is None or kl is None or num_tokens is None:
+            return None
+        total += num_tokens * (student - teacher - kl)
+        num_all += num_tokens
+    return total / num_all if num_all else None
+
+
+def _predicts_entropy(recipe: Recipe | GrpoRecipe | None) -> bool:
+    """Whether the loss is the mean forward KL over all loss tokens and nothing else."""
+    if not isinstance(recipe, Recipe):
+        return False
+    objective = recipe.objective
+    is_forward = objective.kl == "forward" and objective.signal == "full"
+    return is_forward and objective.split is None and recipe.train.normalize == "token"
 
 
 def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:

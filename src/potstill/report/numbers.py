@@ -20,7 +20,7 @@ from potstill.report.comparison import (
 )
 from potstill.report.figures import Link, Styles, style_at
 from potstill.report.findings import findings, first_and_last_habits
-from potstill.report.metrics import Metric, Summary, metrics_of
+from potstill.report.metrics import Metric, Summary, entropy_excess, metrics_of
 from potstill.report.questions import Claim
 from potstill.runs.results import Entry, Panel
 from potstill.runs.results_schema import EvalRow
@@ -163,6 +163,7 @@ def run_numbers(entry: Entry, label: str, link: Link) -> dict[str, Any]:
         "num_loss_tokens": entry.num_loss_tokens,
         "flops": entry.flops,
         "seconds": entry.seconds,
+        "entropy_excess": entropy_excess(entry),
         "evals": [evaluation_of(row) for row in entry.evals],
         "curves": curve_numbers(entry),
         "decisions": list(entry.decisions),

@@ -8,7 +8,7 @@ from potstill.config import METHODS
 from potstill.report.comparison import GridPart, Group, seed_names
 from potstill.report.figures import Link
 from potstill.report.findings import number_text, values
-from potstill.report.metrics import Metric
+from potstill.report.metrics import LAST_SHARE, Metric, entropy_excess
 from potstill.runs.results import Entry
 
 
@@ -25,8 +25,11 @@ def comparison_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str
     for temperature in temperatures:
         header += [f"Avg@{num_responses} T={temperature:g}", f"Pass@{k} T={temperature:g}"]
     header += ["entropy", "length", "truncated", "loss tokens", "seconds"]
+    excesses = [entropy_excess(entry) for entry in entries]
+    has_excess = any(excess is not None for excess in excesses)
+    header += ["excess entropy"] * has_excess
     rows = []
-    for entry in entries:
+    for entry, excess in zip(entries, excesses, strict=True):
         by_temperature = {row["temperature"]: row for row in entry.evals}
         cells = [entry.name]
         for temperature in temperatures:
@@ -46,6 +49,8 @@ def comparison_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str
             f"{entry.num_loss_tokens:,}" if entry.num_loss_tokens else "",
             f"{entry.seconds:.0f}" if entry.seconds else "",
         ]
+        if has_excess:
+            cells.append("" if excess is None else f"{excess:+.3f}")
         rows.append(cells)
     return header, rows
 
@@ -66,14 +71,23 @@ def level_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
 
 def table_note(entries: Sequence[Entry]) -> str:
     """A line on what the table's numbers are of; a warning when they are not of the same thing."""
-    if not any(entry.evals for entry in entries):
-        return "No evaluation was found."
-    note = (
+    is_evaluated = any(entry.evals for entry in entries)
+    sentences = [_evaluation_note(entries) if is_evaluated else "No evaluation was found."]
+    if any(entropy_excess(entry) is not None for entry in entries):
+        sentences.append(
+            "Excess entropy: the student's minus that of the teacher and the forward KL, nats a "
+            f"training token of the last {LAST_SHARE:.0%} of the steps; it is 0 where the scale of "
+            "the logits cannot get better."
+        )
+    return " ".join([*sentences, *settings_warning(entries)])
+
+
+def _evaluation_note(entries: Sequence[Entry]) -> str:
+    return (
         f"{settings_note(entries)}; accuracy and truncation in %; [95 % bootstrap interval over "
         "problems]; entropy (nats a token), length and truncation at the highest temperature; "
         "seconds of training."
     )
-    return " ".join([note, *settings_warning(entries)])
 
 
 def settings_note(entries: Sequence[Entry]) -> str:
