@@ -69,10 +69,7 @@ def main(
             train(Recipe.model_validate(data), student=student, teacher=teacher, quiet=True)
             row = read_rows(Path(folder) / "run/metrics.jsonl")[-1]
         loss = row["teacher_seconds"] + row["student_seconds"]
-        # Seconds that no part is charged with are those of samples, where a version of the log has
-        # none of its own.
-        parts = row["rollout_seconds"] + loss
-        samples = row.get("samples_seconds", row["seconds"] - parts)
+        samples = row["samples_seconds"]
         print(
             f"d={dim} {num_rollouts} rollouts of {row['length']:.0f}: samples {samples:.2f} s, "
             f"loss and update {loss:.2f} s, whole step {row['seconds']:.2f} s: "
