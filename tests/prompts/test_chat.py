@@ -3,6 +3,7 @@ else a refusal."""
 
 import copy
 import json
+import logging
 import os
 
 import pytest
@@ -427,6 +428,19 @@ def test_prompts_that_are_too_long(tmp_path):
     ]
     with pytest.raises(DataError, match="all 1 prompts are too long"):
         prompts_of(tmp_path, tokenizer, rows[1], **options, too_long="drop")
+
+
+def test_a_long_prompt_is_spoken_of_by_us_alone(tmp_path, caplog):
+    tokenizer = family_tokenizer("plain")
+    tokenizer.model_max_length = 4
+    options = {"end_ids": None, "max_completion": 4, "context_length": None}
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        prompts_of(tmp_path, tokenizer, {"prompt": "abcdefghij"}, **options)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

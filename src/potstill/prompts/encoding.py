@@ -38,7 +38,8 @@ class Encoding:
                 f"a text of {len(text)} characters has {text[error.start]!r} at character "
                 f"{error.start + 1}, which is no character; give UTF-8 text"
             ) from None
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        # Whether a prompt is too long is said by `fit_prompts`, which knows the models' context.
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def start_of(self, text: str) -> tuple[int, ...]:
         """A prompt that is taken as it is, with one start."""
