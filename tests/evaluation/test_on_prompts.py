@@ -70,6 +70,14 @@ def test_the_numbers_are_those_of_the_runs_validation(capsys):
     assert f"  run            {value:.4f} [{low:.4f}, {high:.4f}]" in said
 
 
+def test_one_prompt_has_no_interval(capsys):
+    asked = ["--prompts", "prompts.jsonl", "--num-prompts", "1", "--max-tokens", "4"]
+    main(["evaluate", "potstill:base", *asked])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "1 prompt of prompts.jsonl" in first and "[one prompt has no interval]" in first
+    assert lines and not any("[" in line for line in lines)
+
+
 def test_without_a_teacher_there_is_what_needs_none_and_a_judge_scores(capsys):
     command = "evaluate potstill:base --prompts prompts.jsonl --judge my_judge.py:length"
     main([*command.split(), "--max-tokens", "6", "--num-prompts", "3", "--out", "alone.json"])

@@ -62,24 +62,28 @@ def test_three_seeds_rank_and_equal_runs_do_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("second", "expected"),
-    [([0.5, 0.45, 0.55], "do not overlap"), ([0.5, 0.25, 0.6], "intervals overlap")],
+    ("second", "num", "shown", "expected"),
+    [
+        ([0.5, 0.45, 0.55], 16, "0.2000 [0.1000, 0.3000]", "do not overlap"),
+        ([0.5, 0.25, 0.6], 16, "0.2000 [0.1000, 0.3000]", "intervals overlap"),
+        ([0.5, 0.5, 0.5], 1, "0.2000", "one prompt has no interval"),
+    ],
 )
-def test_runs_without_a_task_are_ranked_by_validation(tmp_path, second, expected):
+def test_runs_without_a_task_are_ranked_by_validation(tmp_path, second, num, shown, expected):
     folders = [
         write_run(tmp_path / "opd", [], objective=OPD),
         write_run(tmp_path / "sft", [], objective=SFT),
     ]
     for folder, last in zip(folders, ([0.2, 0.1, 0.3], second), strict=True):
         rows = [
-            {"step": step, "num_prompts": 16, "max_tokens": 60, "seconds": 1.0}
+            {"step": step, "num_prompts": num, "max_tokens": 60, "seconds": 1.0}
             | {"student_prefix_reverse_kl": quality}
             for step, quality in ((0, [0.9, 0.8, 1.0]), (40, last))
         ]
         (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = result_of(*folders)
     best = sentences_of(result)[1]
-    assert "OPD at 0.2000 [0.1000, 0.3000], 0.9000 before training" in best and expected in best
+    assert f"OPD at {shown}, 0.9000 before training" in best and expected in best
     text = write_report(folders, tmp_path / "report.html").read_text()
     headings = re.findall(r"<h3[^>]*>(.*?)</h3>", text)
     assert headings[:2] == ["On prompts that are not trained on", "Results"]

@@ -80,6 +80,17 @@ def test_it_is_written_anew_by_an_evaluation(finished, capsys):
     assert any(line.startswith("| Avg@2 (%)") for line in after)
 
 
+def test_one_prompt_has_no_interval(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    rows = run_folder.read_rows(folder / "validation.jsonl")
+    write_rows(folder / "validation.jsonl", [row | {"num_prompts": 1} for row in rows])
+    write_card(folder)
+    lines = card_of(folder)[1]
+    value = f"{rows[-1]['student_prefix_forward_kl'][0]:.4g}"
+    assert f"| forward KL on the student's text (nats) | {value} | none |" in lines
+
+
 @pytest.mark.parametrize(
     ("log", "key"),
     [("evals.jsonl", "num_problems"), ("evals.jsonl", "pass"), ("validation.jsonl", "max_tokens")],

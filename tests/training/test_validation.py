@@ -243,7 +243,7 @@ def test_the_report_and_the_terminal_show_it(whole, tmp_path, capsys):
     assert line["steps"] == [0, 2, 4] and shown == pytest.approx([value, low, high], rel=1e-3)
     print_results([whole])
     said = capsys.readouterr().out
-    assert "5 prompts that were not trained on" in said
+    assert "5 prompts not trained on" in said
     assert f"-> {value:.4f} [{low:.4f}, {high:.4f}]" in said
 
 

@@ -11,6 +11,7 @@ from potstill.report.figures import Figure, Link, Row
 from potstill.report.findings import NUM_NAMED, different_ends, named, seeds_of, values
 from potstill.report.numbers import PanelResult
 from potstill.report.tables import settings_warning
+from potstill.report.validation import prompts_in_words, value_and_interval
 from potstill.runs.quantities import SHOWN
 from potstill.runs.results import Entry
 from potstill.runs.schema import quantity_in, value_in
@@ -152,16 +153,19 @@ def last_validations(result: PanelResult) -> tuple[str, list[Measured]] | None:
 
 def _best_validation(name: str, measured: Sequence[Measured]) -> str:
     shown, best = SHOWN[name], measured[0]
-    value, low, high = (f"{shown.scale * end:.{shown.digits}f}" for end in best.estimate)
-    first = quantity_in(best.entry.validations[0], name)
+    first, last = quantity_in(best.entry.validations[0], name), best.entry.validations[-1]
     before = f", {shown.scale * first[0]:.{shown.digits}f} before training" if first else ""
-    about = f"{best.label} at {value} [{low}, {high}]{before}"
-    num_prompts = best.entry.validations[-1]["num_prompts"]
-    over = f"{shown.title} on {num_prompts} prompts that were not trained on"
+    about = f"{best.label} at {value_and_interval(last, name)}{before}"
+    over = f"{shown.title} on {prompts_in_words(last['num_prompts'])} not trained on"
     if len(measured) == 1:
         return f"There is no score of a task; {over}: {about}."
     second = measured[1]
     end = f"{second.label} is at {shown.scale * second.estimate[0]:.{shown.digits}f}"
+    if last["num_prompts"] == 1:
+        return (
+            f"Which is best cannot be told by {over}: {about} and {end}, and one prompt has no "
+            "interval."
+        )
     low, high = sorted((best.estimate, second.estimate), key=lambda each: each[0])
     if low[2] >= high[1]:
         return (

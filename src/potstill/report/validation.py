@@ -8,7 +8,7 @@ from potstill.report.curves import about_run, short
 from potstill.report.figures import Link, Styles
 from potstill.runs.quantities import SHOWN
 from potstill.runs.results import Entry
-from potstill.runs.schema import Quality, quantity_in
+from potstill.runs.schema import Quality, ValidationRow, quantity_in
 
 
 def validation_curves(
@@ -44,18 +44,26 @@ def validation_table(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[En
     rows = []
     for entry in validated:
         row = entry.validations[-1]
-        cells = [_cell(row, name) for name in known]
+        cells = [value_and_interval(row, name) for name in known]
         rows.append((entry, [str(row["step"]), *cells]))
     return header, rows
 
 
-def _cell(row: Quality, name: str) -> str:
-    """A quantity and its interval; nothing where it is not known."""
+def value_and_interval(row: ValidationRow, name: str) -> str:
+    """A quantity and its interval, which one prompt has not; nothing where it is not known."""
     shown, found = SHOWN[name], quantity_in(row, name)
     if found is None:
         return ""
     value, low, high = (f"{shown.scale * end:.{shown.digits}f}" for end in found)
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if row["num_prompts"] > 1 else value
+
+
+def prompts_in_words(num: int) -> str:
+    return f"{num} prompt{'s' if num > 1 else ''}"
+
+
+def _which_interval(row: ValidationRow) -> str:
+    return "95 % interval over prompts" if row["num_prompts"] > 1 else "one prompt has no interval"
 
 
 def validation_lines(entry: Entry) -> list[str]:
@@ -66,11 +74,12 @@ def validation_lines(entry: Entry) -> list[str]:
     names = [name for name in SHOWN if name in last]
     width = max(len(SHOWN[name].title) for name in names)
     lines = [
-        f"{SHOWN[name].title:{width}}  {_before(first, name)}{_cell(last, name)}" for name in names
+        f"{SHOWN[name].title:{width}}  {_before(first, name)}{value_and_interval(last, name)}"
+        for name in names
     ]
     about = (
-        f"{last['num_prompts']} prompts that were not trained on, at most {last['max_tokens']} "
-        f"tokens; before the first step -> after step {last['step']} [95 % interval over prompts]:"
+        f"{prompts_in_words(last['num_prompts'])} not trained on, at most {last['max_tokens']} "
+        f"tokens; before the first step -> after step {last['step']} [{_which_interval(last)}]:"
     )
     return [about, *lines]
 
@@ -86,13 +95,13 @@ def comparison_lines(rows: Sequence[Any]) -> list[str]:
     first = rows[0]
     scored = f"; {first['teacher']} is the teacher" if first["teacher"] is not None else ""
     lines = [
-        f"{first['num_prompts']} prompts of {first['prompts']}, at most {first['max_tokens']} "
-        f"tokens{scored} [95 % interval over prompts]:"
+        f"{prompts_in_words(first['num_prompts'])} of {first['prompts']}, at most "
+        f"{first['max_tokens']} tokens{scored} [{_which_interval(first)}]:"
     ]
     width = max(len(row["model"]) for row in rows)
     for name, shown in SHOWN.items():
         found = [row for row in rows if name in row]
         if found:
             lines.append(shown.title)
-            lines += [f"  {row['model']:{width}}  {_cell(row, name)}" for row in found]
+            lines += [f"  {row['model']:{width}}  {value_and_interval(row, name)}" for row in found]
     return lines

@@ -164,7 +164,7 @@ def _evaluated(evals: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{row['num_problems']:,} problems, {num:,} responses each at temperature "
             f"{row['temperature']:g}",
             "",
-            *_estimates(found, "problems"),
+            *_estimates(found, row["num_problems"], "problems"),
             "",
         ]
     return lines
@@ -180,14 +180,18 @@ def _validated(row: ValidationRow | None) -> list[str]:
         f"Both models on {row['num_prompts']:,} prompts that were not trained on, with completions "
         f"of at most {row['max_tokens']:,} tokens"
     )
-    return [intro, "", *_estimates(found, "prompts"), ""]
+    return [intro, "", *_estimates(found, row["num_prompts"], "prompts"), ""]
 
 
-def _estimates(found: Sequence[tuple[str, Sequence[float | None], float]], over: str) -> list[str]:
+def _estimates(
+    found: Sequence[tuple[str, Sequence[float | None], float]], num: int, over: str
+) -> list[str]:
+    """A table of estimates over so many problems or prompts, of which one has no interval."""
     lines = [f"| | value | 95 % interval over {over} |", "|---|---|---|"]
     for title, estimate, scale in found:
         value, low, high = (_number(end, scale) for end in estimate)
-        lines.append(f"| {title} | {value} | {low} to {high} |")
+        interval = f"{low} to {high}" if num > 1 else "none"
+        lines.append(f"| {title} | {value} | {interval} |")
     return lines
 
 
