@@ -177,6 +177,7 @@ TERMS = {
         skew_reverse=0.9,
         mixture_weight=0.3,
     ),
+    "forward by token": LossTerms(forward=torch.linspace(-1, 1, 37)),
     "by token": LossTerms(
         forward=torch.linspace(0, 1, 37),
         reverse=torch.linspace(1, 0, 37),

@@ -15,8 +15,8 @@ from potstill.kl.tiles import Terms
 
 
 class AskedGradient(NamedTuple):
-    """The gradient that is asked for in each row of a group: `factor` times what the coefficients
-    [6, n] say.
+    """The gradient that is asked for in each row of a group: `factor`, a number or one a row [n],
+    times what the coefficients [6, n] say.
 
     Without coefficients that is the forward KL. `label_weight` [n] is that of the cross-entropy,
     None where it is 0.
@@ -24,9 +24,22 @@ class AskedGradient(NamedTuple):
 
     has: Terms
     coefficients: Tensor | None
-    factor: float
+    factor: Weight
     mixture_weight: float
     label_weight: Tensor | None
+
+    @property
+    def shared_factor(self) -> float:
+        """The factor as far as all rows have the same."""
+        return 1.0 if isinstance(self.factor, Tensor) else self.factor
+
+    def row_weights(self, weights_N: Tensor | None, group: range) -> Tensor | None:
+        """The weights [n] of a group's rows in the gradient, with the factor where each row has its
+        own."""
+        weights_n = None if weights_N is None else weights_N[group.start : group.stop]
+        if not isinstance(self.factor, Tensor):
+            return weights_n
+        return self.factor if weights_n is None else weights_n * self.factor
 
     def rows(self, here: slice) -> Tensor | None:
         return None if self.coefficients is None else self.coefficients[:, here]
@@ -45,11 +58,10 @@ def ask(terms: LossTerms, lse: Weight, found: "RowGroup") -> AskedGradient:
         skew=is_skew,
     )
     others = (terms.reverse, terms.jsd, *skews, terms.entropy, terms.cross_entropy, lse)
-    is_plain_forward = (
-        has.forward and not isinstance(terms.forward, Tensor) and not any(map(is_there, others))
-    )
-    if is_plain_forward:
-        return AskedGradient(has, None, float(terms.forward), b, None)
+    if has.forward and not any(map(is_there, others)):
+        is_by_row = isinstance(terms.forward, Tensor)
+        factor = _row(terms.forward, found) if is_by_row else float(terms.forward)
+        return AskedGradient(has, None, factor, b, None)
     label_weight = _row(terms.cross_entropy, found)
     f, r, h, e = (_row(w, found) for w in (terms.forward, terms.reverse, terms.entropy, lse))
     moments = found.moments

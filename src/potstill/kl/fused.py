@@ -243,10 +243,9 @@ class _Statistics(torch.autograd.Function):
         )
         log_sum_exp = _weight(gradients.student_log_sum_exp_N)
         with torch.autocast(hidden.device.type, enabled=False):
+            # Without a budget all rows are one group, so that the weights are those of its rows.
             for found in ctx.found:
-                rows = slice(found.rows.start, found.rows.stop)
-                lse = log_sum_exp[rows] if isinstance(log_sum_exp, Tensor) else log_sum_exp
-                walk.gradient(found, terms.of_rows(rows), lse, None, 1.0, into)
+                walk.gradient(found, terms, log_sum_exp, None, 1.0, into)
             return *into.finish(
                 problem, [None if t is None else t.dtype for t in (hidden, weight, bias)]
             ), None

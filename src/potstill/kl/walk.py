@@ -213,7 +213,8 @@ class Walk:
         problem, group, student = self.problem, found.rows, self.problem.student
         asked = ask(terms, lse, found)
         value = found.log_sums.new_zeros(len(group))
-        gain = scale * asked.factor * student.gain
+        weights_n = asked.row_weights(weights_N, group)
+        gain = scale * asked.shared_factor * student.gain
         blocks = self.blocks(group)
         for tile in self.tiles(group, again=True, with_teacher=asked.has.teacher):
             here = _shifted(tile.block, group)
@@ -234,12 +235,12 @@ class Walk:
                 g.scatter_add_(1, ids.clamp(0, g.shape[1] - 1)[:, None], amount[:, None])
             if slope is not None:
                 g.mul_(slope)
-            if weights_N is not None:
-                g.mul_(weights_N[tile.block][:, None])
+            if weights_n is not None:
+                g.mul_(weights_n[here][:, None])
             into.add(tile, g, gain, is_last=tile.block == blocks[-1])
         for block in blocks if problem.merges_ends else ():
             value[_shifted(block, group)] += self._class_gradient(
-                block, found, asked, weights_N, gain, into
+                block, found, asked, weights_n, gain, into
             )
         if problem.shard is not None:
             dist.all_reduce(value, group=problem.shard.group)
@@ -250,7 +251,7 @@ class Walk:
         block: slice,
         found: "RowGroup",
         asked: "AskedGradient",
-        weights_N: Tensor | None,
+        weights_n: Tensor | None,
         gain: float,
         into: "Gradients",
     ) -> Tensor:
@@ -262,8 +263,8 @@ class Walk:
         value = tiles.tile_gradient(z, y, *arguments)
         if asked.label_weight is not None:
             z -= (asked.label_weight[here] * problem.label_is_end[block])[:, None]  # pyright: ignore
-        if weights_N is not None:
-            z *= weights_N[block][:, None]
+        if weights_n is not None:
+            z *= weights_n[here][:, None]
         if len(problem.members):
             logits = self.member_logits(student, block)
             share = (logits - found.classes[0, here, None]).exp_()
