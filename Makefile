@@ -72,6 +72,7 @@ assets: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/divergence.py
+	$(BIN)/python benchmarks/hook.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/window.py
 	$(BIN)/python benchmarks/likeliest.py
