@@ -73,7 +73,7 @@ def test_every_shipped_model_has_a_recipe_that_makes_it():
         ({"train": {"lr": float("inf")}}, r"train.lr is inf"),
         (
             {"objective": {"kl": "jsdd"}},
-            r"objective.kl is 'jsdd': input should be 'forward', 'reverse', 'mixed', 'jsd'",
+            r"objective.kl is 'jsdd': the nearest is 'jsd'; input should be 'forward', 'reverse'",
         ),
         (
             {"objective": {"forward_weight": 0.3}},

@@ -182,7 +182,7 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
         ('axes.method = ["odp"]', "method is 'odp' on an axis; choose one of sft, dagger"),
         ("axes.train.lrr = [1]", "panel 'A': train.lrr is not a field.*nearest is train.lr"),
         ('axis.method = ["opd"]', "axis is not a field"),
-        ('sweep_as = "odp"', "sweep_as is 'odp': input should be 'sft', 'dagger'"),
+        ('sweep_as = "odp"', "sweep_as is 'odp': the nearest is 'opd'; input should be 'sft'"),
         ('sweep_as = "opd"', 'sweep_as is "opd", and in this panel nothing is swept'),
         (
             'sweep_as = "opd"\n[panels.sweep]\nvalues = [1]\nmethods = ["sft"]',

@@ -1,6 +1,7 @@
 """A section of a recipe: a frozen schema whose errors are one line that says what to do."""
 
 import functools
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -10,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from potstill.config.roles import Role
 from potstill.config.values import items_of, shown
-from potstill.console.names import nearest_field
+from potstill.console.names import nearest, nearest_field
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 
@@ -110,7 +111,12 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
         return f"{name}: {message}"
     if error["type"] in ("model_type", "dict_type"):
         message = f"it is a section; write its fields below a line [{name}]"
-    return f"{name} is {shown(error['input'])}: {message[0].lower()}{message[1:]}"
+    message = f"{message[0].lower()}{message[1:]}"
+    if error["type"] == "literal_error":
+        allowed = re.findall("'(.+?)'", error["ctx"]["expected"])
+        near = nearest(str(error["input"]), allowed, 0.6)
+        message = f"the nearest is {near!r}; {message}" if near else message
+    return f"{name} is {shown(error['input'])}: {message}"
 
 
 def _names_beside(schema: type[BaseModel], location: list[str]) -> list[str]:
