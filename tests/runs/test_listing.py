@@ -8,6 +8,7 @@ import pytest
 from synthetic_runs import evaluate, write_run
 
 from potstill.cli.app import main
+from potstill.files import write_rows
 from potstill.runs.listing import list_runs
 from potstill.runs.run_folder import locked
 
@@ -97,6 +98,26 @@ def test_json_has_the_same(folder, capsys):
     done = next(run for run in found if run["name"] == "done")
     assert done["folder"] == str(folder / "done") and done["loss"] is None
     assert [each["temperature"] for each in done["evaluations"]] == [1.0, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("goal", "values", "shown"),
+    [
+        ("student_prefix_reverse_kl", (0.5, 0.25, 0.25), "(nats): 0.2500"),
+        ("score", (0.5, 0.75, 0.25), "(%): 75.0"),
+    ],
+)
+def test_the_best_validation_is_the_one_that_is_kept(tmp_path, capsys, goal, values, shown):
+    run = write_run(tmp_path / "run", [], validation={"keep_best": goal})
+    rows = [{"step": 20 * i, goal: [value] * 3} for i, value in enumerate(values)]
+    write_rows(run / "validation.jsonl", rows)
+    assert list_runs(tmp_path)[0].best == (goal, 20, values[1])
+    line = next(line for line in table(capsys, tmp_path).splitlines() if "best validation" in line)
+    assert "after step 20" in line and line.endswith(shown)
+    (found,) = json.loads(table(capsys, tmp_path, "--json"))
+    assert found["best_validation"] == {"quantity": goal, "step": 20, "value": values[1]}
+    write_rows(run / "validation.jsonl", [{"step": 20}])
+    assert f"has no '{goal}'" in list_runs(tmp_path)[0].trouble
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tyro.conf import Positional
 from potstill.cli.overrides import refuse_overrides
 from potstill.console.printable import WIDTH, one_line, say
 from potstill.runs.listing import ListedRun, list_runs
+from potstill.runs.quantities import SHOWN
 
 # Columns of the widest name and method in the table of runs.
 NAME_WIDTH, METHOD_WIDTH = 28, 18
@@ -99,6 +100,7 @@ def study(
 
 def _plain(run: ListedRun) -> dict[str, Any]:
     """A run as plain data; a number that is not finite is null, as JSON has none."""
+    best = run.best
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -108,6 +110,7 @@ def _plain(run: ListedRun) -> dict[str, Any]:
         "num_steps": run.num_steps,
         "loss": _finite(run.loss),
         "evaluations": [{"temperature": t, "avg": _finite(avg)} for t, avg in run.avgs],
+        "best_validation": best and {**best._asdict(), "value": _finite(best.value)},
         "seconds": round(run.seconds, 1),
         "trouble": run.trouble,
     }
@@ -136,6 +139,10 @@ def _table(folder: Path, found: Sequence[ListedRun]) -> list[str]:
             cell.ljust(width) for cell, width in zip((name, *row), (margin, *widths), strict=True)
         ]
         lines.append("  ".join(columns).rstrip())
+        if run is not None and run.best is not None:
+            shown, value = SHOWN[run.best.quantity], run.best.value
+            text = f"{shown.title}: {shown.scale * value:.{shown.digits}f}"
+            lines += _wrapped(f"best validation, after step {run.best.step}: {text}", "  ")
         if run is not None and run.trouble is not None:
             lines += _wrapped(run.trouble, "  ")
     return lines

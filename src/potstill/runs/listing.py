@@ -5,15 +5,36 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from potstill.config import GrpoRecipe, Recipe, RecipeError, load_any_recipe
+from potstill.config import (
+    HIGHER_IS_BETTER,
+    Goal,
+    GrpoRecipe,
+    Recipe,
+    RecipeError,
+    load_any_recipe,
+)
 from potstill.runs.results import PLAN_FILE, newest_evals, read_plan
-from potstill.runs.results_schema import RunEvalRow
-from potstill.runs.run_folder import STEP_LOGS, RunError, is_in_use, is_trained, read_metrics
-from potstill.runs.schema import MetricsRow
+from potstill.runs.run_folder import (
+    STEP_LOGS,
+    RunError,
+    is_in_use,
+    is_trained,
+    read_metrics,
+    read_validations,
+)
+from potstill.runs.schema import MetricsRow, quantity_in
 
 RunState = Literal["finished", "running", "stopped", "failed", "unreadable"]
+
+
+class BestValidation(NamedTuple):
+    """The best validation of a run that keeps its student: by which quantity, after which step."""
+
+    quantity: Goal
+    step: int
+    value: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +53,7 @@ class ListedRun:
     num_steps: int | None = None
     loss: float | None = None
     avgs: tuple[tuple[float, float], ...] = ()
+    best: BestValidation | None = None
     seconds: float = 0.0
     trouble: str | None = None
 
@@ -120,6 +142,10 @@ def _described(folder: Path, recipe: Recipe | GrpoRecipe, rows: list[MetricsRow]
     path = folder / "metrics.jsonl"
     step = rows[-1]["step"] if rows else 0
     evals = newest_evals(folder, step)
+    evals_path = folder / "evals.jsonl"
+    avgs = [
+        (_number(row["temperature"], evals_path), _value(row["avg"], evals_path)) for row in evals
+    ]
     state: RunState = "finished" if is_trained(folder, recipe) else "stopped"
     return ListedRun(
         folder=folder,
@@ -128,15 +154,30 @@ def _described(folder: Path, recipe: Recipe | GrpoRecipe, rows: list[MetricsRow]
         step=int(_number(step, path)),
         num_steps=recipe.grpo.steps if isinstance(recipe, GrpoRecipe) else recipe.train.steps,
         loss=_number(rows[-1]["loss"], path) if rows and "loss" in rows[-1] else None,
-        avgs=tuple((_number(row["temperature"], path), _avg(row, folder)) for row in evals),
+        avgs=tuple(avgs),
+        best=_best(folder, recipe) if isinstance(recipe, Recipe) else None,
         seconds=math.fsum(_number(row["seconds"], path) for row in rows),
     )
 
 
-def _avg(row: RunEvalRow, folder: Path) -> float:
-    """The share of right answers, which stands with its interval."""
-    found = row["avg"]
-    return _number(found[0] if isinstance(found, list) and found else found, folder / "evals.jsonl")
+def _best(folder: Path, recipe: Recipe) -> BestValidation | None:
+    """The validation whose student the run keeps; None without one."""
+    goal, path = recipe.validation.keep_best, folder / "validation.jsonl"
+    if goal is None:
+        return None
+    rows = read_validations(folder, ("step", goal))
+    found = [
+        BestValidation(goal, int(_number(row["step"], path)), _value(quantity_in(row, goal), path))
+        for row in rows
+    ]
+    sign = 1 if goal in HIGHER_IS_BETTER else -1
+    # The run keeps the first of equal ones, too.
+    return max(found, key=lambda each: sign * each.value, default=None)
+
+
+def _value(found: Any, path: Path) -> float:
+    """A value that stands with its interval."""
+    return _number(found[0] if isinstance(found, list) and found else found, path)
 
 
 def _number(found: Any, path: Path) -> float:
