@@ -103,12 +103,29 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """The score of a response beside those of its group, the responses to the same prompt: their
+    mean, their standard deviation, and its advantage over them."""
+
+    score: float
+    group_score: float
+    group_deviation: float
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One prompt, one completion, and who wrote each token. `trained[i]` is false where token i is
-    no loss token."""
+    no loss token.
+
+    `log_probs` are the student's of its loss tokens when the rollout was new, None while it is;
+    `credit` is there where responses are scored.
+    """
 
     prompt: Prompt
     completion_ids: tuple[int, ...]
     trained: tuple[bool, ...]
     writers: tuple[Writer, ...]
     stop: Stop
+    log_probs: tuple[float, ...] | None = None
+    credit: Credit | None = None

@@ -183,8 +183,13 @@ def test_every_shipped_model_has_a_recipe_that_makes_it():
             r"train.betas.0 is -0.1: input should be greater than or equal to 0",
         ),
         (
-            {"objective": {"split": 2, "split_weights": [0, 0]}},
-            r"split_weights is \[0, 0\]: no token has a weight",
+            {
+                "objective": {
+                    "weights": "split",
+                    "weights_arguments": {"at": 2, "before": 0, "after": 0},
+                }
+            },
+            r"before = 0 and after = 0: no token has a weight",
         ),
         (
             {"objective": {"temperature": 1e-30}},
@@ -212,7 +217,8 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(RecipeError, match="not valid TOML"):
         load_recipe(tmp_path / "broken.toml")
     with pytest.raises(
-        RecipeError, match=r"is a folder; give a TOML file or one of demo, grpo, qwen3, smollm2$"
+        RecipeError,
+        match=r"is a folder; give a TOML file or one of demo, grpo, qwen3, rl, smollm2$",
     ):
         load_recipe(tmp_path)
 
@@ -335,6 +341,7 @@ RATES = {
     "teacher-small": (4e-3, 20, 800),
     "demo": (3e-3, 10, 120),
     "grpo": (5e-4, 0, 40),
+    "rl": (5e-4, 0, 40),
     "qwen3": (5e-7, 0, 1000),
     "smollm2": (2e-4, 0, 5),
 }
@@ -540,14 +547,14 @@ def test_a_method_s_name_says_the_fields_that_a_study_leaves_out_beside_it():
         "handoff_tokens": (handoff, (1, 2)),
         "kl": ({}, "jsd"),
         "forward_weight": (mixed, 0.3),
-        "forward_above": (mixed, 1.0),
         "jsd_weight": ({"kl": "jsd"}, 0.3),
         "skew": ({"kl": "skew-forward"}, 0.3),
         "gamma": ({"prefix": "student", "kl": "reverse"}, 0.3),
-        "split": ({}, 4),
-        "split_weights": ({"split": 4}, (1.0, 0.0)),
+        "weights": ({}, "first-tokens"),
+        "weights_arguments": ({"weights": "first-tokens"}, {"num": 4}),
     }
-    assert set(fields_with(*NAMED)) == {f"objective.{name}" for name in said}
+    of_reward = {"reward.weight", "reward.start_kl"}
+    assert set(fields_with(*NAMED)) == {f"objective.{name}" for name in said} | of_reward
     for name, (others, value) in said.items():
         assert Objective(**others).name != Objective(**(others | {name: value})).name
 
@@ -564,8 +571,13 @@ def test_the_four_corners_have_their_names():
     for objective, name in [
         ({"kl": "mixed", "forward_weight": 0.8}, "Hybrid(teacher / 0.8 forward + 0.2 reverse)"),
         (
-            {"kl": "mixed", "forward_weight": 0.25, "forward_above": 1.5, "prefix": "student"},
-            "Hybrid(student / 0.25 forward + 0.75 reverse above 1.5 nats)",
+            {
+                "kl": "mixed",
+                "forward_weight": 0.25,
+                "weights": "entropy-aware",
+                "weights_arguments": {"above": 1.5},
+            },
+            "Hybrid(teacher / 0.25 forward + 0.75 reverse; entropy-aware above 1.5)",
         ),
         ({"prefix": "mixed", "student_share": 0.3}, "Hybrid(0.3 student by sequence / forward)"),
         (
@@ -575,10 +587,24 @@ def test_the_four_corners_have_their_names():
         ({"kl": "jsd"}, "Hybrid(teacher / jsd 0.5)"),
         ({"kl": "skew-reverse", "signal": "topk"}, "Hybrid(teacher / skew-reverse 0.1; top 64)"),
         ({"prefix": "student", "kl": "reverse", "gamma": 1}, "OPD (gamma 1)"),
-        ({"split": 16, "split_weights": [1, 0.5]}, "SFT (split at 16: 1, 0.5)"),
+        (
+            {"weights": "split", "weights_arguments": {"at": 16, "after": 0.5}},
+            "SFT (split at 16 before 1 after 0.5)",
+        ),
+        ({"weights": "first-tokens"}, "SFT (first-tokens num 100)"),
         ({"signal": "labels"}, "Hard-label SFT (teacher prefix)"),
     ]:
         assert make_recipe({"objective": objective}).objective.name == name
+    opd = {"prefix": "student", "kl": "reverse"}
+    for sections, name in [
+        ({"objective": opd, "reward": {"weight": 0.3}}, "OPD + 0.3 reward"),
+        ({"objective": opd | {"kl": "none"}, "reward": {"weight": 1}}, "GRPO"),
+        (
+            {"objective": opd | {"kl": "none"}, "reward": {"weight": 1, "start_kl": 0.1}},
+            "GRPO + 0.1 KL to the start",
+        ),
+    ]:
+        assert make_recipe(sections).method == name
 
 
 @pytest.mark.parametrize(

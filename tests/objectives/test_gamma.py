@@ -35,7 +35,7 @@ from potstill.training import step
         ({"objective": {"temperature": 2}}, "drawn exactly from the student"),
         ({"rollouts": {"reuse": 2}}, "no longer is who drew the tokens"),
         ({"train": {"normalize": "sequence"}}, "depends on how long the student goes on"),
-        ({"objective": {"split": 4}}, "remove it"),
+        ({"objective": {"weights": "first-tokens"}}, "remove it"),
     ],
 )
 def test_gamma_is_refused_where_it_would_be_another_gradient(data, message):

@@ -8,7 +8,10 @@ from conftest import make_model, make_rollout
 
 from potstill.config import Objective
 from potstill.kl.definition import token_divergence
-from potstill.objectives.loss import Loss, batch_loss, sampled_loss, teacher_signal
+from potstill.kl.fused import fused_loss
+from potstill.kl.terms import LossTerms
+from potstill.objectives.estimators import estimate, slope
+from potstill.objectives.loss import Loss, batch_loss, teacher_signal
 from potstill.rollouts.batching import make_batches
 from potstill.types import NonFiniteError
 
@@ -194,6 +197,17 @@ def every_token(student, teacher):
     return batch, q_N
 
 
+def sampled_loss(hidden, student, rows, teacher, labels_N, loss, weights_N=None):
+    """The estimator's terms through the fused loss, as `batch_loss` asks for them."""
+
+    def terms(stats, rows):
+        return LossTerms(cross_entropy=-slope(stats, loss.objective))
+
+    sides = (hidden, student.head, rows, teacher.head)
+    options = loss.shared_options()
+    return fused_loss(*sides, terms, labels_N=labels_N, weights_N=weights_N, **options)
+
+
 @pytest.mark.parametrize("end_class", [(), (2, 7)], ids=["raw", "merged"])
 @pytest.mark.parametrize(
     ("estimator", "baseline", "kl"),
@@ -217,8 +231,8 @@ def test_sampled_estimators_have_the_gradient_they_are_named_for(
     loss = Loss(objective=objective, normalize="token", vocab_size=23, end_class=end_class)
     rows = teacher_signal(teacher, batch, loss)
     labels = batch.target_ids_BT[batch.loss_mask_BT]
-    loss_N, value_N, _ = sampled_loss(hidden, student.head, rows, teacher.head, labels, loss)
-    found = torch.autograd.grad((q_N * loss_N).sum(), list(student.parameters()))
+    value, _, stats = sampled_loss(hidden, student, rows, teacher, labels, loss, q_N)
+    found = torch.autograd.grad(value, list(student.parameters()))
     z, y = student.head(student(batch.input_ids_BT[:1])[0, -1:]), teacher.head(rows[:1])
     exact, _ = token_divergence(z, y, kl, end_ids=end_class)
     for a, b in zip(
@@ -227,7 +241,9 @@ def test_sampled_estimators_have_the_gradient_they_are_named_for(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
     if estimator != "k2":
         reverse_kl = token_divergence(z, y, "reverse", end_ids=end_class)[0].item()
-        assert (q_N * value_N).sum().item() == pytest.approx(reverse_kl, rel=1e-3)
+        assert (q_N * estimate(stats, objective)).sum().item() == pytest.approx(
+            reverse_kl, rel=1e-3
+        )
 
 
 def test_the_exact_baseline_lowers_the_variance(student, teacher):
@@ -240,10 +256,8 @@ def test_the_exact_baseline_lowers_the_variance(student, teacher):
         for i in range(23):
             hidden = student(batch.input_ids_BT[i : i + 1])[:, -1].detach().requires_grad_()
             rows = teacher_signal(teacher, batch, loss)[i : i + 1]
-            loss_N, _, _ = sampled_loss(
-                hidden, student.head, rows, teacher.head, torch.tensor([i]), loss
-            )
-            (grad,) = torch.autograd.grad(loss_N.sum(), hidden)
+            value, _, _ = sampled_loss(hidden, student, rows, teacher, torch.tensor([i]), loss)
+            (grad,) = torch.autograd.grad(value, hidden)
             spread[baseline] += (q_N[i] * grad.square().sum()).item()
     assert spread["exact"] < 0.9 * spread["none"]
 

@@ -60,8 +60,48 @@ RECIPES = [
     ('[objective]\nkl = "mixed"\nforward_weight = 1.5', "objective.forward_weight is 1.5"),
     ("[objective]\ntemperature = 0", "objective.temperature is 0"),
     ("[objective]\ntemperature = 1e-30", "objective.temperature is 1e-30"),
-    ("[objective]\nsplit = 5\nsplit_weights = [0, 0]", "no token has a weight"),
-    ("[objective]\nsplit = 500", "nothing comes after the split"),
+    (
+        "[objective]\nweights = 'split'\nweights_arguments = { at = 5, before = 0 }",
+        "no token has a weight",
+    ),
+    (
+        "[objective]\nweights = 'split'\nweights_arguments = { at = 500 }",
+        "nothing comes after the split",
+    ),
+    ("[objective]\nweights = 'spilt'", "the nearest is 'split'"),
+    ("[objective]\nweights = 'todi'", "the weighting is of kl"),
+    (
+        "[objective]\nweights = 'first-tokens'\nweights_arguments = { n = 3 }",
+        "the weighting 'first-tokens' takes num; remove it",
+    ),
+    (
+        "[objective]\nweights = 'first-tokens'\nweights_arguments = { num = 0 }",
+        "give a number from 1 to 1e+06",
+    ),
+    ("[objective]\nweights = 'sign-gate'", "which weighs what the student wrote"),
+    ("[objective]\nkl = 'none'\nprefix = 'student'", "there is nothing to learn from"),
+    ("[reward]\nweight = 1", "a policy gradient is of what the student wrote itself"),
+    ("[reward]\ngroup_size = 4", "is set but not read"),
+    (
+        "[objective]\nprefix = 'student'\n[reward]\nweight = 1\ngroup_size = 1",
+        "a score minus itself is 0",
+    ),
+    (
+        "[objective]\nprefix = 'student'\n[reward]\nweight = 1\n[sampling]\ntop_p = 0.9",
+        "the tokens must be drawn exactly from the student",
+    ),
+    (
+        "[objective]\nprefix = 'student'\n[reward]\nweight = 1\n[data]\nsource = 'a.jsonl'",
+        "whose responses nothing scores",
+    ),
+    (
+        "[objective]\nprefix = 'student'\n[reward]\nweight = 1\nsource = 'mine'",
+        "name a function in a Python file of yours",
+    ),
+    (
+        "[objective]\nprefix = 'student'\nweights = 'pass-rate'",
+        "one score is no rate",
+    ),
     ('[objective]\nsignal = "topk"\ntop_k = 0', "objective.top_k is 0"),
     (
         '[objective]\nprefix = "mixed"\nprefix_mix = "handoff"\nhandoff_tokens = [9, 3]',

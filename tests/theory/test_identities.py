@@ -1,9 +1,9 @@
 """`potstill verify`: every identity holds, and a mistake in any one formula shows."""
 
-import dataclasses
 import json
 
 import pytest
+import torch
 from conftest import make_model
 
 from potstill.cli.app import main
@@ -11,6 +11,7 @@ from potstill.cli.show import print_checks
 from potstill.kl import definition, tiles
 from potstill.kl.terms import LossTerms
 from potstill.objectives import loss as loss_module
+from potstill.objectives import tokens as tokens_module
 from potstill.objectives.loss import Loss
 from potstill.rollouts import batching
 from potstill.theory.check import BOUND
@@ -64,39 +65,33 @@ def wrong_returns(monkeypatch):
 
 def wrong_split(monkeypatch):
     """The token at the split counts to the part before it."""
-    real = loss_module.positions
-    monkeypatch.setattr(loss_module, "positions", lambda batch: (real(batch) - 1).clamp(min=0))
+    real = tokens_module.positions
+    monkeypatch.setattr(tokens_module, "positions", lambda batch: (real(batch) - 1).clamp(min=0))
 
 
 def wrong_estimator(old, new):
     def mutate(monkeypatch):
-        real = loss_module.sampled_loss
+        real = loss_module.slope
 
-        def wrong(*args):
-            *sides, labels, loss = args
-            if loss.objective.estimator == old:
-                loss = dataclasses.replace(
-                    loss, objective=loss.objective.model_copy(update={"estimator": new})
-                )
-            return real(*sides, labels, loss)
+        def wrong(stats, objective):
+            if objective.estimator == old:
+                objective = objective.model_copy(update={"estimator": new})
+            return real(stats, objective)
 
-        monkeypatch.setattr(loss_module, "sampled_loss", wrong)
+        monkeypatch.setattr(loss_module, "slope", wrong)
 
     return mutate
 
 
 def wrong_k1(monkeypatch):
     """k1 differentiated as a loss, which is zero in expectation."""
-    real = loss_module.sampled_loss
+    real = loss_module.slope
 
-    def wrong(*args):
-        loss_N, value_N, stats = real(*args)
-        if args[-1].objective.estimator == "k1":
-            labels, student_hidden, head = args[4], args[0], args[1]
-            loss_N = head(student_hidden).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
-        return loss_N, value_N, stats
+    def wrong(stats, objective):
+        slope_N = real(stats, objective)
+        return torch.ones_like(slope_N) if objective.estimator == "k1" else slope_N
 
-    monkeypatch.setattr(loss_module, "sampled_loss", wrong)
+    monkeypatch.setattr(loss_module, "slope", wrong)
 
 
 def wrong_terms(monkeypatch):

@@ -305,7 +305,7 @@ def test_ctrl_c_says_what_is_saved(tmp_path, monkeypatch, capsys):
             "nothing was saved yet: the same command begins again",
         ),
         (
-            "potstill.training.loop.evaluate",
+            "potstill.training.loop.evaluate_run",
             "step 4 was saved last, and the same command goes on from there",
         ),
     ):

@@ -80,7 +80,7 @@ def _decoding_bytes(subject: Subject, width: int, depth: int, longest: int) -> i
     num_heads = int(getattr(config, "num_attention_heads", 0) or 1)
     num_kv = int(getattr(config, "num_key_value_heads", 0) or num_heads)
     head_width = int(getattr(config, "head_dim", 0) or width // num_heads)
-    rows = min(recipe.sampling.batch_size, recipe.train.prompts_per_step)
+    rows = min(recipe.sampling.batch_size, recipe.rollouts_per_step)
     item = next(student.model.parameters()).element_size()
     return 2 * rows * longest * depth * num_kv * head_width * item
 

@@ -17,7 +17,7 @@ from potstill.config.fields import (
     run_evaluation,
 )
 from potstill.config.methods import METHODS, Method
-from potstill.config.objective_fields import Objective, WeightSchedule
+from potstill.config.objective_fields import Objective, Reward, WeightSchedule
 from potstill.config.recipe import GrpoRecipe, Recipe, check_recipe, fields_with, role_of
 from potstill.config.roles import ALIKE, CHANGE_NOTHING, CHANGE_ROUNDING, NAMED, Role, Selection
 from potstill.config.run_recipe import RunRecipe
@@ -45,6 +45,7 @@ from potstill.config.validation_fields import (
     Validation,
     steps_between,
 )
+from potstill.config.weightings import WEIGHTINGS, Weighting
 
 __all__ = [
     "ALIKE",
@@ -56,6 +57,7 @@ __all__ = [
     "NAMED",
     "PART",
     "SHIPPED_RECIPES",
+    "WEIGHTINGS",
     "CacheOptions",
     "Data",
     "DataSource",
@@ -69,6 +71,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RecipeFields",
+    "Reward",
     "Role",
     "Rollouts",
     "RunRecipe",
@@ -80,6 +83,7 @@ __all__ = [
     "Train",
     "Validation",
     "WeightSchedule",
+    "Weighting",
     "Window",
     "check_recipe",
     "field_names",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from potstill.config.data_fields import Data
-from potstill.config.objective_fields import Objective, WeightSchedule
+from potstill.config.objective_fields import Objective, Reward, WeightSchedule
 from potstill.config.roles import Place, Role
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import Section
@@ -23,6 +23,8 @@ from potstill.config.values import (
     Seed,
     Temperature,
 )
+from potstill.config.weightings import WEIGHTINGS
+from potstill.tasks.own import own_task
 
 
 class StudentSpec(Section, role=Role.MODEL):
@@ -137,7 +139,8 @@ class Train(Section, role=Role.UPDATE):
     """End the run with the step that brings the operations of rollouts, teacher and student to this
     number."""
     prompts_per_step: Annotated[int, Place.FIRST] = Field(default=48, ge=1, le=MANY_AT_ONCE)
-    """Prompts (and rollouts) of one update, over all ranks."""
+    """Prompts of one update, over all ranks: each has one rollout, or reward.group_size of
+    them."""
     tokens_per_batch: Annotated[int, Role.ROUNDING] = Field(default=4096, ge=1)
     """Padded tokens of one forward-backward slice on one rank. Gradients depend on it by rounding
     alone."""
@@ -290,12 +293,39 @@ class RecipeFields(RunRecipe):
     data: Data = Data()
     objective: Objective = Objective()
     weight_schedule: WeightSchedule = WeightSchedule()
+    reward: Reward = Reward()
     sampling: Sampling = Sampling()
     rollouts: Rollouts = Rollouts()
     window: Window = Window()
     train: Train = Train()
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
+
+    @property
+    def draws_exactly(self) -> bool:
+        """Whether a student that writes draws from the distribution that the loss is about."""
+        drawn = (self.sampling.temperature, self.sampling.top_p, self.sampling.top_k)
+        return drawn == (self.objective.temperature, 1.0, 0)
+
+    @property
+    def own_sources(self) -> tuple[str | tuple[str, ...] | None, ...]:
+        """Names of what may be in Python files of the user's own, beside the data."""
+        return (self.evaluation.source, self.reward.source, self.objective.weights)
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """The rollouts of one update, over all ranks."""
+        return self.train.prompts_per_step * self.reward.group_size
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the responses of a step are scored, for the reward or for what tokens count."""
+        weights, reward = self.objective.weights, self.reward
+        if reward.weight or weights is None:
+            return reward.weight > 0
+        if own_task(weights) is not None:
+            return reward.group_size > 1 or reward.source is not None
+        return weights in WEIGHTINGS and WEIGHTINGS[weights].needs_scores
 
 
 class GrpoFields(RunRecipe):

@@ -1,16 +1,19 @@
-"""The fields of the loss: on whose tokens, which divergence, from what signal, and how its weight
-moves."""
+"""The fields of the loss: on whose tokens, which divergence, from what signal, how its weight
+moves, and the reward beside it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from potstill.config.methods import METHODS
 from potstill.config.roles import Place, Role
 from potstill.config.section import Section
-from potstill.config.values import COLDEST, NonNegative
+from potstill.config.values import COLDEST, MANY_AT_ONCE, Arguments, NonNegative
+from potstill.config.weightings import WEIGHTINGS
 
-DivergenceName = Literal["forward", "reverse", "mixed", "jsd", "skew-forward", "skew-reverse"]
+DivergenceName = Literal[
+    "forward", "reverse", "mixed", "jsd", "skew-forward", "skew-reverse", "none"
+]
 
 
 class Objective(Section, role=Role.OBJECTIVE):
@@ -32,13 +35,10 @@ class Objective(Section, role=Role.OBJECTIVE):
     kl: Annotated[DivergenceName, Role.DIVERGENCE, Place.FIRST] = "forward"
     """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: their linear
     mixture; jsd: the generalised Jensen-Shannon divergence; skew-forward, skew-reverse: each KL to
-    a mixture of both (DistiLLM)."""
+    a mixture of both (DistiLLM); none: no teacher, the reward alone."""
     forward_weight: Annotated[float, Role.DIVERGENCE] = Field(default=0.5, ge=0, le=1)
     """Weight of the forward KL in kl = mixed, or what its schedule (section weight_schedule) begins
     with."""
-    forward_above: Annotated[float | None, Role.TOKEN_WEIGHT] = Field(default=None, ge=0)
-    """kl = mixed: only where the teacher's entropy (nats) is above this; elsewhere all weight is
-    the reverse KL's."""
     jsd_weight: Annotated[float, Role.DIVERGENCE] = Field(default=0.5, gt=0, lt=1)
     """kl = jsd: the teacher's weight in the mixture that both models are compared with."""
     skew: Annotated[float, Role.DIVERGENCE] = Field(default=0.1, gt=0, lt=1)
@@ -46,11 +46,11 @@ class Objective(Section, role=Role.OBJECTIVE):
     gamma: Annotated[float, Role.TOKEN_WEIGHT] = Field(default=0.0, ge=0, le=1)
     """Student prefixes and reverse KL: how much of the later tokens' KL each written token answers
     for. 0: the local gradient; 1: that of the whole sequence's KL."""
-    split: Annotated[int | None, Role.TOKEN_WEIGHT] = Field(default=None, ge=1)
-    """A position in the completion: tokens before it and tokens from it on have weights of their
-    own."""
-    split_weights: Annotated[tuple[NonNegative, NonNegative], Role.TOKEN_WEIGHT] = (1.0, 1.0)
-    """Weights of the loss before the split and from it on."""
+    weights: Annotated[str | None, Role.TOKEN_WEIGHT] = None
+    """Weighting of each token: a name, as `potstill methods` lists them, or a
+    function in a file of yours (my_weights.py:weights, whose code is run)."""
+    weights_arguments: Annotated[Arguments, Role.TOKEN_WEIGHT] = Field(default_factory=dict)
+    """Arguments of the weighting, such as {num = 50}."""
     temperature: float = Field(default=1.0, ge=COLDEST)
     """Divides both models' logits in the loss; sampling has its own."""
     signal: Literal["full", "topk", "sampled", "labels"] = "full"
@@ -75,24 +75,37 @@ class Objective(Section, role=Role.OBJECTIVE):
     are known to hand over to a tool, such as <|eom_id|> and <|call|>; a list takes their place."""
 
     @property
+    def has_divergence(self) -> bool:
+        """Whether the loss has a divergence from a teacher."""
+        return self.signal != "labels" and self.kl != "none"
+
+    @property
+    def weighting_arguments(self) -> dict[str, Any]:
+        """The arguments of the weighting, those that are not set by their defaults."""
+        if self.weights not in WEIGHTINGS:
+            return self.weights_arguments
+        known = WEIGHTINGS[self.weights].arguments
+        return {name: each.default for name, each in known.items()} | self.weights_arguments
+
+    @property
     def name(self) -> str:
         """The method's name: a corner of the grid, or what lies between with its weights."""
+        if self.kl == "none":
+            return "GRPO"
         if self.signal == "labels":
             return f"Hard-label SFT ({self.prefix} prefix)"
         details = [f"top {self.top_k}"] if self.signal == "topk" else []
         details += [self.estimator] if self.signal == "sampled" else []
         details += [f"gamma {self.gamma:g}"] if self.gamma else []
-        if self.split is not None:
-            details.append(
-                f"split at {self.split}: {self.split_weights[0]:g}, {self.split_weights[1]:g}"
-            )
+        if self.weights is not None:
+            arguments = [f"{name} {value}" for name, value in self.weighting_arguments.items()]
+            details.append(" ".join([self.weights, *arguments]))
         for method in METHODS.values():
             if (self.prefix, self.kl) == (method.prefix, method.kl):
                 return method.name + (f" ({', '.join(details)})" if details else "")
         kl: str = self.kl
         if self.kl == "mixed":
             kl = f"{self.forward_weight:g} forward + {1 - self.forward_weight:g} reverse"
-            kl += "" if self.forward_above is None else f" above {self.forward_above:g} nats"
         elif self.kl == "jsd":
             kl = f"jsd {self.jsd_weight:g}"
         elif self.kl.startswith("skew"):
@@ -132,3 +145,35 @@ class WeightSchedule(Section, role=Role.WEIGHT_SCHEDULE):
     """entropy: the most that the weight changes in a step."""
     bounds: tuple[float, float] = (0.0, 1.0)
     """entropy: the smallest and the largest weight."""
+
+
+def _group_size(fields: dict[str, Any]) -> int:
+    """The responses to a prompt of a run that does not say."""
+    return 8 if fields.get("weight") else 1
+
+
+class Reward(Section, role=Role.OBJECTIVE):
+    """The scores of responses as one more term of the loss: a policy gradient in the same pass as
+    the divergence (arXiv 2402.03300, 2506.02208)."""
+
+    weight: Annotated[float, Role.REWARD, Place.FIRST] = Field(default=0.0, ge=0)
+    """Weight of the policy gradient beside the divergence, whose weight is 1; 0: none. With
+    objective.kl = none it is alone."""
+    group_size: int = Field(default_factory=_group_size, ge=1, le=MANY_AT_ONCE)
+    """Responses to each prompt, whose scores are compared with each other. By default 8 where
+    reward.weight is above 0, else 1."""
+    advantage: Literal["mean", "std", "score"] = "std"
+    """mean: the score minus the mean of its group; std: that over the group's standard deviation;
+    score: the score as it is."""
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2)
+    """rollouts.reuse above 1: how far below and above 1 the ratio of the student's probability of a
+    token to that when it wrote it may go, before the token's policy gradient is left out."""
+    truncated: Literal["score", "zero", "mask"] = "score"
+    """Responses that the window cut. score: they count as others do; zero: their score is 0; mask:
+    they have no part in their group and no policy gradient."""
+    source: str | None = None
+    """Function of yours that scores responses (my_reward.py:score, whose code is run), in place of
+    the task's scores."""
+    start_kl: Annotated[float, Role.REWARD] = Field(default=0.0, ge=0)
+    """Weight of the exact KL(student || start), with the student as it was before the first step,
+    which is then kept in memory; 0 does without."""

@@ -12,7 +12,9 @@ from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import RecipeError, roles_of
 from potstill.config.unread import unread_fields, unread_grpo_fields
 from potstill.config.values import shown
+from potstill.config.weightings import WEIGHTINGS, check_weighting
 from potstill.tasks import TASKS, is_table
+from potstill.tasks.own import own_task
 
 
 class Recipe(RecipeFields):
@@ -37,7 +39,9 @@ class Recipe(RecipeFields):
                 )
         if self.objective.signal == "sampled":
             self._check_sampled_signal()
-        self._check_divergence()
+        self._check_weights()
+        self._check_reward()
+        self._check_returns()
         self._check_schedules()
         self._check_extensions()
         if self.teacher.cache is not None and self.objective.prefix in ("student", "mixed"):
@@ -66,7 +70,7 @@ class Recipe(RecipeFields):
     def _check_sampled_signal(self) -> None:
         """Refuse what would follow the gradient of something else (the table is in
         objective.sampled_loss)."""
-        objective, sampling = self.objective, self.sampling
+        objective = self.objective
         direction = {"k1": "reverse", "k2": "reverse", "k3": "forward"}[objective.estimator]
         if objective.prefix != "student":
             raise ValueError(
@@ -80,11 +84,7 @@ class Recipe(RecipeFields):
                 f"{direction} KL, and objective.kl is {objective.kl!r}; set objective.kl = "
                 f'"{direction}" or choose another estimator'
             )
-        if (sampling.temperature, sampling.top_p, sampling.top_k) != (
-            objective.temperature,
-            1.0,
-            0,
-        ):
+        if not self.draws_exactly:
             raise ValueError(
                 'objective.signal = "sampled" needs tokens drawn exactly from the student at '
                 f"objective.temperature = {objective.temperature:g}: set sampling.temperature to "
@@ -97,63 +97,136 @@ class Recipe(RecipeFields):
                 'weights; use reuse = 1 or signal = "full"'
             )
 
-    def _check_divergence(self) -> None:
-        objective, sampling = self.objective, self.sampling
-        if objective.gamma:
-            exact = (sampling.temperature, sampling.top_p, sampling.top_k) == (
-                objective.temperature,
-                1.0,
-                0,
-            )
-            for is_so, reason in (
-                (
-                    objective.prefix != "student",
-                    f'objective.prefix is "{objective.prefix}", and only tokens that the student '
-                    'wrote have a gradient of how they were written; use prefix = "student"',
-                ),
-                (
-                    objective.kl != "reverse",
-                    f'objective.kl is "{objective.kl}", and later tokens cost their reverse KL; '
-                    'use kl = "reverse"',
-                ),
-                (
-                    objective.signal != "full",
-                    f'objective.signal is "{objective.signal}"; use signal = "full"',
-                ),
-                (
-                    not exact,
-                    "the tokens must be drawn exactly from the student; set sampling.temperature = "
-                    "objective.temperature, top_p = 1 and top_k = 0",
-                ),
-                (
-                    self.rollouts.reuse > 1,
-                    f"rollouts.reuse is {self.rollouts.reuse}, and after one update the student "
-                    "no longer is who drew the tokens; use reuse = 1",
-                ),
-                (
-                    objective.split is not None,
-                    "objective.split is set, and the tokens' weights would not be the later "
-                    "tokens'; remove it",
-                ),
-                (
-                    self.train.normalize != "token",
-                    'train.normalize is "sequence", whose divisor depends on how long the '
-                    'student goes on; use "token"',
-                ),
-            ):
-                if is_so:
-                    raise ValueError(
-                        f"objective.gamma is {objective.gamma:g}: {reason}, or gamma = 0"
-                    )
-        if objective.split is not None and not any(objective.split_weights):
+    def _check_weights(self) -> None:
+        """Refuse a weighting that does not fit the divergence, the prefixes or the window."""
+        objective = self.objective
+        if (name := objective.weights) is None:
+            return
+        check_weighting(name, objective.weights_arguments)
+        if own_task(name) is not None:
+            return
+        weighting, arguments = WEIGHTINGS[name], objective.weighting_arguments
+        where = f"objective.weights is {name!r}"
+        if weighting.kls and objective.kl not in weighting.kls:
             raise ValueError(
-                "objective.split_weights is [0, 0]: no token has a weight; raise one of them"
+                f"{where} and objective.kl is {objective.kl!r}; the weighting is of kl = "
+                f'"{weighting.kls[0]}"'
             )
-        if objective.split is not None and objective.split >= self.window.tokens:
+        if weighting.needs_student and objective.prefix != "student":
             raise ValueError(
-                f"objective.split is {objective.split} and window.tokens {self.window.tokens}: "
-                "nothing comes after the split; lower it"
+                f"{where}, which weighs what the student wrote, and objective.prefix is "
+                f'{objective.prefix!r}; use prefix = "student" or another weighting'
             )
+        if name == "by-writer" and objective.prefix != "mixed":
+            raise ValueError(
+                f"{where} and objective.prefix is {objective.prefix!r}, which has one writer; use "
+                'prefix = "mixed" or another weighting'
+            )
+        if name == "pass-rate" and self.reward.group_size == 1:
+            raise ValueError(f"{where} and reward.group_size is 1: one score is no rate; raise it")
+        if name == "split" and arguments["at"] >= self.window.tokens:
+            raise ValueError(
+                f"objective.weights_arguments.at is {arguments['at']:g} and window.tokens "
+                f"{self.window.tokens}: nothing comes after the split; lower it"
+            )
+        if name == "split" and not arguments["before"] and not arguments["after"]:
+            raise ValueError(
+                "objective.weights_arguments has before = 0 and after = 0: no token has a weight; "
+                "raise one of them"
+            )
+
+    def _check_reward(self) -> None:
+        """Refuse a reward that nobody scores, or whose gradient would be that of something else."""
+        objective, reward = self.objective, self.reward
+        if objective.kl == "none" and not reward.weight:
+            raise ValueError(
+                'objective.kl is "none" and reward.weight is 0: there is nothing to learn from; '
+                "raise reward.weight or choose a KL"
+            )
+        if self.is_scored and reward.source is None and is_table(self.data.origin):
+            wants = (
+                "reward.weight is above 0" if reward.weight else "objective.weights needs scores"
+            )
+            raise ValueError(
+                f"{wants} and data.source is {self.data.origin!r}, whose responses nothing scores; "
+                "name a function of yours in reward.source, or use a task"
+            )
+        if reward.source is not None and own_task(reward.source) is None:
+            raise ValueError(
+                f"reward.source is {reward.source!r}; name a function in a Python file of yours, "
+                "as in my_reward.py:score, or leave it out for the task's scores"
+            )
+        if not reward.weight:
+            return
+        _refuse_any(
+            f"reward.weight is {reward.weight:g}",
+            "weight = 0",
+            (
+                objective.prefix != "student",
+                f'objective.prefix is "{objective.prefix}", and a policy gradient is of what the '
+                'student wrote itself; use prefix = "student"',
+            ),
+            (
+                objective.signal in ("topk", "labels"),
+                f'objective.signal is "{objective.signal}"; use "full" or "sampled"',
+            ),
+            (
+                not self.draws_exactly,
+                f"sampling has temperature = {self.sampling.temperature:g}, top_p = "
+                f"{self.sampling.top_p:g} and top_k = {self.sampling.top_k}, and the tokens must "
+                "be drawn exactly from the student; set sampling.temperature = "
+                "objective.temperature, top_p = 1 and top_k = 0",
+            ),
+            (
+                reward.group_size == 1 and reward.advantage != "score",
+                f'reward.group_size is 1 and reward.advantage is "{reward.advantage}": a score '
+                "minus itself is 0; raise the group_size",
+            ),
+        )
+
+    def _check_returns(self) -> None:
+        """Refuse later tokens' costs where they would not be those of what the student wrote."""
+        objective = self.objective
+        if not objective.gamma:
+            return
+        _refuse_any(
+            f"objective.gamma is {objective.gamma:g}",
+            "gamma = 0",
+            (
+                objective.prefix != "student",
+                f'objective.prefix is "{objective.prefix}", and only tokens that the student '
+                'wrote have a gradient of how they were written; use prefix = "student"',
+            ),
+            (
+                objective.kl != "reverse",
+                f'objective.kl is "{objective.kl}", and later tokens cost their reverse KL; '
+                'use kl = "reverse"',
+            ),
+            (
+                objective.signal != "full",
+                f'objective.signal is "{objective.signal}"; use signal = "full"',
+            ),
+            (
+                not self.draws_exactly,
+                "the tokens must be drawn exactly from the student; set sampling.temperature = "
+                "objective.temperature, top_p = 1 and top_k = 0",
+            ),
+            (
+                self.rollouts.reuse > 1,
+                f"rollouts.reuse is {self.rollouts.reuse}, and after one update the student "
+                "no longer is who drew the tokens; use reuse = 1",
+            ),
+            (
+                objective.weights is not None,
+                "objective.weights is set, and the tokens' weights would not be the later "
+                "tokens'; remove it",
+            ),
+            (
+                self.train.normalize != "token",
+                'train.normalize is "sequence", whose divisor depends on how long the '
+                'student goes on; use "token"',
+            ),
+        )
 
     def _check_schedules(self) -> None:
         schedule, window = self.weight_schedule, self.window
@@ -222,8 +295,13 @@ class Recipe(RecipeFields):
 
     @property
     def method(self) -> str:
-        """The name of this cell of the grid."""
-        return self.objective.name
+        """The name of this cell of the grid, and of the reward beside it."""
+        parts = [self.objective.name]
+        if self.reward.weight and self.objective.kl != "none":
+            parts.append(f"{self.reward.weight:g} reward")
+        if self.reward.start_kl:
+            parts.append(f"{self.reward.start_kl:g} KL to the start")
+        return " + ".join(parts)
 
     def unread(self) -> dict[str, str]:
         return unread_fields(self)
@@ -269,6 +347,13 @@ class GrpoRecipe(GrpoFields):
                 f"{self.grpo.steps}; lower it"
             )
         return self
+
+
+def _refuse_any(where: str, otherwise: str, *cases: tuple[bool, str]) -> None:
+    """Raise ValueError for the first case that is so, with its reason."""
+    for is_so, reason in cases:
+        if is_so:
+            raise ValueError(f"{where}: {reason}, or {otherwise}")
 
 
 def _check_ladder(window: Window) -> None:

@@ -14,6 +14,7 @@ class Role(Enum):
     DIVERGENCE = "which divergence; a method's name says it"
     WEIGHT_SCHEDULE = "how the forward weight moves"
     TOKEN_WEIGHT = "what each token counts for; a method's name says it"
+    REWARD = "how much the scores of responses count; a method's name says it"
     OBJECTIVE = "whatever else makes the expected gradient, the way completions are drawn included"
     WINDOW = "the length of completions in training"
     UPDATE = "what one update takes and does: prompts, optimiser, precision"
@@ -62,4 +63,4 @@ ALIKE = (
     Role.VALIDATION,
 )
 # A method's name says what these fields are.
-NAMED = (Role.PREFIX, Role.DIVERGENCE, Role.TOKEN_WEIGHT)
+NAMED = (Role.PREFIX, Role.DIVERGENCE, Role.TOKEN_WEIGHT, Role.REWARD)

@@ -21,8 +21,9 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
     objective = recipe.objective
     unread = _unread_of_prefix(objective) | _unread_of_kl(recipe) | _unread_of_window(recipe.window)
     unread |= _unread_of_signal(recipe)
-    if objective.split is None:
-        unread["objective.split_weights"] = "objective.split is not set"
+    if objective.weights is None:
+        unread["objective.weights_arguments"] = "objective.weights is not set"
+    unread |= _unread_of_reward(recipe)
     if objective.prefix == "dataset":
         unread["sampling"] = unread["rollouts"] = (
             'objective.prefix is "dataset", so nothing is sampled in training'
@@ -87,7 +88,6 @@ def _unread_of_kl(recipe: RecipeFields) -> dict[str, str]:
         reason = f'objective.kl is "{objective.kl}" and only "mixed" has a forward weight'
         unread |= {
             "objective.forward_weight": reason,
-            "objective.forward_above": reason,
             "weight_schedule": reason,
         }
     else:
@@ -132,9 +132,10 @@ def _unread_of_signal(recipe: RecipeFields) -> dict[str, str]:
         fields = (
             "kl",
             "forward_weight",
-            "forward_above",
             "jsd_weight",
             "skew",
+            "weights",
+            "weights_arguments",
             "gamma",
             "temperature",
             "end_class",
@@ -143,6 +144,24 @@ def _unread_of_signal(recipe: RecipeFields) -> dict[str, str]:
         unread |= {f"objective.{field}": reason for field in fields} | {"weight_schedule": reason}
         if objective.prefix != "teacher":
             unread["teacher"] = reason
+    elif objective.kl == "none":
+        reason = 'objective.kl is "none", and there is no teacher'
+        fields = ("signal", "gamma", "weights", "weights_arguments", "end_class", "separate_ends")
+        unread |= {f"objective.{field}": reason for field in fields}
+        unread |= {"teacher": reason, "rollouts.end_set": reason}
+    return unread
+
+
+def _unread_of_reward(recipe: RecipeFields) -> dict[str, str]:
+    reward = recipe.reward
+    unread: dict[str, str] = {}
+    if not reward.weight:
+        unread |= dict.fromkeys(("reward.advantage", "reward.clip"), "reward.weight is 0")
+    elif recipe.rollouts.reuse == 1:
+        unread["reward.clip"] = "rollouts.reuse is 1, and a ratio of 1 is never clipped"
+    if not recipe.is_scored:
+        reason = "reward.weight is 0 and objective.weights needs no scores"
+        unread |= dict.fromkeys(("reward.group_size", "reward.truncated", "reward.source"), reason)
     return unread
 
 

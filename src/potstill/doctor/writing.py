@@ -53,7 +53,7 @@ def write_first_step(
     recipe: Recipe, setup: Setup, tell: Callable[[str], None]
 ) -> tuple[Written, WritingTime]:
     """The rollouts that the first step trains on, and those of each model by itself."""
-    per_step, window = recipe.train.prompts_per_step, first_window(recipe.window).tokens
+    per_step, window = recipe.rollouts_per_step, first_window(recipe.window).tokens
     writing = _writing(recipe, setup, window)
     tell("timing how fast the models write")
     num, pace = _rows_and_pace(recipe, setup, writing)
@@ -96,7 +96,7 @@ def _rows_and_pace(recipe: Recipe, setup: Setup, writing: Writing) -> tuple[int,
     """How many prompts are written to, and the pace of the slower model at so many."""
     num, pace = 0, Pace(prompts=0.0, token=0.0)
     for most in (ENOUGH, FEW):
-        num = min(recipe.train.prompts_per_step, most)
+        num = min(recipe.rollouts_per_step, most)
         given = _first_prompts(recipe, setup, num)
         paces = [_pace(writing, who, *given) for who in writing.models]
         pace = max(paces, key=lambda each: each.seconds(writing.window))
@@ -117,8 +117,10 @@ def _first_prompts(
 ) -> tuple[list[Prompt], list[tuple[int, ...]]]:
     """The first of the first step's prompts, with the seed of each rollout."""
     per_step, seed = recipe.train.prompts_per_step, recipe.train.seed
-    indices = step_places(len(setup.prompts), setup.mixture, per_step, 0, seed)[:num]
-    return [setup.prompts[i] for i in indices], [(seed, 0, place) for place in range(num)]
+    size = recipe.reward.group_size
+    indices = step_places(len(setup.prompts), setup.mixture, per_step, 0, seed)
+    prompts = [setup.prompts[indices[number // size]] for number in range(num)]
+    return prompts, [(seed, 0, number) for number in range(num)]
 
 
 def _writing(recipe: Recipe, setup: Setup, window: int) -> Writing:

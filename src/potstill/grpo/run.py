@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from potstill.checks.exploration import Start, verdict
 from potstill.config import GrpoRecipe, RecipeError, check_recipe, run_evaluation
 from potstill.console.boundary import saying_when_stopped, stop_asked_for, stopped_after
 from potstill.console.progress import StepDisplay
@@ -42,9 +43,6 @@ from potstill.training.setup import hold_out
 
 # Prompts of the start check.
 NUM_START_PROMPTS = 32
-# Below these the start checkpoint has little to explore with: entropy in nats a token, share of
-# groups that disagree.
-COLLAPSED_ENTROPY, FEW_GROUPS = 0.05, 0.1
 
 
 def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
@@ -76,7 +74,7 @@ def run_grpo(recipe: GrpoRecipe, quiet: bool = False) -> Path:
         environment = recipe.out / "environment.json"
         # The start is measured once: a run that is resumed knows it.
         begun = run_folder.read_json(environment) if environment.exists() else {}
-        start = begun.get("start") or measure_start(recipe, setup)
+        start = begun.get("start") or measured_start(recipe, setup)
         with run_folder.open_run(recipe, _environment(setup) | {"start": start}) as notes:
             _run(recipe, setup, start, quiet, notes)
     return recipe.out
@@ -127,7 +125,7 @@ def prepare_grpo(recipe: GrpoRecipe, world: World) -> GrpoSetup:
     )
 
 
-def measure_start(recipe: GrpoRecipe, setup: GrpoSetup) -> dict[str, float]:
+def measured_start(recipe: GrpoRecipe, setup: GrpoSetup) -> Start:
     """Whether the start checkpoint has anything to explore with, from a group of responses to each
     of some prompts.
 
@@ -153,37 +151,10 @@ def measure_start(recipe: GrpoRecipe, setup: GrpoSetup) -> dict[str, float]:
     }
 
 
-def verdict(start: dict[str, float]) -> list[str]:
-    """The numbers of `measure_start` in plain words, and a warning where there is little to learn
-    from."""
-    entropy, share = start["entropy_before_answer"], start["groups_with_signal"]
-    found = (
-        f"start: entropy before the answer {entropy:.3f} nats, mean score {start['score']:.1%}, "
-        f"cut by the window {start['truncation']:.0%}; responses differ in score in {share:.0%} "
-        f"of {start['num_groups']} groups of {start['group_size']}, and only these give a "
-        "gradient"
-    )
-    warned = []
-    if share < FEW_GROUPS:
-        too = "hard" if start["score"] < 0.5 else "easy"
-        warned.append(
-            "warning: almost no group disagrees, so there is almost no gradient: the prompts are "
-            f"too {too} for this model; take other prompts, a larger grpo.group_size or another "
-            "start"
-        )
-    if entropy < COLLAPSED_ENTROPY:
-        warned.append(
-            f"warning: the entropy is near 0 (below {COLLAPSED_ENTROPY:g} nats), so that responses "
-            "hardly differ; start from a checkpoint that kept its entropy (forward KL keeps it), "
-            "or raise sampling.temperature"
-        )
-    return [found + ("" if warned else ": there is entropy to explore with"), *warned]
-
-
 def _run(
     recipe: GrpoRecipe,
     setup: GrpoSetup,
-    start: dict[str, float],
+    start: Start,
     quiet: bool,
     notes: Sequence[str] = (),
 ) -> None:

@@ -28,7 +28,7 @@ from potstill.grpo.responses import (
 )
 from potstill.models.flops import rollout_flops, training_flops
 from potstill.models.language_model import without_progress_bars
-from potstill.runs.schema import FLOPS_PARTS, GrpoMetrics, GrpoRow, Rewards, WindowRow
+from potstill.runs.schema import FLOPS_PARTS, GrpoMetrics, GrpoRow, OldRewards, WindowRow
 from potstill.seeds import step_indices, step_seed
 from potstill.training import checkpoint
 from potstill.training.controllers import decide, is_probe_due, scheduled_window
@@ -196,7 +196,7 @@ class Steps(TrainerCallback):
             self.state, flops=self.state.flops + sum(parts[part] for part in FLOPS_PARTS)
         )
         self.step += 1
-        rewards: Rewards = {
+        rewards: OldRewards = {
             "reward": logs["reward"],
             "reward_std": logs["reward_std"],
             "groups_with_signal": 1 - logs["frac_reward_zero_std"],

@@ -46,6 +46,7 @@ def fused_loss(  # noqa: PLR0913
     temperature: float = 1.0,
     end_ids: Sequence[int] = (),
     mixture_weight: float | None = None,
+    together: bool = False,
     budget: int = DEFAULT_BUDGET,
     backend: str = "auto",
     tile: tuple[int, int] | None = None,
@@ -58,8 +59,9 @@ def fused_loss(  # noqa: PLR0913
     and detached statistics [N] in nats.
 
     `terms` may be a `TermsFunction`, called between the passes for each group of rows that the
-    budget makes. It must treat each row by itself, so that the budget changes no result. It knows
-    the divergences from a mixture where `mixture_weight` asks for them, at one pass more.
+    budget makes. It must treat each row by itself, so that the budget changes no result; or it is
+    called once with all of them `together`, and tiles beyond the budget are computed twice. It
+    knows the divergences from a mixture where `mixture_weight` asks for them, at one pass more.
 
     Without a teacher (`teacher_hidden_NE` and `teacher_head` None) only entropy and cross-entropy
     can be asked for. `labels_N` holds the written tokens; cross-entropy and the log-probabilities
@@ -86,7 +88,8 @@ def fused_loss(  # noqa: PLR0913
         return _weighted_sum(loss_N, weights_N, scale), loss_N.detach(), detached(stats)
     inputs, is_on = (hidden_ND, head.weight_VD, head.bias_V), torch.is_grad_enabled()
     trained = tuple(is_on and t is not None and t.requires_grad for t in inputs)
-    walk = Walk(problem, budget if any(trained) else 0, backend, tile, trains_head=trained[1])
+    kept = budget if any(trained) else 0
+    walk = Walk(problem, kept, backend, tile, trains_head=trained[1], together=together)
     loss_sum, loss_N, *values = _Loss.apply(*inputs, terms, weights_N, scale, walk, trained)  # pyright: ignore
     return loss_sum, loss_N, _from_values(values)
 

@@ -30,15 +30,22 @@ from potstill.types import NonFiniteError
 class Walk:
     """The two passes over the tiles of a problem."""
 
-    def __init__(self, problem: Problem, budget: int, backend: str, tile, trains_head: bool):
+    def __init__(
+        self,
+        problem: Problem,
+        budget: int,
+        backend: str,
+        tile: tuple[int, int] | None,
+        trains_head: bool,
+        together: bool = False,
+    ):
         self.problem = problem
         self.backend = find_backend(backend, problem.device, problem.dtype)
         itemsize = problem.dtype.itemsize
         # The gradient of a 16-bit head is summed in float32: all rows at once for each tile, or
         # else [V, D] of float32.
-        one_group = problem.shard is not None or (
-            trains_head and problem.student.weight.dtype.itemsize < itemsize
-        )
+        sums_apart = trains_head and problem.student.weight.dtype.itemsize < itemsize
+        one_group = together or problem.shard is not None or sums_apart
         self.plan = make_plan(
             problem.num_rows,
             problem.vocab_size,

@@ -34,13 +34,12 @@ def writer_of_ends(objective: Objective) -> str:
 def what_is_unknown(objective: Objective, ends: Ends) -> str | None:
     """Why a run cannot know the teacher's habits, in a line; None where it can or nothing is
     compared."""
-    if not ends.compared_ids or objective.signal == "labels" or objective.baseline == "exact":
+    if not ends.compared_ids or objective.signal != "topk":
         return None
-    reason = {
-        "topk": 'with objective.signal = "topk" only its likeliest tokens are',
-        "sampled": 'with objective.signal = "sampled" only its probability of the written token is',
-    }.get(objective.signal)
-    return reason and f"which end token the teacher prefers is not known: {reason}"
+    return (
+        "which end token the teacher prefers is not known: with objective.signal = "
+        '"topk" only its likeliest tokens are'
+    )
 
 
 def positions_of_ends(rollouts: Sequence[Rollout], objective: Objective, ends: Ends) -> list[int]:

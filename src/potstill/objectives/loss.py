@@ -1,27 +1,30 @@
-"""Batch to loss: hidden states of both models at the loss tokens, both heads, the divergence, and
-its statistics.
+"""Batch to loss: hidden states of both models at the loss tokens, both heads, the divergence and
+the reward, and their statistics.
 
 Losses are sums. The one divisor, a count over the whole optimiser step, comes from the training
 loop.
 """
 
-import dataclasses
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from potstill.config import Objective
-from potstill.kl.fused import DEFAULT_BUDGET, detached, fused_loss, fused_statistics
-from potstill.kl.head import Head
+from potstill.config import Objective, Reward
+from potstill.kl.fused import DEFAULT_BUDGET, fused_loss, fused_statistics
 from potstill.kl.terms import LossTerms, TermsFunction, TokenStats
 from potstill.kl.topk import TopK, top_k_loss, top_k_of
 from potstill.models import distributed
 from potstill.models.batch import Batch
 from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
+from potstill.objectives.estimators import estimate, slope
+from potstill.objectives.reward import policy_gradient
+from potstill.objectives.tokens import KnownBefore, known_before, positions
+from potstill.objectives.weightings import TokenWeighting, make_weighting, weighs_together
 from potstill.teachers.protocol import Teacher
 from potstill.types import Rollout
 
@@ -31,13 +34,14 @@ class Loss:
     """The loss of a run, fixed before the first step but for `forward_weight`, which a schedule may
     change.
 
-    `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one
-    class in the divergence (`ends.find_ends`). `budget` (bytes) and `backend` are those of
-    `fused_loss` and change no result.
+    `vocab_size` is the number of rows both heads share. `end_class` holds the ids that
+    count as one class in the divergence (`ends.find_ends`). `budget` (bytes) and `backend` are
+    those of `fused_loss` and change no result.
     """
 
     objective: Objective
     normalize: str
+    reward: Reward = field(default_factory=Reward)
     compute_dtype: str = "float32"
     vocab_size: int | None = None
     end_class: tuple[int, ...] = ()
@@ -61,10 +65,12 @@ class Loss:
         }
 
     def terms(self) -> LossTerms:
-        """The weight of each term in a token's loss."""
+        """The weight of each term in a token's loss, before what single tokens count for."""
         objective = self.objective
         if objective.signal == "labels":
             return LossTerms(cross_entropy=1.0)
+        if objective.kl == "none" or objective.signal == "sampled":
+            return LossTerms()
         if objective.kl == "jsd":
             return LossTerms(jsd=1.0, mixture_weight=objective.jsd_weight)
         if objective.kl == "skew-forward":
@@ -75,38 +81,57 @@ class Loss:
         weight = {"forward": 1.0, "reverse": 0.0, "mixed": mixed}[objective.kl]
         return LossTerms(forward=weight, reverse=1 - weight)
 
-    def gated_terms(self) -> LossTerms | TermsFunction:
-        """The terms, with the forward KL only where the teacher's entropy is above the gate."""
-        terms, above = self.terms(), self.objective.forward_above
-        if above is None:
-            return terms
+    @functools.cached_property
+    def weighting(self) -> TokenWeighting | None:
+        """The function that says what each token counts for; None where all count alike.
 
-        def gate(stats: TokenStats, rows: slice) -> LossTerms:
-            entropy_N = stats.teacher_entropy_N
-            assert entropy_N is not None, "a gate is for KLs, which have a teacher"
-            is_above_N = (entropy_N > above).to(entropy_N.dtype)
-            below_N = (1 - is_above_N) * terms.forward
-            return LossTerms(forward=is_above_N * terms.forward, reverse=terms.reverse + below_N)
+        Raises DataError for one of the user's own that is not there.
+        """
+        return make_weighting(self.objective)
 
-        return gate
+    @property
+    def mixture_weight(self) -> float | None:
+        """The teacher's weight in the mixture that a divergence is from; None where none is."""
+        terms = self.terms()
+        return terms.mixture_weight if terms.has_mixture else None
+
+    @property
+    def has_one_weight(self) -> bool:
+        """Whether every token has the same terms."""
+        is_estimated = self.objective.signal == "sampled"
+        return self.weighting is None and not self.reward.weight and not is_estimated
+
+    def terms_at(self, known: KnownBefore, stats: TokenStats) -> LossTerms:
+        """The terms of some tokens, by all that is known of each; constants of the gradient."""
+        terms = self.terms()
+        if self.objective.signal == "sampled":
+            terms = replace(terms, cross_entropy=-slope(stats, self.objective))
+        tokens = known.tokens(terms, stats)
+        if self.weighting is not None:
+            terms = self.weighting(tokens)
+        if self.reward.weight:
+            reward_N = policy_gradient(tokens, self.reward)
+            terms = replace(terms, cross_entropy=terms.cross_entropy + reward_N)
+        if known.return_N is not None:
+            terms = replace(terms, cross_entropy=terms.cross_entropy - known.return_N)
+        return terms
 
 
 @torch.no_grad()
 def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
     """All that is known of the teacher at a batch's N loss tokens: hidden states [N, E], or what a
-    cache keeps; None where the written tokens are the signal.
+    cache keeps; None where there is no divergence from it.
     """
-    if loss.objective.signal == "labels":
+    if not loss.objective.has_divergence:
         return None
-    assert teacher is not None, "prepare loads a teacher for every other signal"
+    assert teacher is not None, "prepare loads a teacher for every divergence"
     return teacher.signal_at(batch)
 
 
 @torch.no_grad()
 def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
     """The teacher's signal at a batch's N loss tokens: hidden states [N, E], live or from the
-    cache, or for `signal = "topk"` its likeliest tokens; None where the written tokens are the
-    signal.
+    cache, or for `signal = "topk"` its likeliest tokens; None where there is no divergence from it.
     """
     return signal_of(known_of_teacher(teacher, batch, loss), teacher, loss)
 
@@ -134,7 +159,7 @@ def batch_loss(
     batch: Batch,
     loss: Loss,
     divisor: float = 1.0,
-    returns_N: Tensor | None = None,
+    return_N: Tensor | None = None,
     hidden_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """The weighted sum of the loss over the N loss tokens of a batch, over `divisor`; the loss of
@@ -142,37 +167,54 @@ def batch_loss(
 
     Returns `(loss_sum, loss_N, stats)`; only the first carries a gradient. `signal` is what
     `teacher_signal` gives; it is None for hard labels, whose loss is the cross-entropy of the
-    written token. `returns_N` is what each written token answers for beside its own KL: as a
-    constant, times the token's log-probability, it is added to the loss. `hidden_ND` is what
-    `student_rows` gives, where the caller has it already. Raises NonFiniteError for logits that are
-    not finite.
+    written token, and where the reward is alone. `return_N` is what each written token answers for
+    beside its own KL: as a constant, times the token's log-probability, it is added to the loss.
+    `hidden_ND` is what `student_rows` gives, where the caller has it already. Raises NonFiniteError
+    for logits that are not finite.
     """
     hidden_ND = student_rows(student, batch, loss) if hidden_ND is None else hidden_ND
-    weights_N = token_weights(batch, loss, torch.promote_types(hidden_ND.dtype, torch.float32))
-    labels_N = batch.target_ids_BT[batch.loss_mask_BT]
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    weights_N = token_weights(batch, loss, dtype)
+    has_one_weight = loss.has_one_weight and return_N is None
+    terms = loss.terms() if has_one_weight else token_terms(batch, loss, dtype, return_N)
     if isinstance(signal, TopK):
-        loss_N, stats = top_k_loss(
-            hidden_ND, student.head, signal, loss.gated_terms(), **loss.shared_options()
-        )
+        options = loss.shared_options()
+        loss_N, stats = top_k_loss(hidden_ND, student.head, signal, terms, **options)
         return _weighted_sum(loss_N, weights_N, divisor), loss_N.detach(), stats
-    teacher_head = None if signal is None or teacher is None else teacher.head
-    sides = (hidden_ND, student.head, signal, teacher_head)
-    if loss.objective.signal == "sampled":
-        loss_N, value_N, stats = sampled_loss(*sides, labels_N, loss)
-        return _weighted_sum(loss_N, weights_N, divisor), value_N, stats
-    terms = loss.gated_terms()
-    if returns_N is not None:
-        terms = dataclasses.replace(loss.terms(), cross_entropy=-returns_N)
-    return fused_loss(
-        *sides,
+    # Log-probabilities of the written tokens cost a gather of head rows; few losses read them.
+    reads_labels = loss.objective.signal == "labels" or not has_one_weight
+    loss_sum, loss_N, stats = fused_loss(
+        hidden_ND,
+        student.head,
+        signal,
+        None if signal is None or teacher is None else teacher.head,
         terms,
-        # Log-probabilities of the written tokens cost a gather of head rows; few losses read them.
-        labels_N=labels_N if loss.objective.signal == "labels" or returns_N is not None else None,
+        labels_N=batch.target_ids_BT[batch.loss_mask_BT] if reads_labels else None,
         weights_N=weights_N,
         scale=1 / divisor,
         budget=loss.budget,
+        mixture_weight=loss.mixture_weight,
+        together=weighs_together(loss.objective),
         **loss.shared_options(),
     )
+    if loss.objective.signal == "sampled":
+        # The estimate has another value than what is differentiated.
+        loss_N = estimate(stats, loss.objective)
+        value = _weighted_sum(loss_N, weights_N, divisor)
+        loss_sum = loss_sum + (value - loss_sum.detach())
+    return loss_sum, loss_N, stats
+
+
+def token_terms(
+    batch: Batch, loss: Loss, dtype: torch.dtype, return_N: Tensor | None
+) -> TermsFunction:
+    """The function that the loss asks for terms between its two passes."""
+    known = known_before(batch, dtype, return_N)
+
+    def terms(stats: TokenStats, rows: slice) -> LossTerms:
+        return loss.terms_at(known.at(rows), stats)
+
+    return terms
 
 
 def student_rows(student: LanguageModel, batch: Batch, loss: Loss) -> Tensor:
@@ -185,33 +227,46 @@ def student_rows(student: LanguageModel, batch: Batch, loss: Loss) -> Tensor:
         return student(batch.input_ids_BT)[batch.loss_mask_BT]
 
 
+def kl_to_start(
+    hidden_ND: Tensor,
+    student: LanguageModel,
+    start: LanguageModel,
+    batch: Batch,
+    loss: Loss,
+    divisor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of KL(student || start) over the loss tokens of a batch, over `divisor`, and
+    the KL [N] of each (nats).
+
+    It takes a pass of its own. Only the first carries a gradient.
+    """
+    with torch.no_grad():
+        start_ND = student_rows(start, batch, loss)
+    loss_sum, _, stats = fused_loss(
+        hidden_ND,
+        student.head,
+        start_ND,
+        start.head,
+        LossTerms(reverse=loss.reward.start_kl),
+        weights_N=token_weights(batch, loss, torch.promote_types(hidden_ND.dtype, torch.float32)),
+        scale=1 / divisor,
+        budget=loss.budget,
+        **loss.shared_options(),
+    )
+    assert stats.reverse_kl_N is not None
+    return loss_sum, stats.reverse_kl_N
+
+
 def _weighted_sum(loss_N: Tensor, weights_N: Tensor | None, divisor: float) -> Tensor:
     return (loss_N if weights_N is None else loss_N * weights_N).sum() / divisor
 
 
-def positions(batch: Batch) -> Tensor:
-    """The place [N] of each loss token in its completion, from 0."""
-    places = [
-        i
-        for rollout in batch.rollouts
-        for i, is_trained in enumerate(rollout.trained)
-        if is_trained
-    ]
-    return torch.tensor(places, device=batch.loss_mask_BT.device)
-
-
 def token_weights(batch: Batch, loss: Loss, dtype: torch.dtype) -> Tensor | None:
-    """The weight of each loss token [N], before the divisor; None where all count one."""
-    weights_N = None
-    if loss.normalize == "sequence":
-        num_tokens_B1 = batch.loss_mask_BT.sum(1, keepdim=True).expand_as(batch.loss_mask_BT)
-        weights_N = 1 / num_tokens_B1[batch.loss_mask_BT].to(dtype)
-    if loss.objective.split is not None:
-        before, after = loss.objective.split_weights
-        is_before_N = (positions(batch) < loss.objective.split).to(dtype)
-        parts_N = before * is_before_N + after * (1 - is_before_N)
-        weights_N = parts_N if weights_N is None else weights_N * parts_N
-    return weights_N
+    """The weight of each loss token [N] by which sequences count alike; None where tokens do."""
+    if loss.normalize == "token":
+        return None
+    num_tokens_B1 = batch.loss_mask_BT.sum(1, keepdim=True).expand_as(batch.loss_mask_BT)
+    return 1 / num_tokens_B1[batch.loss_mask_BT].to(dtype)
 
 
 @torch.no_grad()
@@ -277,50 +332,3 @@ def returns_to_go(kl_N: Tensor, batch: Batch, gamma: float) -> Tensor:
     for t in range(costs_BL.shape[1] - 2, -1, -1):
         returns_BL[:, t] = gamma * (costs_BL[:, t + 1] + returns_BL[:, t + 1])
     return returns_BL[is_there_BL]
-
-
-def sampled_loss(
-    hidden_ND: Tensor,
-    head: Head,
-    teacher_hidden_NE: Tensor | None,
-    teacher_head: Head | None,
-    labels_N: Tensor,
-    loss: Loss,
-) -> tuple[Tensor, Tensor, TokenStats]:
-    """An estimate of a KL from the log-probability that each model gives to the token which the
-    student drew.
-
-    Returns `(loss_N, value_N, stats)`: what is differentiated, the estimates, and statistics. With
-    k = log q/p at y ~ q (docs/theory.md, section 5; Tang & Munos, arXiv 2506.09477), the expected
-    gradient is that of
-
-        k1 = k as a constant reward     -(-k - b) log q(y), the local reverse KL, with any baseline
-        b that ignores y k2 = k^2 / 2, differentiated    the local reverse KL k3 = e^-k - 1 + k,
-        differentiated    the forward KL, whatever it is called elsewhere k1, differentiated
-        zero; not offered
-    """
-    assert teacher_hidden_NE is not None and teacher_head is not None, (
-        "prepare loads a teacher for this signal"
-    )
-    options: dict[str, Any] = {"labels_N": labels_N} | loss.shared_options()
-    if loss.objective.baseline == "exact":
-        stats = fused_statistics(hidden_ND, head, teacher_hidden_NE, teacher_head, **options)
-        teacher_log_prob_N = stats.teacher_log_prob_N
-    else:
-        stats = fused_statistics(hidden_ND, head, **options)
-        with torch.no_grad():
-            teacher_log_prob_N = fused_statistics(
-                teacher_hidden_NE, teacher_head, **options
-            ).student_log_prob_N
-    log_prob_N = stats.student_log_prob_N
-    assert log_prob_N is not None and teacher_log_prob_N is not None, "labels are given"
-    k_N = log_prob_N - teacher_log_prob_N
-    if loss.objective.estimator == "k1":
-        # The reward is -k and its mean -KL(q || p), so that what is left of it is KL(q || p) - k.
-        mean_N = 0.0 if stats.reverse_kl_N is None else stats.reverse_kl_N.detach()
-        loss_N, value_N = (k_N.detach() - mean_N) * log_prob_N, k_N
-    elif loss.objective.estimator == "k2":
-        loss_N = value_N = k_N**2 / 2
-    else:
-        loss_N = value_N = (-k_N).exp() - 1 + k_N
-    return loss_N, value_N.detach(), detached(stats)

@@ -168,9 +168,10 @@ def _predicts_entropy(recipe: Recipe | GrpoRecipe | None) -> bool:
     """Whether the loss is the mean forward KL over all loss tokens and nothing else."""
     if not isinstance(recipe, Recipe):
         return False
-    objective = recipe.objective
+    objective, reward = recipe.objective, recipe.reward
     is_forward = objective.kl == "forward" and objective.signal == "full"
-    return is_forward and objective.split is None and recipe.train.normalize == "token"
+    is_alone = objective.weights is None and not reward.weight and not reward.start_kl
+    return is_forward and is_alone and recipe.train.normalize == "token"
 
 
 def problem_values(entry: Entry, metric: Metric) -> dict[str, float] | None:

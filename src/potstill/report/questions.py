@@ -121,13 +121,9 @@ def _weight(recipe: Recipe) -> float | None:
     """The forward KL's: 1 in a forward and 0 in a reverse KL; None where it changes or the loss is
     another."""
     objective = recipe.objective
-    if objective.gamma:
+    if objective.gamma or objective.weights is not None:
         return None
-    if (
-        objective.kl == "mixed"
-        and recipe.weight_schedule.schedule == "constant"
-        and objective.forward_above is None
-    ):
+    if objective.kl == "mixed" and recipe.weight_schedule.schedule == "constant":
         return objective.forward_weight
     return {"forward": 1.0, "reverse": 0.0}.get(objective.kl)
 

@@ -3,8 +3,16 @@
 import zlib
 from collections.abc import Callable, Sequence
 
+from potstill.types import Rollout
+
 # How much of a text's end is looked at, and how many times smaller zlib makes a loop.
 LOOP_CHARACTERS, LOOP_RATIO = 10_000, 10.0
+
+
+def responses(rollouts: Sequence[Rollout], tokenizer) -> list[str]:
+    """The completions as texts, without special tokens."""
+    ids = [list(rollout.completion_ids) for rollout in rollouts]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def zlib_ratio(text: str) -> float:

@@ -65,7 +65,7 @@ class Flops(TypedDict):
     probe: float
     """Writing the rollouts, and what the length gate's probe took."""
     teacher: float
-    """The teacher's forward passes."""
+    """The forward passes of the teacher, and of the student as it was at first."""
     student_forward: float
     student_backward: float
     """The student's passes."""
@@ -160,7 +160,21 @@ class StepMetrics(RolloutMeans, Update):
     """Floating-point operations of the run so far."""
 
 
-class DistillationExtras(TypedDict):
+class Rewards(TypedDict):
+    """Scores of a step's responses, where they are scored."""
+
+    reward: NotRequired[float]
+    reward_std: NotRequired[float]
+    """Mean score of a response, and the standard deviation."""
+    groups_with_signal: NotRequired[float]
+    """Share of groups whose responses differ in score."""
+    clipped: NotRequired[float]
+    """`rollouts.reuse` above 1: share of tokens whose policy gradient is clipped."""
+    start_kl: NotRequired[float]
+    """KL(student ‖ start) in nats a token, where it has a weight."""
+
+
+class DistillationExtras(Rewards):
     """Numbers that only some objectives or models have."""
 
     forward_weight: NotRequired[float]
@@ -178,7 +192,7 @@ class DistillationMetrics(StepMetrics, StepMeans, DistillationExtras):
     """How many steps the rollouts had served before."""
 
 
-class Rewards(TypedDict):
+class OldRewards(TypedDict):
     """Scores of a GRPO step's responses."""
 
     reward: float
@@ -198,7 +212,7 @@ class ResponseMeans(RolloutMeans):
     """Token entropy in nats, over all tokens and over those up to the first final answer."""
 
 
-class GrpoMetrics(StepMetrics, ResponseMeans, Rewards):
+class GrpoMetrics(StepMetrics, ResponseMeans, OldRewards):
     """A step of GRPO."""
 
     loss: float

@@ -116,6 +116,28 @@ class OwnTask:
         return DataError(f"{self._method(method)} returned {_shown(value)}; return {wanted}")
 
 
+class OwnFunction:
+    """A function of the user's own, named such as `my_weights.py:weights`; `such_as` is a name for
+    a message.
+
+    Raises DataError for whatever is wrong with it, with the file's line.
+    """
+
+    def __init__(self, source: str, such_as: str):
+        code, self.file, self.name, text = _compiled(source, "function", such_as)
+        self.source, self.what = source, f"{self.file}: {self.name}"
+        with _naming_the_line(self.file, f"{self.file} cannot be run"):
+            found = getattr(_module(code, self.file, text), self.name, None)
+        if not callable(found):
+            raise DataError(f"{self.file} has no function {self.name!r}; write it, or name another")
+        self.function = found
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """Call the function, and name its line in whatever it raises."""
+        with _naming_the_line(self.file, self.what):
+            return self.function(*given, **named)
+
+
 class OwnJudge:
     """A function of the user's that scores responses, named such as `my_judge.py:helpful`. It takes
     a list of potstill.Example and one of responses, and returns a number for each.
@@ -129,19 +151,12 @@ class OwnJudge:
                 f"the judge is {source!r}; name a function in a Python file of yours, as in "
                 "my_judge.py:helpful"
             )
-        code, self.file, self.name, text = _compiled(source, "function", "helpful")
-        self.source = source
-        with _naming_the_line(self.file, f"{self.file} cannot be run"):
-            found = getattr(_module(code, self.file, text), self.name, None)
-        if not callable(found):
-            raise DataError(f"{self.file} has no function {self.name!r}; write it, or name another")
-        self.function = found
+        self.source, self.function = source, OwnFunction(source, "helpful")
 
     def grade(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Grade]:
         """The function's scores, each checked."""
-        what = f"{self.file}: {self.name}"
-        with _naming_the_line(self.file, what):
-            scores = self.function(list(examples), list(responses))
+        what = self.function.what
+        scores = self.function(list(examples), list(responses))
         if not isinstance(scores, list | tuple) or len(scores) != len(responses):
             raise DataError(
                 f"{what} returned {_shown(scores)}; return a list of {len(responses)} numbers, one "

@@ -54,9 +54,7 @@ def find_ends(
     apart = separate_ids(student.tokenizer, all_ids, objective.separate_ends)
     with_row = tuple(i for i in all_ids if i < (vocab_size or student.vocab_size))
     members = tuple(i for i in with_row if i not in apart)
-    has_class = (
-        objective.end_class == "merged" and objective.signal != "labels" and len(members) > 1
-    )
+    has_class = objective.end_class == "merged" and objective.has_divergence and len(members) > 1
     return Ends(
         all_ids=all_ids,
         stop_ids=stop_ids,

@@ -306,16 +306,14 @@ def _splits(student: Table, teacher: Table) -> Iterator[Check]:
     for kind, writer, prefix in (("forward", teacher, "teacher"), ("reverse", student, "student")):
         options = _options(prefix, kind)
         _, whole = trained(student, teacher, writer, options)
-        _, equal = trained(
-            student, teacher, writer, options | {"split": 1, "split_weights": (1.0, 1.0)}
-        )
+        _, equal = trained(student, teacher, writer, options | _split(1, (1.0, 1.0)))
         yield Check(
             name=f"split, {kind} KL: equal weights give the unsplit loss", error=apart(equal, whole)
         )
         for position in range(1, WINDOW):
             parts = []
             for weights in ((1.0, 0.0), (0.0, 1.0), (0.3, 1.7)):
-                split = options | {"split": position, "split_weights": weights}
+                split = options | _split(position, weights)
                 parts.append(trained(student, teacher, writer, split)[1])
             name = f"split at {position}, {kind} KL: w1 (tokens before) + w2 (tokens from it on)"
             yield Check(name=name, error=apart(parts[2], 0.3 * parts[0] + 1.7 * parts[1]))
@@ -327,3 +325,9 @@ def _splits(student: Table, teacher: Table) -> Iterator[Check]:
                 f"split at {position}, {kind} KL: the tokens before it are a window of {position}"
             )
             yield Check(name=name, error=apart(parts[0], before))
+
+
+def _split(position: int, weights: tuple[float, float]) -> dict[str, Any]:
+    """Fields of an objective whose tokens before a position and from it on have these weights."""
+    arguments = {"at": position, "before": weights[0], "after": weights[1]}
+    return {"weights": "split", "weights_arguments": arguments}

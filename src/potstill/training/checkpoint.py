@@ -8,6 +8,7 @@ Randomness needs no state: the data order, the sampling and PyTorch's own genera
 from the recipe's seed and the step.
 """
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from potstill.files import file_digest, flush, json_line, seal, unseal
 from potstill.models.distributed import World, gather, wait_for_all
 from potstill.models.language_model import LanguageModel, save_model
 from potstill.runs.run_folder import RunError, read_json, seal_logs
-from potstill.types import Prompt, Rollout
+from potstill.types import Credit, Prompt, Rollout
 
 STATE = "state.json"
 # In the folder of the best student, its row of the log.
@@ -258,21 +259,29 @@ def load_rollouts(saved: Saved, prompts: Sequence[Prompt], world: World) -> list
             f"are to be used again, and now there are {world.size}; resume with as many"
         )
     return [
-        Rollout(
-            prompt=prompt,
-            completion_ids=tuple(completion_ids),
-            trained=tuple(trained),
-            writers=tuple(writers),
-            stop=stop,
-        )
-        for prompt, (completion_ids, trained, writers, stop) in zip(
-            prompts, saved.rollouts[world.rank], strict=True
-        )
+        _with_prompt(prompt, data)
+        for prompt, data in zip(prompts, saved.rollouts[world.rank], strict=True)
     ]
 
 
 def _without_prompt(rollout: Rollout) -> list[Any]:
-    return [rollout.completion_ids, rollout.trained, rollout.writers, rollout.stop]
+    credit = None if rollout.credit is None else dataclasses.asdict(rollout.credit)
+    written = [rollout.completion_ids, rollout.trained, rollout.writers, rollout.stop]
+    return [*written, rollout.log_probs, credit]
+
+
+def _with_prompt(prompt: Prompt, data: list[Any]) -> Rollout:
+    """The inverse of `_without_prompt`."""
+    completion_ids, trained, writers, stop, log_probs, credit = data
+    return Rollout(
+        prompt=prompt,
+        completion_ids=tuple(completion_ids),
+        trained=tuple(trained),
+        writers=tuple(writers),
+        stop=stop,
+        log_probs=None if log_probs is None else tuple(log_probs),
+        credit=None if credit is None else Credit(**credit),
+    )
 
 
 def weights(student: LanguageModel) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -15,19 +16,34 @@ from potstill.objectives.habits import habit_sums
 from potstill.objectives.loss import (
     Loss,
     batch_loss,
+    kl_to_start,
     known_of_teacher,
     later_costs,
     signal_of,
     student_rows,
     without_baseline,
 )
+from potstill.objectives.reward import is_clipped, reward_sums
+from potstill.objectives.tokens import known_before
 from potstill.rollouts.batching import batch_places, make_batch
+from potstill.rollouts.text import responses
 from potstill.runs.schema import Sample
 from potstill.training.metrics import Stopwatch, before_answer, rollout_sums, token_sums
 from potstill.training.rollout_log import Scored, logged_sample
 from potstill.training.setup import Setup
 from potstill.training.step import naming_the_step
 from potstill.types import Rollout, Writer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulated:
+    """Results of a step beside its gradient: summed statistics over all ranks, this rank's first
+    rollouts as they are logged, and the student's log-probabilities of each rollout's loss
+    tokens where they are asked for."""
+
+    sums: dict[str, float]
+    samples: list[Sample]
+    log_probs: dict[int, tuple[float, ...]]
 
 
 def accumulate_gradients(
@@ -41,25 +57,21 @@ def accumulate_gradients(
     clock: Stopwatch,
     split_by: Sequence[Writer] = (),
     num_samples: int = 0,
-) -> tuple[dict[str, float], list[Sample]]:
+) -> Accumulated:
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one
-    count over all ranks.
-
-    Returns the step's summed statistics over all ranks, and this rank's first `num_samples`
-    rollouts for the run log.
+    count over all ranks. Of this rank's rollouts the first `num_samples` are logged.
     """
     student = setup.student
     groups = _even_groups(rollouts, tokens_per_batch, world)
     batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
     (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
-    texts = student.tokenizer.batch_decode(
-        [list(r.completion_ids) for r in rollouts], skip_special_tokens=True
-    )
-    sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by))
+    texts = responses(rollouts, student.tokenizer)
+    sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by) | reward_sums(rollouts))
     returns = _returns(setup, loss, batches, world, clock)
     samples: dict[int, Sample] = {}
+    log_probs: dict[int, tuple[float, ...]] = {}
     for number, (places, batch) in enumerate(zip(groups, batches, strict=True), 1):
-        returns_N, of_all = returns[number - 1], f"batch {number} of {len(batches)}"
+        return_N, of_all = returns[number - 1], f"batch {number} of {len(batches)}"
         clock.doing(f"teacher, {of_all}")
         with clock("teacher_seconds"):
             known = known_of_teacher(setup.teacher, batch, loss)
@@ -67,28 +79,65 @@ def accumulate_gradients(
         clock.doing(f"student, {of_all}")
         with clock("student_seconds"):
             hidden_ND = student_rows(student, batch, loss)
-            given = (student, setup.teacher, signal, batch, loss, divisor, returns_N, hidden_ND)
+            given = (student, setup.teacher, signal, batch, loss, divisor, return_N, hidden_ND)
             with naming_the_step(step, [rollout.prompt for rollout in batch.rollouts]):
                 loss_sum, loss_N, stats = batch_loss(*given)
+                to_start, its_sums = _start_kl(setup, loss, batch, hidden_ND, divisor)
+            sums.update(its_sums)
             sums.update(_habits(setup, loss, batch, stats, hidden_ND, signal))
+            if loss.reward.weight:
+                sums.update(_clipped(batch, stats, loss))
+                log_probs |= dict(zip(places, _log_probs(batch, stats), strict=True))
         if min(places) < num_samples:
             # Before the backward pass, after which a sharded head is whole no longer.
             with clock("samples_seconds"):
-                if returns_N is not None:
+                if return_N is not None:
                     loss_N = token_loss(loss.terms(), stats)
                 scored = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats)
                 samples |= _samples(setup, loss, batch, scored, places, num_samples)
         with clock("student_seconds"):
+            loss_sum = loss_sum + to_start
             loss_sum.backward()
-        responses = [texts[place] for place in places]
-        before_answer_N = before_answer(batch, responses, student.tokenizer, setup.answer_end)
+        written = [texts[place] for place in places]
+        before_answer_N = before_answer(batch, written, student.tokenizer, setup.answer_end)
         sums.update(
             token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()}
         )
     sums_over_ranks = dict(
         zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)
     )
-    return sums_over_ranks, [samples[place] for place in sorted(samples)]
+    return Accumulated(
+        sums=sums_over_ranks,
+        samples=[samples[place] for place in sorted(samples)],
+        log_probs=log_probs,
+    )
+
+
+def _start_kl(
+    setup: Setup, loss: Loss, batch: Batch, hidden_ND: Tensor, divisor: float
+) -> tuple[Tensor | float, dict[str, float]]:
+    """The part of the loss that is the KL to the start, and the sum of that KL; 0 and nothing where
+    the loss has none."""
+    if setup.start is None:
+        return 0.0, {}
+    loss_sum, kl_N = kl_to_start(hidden_ND, setup.student, setup.start, batch, loss, divisor)
+    return loss_sum, {"start_kl": float(kl_N.double().sum())}
+
+
+def _clipped(batch: Batch, stats: TokenStats, loss: Loss) -> dict[str, float]:
+    """How many loss tokens of rollouts that are used again have no policy gradient, as they have
+    gone far enough from the student that wrote them."""
+    if batch.rollouts[0].log_probs is None:
+        return {}
+    tokens = known_before(batch, stats.student_entropy_N.dtype).tokens(loss.terms(), stats)
+    return {"num_clipped": float(is_clipped(tokens, loss.reward).sum())}
+
+
+def _log_probs(batch: Batch, stats: TokenStats) -> list[tuple[float, ...]]:
+    """The student's log-probabilities of each rollout's loss tokens."""
+    assert stats.student_log_prob_N is not None
+    lengths = [sum(rollout.trained) for rollout in batch.rollouts]
+    return [tuple(each.tolist()) for each in stats.student_log_prob_N.split(lengths)]
 
 
 def _returns(

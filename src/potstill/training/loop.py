@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import files
+from potstill.checks.exploration import verdict
 from potstill.config import Recipe, Role, check_recipe
 from potstill.console.boundary import saying_when_stopped, stop_asked_for, stopped_after
 from potstill.console.printable import say
@@ -22,6 +23,7 @@ from potstill.models.given import GivenModel, GivenTokenizer, left_as_it_was, wi
 from potstill.models.language_model import LanguageModel, ModelError, save_model
 from potstill.models.probe import ready
 from potstill.objectives.habits import disagreement
+from potstill.objectives.reward import with_log_probs
 from potstill.runs import run_folder
 from potstill.runs.card import write_card
 from potstill.runs.schema import AnyMetrics, DistillationMetrics, DistillationRow, Sample, SampleRow
@@ -33,7 +35,7 @@ from potstill.training import checkpoint
 from potstill.training.extension import extended
 from potstill.training.gradients import accumulate_gradients
 from potstill.training.metrics import Stopwatch, describe, timing
-from potstill.training.opening import opening
+from potstill.training.opening import opening, scores_at_start
 from potstill.training.rates import is_spent
 from potstill.training.setup import Setup, prepare
 from potstill.training.state import Run, Trainer, begin, make_trainer
@@ -130,8 +132,11 @@ def train(
             )
         if not world.is_main:
             return _run(recipe, setup, world, quiet=True)
-        with run_folder.open_run(recipe, _environment(setup, world), may_change) as notes:
-            return _run(recipe, setup, world, quiet, notes, on_step)
+        start = scores_at_start(recipe, setup)
+        environment = _environment(setup, world) | ({"start": start} if start else {})
+        with run_folder.open_run(recipe, environment, may_change) as notes:
+            said = [*(verdict(start) if start else ()), *notes]
+            return _run(recipe, setup, world, quiet, said, on_step)
 
 
 def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
@@ -145,9 +150,7 @@ def _finished(recipe: Recipe, world: World, quiet: bool) -> RunResult:
             evaluate_anew(recipe, model.to(world.device), quiet)
         distributed.wait_for_rank_0(world)
     elif world.is_main and not quiet:
-        edited = run_folder.edited_files(
-            folder, own_files(recipe.data.origin, recipe.evaluation.source)
-        )
+        edited = run_folder.edited_files(folder, own_files(recipe.data.origin, *recipe.own_sources))
         for file in edited:
             say(
                 f"{file} has changed since; the finished run stays as it is, `potstill evaluate` "
@@ -212,7 +215,7 @@ def _take_steps(
         if num_samples and has_dropout:
             samples = samples_without_dropout(trainer, plan, rollouts[:num_samples], clock)
         student.train(has_dropout)
-        sums, seen = accumulate_gradients(
+        done = accumulate_gradients(
             trainer.setup,
             plan.loss,
             rollouts,
@@ -224,9 +227,10 @@ def _take_steps(
             num_samples=0 if has_dropout else num_samples,
         )
         updated = update(trainer, run, plan, clock)
-        metrics = step_metrics(trainer, plan, sums, updated, cost)
+        metrics = step_metrics(trainer, plan, done.sums, updated, cost)
+        rollouts = with_log_probs(rollouts, done.log_probs)
         run = run.after(trainer.recipe, metrics, rollouts)
-        row = _record(trainer, metrics, samples + seen, display, clock)
+        row = _record(trainer, metrics, samples + done.samples, display, clock)
         failure = _tell(told, row)
         run = validate_if_due(trainer, run, display)
         ends_early = is_exhausted(trainer, run)

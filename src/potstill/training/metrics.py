@@ -15,6 +15,7 @@ from potstill.rollouts.text import num_tokens_to_answer, zlib_ratio
 from potstill.runs.schema import (
     AnyMetrics,
     EntropyBeforeAnswer,
+    Rewards,
     StepMeans,
     TimedPart,
     Timing,
@@ -162,6 +163,23 @@ def step_means(sums: Mapping[str, float], split_by: Sequence[Writer] = ()) -> St
     return row
 
 
+def reward_means(sums: Mapping[str, float]) -> Rewards:
+    """The scores of a step's responses, what was clipped, and the KL to the start; of each what the
+    run has."""
+    rewards: Rewards = {}
+    if "reward" in sums:
+        num = sums["num_rollouts"]
+        mean = sums["reward"] / num
+        rewards["reward"] = mean
+        rewards["reward_std"] = max(sums["reward_squared"] / num - mean**2, 0.0) ** 0.5
+        rewards["groups_with_signal"] = sums["groups_with_signal"] / num
+    if "num_clipped" in sums:
+        rewards["clipped"] = sums["num_clipped"] / sums["num_loss_tokens"]
+    if "start_kl" in sums:
+        rewards["start_kl"] = sums["start_kl"] / sums["num_loss_tokens"]
+    return rewards
+
+
 def _writer_means(sums: Mapping[str, float], suffix: str) -> WriterMeans:
     return {
         "num_loss_tokens": int(sums[f"num_loss_tokens{suffix}"]),
@@ -206,10 +224,8 @@ def describe(metrics: AnyMetrics) -> str:
             f"KL fwd {metrics['forward_kl']:.4f} rev {value_in(metrics, 'reverse_kl'):.4f}"
         )
         entropy += f" (teacher {value_in(metrics, 'teacher_entropy'):.3f})"
-    elif "reward" in metrics:
-        parts.append(
-            f"reward {metrics['reward']:.3f} (groups with signal "
-            f"{metrics['groups_with_signal']:.0%})"
-        )
+    if "reward" in metrics:
+        signal = value_in(metrics, "groups_with_signal")
+        parts.append(f"reward {metrics['reward']:.3f} (groups with signal {signal:.0%})")
     length = f"length {metrics['length']:.0f}/{metrics['window']}"
     return "  ".join([*parts, entropy, length])

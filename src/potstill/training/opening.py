@@ -1,5 +1,6 @@
 """The lines a user should see before the first step."""
 
+from potstill.checks.exploration import Start, measure_start
 from potstill.checks.finding import Subject
 from potstill.checks.run import faults_at_start
 from potstill.config import Recipe
@@ -7,9 +8,11 @@ from potstill.models.distributed import World
 from potstill.models.weights import cautions
 from potstill.objectives.habits import what_is_unknown
 from potstill.prompts.overview import first_prompt
+from potstill.runs import run_folder
 from potstill.tasks.own import describe_files
 from potstill.teachers import vocabulary
 from potstill.teachers.ends import describe_ends
+from potstill.training.controllers import first_window
 from potstill.training.rates import describe_lr, usual_lr, with_lr
 from potstill.training.setup import Setup
 
@@ -68,7 +71,7 @@ def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
     student, teacher, ends = setup.student, setup.teacher, setup.ends
     tokenizer = student.tokenizer
     lines = [f"end set: {describe_ends(tokenizer, ends.stop_ids)}"]
-    if len(ends.all_ids) > 1 and recipe.objective.signal != "labels":
+    if len(ends.all_ids) > 1 and recipe.objective.has_divergence:
         lines.append(
             "one class in the loss: "
             f"{describe_ends(tokenizer, ends.class_ids) or 'none, each end token is apart'}"
@@ -87,3 +90,24 @@ def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
             "end nothing: expect responses that go on to the length cap"
         )
     return lines
+
+
+def scores_at_start(recipe: Recipe, setup: Setup) -> Start | None:
+    """Whether the student has anything to learn from its scores; measured once, so that a run that
+    is resumed knows it."""
+    if not recipe.reward.weight:
+        return None
+    path = recipe.out / "environment.json"
+    begun = run_folder.read_json(path) if path.exists() else {}
+    if "start" in begun:
+        return begun["start"]
+    assert setup.grader is not None, "a recipe with a reward is scored"
+    return measure_start(
+        recipe,
+        setup.student,
+        setup.prompts,
+        setup.grader,
+        max_tokens=first_window(recipe.window).tokens,
+        end_ids=setup.ends.stop_ids,
+        answer_end=setup.answer_end,
+    )

@@ -13,7 +13,7 @@ from potstill.models.flops import rollout_flops, training_flops
 from potstill.models.language_model import LanguageModel
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.prefixes import Writing, from_one
-from potstill.rollouts.text import is_loop
+from potstill.rollouts.text import is_loop, responses
 from potstill.seeds import Key, Stream, stream_key
 from potstill.teachers.protocol import Teacher
 from potstill.training.controllers import Probe, WindowState
@@ -46,9 +46,7 @@ def probe_window(
     student = setup.student.around(decoders["student"], "student")
     rollouts = from_one("student", writing, prompts, seeds)
     flops: float = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
-    texts = student.tokenizer.batch_decode(
-        [list(r.completion_ids) for r in rollouts], skip_special_tokens=True
-    )
+    texts = responses(rollouts, student.tokenizer)
     teacher = setup.teacher if recipe.window.reference == "teacher" else None
     scorer = teacher if teacher is not None and teacher.can_score else None
     batches = batch_places(rollouts, recipe.train.tokens_per_batch)
@@ -91,8 +89,8 @@ def _entropies(
         if teacher is not None:
             sides += [teacher.signal_at(batch), teacher.head]
         stats = fused_statistics(*sides, **options)
-        responses = [texts[place] for place in batch_of]
-        is_before_N = before_answer(batch, responses, student.tokenizer, setup.answer_end)
+        written = [texts[place] for place in batch_of]
+        is_before_N = before_answer(batch, written, student.tokenizer, setup.answer_end)
         num_tokens += float(is_before_N.sum())
         entropy += float(stats.student_entropy_N[is_before_N].double().sum())
         if stats.teacher_entropy_N is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import Recipe, RecipeError, Window, run_evaluation
+from potstill.evaluation.quality import Scorer
 from potstill.evaluation.scores import prepare_problems
 from potstill.kl.fused import MIB
 from potstill.kl.plan import find_backend
@@ -19,12 +20,13 @@ from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.objectives.loss import Loss
+from potstill.objectives.trial import try_weighting
 from potstill.prompts.held_out import HeldOut, validation_prompts
 from potstill.prompts.mixture import Mixture, make_mixture
 from potstill.prompts.prepare import prepare_prompts
 from potstill.rollouts.prefixes import Writing
-from potstill.tasks import is_table, make_task
-from potstill.tasks.own import own_files
+from potstill.tasks import Task, is_table, make_task
+from potstill.tasks.own import OwnJudge, own_files
 from potstill.teachers import vocabulary
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.ends import Ends, find_ends
@@ -36,7 +38,11 @@ from potstill.types import DataError, Prompt, Writer
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Everything a run needs, loaded and checked before anything is written."""
+    """Everything a run needs, loaded and checked before anything is written.
+
+    `start` is the student before the first step, where the loss has a KL to it; `grader` gives the
+    scores, where responses are scored.
+    """
 
     student: LanguageModel
     teacher: Teacher | None
@@ -47,6 +53,8 @@ class Setup:
     held_out: HeldOut | None
     ends: Ends
     loss: Loss
+    start: LanguageModel | None
+    grader: Scorer | None
     answer_end: Callable[[str], int | None]
     student_flops: ModelFlops
     teacher_flops: ModelFlops | None
@@ -57,7 +65,7 @@ class Setup:
     @property
     def scoring_flops(self) -> ModelFlops | None:
         """The teacher's, if it gives the signal and does not only write."""
-        return None if self.loss.objective.signal == "labels" else self.teacher_flops
+        return self.teacher_flops if self.loss.objective.has_divergence else None
 
 
 def writing_of(recipe: Recipe, setup: Setup, models: Mapping[Writer, Any], window: int) -> Writing:
@@ -68,7 +76,7 @@ def writing_of(recipe: Recipe, setup: Setup, models: Mapping[Writer, Any], windo
         window=window,
         end_ids=setup.ends.stop_ids,
         sampling=recipe.sampling,
-        rollouts_per_step=recipe.train.prompts_per_step,
+        rollouts_per_step=recipe.rollouts_per_step,
         vocab_size=setup.loss.vocab_size,
         cache=setup.cache,
     )
@@ -110,7 +118,7 @@ def prepare(
         # done.
         prepare_problems(student, run_evaluation(recipe), date)
     has_task = prompts is None and not is_table(recipe.data.origin)
-    answer_end = make_task(str(recipe.data.origin)).answer_end if has_task else lambda text: None
+    task = make_task(str(recipe.data.origin)) if has_task else None
     return Setup(
         student=student,
         teacher=teacher,
@@ -121,12 +129,12 @@ def prepare(
         held_out=divided.held_out,
         ends=ends,
         loss=loss,
-        answer_end=answer_end,
+        start=_start_of(recipe, student),
+        grader=_grader_of(recipe, task),
+        answer_end=(lambda text: None) if task is None else task.answer_end,
         student_flops=student.flops,
         teacher_flops=None if teacher is None else teacher.flops,
-        task_files=own_files(
-            recipe.data.origin if prompts is None else None, recipe.evaluation.source
-        ),
+        task_files=own_files(recipe.data.origin if prompts is None else None, *recipe.own_sources),
         date=date,
         notes=divided.notes,
     )
@@ -145,9 +153,34 @@ def _load_student(recipe: Recipe, world: World, given, tokenizer) -> LanguageMod
     )
 
 
+def _start_of(recipe: Recipe, student: LanguageModel) -> LanguageModel | None:
+    """A copy of the student, which stays as it is; a resume puts the checkpoint's weights into the
+    student alone."""
+    if not recipe.reward.start_kl:
+        return None
+    start = student.around(copy.deepcopy(student.model), "start")
+    start.eval().requires_grad_(False)
+    return start
+
+
+def _grader_of(recipe: Recipe, task: Task | None) -> Scorer | None:
+    """Whoever scores a step's responses. Raises DataError for prompts that nobody scores."""
+    if not recipe.is_scored:
+        return None
+    if recipe.reward.source is not None:
+        return OwnJudge(recipe.reward.source)
+    if task is None:
+        raise DataError(
+            "the prompts are given and not of a task, so nothing scores their responses; name a "
+            "function of yours in reward.source, or set reward.weight = 0"
+        )
+    return task
+
+
 def _loss_of(recipe: Recipe, vocab_size: int | None, ends: Ends) -> Loss:
-    return Loss(
+    loss = Loss(
         objective=recipe.objective,
+        reward=recipe.reward,
         normalize=recipe.train.normalize,
         compute_dtype=recipe.train.compute_dtype,
         vocab_size=vocab_size,
@@ -155,6 +188,8 @@ def _loss_of(recipe: Recipe, vocab_size: int | None, ends: Ends) -> Loss:
         budget=recipe.train.loss_memory * MIB,
         backend=recipe.train.loss_backend,
     )
+    try_weighting(loss)
+    return loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +346,7 @@ def load_teacher(
     Raises CacheError for a cache of another teacher, or one that was written in another way.
     """
     objective, spec = recipe.objective, recipe.teacher
-    if objective.signal == "labels" and objective.prefix not in ("teacher", "mixed"):
+    if not objective.has_divergence and objective.prefix not in ("teacher", "mixed"):
         return None
     teacher = None if given is None else ready(given, tokenizer, world.device)
     if cache is not None and (

@@ -174,10 +174,13 @@ def prompts_and_seeds(trainer: Trainer, step: int) -> tuple[list[Prompt], list[t
     A round is one set of rollouts, for one step or several.
     """
     settings, prompts, world = trainer.settings, trainer.setup.prompts, trainer.world
+    size = trainer.recipe.reward.group_size
     round_ = step // trainer.recipe.rollouts.reuse
     mixture, per_step = trainer.setup.mixture, settings.prompts_per_step
     indices = step_places(len(prompts), mixture, per_step, round_, settings.seed)
     places = range(world.rank, settings.prompts_per_step, world.size)
-    return [prompts[indices[place]] for place in places], [
-        (settings.seed, round_, place) for place in places
+    # A group of responses to one prompt is one rank's.
+    rollouts = [(place, place * size + response) for place in places for response in range(size)]
+    return [prompts[indices[place]] for place, _ in rollouts], [
+        (settings.seed, round_, number) for _, number in rollouts
     ]

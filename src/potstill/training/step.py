@@ -13,7 +13,9 @@ from potstill.models import distributed
 from potstill.models.flops import ModelFlops, rollout_flops, training_flops
 from potstill.objectives.habits import step_habits
 from potstill.objectives.loss import Loss
+from potstill.objectives.reward import with_credit
 from potstill.rollouts.prefixes import Writing, write_rollouts
+from potstill.rollouts.text import responses
 from potstill.runs.schema import (
     FLOPS_PARTS,
     DistillationExtras,
@@ -25,7 +27,7 @@ from potstill.runs.schema import (
 )
 from potstill.seeds import step_seed
 from potstill.training.controllers import decide, is_probe_due, scheduled_weight, scheduled_window
-from potstill.training.metrics import Stopwatch, step_means
+from potstill.training.metrics import Stopwatch, reward_means, step_means
 from potstill.training.probing import probe_window
 from potstill.training.rates import is_extended_at, is_spent, learning_rate, planned_steps
 from potstill.training.rollout_log import scored_samples
@@ -127,14 +129,18 @@ def write_round(
     flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
     if setup.teacher_flops is not None and setup.cache is None:
         flops["teacher"] = setup.teacher_flops
+    if plan.age > 0:
+        return run.rollouts, 0
     with clock("rollout_seconds"), naming_the_step(plan.step, plan.prompts):
-        if plan.age > 0:
-            return run.rollouts, 0
         counter = clock.token_counter(len(plan.prompts) * plan.writing.window)
         writing = dataclasses.replace(plan.writing, on_token=counter)
         rollouts = write_rollouts(writing, plan.prompts, plan.seeds)
-        by_token = objective.prefix == "mixed" and objective.prefix_mix == "token"
-        return rollouts, rollout_flops(rollouts, flops, by_token)
+    if setup.grader is not None:
+        with clock("grading_seconds"):
+            texts = responses(rollouts, setup.student.tokenizer)
+            rollouts = with_credit(rollouts, texts, setup.grader, setup.loss.reward)
+    by_token = objective.prefix == "mixed" and objective.prefix_mix == "token"
+    return rollouts, rollout_flops(rollouts, flops, by_token)
 
 
 def count_flops(
@@ -143,7 +149,13 @@ def count_flops(
     """The operations of the step over all ranks; this one spent `written` on rollouts and `probed`
     on the probe."""
     setup, looks_ahead = trainer.setup, trainer.recipe.objective.gamma > 0
-    parts = training_flops(rollouts, setup.student_flops, setup.scoring_flops, looks_ahead)
+    parts = training_flops(
+        rollouts,
+        setup.student_flops,
+        setup.scoring_flops,
+        looks_ahead=looks_ahead,
+        has_start=setup.start is not None,
+    )
     parts["rollout"], parts["probe"] = written, probed
     totals = distributed.sum_over_ranks([parts[part] for part in FLOPS_PARTS], trainer.world)
     for part, total in zip(FLOPS_PARTS, totals, strict=True):
@@ -193,7 +205,7 @@ def step_metrics(
 ) -> DistillationMetrics:
     """A row of `metrics.jsonl` but its timings."""
     recipe, setup = trainer.recipe, trainer.setup
-    extras: DistillationExtras = {}
+    extras: DistillationExtras = {**reward_means(sums)}
     if recipe.objective.kl == "mixed":
         assert plan.loss.forward_weight is not None
         extras["forward_weight"] = plan.loss.forward_weight

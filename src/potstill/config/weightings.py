@@ -1,0 +1,146 @@
+"""Weightings of the loss by name: what each does to a token's terms, from which paper, and what it
+needs. The functions are in `potstill.objectives.weightings`."""
+
+from typing import NamedTuple
+
+from potstill.console.names import nearest
+from potstill.tasks.own import own_task
+
+
+class Argument(NamedTuple):
+    """An argument of a weighting: its default, and the least and the most that it may be."""
+
+    default: float
+    low: float
+    high: float
+
+
+class Weighting(NamedTuple):
+    """A weighting that `objective.weights` can name.
+
+    `kls` are the divergences that it can weigh, all where it is empty. `needs_scores`: it reads the
+    scores of responses; `needs_student`: it is about tokens that the student wrote.
+    """
+
+    about: str
+    source: str
+    arguments: dict[str, Argument]
+    kls: tuple[str, ...] = ()
+    needs_scores: bool = False
+    needs_student: bool = False
+
+
+MUCH = 1e6
+
+# Notation: p teacher, q student, y the written token, t its place in the completion from 0, s the
+# score of its response. What each says of "the loss" is the recipe's own divergence.
+WEIGHTINGS: dict[str, Weighting] = {
+    "entropy-aware": Weighting(
+        "forward KL at its weight where the teacher's entropy is above `above` nats; elsewhere "
+        "all weight is the reverse KL's",
+        "EOPD, arXiv 2603.07079",
+        {"above": Argument(0.8, 0, MUCH)},
+        kls=("mixed",),
+    ),
+    "todi": Weighting(
+        "forward KL at weight a = sigmoid(log p(y) - log q(y)), reverse KL at 1 - a (the paper has "
+        "one weight for each entry of the vocabulary; this has the written token's)",
+        "ToDi, arXiv 2505.16297",
+        {},
+        kls=("mixed",),
+    ),
+    "by-writer": Weighting(
+        "forward KL where the teacher wrote, reverse KL where the student did",
+        "DistiLLM-2's pairing without skew, arXiv 2503.07067",
+        {},
+        kls=("mixed",),
+    ),
+    "first-tokens": Weighting(
+        "the loss of the first `num` tokens of a completion alone",
+        "ESR, arXiv 2605.27028",
+        {"num": Argument(100, 1, MUCH)},
+    ),
+    "split": Weighting(
+        "the loss times `before` at t < `at`, times `after` from there on",
+        "docs/theory.md, section 3",
+        {
+            "at": Argument(100, 1, MUCH),
+            "before": Argument(1, 0, MUCH),
+            "after": Argument(0, 0, MUCH),
+        },
+    ),
+    "position-decay": Weighting(
+        "the loss times 2^(-t / half_life)",
+        "position weights, arXiv 2605.21606",
+        {"half_life": Argument(100, 1e-3, MUCH)},
+    ),
+    "importance": Weighting(
+        "the loss times 1 + gamma (1 - A_t / A), with A_t the sum of |log p(y) - log q(y)| over "
+        "the tokens before t and A over the whole rollout",
+        "IW-OPD, arXiv 2606.22600",
+        {"gamma": Argument(0.5, 0, MUCH)},
+        needs_student=True,
+    ),
+    "least-likely": Weighting(
+        "-`constant` as the reward of the share of a rollout's tokens that q gave the least "
+        "probability, 0 for the others: no teacher's word in it, the baseline to beat",
+        "OPSA, arXiv 2608.31046",
+        {"share": Argument(0.2, 0, 1), "constant": Argument(1, 0, MUCH)},
+        needs_student=True,
+    ),
+    "bounded-reward": Weighting(
+        "(p(y)^power - q(y)^power) / power as the reward of a token",
+        "PowerOPD, arXiv 2606.17199",
+        {"power": Argument(1, 1e-3, MUCH)},
+        kls=("reverse",),
+        needs_student=True,
+    ),
+    "sign-gate": Weighting(
+        "the loss times `agree` where log p(y) - log q(y) and s - 1/2 have one sign, times "
+        "`disagree` elsewhere",
+        "OPDVR, arXiv 2608.24696; SG-OPD, arXiv 2606.09304 (agree above 1, disagree below)",
+        {"agree": Argument(1, 0, MUCH), "disagree": Argument(0, 0, MUCH)},
+        needs_scores=True,
+        needs_student=True,
+    ),
+    "forward-if-right": Weighting(
+        "forward KL on responses with s of at least 1/2, reverse KL on the others",
+        "OG-OPSD, arXiv 2610.05070, without its cut at the first mistake",
+        {},
+        kls=("mixed",),
+        needs_scores=True,
+        needs_student=True,
+    ),
+    "pass-rate": Weighting(
+        "the loss times r (1 - r), with r the mean score of the responses to the prompt",
+        "PACED, arXiv 2603.11178",
+        {},
+        needs_scores=True,
+        needs_student=True,
+    ),
+}
+
+
+def check_weighting(name: str, arguments: dict[str, object]) -> None:
+    """Raise ValueError for a weighting that is not there, or arguments that it does not take."""
+    if own_task(name) is not None:
+        return
+    if name not in WEIGHTINGS:
+        near = nearest(name, list(WEIGHTINGS))
+        raise ValueError(
+            f"objective.weights is {name!r}"
+            + (f"; the nearest is {near!r}" if near else "")
+            + f"; choose one of {', '.join(WEIGHTINGS)}, or a function of yours such as "
+            "my_weights.py:weights"
+        )
+    known = WEIGHTINGS[name].arguments
+    for argument, value in arguments.items():
+        where = f"objective.weights_arguments.{argument} is {value!r}"
+        if argument not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes none"
+            raise ValueError(f"{where}, and the weighting {name!r} {takes}; remove it")
+        low, high = known[argument].low, known[argument].high
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where}; give a number")
+        if not low <= value <= high:
+            raise ValueError(f"{where}; give a number from {low:g} to {high:g}")

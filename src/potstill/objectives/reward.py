@@ -1,0 +1,106 @@
+"""The reward: scores of a step's responses, what each is worth beside its group, and the policy
+gradient as a weight of each token's log-probability."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from potstill.config import Reward
+from potstill.evaluation.quality import Scorer
+from potstill.objectives.tokens import Tokens
+from potstill.types import Credit, Rollout
+
+# As TRL and verl add it to a group's standard deviation.
+LEAST_DEVIATION = 1e-4
+
+
+def with_credit(
+    rollouts: Sequence[Rollout], texts: Sequence[str], grader: Scorer, reward: Reward
+) -> list[Rollout]:
+    """The same rollouts, each with its credit. Those of a group follow each other."""
+    grades = grader.grade([rollout.prompt.example for rollout in rollouts], texts)
+    credited = []
+    for first in range(0, len(rollouts), reward.group_size):
+        group = list(rollouts[first : first + reward.group_size])
+        scores = [grade.score for grade in grades[first : first + reward.group_size]]
+        is_cut = [rollout.stop == "length" for rollout in group]
+        for rollout, credit in zip(group, credits_of(scores, is_cut, reward), strict=True):
+            credited.append(dataclasses.replace(rollout, credit=credit))
+    return credited
+
+
+def credits_of(scores: Sequence[float], is_cut: Sequence[bool], reward: Reward) -> list[Credit]:
+    """The credit of each response of one group; `is_cut` says which the window cut.
+
+    The standard deviation is that of a sample, over one less than the group's size.
+    """
+    if reward.truncated == "zero":
+        scores = [0.0 if cut else score for score, cut in zip(scores, is_cut, strict=True)]
+    counts = [reward.truncated != "mask" or not cut for cut in is_cut]
+    counted = [score for score, counted in zip(scores, counts, strict=True) if counted]
+    mean = statistics.fmean(counted) if counted else 0.0
+    deviation = statistics.stdev(counted) if len(counted) > 1 else 0.0
+    scale = deviation + LEAST_DEVIATION if reward.advantage == "std" else 1.0
+    baseline = 0.0 if reward.advantage == "score" else mean
+    return [
+        Credit(
+            score=score,
+            group_score=mean,
+            group_deviation=deviation,
+            advantage=(score - baseline) / scale if is_counted else 0.0,
+        )
+        for score, is_counted in zip(scores, counts, strict=True)
+    ]
+
+
+def with_log_probs(
+    rollouts: Sequence[Rollout], log_probs: Mapping[int, tuple[float, ...]]
+) -> list[Rollout]:
+    """The same rollouts, the new ones with the student's log-probabilities by their places."""
+    return [
+        dataclasses.replace(rollout, log_probs=log_probs[place])
+        if rollout.log_probs is None and place in log_probs
+        else rollout
+        for place, rollout in enumerate(rollouts)
+    ]
+
+
+def policy_gradient(tokens: Tokens, reward: Reward) -> Tensor:
+    """The weight [N] of minus the log-probability of each token that has the gradient of the
+    clipped surrogate -min(r A, clip(r) A) of its advantage A.
+
+    r is the ratio of the student's probability to that when the rollout was new. The gradient is
+    that of -A r log q(y) where r is not clipped, and 0 where it is (docs/theory.md).
+    """
+    ratio_N, advantage_N = _ratio_and_advantage(tokens)
+    weight_N = reward.weight * advantage_N * ratio_N
+    return torch.where(is_clipped(tokens, reward), 0.0, weight_N)
+
+
+def is_clipped(tokens: Tokens, reward: Reward) -> Tensor:
+    """Whether each token [N] has gone as far as it may in the direction of its advantage."""
+    ratio_N, advantage_N = _ratio_and_advantage(tokens)
+    low, high = reward.clip
+    return torch.where(advantage_N > 0, ratio_N > 1 + high, ratio_N < 1 - low)
+
+
+def _ratio_and_advantage(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    now_N, then_N = tokens.stats.student_log_prob_N, tokens.sampling_log_prob_N
+    assert now_N is not None and then_N is not None and tokens.advantage_N is not None
+    return (now_N - then_N).exp(), tokens.advantage_N
+
+
+def reward_sums(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Sums over the rollouts of a rank that are scored: of the scores, of their squares, and how
+    many are of groups that differ in score; nothing where none is."""
+    credits = [rollout.credit for rollout in rollouts if rollout.credit is not None]
+    if not credits:
+        return {}
+    return {
+        "reward": sum(credit.score for credit in credits),
+        "reward_squared": sum(credit.score**2 for credit in credits),
+        "groups_with_signal": float(sum(credit.group_deviation > 0 for credit in credits)),
+    }

@@ -1,0 +1,165 @@
+"""Weightings by name: functions of a few lines from what is known of each token to its loss terms.
+
+Each takes `Tokens` and its arguments, and gives the terms of these tokens. Weights are constants of
+the gradient. A function that looks at other tokens of a rollout is listed in TOGETHER: it is called
+with whole rollouts, where the others may be called with any tokens. What each does, and the papers,
+are in `potstill.config.WEIGHTINGS`; `potstill methods` prints them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill.config import Objective
+from potstill.kl.terms import LossTerms, TokenStats
+from potstill.kl.weights import terms_of_rows
+from potstill.objectives.tokens import Tokens
+from potstill.tasks.own import OwnFunction, own_task
+from potstill.types import DataError
+
+TokenWeighting = Callable[[Tokens], LossTerms]
+
+
+def entropy_aware(tokens: Tokens, above: float) -> LossTerms:
+    assert tokens.stats.teacher_entropy_N is not None
+    is_above_N = (tokens.stats.teacher_entropy_N > above).to(tokens.stats.teacher_entropy_N.dtype)
+    forward, reverse = tokens.terms.forward, tokens.terms.reverse
+    return LossTerms(forward=forward * is_above_N, reverse=reverse + forward * (1 - is_above_N))
+
+
+def todi(tokens: Tokens) -> LossTerms:
+    forward_N = _log_ratio(tokens).sigmoid()
+    return LossTerms(forward=forward_N, reverse=1 - forward_N)
+
+
+def by_writer(tokens: Tokens) -> LossTerms:
+    reverse_N = tokens.is_student_N.to(tokens.stats.student_entropy_N.dtype)
+    return LossTerms(forward=1 - reverse_N, reverse=reverse_N)
+
+
+def first_tokens(tokens: Tokens, num: float) -> LossTerms:
+    return split(tokens, at=num, before=1.0, after=0.0)
+
+
+def split(tokens: Tokens, at: float, before: float, after: float) -> LossTerms:
+    is_before_N = (tokens.position_N < at).to(tokens.stats.student_entropy_N.dtype)
+    return tokens.terms.scaled(before * is_before_N + after * (1 - is_before_N))
+
+
+def position_decay(tokens: Tokens, half_life: float) -> LossTerms:
+    weight_N = (-tokens.position_N / half_life).exp2()
+    return tokens.terms.scaled(weight_N.to(tokens.stats.student_entropy_N.dtype))
+
+
+def importance(tokens: Tokens, gamma: float) -> LossTerms:
+    gap_N = _log_ratio(tokens).abs()
+    total_R = gap_N.new_zeros(int(tokens.rollout_N[-1]) + 1).index_add_(0, tokens.rollout_N, gap_N)
+    sums_N = gap_N.cumsum(0) - gap_N
+    # The sum over whole rollouts before is taken off.
+    before_N = sums_N - (total_R.cumsum(0) - total_R)[tokens.rollout_N]
+    share_N = before_N / total_R[tokens.rollout_N].clamp(min=torch.finfo(gap_N.dtype).tiny)
+    return tokens.terms.scaled(1 + gamma * (1 - share_N))
+
+
+def least_likely(tokens: Tokens, share: float, constant: float) -> LossTerms:
+    log_prob_N = tokens.sampling_log_prob_N
+    assert log_prob_N is not None
+    is_chosen_N = torch.zeros_like(log_prob_N)
+    for rollout in tokens.rollout_N.unique().tolist():
+        places = (tokens.rollout_N == rollout).nonzero().squeeze(1)
+        num = round(share * len(places))
+        is_chosen_N[places[log_prob_N[places].topk(num, largest=False).indices]] = 1
+    return LossTerms(cross_entropy=-constant * is_chosen_N)
+
+
+def bounded_reward(tokens: Tokens, power: float) -> LossTerms:
+    log_p_N, log_q_N = _log_probs(tokens.stats)
+    return LossTerms(cross_entropy=((power * log_p_N).exp() - (power * log_q_N).exp()) / power)
+
+
+def sign_gate(tokens: Tokens, agree: float, disagree: float) -> LossTerms:
+    ratio_N = _log_ratio(tokens)
+    assert tokens.score_N is not None
+    agrees_N = ((ratio_N > 0) == (tokens.score_N >= 0.5)).to(ratio_N.dtype)
+    return tokens.terms.scaled(agree * agrees_N + disagree * (1 - agrees_N))
+
+
+def forward_if_right(tokens: Tokens) -> LossTerms:
+    assert tokens.score_N is not None
+    forward_N = (tokens.score_N >= 0.5).to(tokens.score_N.dtype)
+    return LossTerms(forward=forward_N, reverse=1 - forward_N)
+
+
+def pass_rate(tokens: Tokens) -> LossTerms:
+    rate_N = tokens.group_score_N
+    assert rate_N is not None
+    return tokens.terms.scaled(rate_N * (1 - rate_N))
+
+
+WEIGHTING_FUNCTIONS: dict[str, Callable[..., LossTerms]] = {
+    "entropy-aware": entropy_aware,
+    "todi": todi,
+    "by-writer": by_writer,
+    "first-tokens": first_tokens,
+    "split": split,
+    "position-decay": position_decay,
+    "importance": importance,
+    "least-likely": least_likely,
+    "bounded-reward": bounded_reward,
+    "sign-gate": sign_gate,
+    "forward-if-right": forward_if_right,
+    "pass-rate": pass_rate,
+}
+TOGETHER = ("importance", "least-likely")
+
+
+def make_weighting(objective: Objective) -> TokenWeighting | None:
+    """The function of `objective.weights`. Raises DataError for one of the user's own that is not
+    there."""
+    name, arguments = objective.weights, objective.weighting_arguments
+    if name is None:
+        return None
+    if own_task(name) is None:
+        return functools.partial(WEIGHTING_FUNCTIONS[name], **arguments)
+    return OwnWeighting(OwnFunction(name, "weights"), arguments)
+
+
+def weighs_together(objective: Objective) -> bool:
+    """Whether the weighting looks at other tokens of a rollout, as one of the user's own may."""
+    return objective.weights in TOGETHER or own_task(objective.weights) is not None
+
+
+class OwnWeighting:
+    """A weighting of the user's own, whose terms are checked. Raises DataError for those that do
+    not fit."""
+
+    def __init__(self, function: OwnFunction, arguments: dict[str, Any]):
+        self.function, self.arguments = function, arguments
+
+    def __call__(self, tokens: Tokens) -> LossTerms:
+        rows = slice(0, len(tokens.position_N))
+        mixture_weight = tokens.terms.mixture_weight if tokens.terms.has_mixture else None
+
+        def terms(stats: TokenStats, rows: slice) -> LossTerms:
+            return self.function(tokens, **self.arguments)
+
+        try:
+            return terms_of_rows(terms, tokens.stats, rows, mixture_weight)
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{self.function.what}: {error}") from None
+
+
+def _log_probs(stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """Log-probability [N] of the written token, the teacher's and the student's."""
+    assert stats.teacher_log_prob_N is not None and stats.student_log_prob_N is not None
+    return stats.teacher_log_prob_N, stats.student_log_prob_N
+
+
+def _log_ratio(tokens: Tokens) -> Tensor:
+    log_p_N, log_q_N = _log_probs(tokens.stats)
+    return log_p_N - log_q_N
