@@ -109,7 +109,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, list[tuple[float, float]]]:
         for case in all_cases:
             variants = [(case.without, None), (case.by, case.labels_N)]
             order = (0, 1) if turn % 2 == 0 else (1, 0)
-            took = {i: seconds(x, *variants[i], repeats) for i in order}
+            took = {i: seconds(x, variants[i][0], variants[i][1], repeats) for i in order}
             found[case.name].append((took[0], took[1]))
     return found
 

@@ -69,7 +69,7 @@ class Setting:
         x = start.clone().requires_grad_()
         size, before = 1.0, None
         for _ in range(MAX_STEPS):
-            loss_sum, stats = self.divergence(head(x))
+            loss_sum, _ = self.divergence(head(x))
             (gradient,) = torch.autograd.grad(loss_sum + self.decay / 2 * (x**2).sum(), x)
             if gradient.abs().max() < STATIONARY:
                 break
@@ -80,7 +80,7 @@ class Setting:
             before = x.detach().clone(), gradient
             with torch.no_grad():
                 x -= size * gradient
-        return x.detach(), stats
+        return x.detach(), self.divergence(head(x.detach()))[1]
 
 
 def _setting() -> tuple[Setting, Tensor]:

@@ -196,7 +196,7 @@ def _writer(student: Table) -> Table:
     """The student some updates ago, which wrote the texts that are used again."""
     writer = Table(seed=24, spread=DRIFT)
     with torch.no_grad():
-        writer.logits_SV += student.logits_SV
+        writer.logits_SV.add_(student.logits_SV)
     return writer
 
 
@@ -336,7 +336,7 @@ def _climbed(start: Table, texts: ScoredTexts, counts_later: bool) -> Table:
         # Over how often each token is written: the natural gradient of a table.
         often_SV = texts.sums(texts.probs(student), gradient_SV)
         with torch.no_grad():
-            student.logits_SV += 0.5 / START_KL * gradient_SV / often_SV
+            student.logits_SV.add_(0.5 / START_KL * gradient_SV / often_SV)
     return student
 
 
