@@ -85,9 +85,9 @@ def accumulate_gradients(
                 to_start, its_sums = _start_kl(setup, loss, batch, hidden_ND, divisor)
             sums.update(its_sums)
             sums.update(_habits(setup, loss, batch, stats, hidden_ND, signal))
-            if loss.reward.weight:
-                sums.update(_clipped(batch, stats, loss))
-                log_probs |= dict(zip(places, _log_probs(batch, stats), strict=True))
+            sums.update(_clipped(batch, stats, loss))
+            if not loss.has_one_weight:
+                log_probs |= _log_probs(batch, stats, places)
         if min(places) < num_samples:
             # Before the backward pass, after which a sharded head is whole no longer.
             with clock("samples_seconds"):
@@ -127,17 +127,22 @@ def _start_kl(
 def _clipped(batch: Batch, stats: TokenStats, loss: Loss) -> dict[str, float]:
     """How many loss tokens of rollouts that are used again have no policy gradient, as they have
     gone far enough from the student that wrote them."""
-    if batch.rollouts[0].log_probs is None:
+    if not loss.reward.weight or batch.rollouts[0].log_probs is None:
         return {}
     tokens = known_before(batch, stats.student_entropy_N.dtype).tokens(loss.terms(), stats)
     return {"num_clipped": float(is_clipped(tokens, loss.reward).sum())}
 
 
-def _log_probs(batch: Batch, stats: TokenStats) -> list[tuple[float, ...]]:
-    """The student's log-probabilities of each rollout's loss tokens."""
-    assert stats.student_log_prob_N is not None
+def _log_probs(
+    batch: Batch, stats: TokenStats, places: Sequence[int]
+) -> dict[int, tuple[float, ...]]:
+    """The student's log-probabilities of each rollout's loss tokens, by place; nothing where the
+    signal does not tell them."""
+    if stats.student_log_prob_N is None:
+        return {}
     lengths = [sum(rollout.trained) for rollout in batch.rollouts]
-    return [tuple(each.tolist()) for each in stats.student_log_prob_N.split(lengths)]
+    each = [tuple(part.tolist()) for part in stats.student_log_prob_N.split(lengths)]
+    return dict(zip(places, each, strict=True))
 
 
 def _returns(
