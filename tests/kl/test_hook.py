@@ -275,6 +275,14 @@ def test_the_likeliest_tokens_take_a_function_too(end_ids):
 
 
 BAD = {
+    "no number": (
+        lambda stats, rows: LossTerms(reverse=[1.0]),
+        "reverse is a list; give a number or a tensor",
+    ),
+    "flags": (
+        lambda stats, rows: LossTerms(reverse=stats.reverse_kl_N > 1),
+        "reverse is a tensor of torch.bool; give floating-point numbers",
+    ),
     "not terms": (lambda stats, rows: stats.reverse_kl_N, "it returned Tensor; return LossTerms"),
     "of all rows": (
         lambda stats, rows: LossTerms(forward=SIGNS[:NUM]),

@@ -65,6 +65,7 @@ def check_terms(terms: LossTerms | TermsFunction, known: KnownInputs, num_rows: 
 
 def _check_each(terms: LossTerms, known: KnownInputs, num_rows: int, who: str) -> None:
     for name, weight in terms.weights.items():
+        check_weight(f"{who}{name}", weight, num_rows)
         if not is_there(weight):
             continue
         if not known.has_teacher and name in TEACHER_TERMS:
@@ -76,12 +77,13 @@ def _check_each(terms: LossTerms, known: KnownInputs, num_rows: int, who: str) -
                 f"{who}the term {name} has mixture_weight {terms.mixture_weight} and the call "
                 f"{known.mixture_weight}; give both the same"
             )
-        check_weight(f"{who}{name}", weight, num_rows)
 
 
 def check_weight(name: str, weight: Weight, num_rows: int) -> None:
     """Raise ValueError for a weight that is no finite constant, or not one a row."""
     if not isinstance(weight, Tensor):
+        if not isinstance(weight, int | float):
+            raise ValueError(f"{name} is a {type(weight).__name__}; give a number or a tensor")
         if not math.isfinite(weight):
             raise ValueError(f"{name} is {weight}; give a finite number")
         return
@@ -89,6 +91,8 @@ def check_weight(name: str, weight: Weight, num_rows: int) -> None:
         raise ValueError(
             f"{name} is a tensor {list(weight.shape)}; give [{num_rows}], one number a row"
         )
+    if not weight.is_floating_point():
+        raise ValueError(f"{name} is a tensor of {weight.dtype}; give floating-point numbers")
     if weight.requires_grad:
         raise ValueError(f"{name} is a tensor with a gradient; weights are constants: detach it")
     if not torch.isfinite(weight).all():
