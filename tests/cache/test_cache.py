@@ -81,10 +81,12 @@ def alone():
     return distributed.start()
 
 
-@pytest.mark.parametrize("kl", ["forward", "reverse", "mixed"])
+@pytest.mark.parametrize("kl", ["forward", "reverse", "mixed", "todi"])
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 def test_loss_and_gradients_are_those_of_the_live_teacher(built, kl, normalize):
     objective = TEACHER | {"kl": kl} | ({"forward_weight": 0.3} if kl == "mixed" else {})
+    if kl == "todi":
+        objective |= {"kl": "mixed", "weights": "todi"}
     train = {"normalize": normalize}
     setups = [
         prepare(tiny_recipe("unused", objective=objective, train=train, teacher=teacher), alone())

@@ -78,7 +78,21 @@ RECIPES = [
         "[objective]\nweights = 'first-tokens'\nweights_arguments = { num = 0 }",
         "give a number from 1 to 1e+06",
     ),
-    ("[objective]\nweights = 'sign-gate'", "which weighs what the student wrote"),
+    ("[objective]\nweights = 'sign-gate'", "it weighs what the student wrote"),
+    (
+        "[objective]\nprefix = 'student'\nsignal = 'topk'\nweights = 'importance'",
+        "it reads how likely the written token is",
+    ),
+    (
+        "[objective]\nprefix = 'student'\nweights = 'least-likely'\n[sampling]\ntop_k = 5",
+        "the tokens that it rewards must be drawn exactly",
+    ),
+    (
+        "[objective]\nprefix = 'student'\nkl = 'reverse'\nweights = 'bounded-reward'\n"
+        "[rollouts]\nreuse = 2",
+        "after one update the student no longer is who drew",
+    ),
+    ("[objective]\nkl = 'mixed'\nweights = 'by-writer'", "which has one writer"),
     ("[objective]\nkl = 'none'\nprefix = 'student'", "there is nothing to learn from"),
     ("[reward]\nweight = 1", "a policy gradient is of what the student wrote itself"),
     ("[reward]\ngroup_size = 4", "is set but not read"),

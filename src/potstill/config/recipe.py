@@ -10,9 +10,8 @@ from potstill.config.fields import GrpoFields, RecipeFields, Window
 from potstill.config.roles import Role
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import RecipeError, roles_of
-from potstill.config.unread import unread_fields, unread_grpo_fields
-from potstill.config.values import shown
-from potstill.config.weightings import WEIGHTINGS, check_weighting
+from potstill.config.unread import check_weighting, unread_fields, unread_grpo_fields
+from potstill.config.values import refuse_any, shown
 from potstill.tasks import TASKS, is_table
 from potstill.tasks.own import own_task
 
@@ -39,7 +38,7 @@ class Recipe(RecipeFields):
                 )
         if self.objective.signal == "sampled":
             self._check_sampled_signal()
-        self._check_weights()
+        check_weighting(self)
         self._check_reward()
         self._check_returns()
         self._check_schedules()
@@ -97,44 +96,6 @@ class Recipe(RecipeFields):
                 'weights; use reuse = 1 or signal = "full"'
             )
 
-    def _check_weights(self) -> None:
-        """Refuse a weighting that does not fit the divergence, the prefixes or the window."""
-        objective = self.objective
-        if (name := objective.weights) is None:
-            return
-        check_weighting(name, objective.weights_arguments)
-        if own_task(name) is not None:
-            return
-        weighting, arguments = WEIGHTINGS[name], objective.weighting_arguments
-        where = f"objective.weights is {name!r}"
-        if weighting.kls and objective.kl not in weighting.kls:
-            raise ValueError(
-                f"{where} and objective.kl is {objective.kl!r}; the weighting is of kl = "
-                f'"{weighting.kls[0]}"'
-            )
-        if weighting.needs_student and objective.prefix != "student":
-            raise ValueError(
-                f"{where}, which weighs what the student wrote, and objective.prefix is "
-                f'{objective.prefix!r}; use prefix = "student" or another weighting'
-            )
-        if name == "by-writer" and objective.prefix != "mixed":
-            raise ValueError(
-                f"{where} and objective.prefix is {objective.prefix!r}, which has one writer; use "
-                'prefix = "mixed" or another weighting'
-            )
-        if name == "pass-rate" and self.reward.group_size == 1:
-            raise ValueError(f"{where} and reward.group_size is 1: one score is no rate; raise it")
-        if name == "split" and arguments["at"] >= self.window.tokens:
-            raise ValueError(
-                f"objective.weights_arguments.at is {arguments['at']:g} and window.tokens "
-                f"{self.window.tokens}: nothing comes after the split; lower it"
-            )
-        if name == "split" and not arguments["before"] and not arguments["after"]:
-            raise ValueError(
-                "objective.weights_arguments has before = 0 and after = 0: no token has a weight; "
-                "raise one of them"
-            )
-
     def _check_reward(self) -> None:
         """Refuse a reward that nobody scores, or whose gradient would be that of something else."""
         objective, reward = self.objective, self.reward
@@ -158,7 +119,7 @@ class Recipe(RecipeFields):
             )
         if not reward.weight:
             return
-        _refuse_any(
+        refuse_any(
             f"reward.weight is {reward.weight:g}",
             "weight = 0",
             (
@@ -189,7 +150,7 @@ class Recipe(RecipeFields):
         objective = self.objective
         if not objective.gamma:
             return
-        _refuse_any(
+        refuse_any(
             f"objective.gamma is {objective.gamma:g}",
             "gamma = 0",
             (
@@ -347,13 +308,6 @@ class GrpoRecipe(GrpoFields):
                 f"{self.grpo.steps}; lower it"
             )
         return self
-
-
-def _refuse_any(where: str, otherwise: str, *cases: tuple[bool, str]) -> None:
-    """Raise ValueError for the first case that is so, with its reason."""
-    for is_so, reason in cases:
-        if is_so:
-            raise ValueError(f"{where}: {reason}, or {otherwise}")
 
 
 def _check_ladder(window: Window) -> None:

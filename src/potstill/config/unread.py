@@ -1,5 +1,5 @@
-"""Which field needs which mode. A field that the chosen mode does not read may not be set, and is
-not in the hash."""
+"""Which field and which weighting needs which mode. A field that the chosen mode does not read may
+not be set, and is not in the hash."""
 
 from typing import Any
 
@@ -12,7 +12,10 @@ from potstill.config.fields import (
     Window,
 )
 from potstill.config.validation_fields import Validation
+from potstill.config.values import refuse_any
+from potstill.config.weightings import WEIGHTINGS, check_named
 from potstill.tasks import is_table
+from potstill.tasks.own import own_task
 from potstill.tasks.tables import is_hub_id, sources
 
 
@@ -259,3 +262,60 @@ def _unread_of_schedule(
         f"{section}.{f}": f'{section}.schedule is "{settings.schedule}"'
         for f in sorted(known - set(read))
     }
+
+
+def check_weighting(recipe: RecipeFields) -> None:
+    """Raise ValueError for a weighting that is not there, and for one that does not fit the rest of
+    the recipe."""
+    objective = recipe.objective
+    if (name := objective.weights) is None or own_task(name) is not None:
+        return
+    check_named(name, objective.weights_arguments)
+    weighting, arguments = WEIGHTINGS[name], objective.weighting_arguments
+    refuse_any(
+        f"objective.weights is {name!r}",
+        "choose another weighting",
+        (
+            bool(weighting.kls) and objective.kl not in weighting.kls,
+            f'objective.kl is "{objective.kl}"; the weighting is of kl = '
+            f'"{" or ".join(weighting.kls)}"',
+        ),
+        (
+            weighting.needs_student and objective.prefix != "student",
+            f'objective.prefix is "{objective.prefix}", and it weighs what the student wrote; '
+            'use prefix = "student"',
+        ),
+        (
+            weighting.needs_log_probs and objective.signal == "topk",
+            'objective.signal is "topk", and it reads how likely the written token is, which '
+            'that does not say; use signal = "full"',
+        ),
+        (
+            weighting.is_reward and not recipe.draws_exactly,
+            "the tokens that it rewards must be drawn exactly from the student; set "
+            "sampling.temperature = objective.temperature, top_p = 1 and top_k = 0",
+        ),
+        (
+            weighting.is_reward and recipe.rollouts.reuse > 1,
+            f"rollouts.reuse is {recipe.rollouts.reuse}, and after one update the student no "
+            "longer is who drew the tokens that it rewards; use reuse = 1",
+        ),
+        (
+            name == "by-writer" and objective.prefix != "mixed",
+            f'objective.prefix is "{objective.prefix}", which has one writer; use prefix = "mixed"',
+        ),
+        (
+            name == "pass-rate" and recipe.reward.group_size == 1,
+            "reward.group_size is 1: one score is no rate; raise it",
+        ),
+        (
+            name == "split" and arguments["at"] >= recipe.window.tokens,
+            f"weights_arguments.at is {arguments.get('at')} and window.tokens "
+            f"{recipe.window.tokens}: nothing comes after the split; lower it",
+        ),
+        (
+            name == "split" and not arguments["before"] and not arguments["after"],
+            "weights_arguments has before = 0 and after = 0: no token has a weight; raise one "
+            "of them",
+        ),
+    )

@@ -75,3 +75,10 @@ def shown(value: Any, width: int = 100) -> str:
         # Python does not write integers of thousands of digits.
         text = "a number of thousands of digits"
     return text if len(text) <= width else f"{text[:width]}..."
+
+
+def refuse_any(where: str, otherwise: str, *cases: tuple[bool, str]) -> None:
+    """Raise ValueError for the first case that is so, with its reason."""
+    for is_so, reason in cases:
+        if is_so:
+            raise ValueError(f"{where}: {reason}, or {otherwise}")

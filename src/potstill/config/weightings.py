@@ -1,10 +1,9 @@
 """Weightings of the loss by name: what each does to a token's terms, from which paper, and what it
 needs. The functions are in `potstill.objectives.weightings`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from potstill.console.names import nearest
-from potstill.tasks.own import own_task
 
 
 class Argument(NamedTuple):
@@ -19,7 +18,9 @@ class Weighting(NamedTuple):
     """A weighting that `objective.weights` can name.
 
     `kls` are the divergences that it can weigh, all where it is empty. `needs_scores`: it reads the
-    scores of responses; `needs_student`: it is about tokens that the student wrote.
+    scores of responses; `needs_student`: it is about tokens that the student wrote;
+    `needs_log_probs`: it reads how likely the written token is; `is_reward`: it is a reward of the
+    tokens that were drawn, in the place of the divergence.
     """
 
     about: str
@@ -28,6 +29,8 @@ class Weighting(NamedTuple):
     kls: tuple[str, ...] = ()
     needs_scores: bool = False
     needs_student: bool = False
+    needs_log_probs: bool = False
+    is_reward: bool = False
 
 
 MUCH = 1e6
@@ -48,6 +51,7 @@ WEIGHTINGS: dict[str, Weighting] = {
         "ToDi, arXiv 2505.16297",
         {},
         kls=("mixed",),
+        needs_log_probs=True,
     ),
     "by-writer": Weighting(
         "forward KL where the teacher wrote, reverse KL where the student did",
@@ -80,6 +84,7 @@ WEIGHTINGS: dict[str, Weighting] = {
         "IW-OPD, arXiv 2606.22600",
         {"gamma": Argument(0.5, 0, MUCH)},
         needs_student=True,
+        needs_log_probs=True,
     ),
     "least-likely": Weighting(
         "-`constant` as the reward of the share of a rollout's tokens that q gave the least "
@@ -87,6 +92,8 @@ WEIGHTINGS: dict[str, Weighting] = {
         "OPSA, arXiv 2608.31046",
         {"share": Argument(0.2, 0, 1), "constant": Argument(1, 0, MUCH)},
         needs_student=True,
+        needs_log_probs=True,
+        is_reward=True,
     ),
     "bounded-reward": Weighting(
         "(p(y)^power - q(y)^power) / power as the reward of a token",
@@ -94,6 +101,8 @@ WEIGHTINGS: dict[str, Weighting] = {
         {"power": Argument(1, 1e-3, MUCH)},
         kls=("reverse",),
         needs_student=True,
+        needs_log_probs=True,
+        is_reward=True,
     ),
     "sign-gate": Weighting(
         "the loss times `agree` where log p(y) - log q(y) and s - 1/2 have one sign, times "
@@ -102,6 +111,7 @@ WEIGHTINGS: dict[str, Weighting] = {
         {"agree": Argument(1, 0, MUCH), "disagree": Argument(0, 0, MUCH)},
         needs_scores=True,
         needs_student=True,
+        needs_log_probs=True,
     ),
     "forward-if-right": Weighting(
         "forward KL on responses with s of at least 1/2, reverse KL on the others",
@@ -121,10 +131,8 @@ WEIGHTINGS: dict[str, Weighting] = {
 }
 
 
-def check_weighting(name: str, arguments: dict[str, object]) -> None:
+def check_named(name: str, arguments: dict[str, Any]) -> None:
     """Raise ValueError for a weighting that is not there, or arguments that it does not take."""
-    if own_task(name) is not None:
-        return
     if name not in WEIGHTINGS:
         near = nearest(name, list(WEIGHTINGS))
         raise ValueError(

@@ -6,14 +6,15 @@ from torch import Tensor
 from potstill.kl.fused import fused_loss
 from potstill.kl.head import Head
 from potstill.kl.terms import LossTerms, TokenStats
+from potstill.kl.topk import top_k_loss, top_k_of
 from potstill.objectives.loss import Loss
 from potstill.objectives.tokens import KnownBefore
 from potstill.tasks.own import own_task
 
 
-def try_weighting(loss: Loss) -> None:
+def try_weighting(loss: Loss, is_scored: bool) -> None:
     """Ask a weighting of the user's own for the terms of five tokens of two rollouts, as training
-    does.
+    does; `is_scored` says whether it scores responses.
 
     Raises DataError for whatever the loss would refuse.
     """
@@ -30,21 +31,18 @@ def try_weighting(loss: Loss) -> None:
         is_student_N=torch.tensor([True] * 5),
         is_last_N=torch.tensor([False, False, True, False, True]),
         sampling_log_prob_N=None,
-        score_N=torch.tensor([1.0, 1, 1, 0, 0]),
-        group_score_N=torch.full((5,), 0.5),
-        advantage_N=torch.tensor([0.5, 0.5, 0.5, -0.5, -0.5]),
+        score_N=torch.tensor([1.0, 1, 1, 0, 0]) if is_scored else None,
+        group_score_N=torch.full((5,), 0.5) if is_scored else None,
+        advantage_N=torch.tensor([0.5, 0.5, 0.5, -0.5, -0.5]) if is_scored else None,
     )
 
     def terms(stats: TokenStats, rows: slice) -> LossTerms:
         return loss.terms_at(known.at(rows), stats)
 
-    student, teacher = Head(made_up(7, 3)), Head(made_up(7, 3))
-    fused_loss(
-        made_up(5, 3),
-        student,
-        made_up(5, 3),
-        teacher,
-        terms,
-        labels_N=torch.arange(5),
-        mixture_weight=loss.mixture_weight,
-    )
+    rows, (student, teacher) = made_up(5, 3), (Head(made_up(7, 3)), Head(made_up(7, 3)))
+    options = {"mixture_weight": loss.mixture_weight}
+    if loss.objective.signal == "topk":
+        top_k_loss(rows, student, top_k_of(rows, teacher, k=4), terms, **options)
+        return
+    labels_N = torch.arange(5)
+    fused_loss(rows, student, rows, teacher, terms, labels_N=labels_N, **options)

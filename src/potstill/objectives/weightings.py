@@ -24,6 +24,8 @@ TokenWeighting = Callable[[Tokens], LossTerms]
 
 
 def entropy_aware(tokens: Tokens, above: float) -> LossTerms:
+    """Forward KL at its weight f where H(p) > `above`, reverse KL at 1 - f there and at 1
+    elsewhere."""
     assert tokens.stats.teacher_entropy_N is not None
     is_above_N = (tokens.stats.teacher_entropy_N > above).to(tokens.stats.teacher_entropy_N.dtype)
     forward, reverse = tokens.terms.forward, tokens.terms.reverse
@@ -31,56 +33,67 @@ def entropy_aware(tokens: Tokens, above: float) -> LossTerms:
 
 
 def todi(tokens: Tokens) -> LossTerms:
+    """Forward KL at a = sigmoid(log p(y) - log q(y)), reverse KL at 1 - a."""
     forward_N = _log_ratio(tokens).sigmoid()
     return LossTerms(forward=forward_N, reverse=1 - forward_N)
 
 
 def by_writer(tokens: Tokens) -> LossTerms:
+    """Forward KL on the teacher's tokens, reverse KL on the student's."""
     reverse_N = tokens.is_student_N.to(tokens.stats.student_entropy_N.dtype)
     return LossTerms(forward=1 - reverse_N, reverse=reverse_N)
 
 
 def first_tokens(tokens: Tokens, num: float) -> LossTerms:
+    """The terms times 1 at t < `num`, times 0 from there on."""
     return split(tokens, at=num, before=1.0, after=0.0)
 
 
 def split(tokens: Tokens, at: float, before: float, after: float) -> LossTerms:
+    """The terms times `before` at t < `at`, times `after` from there on."""
     is_before_N = (tokens.position_N < at).to(tokens.stats.student_entropy_N.dtype)
     return tokens.terms.scaled(before * is_before_N + after * (1 - is_before_N))
 
 
 def position_decay(tokens: Tokens, half_life: float) -> LossTerms:
-    weight_N = (-tokens.position_N / half_life).exp2()
-    return tokens.terms.scaled(weight_N.to(tokens.stats.student_entropy_N.dtype))
+    """The terms times 2^(-t / `half_life`)."""
+    position_N = tokens.position_N.to(tokens.stats.student_entropy_N.dtype)
+    return tokens.terms.scaled((-position_N / half_life).exp2())
 
 
 def importance(tokens: Tokens, gamma: float) -> LossTerms:
-    gap_N = _log_ratio(tokens).abs()
-    total_R = gap_N.new_zeros(int(tokens.rollout_N[-1]) + 1).index_add_(0, tokens.rollout_N, gap_N)
-    sums_N = gap_N.cumsum(0) - gap_N
-    # The sum over whole rollouts before is taken off.
-    before_N = sums_N - (total_R.cumsum(0) - total_R)[tokens.rollout_N]
-    share_N = before_N / total_R[tokens.rollout_N].clamp(min=torch.finfo(gap_N.dtype).tiny)
+    """The terms times 1 + `gamma` (1 - A_t / A), with A_t the sum of |log p(y) - log q(y)| over the
+    rollout's tokens before t, and A over all."""
+
+    def share_before(gaps: Tensor) -> Tensor:
+        return (gaps.cumsum(0) - gaps) / gaps.sum().clamp(min=torch.finfo(gaps.dtype).tiny)
+
+    share_N = _by_rollout(share_before, _log_ratio(tokens).abs(), tokens)
     return tokens.terms.scaled(1 + gamma * (1 - share_N))
 
 
 def least_likely(tokens: Tokens, share: float, constant: float) -> LossTerms:
-    log_prob_N = tokens.sampling_log_prob_N
-    assert log_prob_N is not None
-    is_chosen_N = torch.zeros_like(log_prob_N)
-    for rollout in tokens.rollout_N.unique().tolist():
-        places = (tokens.rollout_N == rollout).nonzero().squeeze(1)
-        num = round(share * len(places))
-        is_chosen_N[places[log_prob_N[places].topk(num, largest=False).indices]] = 1
+    """-`constant` as the reward of the round(`share` T) tokens of a rollout of T that were least
+    likely when they were written, of equals the first."""
+
+    def is_chosen(log_probs: Tensor) -> Tensor:
+        num = round(share * len(log_probs))
+        places = log_probs.argsort(stable=True)[:num]
+        return torch.zeros_like(log_probs).index_fill(0, places, 1)
+
+    assert tokens.sampling_log_prob_N is not None
+    is_chosen_N = _by_rollout(is_chosen, tokens.sampling_log_prob_N, tokens)
     return LossTerms(cross_entropy=-constant * is_chosen_N)
 
 
 def bounded_reward(tokens: Tokens, power: float) -> LossTerms:
+    """(p(y)^`power` - q(y)^`power`) / `power` as the reward of a token."""
     log_p_N, log_q_N = _log_probs(tokens.stats)
     return LossTerms(cross_entropy=((power * log_p_N).exp() - (power * log_q_N).exp()) / power)
 
 
 def sign_gate(tokens: Tokens, agree: float, disagree: float) -> LossTerms:
+    """The terms times `agree` where log p(y) > log q(y) just if s >= 1/2, else times `disagree`."""
     ratio_N = _log_ratio(tokens)
     assert tokens.score_N is not None
     agrees_N = ((ratio_N > 0) == (tokens.score_N >= 0.5)).to(ratio_N.dtype)
@@ -88,12 +101,14 @@ def sign_gate(tokens: Tokens, agree: float, disagree: float) -> LossTerms:
 
 
 def forward_if_right(tokens: Tokens) -> LossTerms:
+    """Forward KL where s >= 1/2, reverse KL elsewhere."""
     assert tokens.score_N is not None
     forward_N = (tokens.score_N >= 0.5).to(tokens.score_N.dtype)
     return LossTerms(forward=forward_N, reverse=1 - forward_N)
 
 
 def pass_rate(tokens: Tokens) -> LossTerms:
+    """The terms times r (1 - r), with r the mean score of the prompt's responses."""
     rate_N = tokens.group_score_N
     assert rate_N is not None
     return tokens.terms.scaled(rate_N * (1 - rate_N))
@@ -152,6 +167,12 @@ class OwnWeighting:
             raise
         except ValueError as error:
             raise DataError(f"{self.function.what}: {error}") from None
+
+
+def _by_rollout(function: Callable[[Tensor], Tensor], values_N: Tensor, tokens: Tokens) -> Tensor:
+    """A function of the values of one rollout at a time, [N]."""
+    counts = tokens.rollout_N.unique_consecutive(return_counts=True)[1].tolist()
+    return torch.cat([values_N[:0], *map(function, values_N.split(counts))])
 
 
 def _log_probs(stats: TokenStats) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,7 @@ def _loss_of(recipe: Recipe, vocab_size: int | None, ends: Ends) -> Loss:
         budget=recipe.train.loss_memory * MIB,
         backend=recipe.train.loss_backend,
     )
-    try_weighting(loss)
+    try_weighting(loss, recipe.is_scored)
     return loss
 
 
