@@ -44,7 +44,7 @@ KLS = {
     "mixed": LossTerms(forward=0.3, reverse=0.7),
 }
 # A turn of a small shape repeats its step for at least so long.
-SECONDS_A_TURN = 0.1
+SECONDS_A_TURN = 0.5
 
 
 class Case(NamedTuple):

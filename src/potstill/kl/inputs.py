@@ -55,9 +55,9 @@ class Side:
 
     def picked(self, block: slice, ids: Tensor) -> Tensor:
         """Tempered logits [rows] of one id a row."""
-        logits = (self.hidden[block].to(self.dtype) * self.weight[ids].to(self.dtype)).sum(
-            -1
-        ) * self.alpha
+        # Several times as fast as an index on a CPU, and the same numbers.
+        weight = self.weight.index_select(0, ids)
+        logits = (self.hidden[block].to(self.dtype) * weight.to(self.dtype)).sum(-1) * self.alpha
         if self.bias is not None:
             logits = logits + self.bias[ids]
         return logits if self.softcap is None else logits.tanh() * self.softcap
