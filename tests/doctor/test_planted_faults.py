@@ -290,6 +290,19 @@ def test_the_shipped_pair_has_no_fault_on_teacher_prefixes(tmp_path):
     assert [f for f in report.findings if f.level not in GOOD] == []
 
 
+def test_a_reward_is_examined_without_a_teacher(tmp_path):
+    report = examine(
+        tiny_recipe(
+            tmp_path / "run",
+            objective={"prefix": "student", "kl": "none"},
+            reward={"weight": 1, "group_size": 4, "start_kl": 0.1},
+            train={"prompts_per_step": 2},
+        )
+    )
+    levels = {finding.check: finding.level for finding in report.findings}
+    assert levels["speed"] == levels["verifier"] == "ok" and "failed" not in levels.values()
+
+
 def test_the_table_fits_and_an_error_exits_with_1(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(resources, "shutil", NO_DISK)
     fields = ["--window.tokens", "16", "--train.prompts_per_step", "4", "--data.num_prompts", "8"]

@@ -8,8 +8,10 @@ from typing import Any
 
 from potstill.checks.finding import Written
 from potstill.config import Recipe
+from potstill.objectives.reward import with_credit
 from potstill.prompts.mixture import step_places
 from potstill.rollouts.prefixes import Writing, from_one, write_rollouts
+from potstill.rollouts.text import responses
 from potstill.training.controllers import first_window
 from potstill.training.setup import Setup, writing_of
 from potstill.types import Prompt, Rollout, Writer
@@ -66,6 +68,9 @@ def write_first_step(
     began = time.perf_counter()
     step = write_rollouts(writing, prompts, seeds)
     seconds = time.perf_counter() - began
+    if setup.grader is not None:
+        texts = responses(step, setup.student.tokenizer)
+        step = with_credit(step, texts, setup.grader, setup.loss.reward)
     alone: dict[Writer, list[Rollout]] = {"student": [], "teacher": []}
     for who in writing.models:
         if recipe.objective.prefix == who:
