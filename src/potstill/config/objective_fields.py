@@ -80,6 +80,11 @@ class Objective(Section, role=Role.OBJECTIVE):
         return self.signal != "labels" and self.kl != "none"
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher, to learn from or to write."""
+        return self.has_divergence or self.prefix in ("teacher", "mixed")
+
+    @property
     def weighting_arguments(self) -> dict[str, Any]:
         """The arguments of the weighting, those that are not set by their defaults."""
         if self.weights not in WEIGHTINGS:

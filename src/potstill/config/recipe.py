@@ -143,6 +143,11 @@ class Recipe(RecipeFields):
                 f'reward.group_size is 1 and reward.advantage is "{reward.advantage}": a score '
                 "minus itself is 0; raise the group_size",
             ),
+            (
+                self.student.dropout and self.rollouts.reuse > 1,
+                f"student.dropout is true and rollouts.reuse is {self.rollouts.reuse}: chance "
+                "would be in the ratio to the student that wrote; use reuse = 1 or no dropout",
+            ),
         )
 
     def _check_returns(self) -> None:
@@ -216,16 +221,17 @@ class Recipe(RecipeFields):
         if window.schedule == "fixed":
             return
         _check_ladder(window)
-        if (
-            window.schedule == "entropy-gated"
-            and window.reference == "teacher"
-            and self.teacher.cache is not None
-        ):
-            raise ValueError(
-                'window.reference is "teacher" and teacher.cache is set: a cached teacher cannot '
-                'score what the student writes; use reference = "first" or "absolute"'
-            )
         objective = self.objective
+        if window.schedule == "entropy-gated" and window.reference == "teacher":
+            refuse_any(
+                'window.reference is "teacher"',
+                'reference = "absolute"',
+                (
+                    self.teacher.cache is not None,
+                    'teacher.cache is set and cannot score the student; use reference = "first"',
+                ),
+                (not objective.has_teacher, 'the recipe has none; use reference = "first"'),
+            )
         if (
             objective.prefix == "mixed"
             and objective.prefix_mix == "handoff"

@@ -346,7 +346,7 @@ def load_teacher(
     Raises CacheError for a cache of another teacher, or one that was written in another way.
     """
     objective, spec = recipe.objective, recipe.teacher
-    if not objective.has_divergence and objective.prefix not in ("teacher", "mixed"):
+    if not objective.has_teacher:
         return None
     teacher = None if given is None else ready(given, tokenizer, world.device)
     if cache is not None and (
