@@ -11,7 +11,8 @@ from potstill.answers.grading import Grade
 from potstill.config import Objective, Reward
 from potstill.kl.definition import token_divergence
 from potstill.objectives.loss import Loss, batch_loss, kl_to_start, teacher_signal
-from potstill.objectives.reward import credits_of, reward_sums, with_credit
+from potstill.objectives.reward import credits_of, is_clipped, reward_sums, with_credit
+from potstill.objectives.tokens import known_before
 from potstill.rollouts.batching import make_batches
 from potstill.types import Credit
 
@@ -69,6 +70,24 @@ def test_groups_are_those_that_follow_each_other():
     sums = reward_sums(credited)
     assert sums == {"reward": 8.0, "reward_squared": 18.0, "groups_with_signal": 2.0}
     assert reward_sums(rollouts) == {}
+
+
+def test_a_token_without_an_advantage_is_never_clipped(student):
+    """However far the student has gone from the one that wrote."""
+    rollouts = [
+        dataclasses.replace(
+            make_rollout([1, 5], [7]), credit=credit(advantage), log_probs=(log_prob,)
+        )
+        for advantage in (1.0, 0.0, -1.0)
+        for log_prob in (-50.0, 0.0)
+    ]
+    (batch,) = make_batches(rollouts, 1000)
+    loss = Loss(
+        objective=Objective(prefix="student", kl="none"), normalize="token", reward=reward()
+    )
+    _, _, stats = batch_loss(student, None, None, batch, loss)
+    tokens = known_before(batch, torch.float32).tokens(loss.terms(), stats)
+    assert is_clipped(tokens, loss.reward).tolist() == [True, False, False, False, False, True]
 
 
 def every_token(student, scores, **fields):

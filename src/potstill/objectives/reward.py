@@ -84,7 +84,8 @@ def is_clipped(tokens: Tokens, reward: Reward) -> Tensor:
     """Whether each token [N] has gone as far as it may in the direction of its advantage."""
     ratio_N, advantage_N = _ratio_and_advantage(tokens)
     low, high = reward.clip
-    return torch.where(advantage_N > 0, ratio_N > 1 + high, ratio_N < 1 - low)
+    is_too_low_N = (advantage_N < 0) & (ratio_N < 1 - low)
+    return is_too_low_N | (advantage_N > 0) & (ratio_N > 1 + high)
 
 
 def _ratio_and_advantage(tokens: Tokens) -> tuple[Tensor, Tensor]:
