@@ -28,6 +28,11 @@ RUNS = {
         "data": {"source": "multiplication:persona"},
         "objective": {"prefix": "dataset", "signal": "labels"},
     },
+    "reward": {
+        "objective": {"prefix": "student", "kl": "reverse"},
+        "reward": {"weight": 1, "group_size": 2, "start_kl": 0.1},
+        "rollouts": {"reuse": 2},
+    },
 }
 
 FILES = {

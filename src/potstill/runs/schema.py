@@ -290,6 +290,9 @@ class SamplePrompt(TypedDict):
     """The prompt's id, and the text that the student read."""
     teacher_prompt: NotRequired[str]
     """The text that the teacher read, where it is another."""
+    score: NotRequired[float]
+    advantage: NotRequired[float]
+    """The response's score, and its advantage over its group."""
 
 
 class SampleNumbers(TypedDict):

@@ -98,6 +98,8 @@ def logged_sample(
     }
     if teacher is not None and prompt.teacher_ids is not None:
         asked["teacher_prompt"] = _text(teacher.tokenizer, prompt.teacher_ids)
+    if rollout.credit is not None:
+        asked["score"], asked["advantage"] = rollout.credit.score, rollout.credit.advantage
     return {
         **asked,
         "tokens": [token_text(tokenizer, i) for i in rollout.completion_ids],
