@@ -111,6 +111,36 @@ def test_two_ranks_gate_the_window_and_look_ahead_as_one(tmp_path, forks):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
 
 
+def test_two_ranks_learn_from_groups_as_one(tmp_path, forks):
+    """Each group is one rank's, and its responses, scores and advantages are those of one rank;
+    the second step is on the first one's rollouts."""
+    (tmp_path / "my_reward.py").write_text(
+        "def digits(examples, responses):\n"
+        "    return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in responses]\n"
+    )
+    reward = {"weight": 1.0, "group_size": 2, "start_kl": 0.1, "source": "my_reward.py:digits"}
+    train = {"steps": 2, "lr": 1e-4, "prompts_per_step": 6, "tokens_per_batch": 128}
+    write_recipe(
+        tmp_path,
+        objective={"prefix": "student", "kl": "reverse"},
+        reward=reward,
+        rollouts={"reuse": 2},
+        train=train | {"normalize": "sequence", "warmup_steps": 0},
+    )
+    train_on_one_and_on_two(forks, tmp_path)
+    one, two = (run_folder.read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert one[1]["start_kl"] > 0 and one[1]["rollout_age"] == 1
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "reward", "reward_std", "start_kl", "grad_norm", "total_flops"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-8), key
+        assert a["groups_with_signal"] == b["groups_with_signal"] > 0
+    samples = (
+        run_folder.read_rows(tmp_path / name / "samples.jsonl")[0] for name in ("one", "two")
+    )
+    first, second = (each["advantage"] for each in samples)
+    assert first == second != 0
+
+
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path, forks):
     """The rank that writes is killed at its fourth row, after the checkpoint of the second step."""

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from potstill.runs import run_folder
 
 TIMES = [
-    f"{part}seconds" for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_")
+    f"{part}seconds"
+    for part in ("", "rollout_", "teacher_", "student_", "probe_", "samples_", "grading_")
 ]
 # No rollouts are sampled, so that a step takes some milliseconds.
 FAST = {
