@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from potstill.kl.head import Head
     from potstill.kl.terms import LossTerms, VocabShard
     from potstill.models.language_model import LanguageModel, load_model, save_model
+    from potstill.objectives.tokens import Tokens
     from potstill.prompts.examples import load_examples, make_prompts
     from potstill.rollouts.batching import make_batches
     from potstill.rollouts.prefixes import Writing, write_rollouts
@@ -85,6 +86,7 @@ _HOMES = {
     "train": "potstill.training.loop",
     "Example": "potstill.types",
     "LossTerms": "potstill.kl.terms",
+    "Tokens": "potstill.objectives.tokens",
     "VocabShard": "potstill.kl.terms",
 }
 __all__ = [
@@ -106,6 +108,7 @@ __all__ = [
     "StudentSpec",
     "Task",
     "TeacherSpec",
+    "Tokens",
     "Train",
     "Validation",
     "VocabShard",

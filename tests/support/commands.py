@@ -5,6 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from potstill.cli.app import main
+
 SMALL = {
     "data.num-prompts": "24",
     "train.prompts-per-step": "4",
@@ -103,3 +107,15 @@ def differences(mine: Path, theirs: Path) -> list[str]:
         f"{name} ({'differs' if name in a and name in b else 'on one side alone'})"
         for name in unequal
     ]
+
+
+def refused(capsys, arguments: list[str], *parts: str) -> None:
+    """Exit 2 with one line that has these parts, and nothing new in the folder."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert (stop.value.code, len(lines)) == (2, 1), lines
+    for part in parts:
+        assert part in lines[0], lines
+    assert sorted(Path().rglob("*")) == before

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import OPD, contents, train
+from commands import OPD, contents, refused, train
 
 from potstill.cli.app import main
 from potstill.runs.run_folder import read_json, read_rows
@@ -59,18 +59,6 @@ def edit(old: str, new: str) -> None:
 
 def digest() -> str:
     return hashlib.sha256(Path("sums.py").read_bytes()).hexdigest()
-
-
-def refused(capsys, arguments: list[str], *parts: str) -> None:
-    """Exit 2 with one line that has these parts, and nothing new in the folder."""
-    before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    lines = capsys.readouterr().err.splitlines()
-    assert (stop.value.code, len(lines)) == (2, 1), lines
-    for part in parts:
-        assert part in lines[0], lines
-    assert sorted(Path().rglob("*")) == before
 
 
 def test_every_task_has_the_protocol(folder):

@@ -15,15 +15,8 @@ from potstill.models.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class KnownBefore:
-    """Everything that is known of N loss tokens before the loss has seen a logit. Tensors are [N],
-    in the order of the rollouts.
-
-    `position_N` is the place in the completion, from 0, `rollout_N` the number of the rollout in
-    the batch. `is_last_N` is true for the last loss token of a rollout. `sampling_log_prob_N` is
-    the student's log-probability of the token when the rollout was new, None while it is. `score_N`
-    and `advantage_N` are those of the rollout and `group_score_N` the mean of its group; None where
-    nothing scores. `return_N` is what later tokens cost (nats), None where that does not count.
-    """
+    """Everything that is known of N loss tokens before the loss has seen a logit; fields are those
+    of `Tokens`, but that `sampling_log_prob_N` is None while a rollout is new."""
 
     position_N: Tensor
     rollout_N: Tensor
@@ -51,11 +44,17 @@ class KnownBefore:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(KnownBefore):
-    """Everything that is known of N loss tokens between the two passes, all constants of the
-    gradient.
+    """Everything that is known of N loss tokens between the two passes of the loss, all constants
+    of the gradient. Tensors are [N], in the order of the rollouts.
 
     `terms` are those of the recipe. `stats` are the statistics of both models (nats), in which
-    log-probabilities are those of the written token.
+    log-probabilities are those of the written token. `position_N` is the place in the completion,
+    from 0, `rollout_N` the number of the rollout in the batch. `is_student_N` says whether the
+    student wrote the token, `is_last_N` is true for the last loss token of a rollout.
+    `sampling_log_prob_N` is the student's log-probability of the token when the rollout was new.
+    `score_N` and `advantage_N` are those of the rollout and `group_score_N` the mean of its group;
+    None where nothing scores. `return_N` is what later tokens cost (nats), None where that does not
+    count.
     """
 
     terms: LossTerms
