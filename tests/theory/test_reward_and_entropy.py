@@ -94,7 +94,7 @@ def leave_one_out(scores_KG):
     return scores_KG - others_KG / (scores_KG.shape[1] - 1)
 
 
-def unbiased(scores_KG):
+def without_the_least(scores_KG):
     return torch.nan_to_num(reward._centred(scores_KG) / scores_KG.std(1, keepdim=True))
 
 
@@ -138,9 +138,9 @@ MUTATIONS = {
         with_constant(reward, _centred=leave_one_out),
         ("groups of 2, centred", "groups of 3, centred"),
     ),
-    "deviation of a sample": (
+    "deviation without what is added to it": (
         reward,
-        with_constant(reward, _scaled=unbiased),
+        with_constant(reward, _scaled=without_the_least),
         ("groups of 3, scores 0 or 1 over their deviation",),
     ),
     "not scaled": (

@@ -2,7 +2,7 @@
 gradient as a weight of each token's log-probability."""
 
 import dataclasses
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -41,8 +41,12 @@ def credits_of(scores: Sequence[float], is_cut: Sequence[bool], reward: Reward) 
         scores = [0.0 if cut else score for score, cut in zip(scores, is_cut, strict=True)]
     counts = [reward.truncated != "mask" or not cut for cut in is_cut]
     counted = [score for score, counted in zip(scores, counts, strict=True) if counted]
-    mean = statistics.fmean(counted) if counted else 0.0
-    deviation = statistics.stdev(counted) if len(counted) > 1 else 0.0
+    mean = math.fsum(counted) / len(counted) if counted else 0.0
+    deviation = 0.0
+    # Scores that are alike can differ from their mean by rounding.
+    if len(set(counted)) > 1:
+        squares = math.fsum((score - mean) ** 2 for score in counted)
+        deviation = math.sqrt(squares / (len(counted) - 1))
     scale = deviation + LEAST_DEVIATION if reward.advantage == "std" else 1.0
     baseline = 0.0 if reward.advantage == "score" else mean
     return [
@@ -69,23 +73,33 @@ def with_log_probs(
 
 
 def policy_gradient(tokens: Tokens, reward: Reward) -> Tensor:
-    """The weight [N] of minus the log-probability of each token that has the gradient of the
-    clipped surrogate -min(r A, clip(r) A) of its advantage A.
+    """The weight [N] of each token's cross-entropy: `surrogate_weight` of its ratio and its
+    advantage, times that of the reward."""
+    ratio_N, advantage_N = _ratio_and_advantage(tokens)
+    return reward.weight * surrogate_weight(ratio_N, advantage_N, reward.clip)
 
-    r is the ratio of the student's probability to that when the rollout was new. The gradient is
-    that of -A r log q(y) where r is not clipped, and 0 where it is (docs/theory.md).
+
+def surrogate_weight(ratio_N: Tensor, advantage_N: Tensor, clip: tuple[float, float]) -> Tensor:
+    """The constant [N] by which the gradient of -log q(y) is that of the clipped surrogate
+    -min(r A, clip(r) A) of the advantage A (arXiv 1707.06347).
+
+    r is the ratio of the student's probability to that when the rollout was new. The constant is A
+    r where r is not clipped, and 0 where it is (docs/theory.md, section 9).
     """
-    ratio_N, advantage_N = _ratio_and_advantage(tokens)
-    weight_N = reward.weight * advantage_N * ratio_N
-    return torch.where(is_clipped(tokens, reward), 0.0, weight_N)
+    is_clipped_N = is_clipped(ratio_N, advantage_N, clip)
+    return torch.where(is_clipped_N, 0.0, advantage_N * ratio_N)
 
 
-def is_clipped(tokens: Tokens, reward: Reward) -> Tensor:
+def is_clipped(ratio_N: Tensor, advantage_N: Tensor, clip: tuple[float, float]) -> Tensor:
     """Whether each token [N] has gone as far as it may in the direction of its advantage."""
-    ratio_N, advantage_N = _ratio_and_advantage(tokens)
-    low, high = reward.clip
+    low, high = clip
     is_too_low_N = (advantage_N < 0) & (ratio_N < 1 - low)
     return is_too_low_N | (advantage_N > 0) & (ratio_N > 1 + high)
+
+
+def num_clipped(tokens: Tokens, reward: Reward) -> int:
+    """How many of the tokens have gone so far."""
+    return int(is_clipped(*_ratio_and_advantage(tokens), reward.clip).sum())
 
 
 def _ratio_and_advantage(tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from potstill.config import Reward
 from potstill.kl.fused import fused_loss, fused_statistics
 from potstill.kl.terms import LossTerms
+from potstill.objectives.reward import LEAST_DEVIATION, credits_of, surrogate_weight
 from potstill.theory.check import DISTANCE, Check
 from potstill.theory.enumeration import Table, all_texts, apart, differences
 
@@ -117,15 +119,20 @@ def _angle(a: Tensor, b: Tensor) -> float:
 
 
 def _centred(scores_KG: Tensor) -> Tensor:
-    """Each score minus the mean of its group."""
-    return scores_KG - scores_KG.mean(1, keepdim=True)
+    """The advantages of training: each score minus the mean of its group."""
+    return _credited(scores_KG, Reward(advantage="mean"))
 
 
 def _scaled(scores_KG: Tensor) -> Tensor:
-    """The same over the standard deviation of the group; 0 where all are alike."""
-    deviation_K1 = scores_KG.std(1, keepdim=True, correction=0)
-    # Scores that are alike differ from their mean by rounding.
-    return _centred(scores_KG) / torch.where(deviation_K1 > 1e-12, deviation_K1, torch.inf)
+    """The same over the standard deviation of the group."""
+    return _credited(scores_KG, Reward(advantage="std"))
+
+
+def _credited(scores_KG: Tensor, reward: Reward) -> Tensor:
+    is_cut = [False] * scores_KG.shape[1]
+    groups = [credits_of(scores, is_cut, reward) for scores in scores_KG.tolist()]
+    advantages = [credit.advantage for group in groups for credit in group]
+    return scores_KG.new_tensor(advantages).view_as(scores_KG)
 
 
 def _over_groups(
@@ -154,11 +161,12 @@ def _groups(student: Table, texts: ScoredTexts) -> Iterator[Check]:
     right = replace(texts, score_Y=(texts.score_Y > 0).double())
     found = _over_groups(student, right, size, lambda groups: _scaled(right.score_Y[groups]))
     p = float(right.mean_score(student).detach())
-    spread = sum(
-        math.comb(size, k) * p**k * (1 - p) ** (size - k) * math.sqrt(k * (size - k))
-        for k in range(size + 1)
-    )
-    factor = spread / (size * p * (1 - p))
+    factor = 0.0
+    for k in range(1, size):
+        deviation = math.sqrt(k * (size - k) / (size * (size - 1))) + LEAST_DEVIATION
+        spread = k * (size - k) / (size * deviation)
+        factor += math.comb(size, k) * p**k * (1 - p) ** (size - k) * spread
+    factor /= size * p * (1 - p)
     yield Check(
         name=f"groups of {size}, scores 0 or 1 over their deviation: a factor of p, times grad p",
         error=apart(found, factor * _of_mean_score(student, right)),
@@ -224,24 +232,20 @@ def _surrogate_gradient(student: Table, writer: Table, texts: ScoredTexts) -> Te
     return gradient
 
 
-def _is_free(ratio_M: Tensor, advantage_M: Tensor) -> Tensor:
-    """Whether each token's ratio may still go the way that its advantage pushes it."""
-    return torch.where(advantage_M >= 0, ratio_M <= 1 + HIGH, ratio_M >= 1 - LOW)
-
-
 def _clipped(student: Table, texts: ScoredTexts) -> Iterator[Check]:
     writer = _writer(student)
     ratio_M, advantage_M = _ratios(student, writer, texts).detach(), _advantages(writer, texts)
-    weights_M = texts.probs(writer)[texts.text_M] * ratio_M * advantage_M
-    is_free_M = _is_free(ratio_M, advantage_M)
-    found = _written(student, texts, weights_M * is_free_M)
+    probs_M = texts.probs(writer)[texts.text_M]
+    weights_M = probs_M * ratio_M * advantage_M
+    clipped_M = probs_M * surrogate_weight(ratio_M, advantage_M, (LOW, HIGH))
+    found = _written(student, texts, clipped_M)
     yield Check(
         name="clipped surrogate: its gradient = -grad log q times the constant ratio A, or 0",
         error=apart(-found, _surrogate_gradient(student, writer, texts)),
     )
     whole = _written(student, texts, weights_M)
     for what, is_side_M in (("A >= 0", advantage_M >= 0), ("A < 0", advantage_M < 0)):
-        free = _written(student, texts, weights_M * (is_free_M | ~is_side_M))
+        free = _written(student, texts, torch.where(is_side_M, clipped_M, weights_M))
         yield Check(
             name=f"clipped surrogate: a part of the gradient is cut where {what}",
             error=float((free - whole).norm() / whole.norm()),

@@ -23,7 +23,7 @@ from potstill.objectives.loss import (
     student_rows,
     without_baseline,
 )
-from potstill.objectives.reward import is_clipped, reward_sums
+from potstill.objectives.reward import num_clipped, reward_sums
 from potstill.objectives.tokens import known_before
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.text import responses
@@ -130,7 +130,7 @@ def _clipped(batch: Batch, stats: TokenStats, loss: Loss) -> dict[str, float]:
     if not loss.reward.weight or batch.rollouts[0].log_probs is None:
         return {}
     tokens = known_before(batch, stats.student_entropy_N.dtype).tokens(loss.terms(), stats)
-    return {"num_clipped": float(is_clipped(tokens, loss.reward).sum())}
+    return {"num_clipped": float(num_clipped(tokens, loss.reward))}
 
 
 def _log_probs(
