@@ -12,7 +12,7 @@ from conftest import tiny_recipe
 from potstill.cli.app import COMMANDS, main
 from potstill.cli.field_help import EXAMPLES
 from potstill.cli.overrides import split_overrides
-from potstill.config import GrpoFields, RecipeFields, field_names, to_toml
+from potstill.config import WEIGHTINGS, GrpoFields, RecipeFields, field_names, to_toml
 
 CONSOLE = ("console", "console.boundary", "console.printable")
 
@@ -183,11 +183,18 @@ def test_overrides_are_read_as_toml_would():
     }
 
 
-def test_methods_prints_the_grid(capsys):
+def test_methods_prints_the_grid_and_the_weightings(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     code, out, _ = run(capsys, "methods")
     assert code == 0 and all(
         name in out for name in ("sft", "dagger", "offline-rl", "opd", "teacher prefix")
     )
+    words = out.split()
+    for name, weighting in WEIGHTINGS.items():
+        assert name in words and all(word in words for word in weighting.about.split()[:-1])
+    assert " ".join(words).count("= 0.8); EOPD, arXiv 2603.07079") == 1
+    assert max(map(len, out.splitlines())) <= 100
+    assert "torch" not in loaded_by("methods")[0]
 
 
 def test_train_evaluate_sample_report(tmp_path, capsys):

@@ -8,6 +8,8 @@ from tyro.conf import Positional
 from potstill.cli.overrides import refuse_overrides
 from potstill.config import (
     METHODS,
+    NOTATION,
+    WEIGHTINGS,
     GrpoRecipe,
     Recipe,
     RecipeError,
@@ -83,9 +85,10 @@ def grpo(
 
 
 def methods(overrides: dict[str, Any]) -> None:
-    """Print the grid of methods."""
+    """Print the grid of methods, and the weightings of tokens by name."""
     refuse_overrides(overrides)
     _print_grid()
+    _print_weightings()
 
 
 def with_method(method: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -121,10 +124,27 @@ def _print_grid() -> None:
     }
     for prefix in ("teacher", "student"):
         grid.add_row(f"{prefix} prefix", cells[prefix, "forward"], cells[prefix, "reverse"])
-    Console().print(grid)
-    say(
+    console = Console(highlight=False)
+    console.print(grid)
+    console.print(
         'Between forward and reverse: objective.kl = "mixed" with objective.forward_weight, '
-        'their exact linear mixture (not in TRL).\nobjective.kl = "jsd" with jsd_weight is '
+        'their exact linear mixture (not in TRL). objective.kl = "jsd" with jsd_weight is '
         "TRL's beta strictly between 0 and 1. TRL 1.16: DistillationConfig is stable, GKDConfig "
         "is in trl.experimental.gkd."
     )
+
+
+def _print_weightings() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    for name, weighting in WEIGHTINGS.items():
+        known = [f"{each} = {argument.default:g}" for each, argument in weighting.arguments.items()]
+        defaults = f" ({', '.join(known)})" if known else ""
+        table.add_row(name, f"{weighting.about}{defaults}; {weighting.source}")
+    console = Console(highlight=False)
+    console.print("\nWhat each token counts for (objective.weights):")
+    console.print(table)
+    console.print(NOTATION)

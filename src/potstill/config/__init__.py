@@ -45,7 +45,7 @@ from potstill.config.validation_fields import (
     Validation,
     steps_between,
 )
-from potstill.config.weightings import WEIGHTINGS, Weighting
+from potstill.config.weightings import NOTATION, WEIGHTINGS, Weighting
 
 __all__ = [
     "ALIKE",
@@ -55,6 +55,7 @@ __all__ = [
     "HIGHER_IS_BETTER",
     "METHODS",
     "NAMED",
+    "NOTATION",
     "PART",
     "SHIPPED_RECIPES",
     "WEIGHTINGS",

@@ -35,20 +35,21 @@ class Weighting(NamedTuple):
 
 MUCH = 1e6
 
-# Notation: p teacher, q student, y the written token, t its place in the completion from 0, s the
-# score of its response. What each says of "the loss" is the recipe's own divergence.
+NOTATION = (
+    "p is the teacher, q the student, y the written token, t its place in the completion from 0, "
+    "s the score of its response, and the loss that of the recipe's own divergence."
+)
 WEIGHTINGS: dict[str, Weighting] = {
     "entropy-aware": Weighting(
-        "forward KL at its weight where the teacher's entropy is above `above` nats; elsewhere "
-        "all weight is the reverse KL's",
+        "the mixture of both KLs where the teacher's entropy is above `above` nats, the reverse KL "
+        "elsewhere",
         "EOPD, arXiv 2603.07079",
         {"above": Argument(0.8, 0, MUCH)},
         kls=("mixed",),
     ),
     "todi": Weighting(
-        "forward KL at weight a = sigmoid(log p(y) - log q(y)), reverse KL at 1 - a (the paper has "
-        "one weight for each entry of the vocabulary; this has the written token's)",
-        "ToDi, arXiv 2505.16297",
+        "forward KL at weight a = sigmoid(log p(y) - log q(y)), reverse KL at 1 - a",
+        "ToDi, arXiv 2505.16297, which has such a weight for each entry of the vocabulary",
         {},
         kls=("mixed",),
         needs_log_probs=True,
@@ -66,7 +67,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     ),
     "split": Weighting(
         "the loss times `before` at t < `at`, times `after` from there on",
-        "docs/theory.md, section 3",
+        "docs/theory.md, section 1",
         {
             "at": Argument(100, 1, MUCH),
             "before": Argument(1, 0, MUCH),
@@ -74,21 +75,21 @@ WEIGHTINGS: dict[str, Weighting] = {
         },
     ),
     "position-decay": Weighting(
-        "the loss times 2^(-t / half_life)",
+        "the loss times 2^(-t / `half_life`)",
         "position weights, arXiv 2605.21606",
         {"half_life": Argument(100, 1e-3, MUCH)},
     ),
     "importance": Weighting(
-        "the loss times 1 + gamma (1 - A_t / A), with A_t the sum of |log p(y) - log q(y)| over "
-        "the tokens before t and A over the whole rollout",
+        "the loss times 1 + `gamma` (1 - A_t / A), with A_t the sum of |log p(y) - log q(y)| over "
+        "the rollout's tokens before t, A over all",
         "IW-OPD, arXiv 2606.22600",
         {"gamma": Argument(0.5, 0, MUCH)},
         needs_student=True,
         needs_log_probs=True,
     ),
     "least-likely": Weighting(
-        "-`constant` as the reward of the share of a rollout's tokens that q gave the least "
-        "probability, 0 for the others: no teacher's word in it, the baseline to beat",
+        "-`constant` as the reward of the `share` of a rollout's tokens that were least likely to "
+        "be written, nothing else: a baseline without a teacher",
         "OPSA, arXiv 2608.31046",
         {"share": Argument(0.2, 0, 1), "constant": Argument(1, 0, MUCH)},
         needs_student=True,
@@ -96,7 +97,7 @@ WEIGHTINGS: dict[str, Weighting] = {
         is_reward=True,
     ),
     "bounded-reward": Weighting(
-        "(p(y)^power - q(y)^power) / power as the reward of a token",
+        "(p(y)^`power` - q(y)^`power`) / `power` as the reward of a token",
         "PowerOPD, arXiv 2606.17199",
         {"power": Argument(1, 1e-3, MUCH)},
         kls=("reverse",),
@@ -107,7 +108,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     "sign-gate": Weighting(
         "the loss times `agree` where log p(y) - log q(y) and s - 1/2 have one sign, times "
         "`disagree` elsewhere",
-        "OPDVR, arXiv 2608.24696; SG-OPD, arXiv 2606.09304 (agree above 1, disagree below)",
+        "OPDVR, arXiv 2608.24696; SG-OPD, arXiv 2606.09304, with `agree` above 1",
         {"agree": Argument(1, 0, MUCH), "disagree": Argument(0, 0, MUCH)},
         needs_scores=True,
         needs_student=True,
