@@ -344,6 +344,7 @@ COMMANDS = [
     ("cache build demo --out c --rollouts-per-shard 0", "--rollouts-per-shard 0"),
     ("cache build demo --out c --lr 3", "the nearest is --train.lr"),
     ("cache build demo --out c --teacher.model self", "self"),
+    ("cache build rl --out c", "which has no teacher to cache"),
     ("cache info nowhere", "nowhere"),
     ("cache info full", "full"),
     ("cache info a-file", "a-file"),

@@ -103,6 +103,8 @@ def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
         raise RecipeError(
             'teacher.model is "self", which changes from run to run; name the model to cache'
         )
+    if recipe.objective.kl == "none":
+        raise RecipeError('objective.kl is "none", which has no teacher to cache; choose a KL')
     if min(options.completions, options.rollouts_per_shard) < 1:
         raise RecipeError(
             f"--completions is {options.completions} and --rollouts-per-shard "
