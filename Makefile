@@ -73,6 +73,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/divergence.py
 	$(BIN)/python benchmarks/hook.py
+	$(BIN)/python benchmarks/against_trl_grpo.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/window.py
 	$(BIN)/python benchmarks/likeliest.py
