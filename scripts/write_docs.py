@@ -13,7 +13,7 @@ from pathlib import Path
 
 from row_tables import row_tables
 
-from potstill.config import GrpoFields, RecipeFields, RunRecipe
+from potstill.config import NOTATION, WEIGHTINGS, GrpoFields, RecipeFields, RunRecipe
 from potstill.config.reference import DescribedField, about_section, described
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +163,16 @@ def field_table(fields: Sequence[DescribedField], with_section: bool) -> list[st
     return [*lines, ""]
 
 
+def weightings() -> str:
+    """A table of the weightings by name, and what its letters stand for."""
+    lines = ["| name | arguments | meaning | source |", "|---|---|---|---|"]
+    for name, weighting in WEIGHTINGS.items():
+        known = [f"`{each} = {value.default:g}`" for each, value in weighting.arguments.items()]
+        cells = (f"`{name}`", ", ".join(known), weighting.about, weighting.source)
+        lines.append(f"| {' | '.join(map(cell, cells))} |")
+    return "\n".join([*lines, "", NOTATION, ""])
+
+
 def cell(text: str) -> str:
     """Text that may stand in a cell of a Markdown table: end tokens as code, bars escaped."""
     with_code = re.sub(r"<\|\w+\|>", r"`\g<0>`", text.replace("||", "‖"))
@@ -172,6 +182,7 @@ def cell(text: str) -> str:
 GENERATED = {
     "recipe fields": recipe_fields,
     "grpo fields": grpo_fields,
+    "weightings": weightings,
     "rows": row_tables,
     "map": module_map,
     "layers": layers,

@@ -1,5 +1,7 @@
 """Every file in `examples/` runs, made small, and does what it says."""
 
+import ast
+import dataclasses
 import json
 import re
 import runpy
@@ -8,8 +10,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
+import potstill
 from potstill.cli.app import main
+from potstill.config import make_recipe
+from potstill.kl.terms import TokenStats
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = (
@@ -78,6 +84,41 @@ def test_the_custom_task_is_solved_by_the_teacher(capsys):
     main([*command.split(), *["--temperatures", "0", "--out", "teacher.json"]])
     (row,) = json.loads(Path("teacher.json").read_text())
     assert row["avg"][0] > 0.6
+
+
+def train_by_docstring(name: str) -> dict:
+    """The last metrics of a short run by the recipe in a file's docstring."""
+    docstring = ast.get_docstring(ast.parse((EXAMPLES / name).read_text()))
+    lines = [line[4:] for line in docstring.splitlines() if line.startswith("    ") or not line]
+    fields = tomllib.loads("\n".join(lines))
+    fields |= {"out": "run", "window": {"tokens": 16}, "data": {"num_prompts": 8}}
+    fields |= {"train": {"steps": 2, "prompts_per_step": 4, "warmup_steps": 0}}
+    return potstill.train(make_recipe(fields), quiet=True).metrics
+
+
+def test_my_weights():
+    """It trains, and gives four tokens what its docstring says."""
+    assert train_by_docstring("my_weights.py")["loss"] > 0
+    entropy_N = torch.tensor([0.2, 0.6, 0.2, 0.6])
+    stats = TokenStats(
+        student_entropy_N=entropy_N,
+        student_log_sum_exp_N=entropy_N,
+        teacher_entropy_N=entropy_N,
+    )
+    known = dict.fromkeys(field.name for field in dataclasses.fields(potstill.Tokens))
+    known |= {"stats": stats, "position_N": torch.tensor([6, 7, 8, 9])}
+    weights = runpy.run_path("examples/my_weights.py")["weights"]
+    terms = weights(potstill.Tokens(**known), above=0.5)
+    assert terms.forward.tolist() == [0, 2, 0, 1] and terms.reverse.tolist() == [2, 0, 1, 0]
+
+
+def test_my_reward():
+    """It trains, and a right and short response has the best score."""
+    assert "reward" in train_by_docstring("my_reward.py")
+    example = potstill.Example(id="a", prompt="__12*3=", answer="36")
+    score = runpy.run_path("examples/my_reward.py")["score"]
+    found = score([example] * 4, ["#36.", "#3.#36.", "36", "#36.#37."])
+    assert found == pytest.approx([0.996, 0.993, -0.002, -0.008])
 
 
 def test_my_prompts():
