@@ -7,7 +7,8 @@ process CPU time with over that without. The table has the median of all turns, 
 the ratio of the shortest times, which other work on the machine disturbs least.
 
 "same" gives the very terms of the variant without by a function. "by entropy" weighs each token by
-its entropies, so that numbers become tensors; "frozen" are the same tensors given at once. "reward"
+its entropies, so that numbers become tensors; "frozen" are the same tensors given at once. "todi"
+is the weighting of that name with all that training knows of a token, labels included. "reward"
 is the reverse KL beside a cross-entropy of weights of both signs, which needs the labels.
 """
 
@@ -31,6 +32,8 @@ from rich.table import Table
 from potstill.kl.fused import fused_loss, fused_statistics
 from potstill.kl.head import Head
 from potstill.kl.terms import LossTerms, TermsFunction, TokenStats
+from potstill.objectives.tokens import KnownBefore
+from potstill.objectives.weightings import todi
 
 # Large vocabularies, and a batch of the models that ship, whose arithmetic hides nothing.
 SHAPES = (
@@ -67,6 +70,26 @@ def by_entropy(terms: LossTerms) -> TermsFunction:
     return function
 
 
+def by_todi(terms: LossTerms, num_tokens: int) -> TermsFunction:
+    """The weighting "todi" of the tokens of one rollout."""
+    places_N = torch.arange(num_tokens)
+    known = KnownBefore(
+        position_N=places_N,
+        rollout_N=torch.zeros_like(places_N),
+        is_student_N=places_N >= 0,
+        is_last_N=places_N == num_tokens - 1,
+        sampling_log_prob_N=None,
+        score_N=None,
+        group_score_N=None,
+        advantage_N=None,
+    )
+
+    def function(stats: TokenStats, rows: slice) -> LossTerms:
+        return todi(known.at(rows).tokens(terms, stats))
+
+    return function
+
+
 def cases(x: Inputs) -> list[Case]:
     with torch.no_grad():
         stats = fused_statistics(x.hidden, Head(x.weight), x.teacher_hidden, Head(x.teacher_weight))
@@ -84,6 +107,8 @@ def cases(x: Inputs) -> list[Case]:
     labels_N = torch.randint(len(x.weight), (len(x.hidden),), generator=generator)
     reward = LossTerms(reverse=1.0, cross_entropy=advantages_N)
     found.append(Case("reverse: with reward over alone", KLS["reverse"], reward, labels_N))
+    weighed = by_todi(KLS["mixed"], len(x.hidden))
+    found.append(Case("mixed: todi over fixed", KLS["mixed"], weighed, labels_N))
     return found
 
 
