@@ -9,10 +9,7 @@ RUNS = Path(__file__).resolve().parent.parent / "src/potstill/runs"
 SCHEMAS = (RUNS / "schema.py", RUNS / "results_schema.py")
 # The kinds of rows that each file has; a field that was shown above is not shown again.
 FILES = {
-    "metrics.jsonl": (
-        *("StepMetrics", "DistillationMetrics", "GrpoMetrics", "Timing"),
-        *("WriterMeans", "EndHabits", "Flops"),
-    ),
+    "metrics.jsonl": (*("StepMetrics", "Timing", "WriterMeans", "EndHabits", "Flops"),),
     "validation.jsonl": ("ValidationRow",),
     "evals.jsonl": ("RunEvalRow", "ProblemColumns"),
     "samples.jsonl": ("SampleRow",),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from row_tables import row_tables
 
-from potstill.config import NOTATION, WEIGHTINGS, GrpoFields, RecipeFields, RunRecipe
+from potstill.config import NOTATION, WEIGHTINGS, RecipeFields
 from potstill.config.reference import DescribedField, about_section, described
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,22 +123,9 @@ def rooms(layer: str) -> str:
 
 
 def recipe_fields() -> str:
-    """The fields of a distillation's recipe: those that everyone sets, then a section for each of
-    its sections."""
-    return tables_of(described(RecipeFields), RecipeFields)
-
-
-def grpo_fields() -> str:
-    """The same for what a GRPO recipe has of its own."""
-    shared = {field.name for field in described(RecipeFields)} - {"out"}
-    return tables_of(
-        [field for field in described(GrpoFields) if field.name not in shared], GrpoFields
-    )
-
-
-def tables_of(fields: Sequence[DescribedField], schema: type[RunRecipe]) -> str:
-    """Tables of a schema's fields, with whole names in the first one and names within their section
-    in the others."""
+    """Tables of a recipe's fields: those that everyone sets by their whole names, then a section
+    for each of its sections."""
+    fields = described(RecipeFields)
     lines = [
         "### Fields that everyone sets",
         "",
@@ -146,7 +133,7 @@ def tables_of(fields: Sequence[DescribedField], schema: type[RunRecipe]) -> str:
     ]
     rest = [field for field in fields if not field.is_first]
     for section in dict.fromkeys(field.section for field in rest):
-        about = about_section(schema, section)
+        about = about_section(RecipeFields, section)
         lines += [f"### {section or 'Top level'}", "", *([about, ""] if about else [])]
         lines += field_table(
             [field for field in rest if field.section == section], with_section=False
@@ -181,7 +168,6 @@ def cell(text: str) -> str:
 
 GENERATED = {
     "recipe fields": recipe_fields,
-    "grpo fields": grpo_fields,
     "weightings": weightings,
     "rows": row_tables,
     "map": module_map,

@@ -15,7 +15,7 @@ import pytest
 
 import potstill
 from potstill.cli import app, usage
-from potstill.config import GrpoFields, RecipeFields, field_names, load_recipe, make_recipe
+from potstill.config import RecipeFields, field_names, load_recipe, make_recipe
 from potstill.models.language_model import ASSETS
 from potstill.study.file import read_study_file
 from potstill.study.planning import plan
@@ -93,7 +93,7 @@ def test_every_block_is_of_a_kind_that_is_checked(name):
 
 @each_page
 def test_names_of_fields_exist(name):
-    fields = {*field_names(RecipeFields), *field_names(GrpoFields)}
+    fields = set(field_names(RecipeFields))
     sections = {field.split(".")[0] for field in fields if "." in field}
     for code in re.findall(r"`([^`\n]+)`", TEXTS[name]):
         section, field = re.fullmatch(r"\[(\w+)\]", code), re.match(r"(\w+)\.(\w+)(?!\.|\w)", code)
@@ -112,7 +112,9 @@ def test_recipes_and_studies_are_valid(name, tmp_path):
             continue
         (tmp_path / "study.toml").write_text(block)
         natural, sweep = plan(read_study_file(tmp_path / "study.toml"), {})
-        assert len([item for item in natural.items if item.kind == "train"]) == (4 * 2 + 2) * 3
+        assert (
+            len([item for item in natural.items if item.kind == "train"]) == (2 * 4 * 2 + 1 + 2) * 3
+        )
         assert len([item for item in sweep.items if item.kind == "train"]) == 4 * 3
 
 
@@ -144,7 +146,7 @@ def test_commands_are_read(name, tmp_path, monkeypatch, capsys):
 
 def read(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse a command, and resolve the recipe or study that it names."""
-    if arguments[0] in ("train", "grpo"):
+    if arguments[0] == "train":
         extended = arguments.index("--extend-to") if "--extend-to" in arguments else len(arguments)
         app.main([*arguments[:extended], *([] if "--dry-run" in arguments else ["--dry-run"])])
         return

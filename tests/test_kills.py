@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from commands import OPD, SFT, SMALL, cache, command, differences, train
+from commands import OPD, SFT, cache, command, differences, train
 from forked import Ended, Forks, Trouble
 
 pytestmark = pytest.mark.slow
@@ -42,8 +42,9 @@ EVALUATE = {
     "batch-size": "4",
     "temperatures": "1.0 0.6",
 }
-GRPO = {name.replace("train.", "grpo."): value for name, value in SMALL.items()}
-GRPO |= {"grpo.group-size": "3", "grpo.prompts-per-step": "2", "grpo.steps": "5"}
+REWARD = {"reward.weight": "1", "reward.group-size": "3", "train.prompts-per-step": "2"}
+ALONE = {"objective.kl": "none", "train.steps": "5"}
+AGAIN = {"rollouts.reuse": "2", "train.checkpoint-every": "3", "reward.start-kl": "0.1"}
 
 # The student is its own teacher, which reads something else.
 SELF = {"teacher.model": "self", "teacher.refresh-steps": "3", "teacher.prompt-column": "hint"}
@@ -63,12 +64,6 @@ evaluation.num_problems = 2
 evaluation.num_responses = 2
 evaluation.max_tokens = 8
 evaluation.temperatures = [1.0]
-[grpo.fields]
-data.num_prompts = 16
-grpo.steps = 2
-grpo.prompts_per_step = 2
-grpo.group_size = 3
-window.tokens = 8
 [[panels]]
 title = "Natural"
 models = ["potstill:base"]
@@ -81,8 +76,13 @@ axes.method = ["sft", "opd"]
 cache = true
 [[panels.groups]]
 axes.method = ["sft"]
-grpo = true
 fields.window.tokens = 6
+[[panels.groups.then]]
+fields.data.num_prompts = 16
+fields.train.steps = 2
+fields.train.prompts_per_step = 2
+fields.reward.group_size = 3
+fields.window.tokens = 8
 [[panels.groups.judgements]]
 label = "longer"
 fields.max_tokens = 12
@@ -129,7 +129,8 @@ CASES = {
     "validation": Case(train(OPD, VALIDATION)),
     "teacher self": Case(train(OPD, SELF), files={"prompts.jsonl": HINTED}),
     "gamma": Case(train(OPD, {"objective.gamma": "0.5"})),
-    "grpo": Case(command("grpo grpo --out run", GRPO, GATE), at_each=8),
+    "reward alone": Case(train(OPD, REWARD, ALONE, GATE), at_each=8),
+    "reward and KL": Case(train(OPD, REWARD, AGAIN)),
     "cache of hidden states": Case([*cache(), "--completions", "2"], at_each=ALL),
     "cache of likeliest tokens": Case([*cache(), "--payload", "topk"], at_each=ALL),
     "cache of completions": Case([*cache(), "--payload", "completions"], at_each=ALL),
@@ -148,7 +149,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
-    loaded = Forks(tmp_path_factory.mktemp("forks"), with_grpo=True)
+    loaded = Forks(tmp_path_factory.mktemp("forks"))
     yield loaded
     loaded.close()
 

@@ -27,6 +27,7 @@ BY_PLACE = (
     Stream.SECOND_WRITER,
     Stream.HANDOFF,
     Stream.PROBE,
+    Stream.START,
     Stream.EVALUATION,
 )
 BY_ROUND = (Stream.PLACES, Stream.CHAT, Stream.SAMPLE)
@@ -44,24 +45,11 @@ def state_of(key: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def keys_of_a_seed(seed: int) -> list[tuple[int, ...]]:
-    """The keys of a distillation, of evaluations, chats and samples that all have this seed."""
+    """The keys of a run, of evaluations, chats and samples that all have this seed."""
     places = itertools.product(NUMBERS, NUMBERS)
     keys = [stream_key((seed, *place), stream) for place in places for stream in BY_PLACE]
     return keys + [
         stream_key((seed, round_, 0), stream) for round_ in NUMBERS for stream in BY_ROUND
-    ]
-
-
-def keys_of_grpo(seed: int) -> list[tuple[int, ...]]:
-    keys = [
-        stream_key((seed, *place), Stream.TOKENS)
-        for place in itertools.product(range(7), range(7), range(7))
-    ]
-    keys += [
-        stream_key((seed, step, place, 0), Stream.PROBE) for step in range(7) for place in range(7)
-    ]
-    return keys + [
-        stream_key((seed, 0, place, i), Stream.START) for place in range(7) for i in range(7)
     ]
 
 
@@ -72,20 +60,18 @@ def test_what_all_seeds_share_is_no_stream_of_theirs():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("keys_of", [keys_of_a_seed, keys_of_grpo])
-def test_no_two_uses_of_a_seed_share_a_stream(keys_of, seed):
-    keys = keys_of(seed)
+def test_no_two_uses_of_a_seed_share_a_stream(seed):
+    keys = keys_of_a_seed(seed)
     assert len({state_of(key) for key in keys}) == len(keys)
 
 
-@pytest.mark.parametrize("keys_of", [keys_of_a_seed, keys_of_grpo])
-def test_seeds_of_one_word_share_no_stream(keys_of):
-    keys = [key for seed in SEEDS if seed < 2**32 for key in keys_of(seed)]
+def test_seeds_of_one_word_share_no_stream():
+    keys = [key for seed in SEEDS if seed < 2**32 for key in keys_of_a_seed(seed)]
     assert len({state_of(key) for key in keys}) == len(keys)
 
 
 def test_every_stream_is_enumerated():
-    assert {*BY_PLACE, *BY_ROUND, *OF_ALL_SEEDS, Stream.START} == set(Stream)
+    assert {*BY_PLACE, *BY_ROUND, *OF_ALL_SEEDS} == set(Stream)
 
 
 def test_a_seed_means_what_it_meant():

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
         CacheOptions,
         Data,
         Evaluation,
-        Grpo,
-        GrpoRecipe,
         Objective,
         Recipe,
         Reward,
@@ -25,11 +23,9 @@ if TYPE_CHECKING:
         Validation,
         WeightSchedule,
         Window,
-        load_grpo_recipe,
         load_recipe,
     )
     from potstill.evaluation.scores import evaluate
-    from potstill.grpo.run import run_grpo
     from potstill.kl.definition import token_divergence
     from potstill.kl.fused import fused_loss, fused_statistics
     from potstill.kl.head import Head
@@ -51,7 +47,6 @@ _HOMES = {
     "Objective": "potstill.config",
     "Sampling": "potstill.config",
     "Data": "potstill.config",
-    "Grpo": "potstill.config",
     "Rollouts": "potstill.config",
     "StudentSpec": "potstill.config",
     "TeacherSpec": "potstill.config",
@@ -60,9 +55,7 @@ _HOMES = {
     "Reward": "potstill.config",
     "WeightSchedule": "potstill.config",
     "Window": "potstill.config",
-    "GrpoRecipe": "potstill.config",
     "Recipe": "potstill.config",
-    "load_grpo_recipe": "potstill.config",
     "load_recipe": "potstill.config",
     "make_batches": "potstill.rollouts.batching",
     "build_cache": "potstill.cache.build",
@@ -75,7 +68,6 @@ _HOMES = {
     "fused_loss": "potstill.kl.fused",
     "fused_statistics": "potstill.kl.fused",
     "Grade": "potstill.answers.grading",
-    "run_grpo": "potstill.grpo.run",
     "Head": "potstill.kl.head",
     "LanguageModel": "potstill.models.language_model",
     "load_model": "potstill.models.language_model",
@@ -95,8 +87,6 @@ __all__ = [
     "Evaluation",
     "Example",
     "Grade",
-    "Grpo",
-    "GrpoRecipe",
     "Head",
     "LanguageModel",
     "LossTerms",
@@ -121,12 +111,10 @@ __all__ = [
     "fused_loss",
     "fused_statistics",
     "load_examples",
-    "load_grpo_recipe",
     "load_model",
     "load_recipe",
     "make_batches",
     "make_prompts",
-    "run_grpo",
     "save_model",
     "token_divergence",
     "train",

@@ -6,8 +6,7 @@ import random
 from enum import IntEnum
 
 # The seed of one of numpy's generators. A rollout is named by (seed of the run, round, place in the
-# round), and in GRPO by its response in the group as well; `stream_key` makes the keys of its
-# random streams.
+# round); `stream_key` makes the keys of its random streams.
 Key = tuple[int, ...]
 
 
@@ -29,7 +28,7 @@ class Stream(IntEnum):
     PROBE = 4
     """Draws the tokens of the length gate's probes, whose rounds are steps."""
     START = 5
-    """Draws the tokens of the check that GRPO begins with."""
+    """Draws the tokens of the check that a run with a reward begins with."""
     VALIDATION = 6
     """Draws the tokens of validations, which are the same for all seeds: their first numbers are
     zeros."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from synthetic_runs import evaluate as evaluated
 from synthetic_runs import write_run
 
-from potstill import Recipe, build_cache, evaluate, hub, run_grpo, train
+from potstill import Recipe, build_cache, evaluate, hub, train
 from potstill.cli.app import main
 from potstill.config import Evaluation, RecipeError
 from potstill.models.language_model import ASSETS, ModelError
@@ -171,9 +171,11 @@ def headless(model):
         (lambda r, m: Recipe(train={"steps": "2"}), RecipeError, "train.steps is '2'"),
         (lambda r, m: Evaluation(num_problems=0), RecipeError, "num_problems is 0"),
         (lambda r, m: train("demo"), RecipeError, "the recipe is 'demo'; give a Recipe"),
-        (lambda r, m: train(None), RecipeError, "the recipe is None; give a Recipe"),
-        (lambda r, m: run_grpo("grpo"), RecipeError, "give a GrpoRecipe, such as load_grpo_recipe"),
-        (lambda r, m: run_grpo(r), RecipeError, "give a GrpoRecipe"),
+        (
+            lambda r, m: train(None),
+            RecipeError,
+            "give a Recipe, such as load_recipe",
+        ),
         (lambda r, m: build_cache("demo", "c"), RecipeError, "give a Recipe"),
         (lambda r, m: train(r, student=m.model), ModelError, "tokenizer"),
         (lambda r, m: train(r, student=3), ModelError, "int"),

@@ -12,7 +12,7 @@ from conftest import tiny_recipe
 from potstill.cli.app import COMMANDS, main
 from potstill.cli.field_help import EXAMPLES
 from potstill.cli.overrides import split_overrides
-from potstill.config import WEIGHTINGS, GrpoFields, RecipeFields, field_names, to_toml
+from potstill.config import WEIGHTINGS, RecipeFields, field_names, to_toml
 
 CONSOLE = ("console", "console.boundary", "console.printable")
 
@@ -77,10 +77,8 @@ def test_help_of_a_command_loads_no_models():
         assert not {"torch", "transformers", "datasets", "scipy", "plotly"} & loaded
 
 
-@pytest.mark.parametrize(("command", "schema"), [("train", RecipeFields), ("grpo", GrpoFields)])
-def test_help_shows_the_fields_that_everyone_sets_and_help_all_every_field(
-    capsys, monkeypatch, command, schema
-):
+def test_help_shows_the_fields_that_everyone_sets_and_help_all_every_field(capsys, monkeypatch):
+    command, schema = "train", RecipeFields
     monkeypatch.setenv("COLUMNS", "100")
     code, few, _ = run(capsys, command, "--help")
     code_all, everything, _ = run(capsys, command, "demo", "--help-all")
@@ -140,7 +138,7 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
         (["evaluate", "potstill:base", "--num-problems", "391"], "at most 390 are distinct"),
         (["sample", "potstill:base", "--source", "nothing"], "can be scored"),
         (["evaluate", "potstill:base", "--train.lr", "1"], "--train.lr is a field of a recipe"),
-        (["grpo", "grpo", "--model", "no/such/folder"], "'no/such/folder' does not exist"),
+        (["train", "rl", "--student.model", "no/such/it"], "'no/such/it' does not exist"),
         (["study", "none"], "study 'none' does not exist"),
         (["report", "none"], "is no run folder, study folder or evaluation file"),
     ],

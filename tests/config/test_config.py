@@ -12,7 +12,6 @@ from potstill.config import (
     NAMED,
     SHIPPED_RECIPES,
     Evaluation,
-    GrpoRecipe,
     Objective,
     Recipe,
     RecipeError,
@@ -24,7 +23,6 @@ from potstill.config import (
     field_names,
     fields_with,
     left_out,
-    load_any_recipe,
     load_recipe,
     make_recipe,
     read_recipe,
@@ -218,7 +216,7 @@ def test_missing_and_broken_files(tmp_path):
         load_recipe(tmp_path / "broken.toml")
     with pytest.raises(
         RecipeError,
-        match=r"is a folder; give a TOML file or one of demo, grpo, qwen3, rl, smollm2$",
+        match=r"is a folder; give a TOML file or one of demo, qwen3, rl, smollm2$",
     ):
         load_recipe(tmp_path)
 
@@ -241,7 +239,7 @@ def test_files_that_are_no_text(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("section", [Recipe, GrpoRecipe, Train, Evaluation, Sampling])
+@pytest.mark.parametrize("section", [Recipe, Train, Evaluation, Sampling])
 def test_sections_made_in_python_are_refused_in_one_line(section):
     with pytest.raises(
         RecipeError, match=r"otu is not a field of the recipe; the nearest is "
@@ -269,6 +267,10 @@ def test_sections_made_in_python_are_refused_in_one_line(section):
         ("evaluation.max_new_tokens", "evaluation.max_tokens"),
         ("evaluation.temperature", "evaluation.temperatures"),
         ("objective.beta", "objective.forward_weight"),
+        ("reward.beta", "reward.start_kl"),
+        ("reward.kl_coef", "reward.start_kl"),
+        ("num_generations", "reward.group_size"),
+        ("train.num_iterations", "rollouts.reuse"),
         ("alpha", "objective.forward_weight"),
         ("lmbda", "objective.student_share"),
         ("model", "student.model"),
@@ -288,7 +290,7 @@ def test_names_of_other_programs_lead_to_the_field(name, field):
 
 
 def test_every_synonym_is_of_a_field():
-    known = {*field_names(Recipe), *field_names(GrpoRecipe)}
+    known = set(field_names(Recipe))
     sections = {field.partition(".")[0] for field in known}
     assert {field for fields in SYNONYMS.values() for field in fields} <= known | sections
 
@@ -340,7 +342,6 @@ RATES = {
     "teacher": (4e-3, 20, 1200),
     "teacher-small": (4e-3, 20, 800),
     "demo": (3e-3, 10, 120),
-    "grpo": (5e-4, 0, 40),
     "rl": (5e-4, 0, 40),
     "qwen3": (5e-7, 0, 1000),
     "smollm2": (2e-4, 0, 5),
@@ -350,13 +351,12 @@ RATES = {
 def test_shipped_recipes_say_their_rates():
     found = {}
     for path in (*SHIPPED_RECIPES.glob("*.toml"), *ASSET_RECIPES.glob("*.toml")):
-        recipe = load_any_recipe(path)
-        loop = recipe.grpo if isinstance(recipe, GrpoRecipe) else recipe.train
-        found[path.stem] = (loop.lr, loop.warmup_steps, loop.steps)
+        train = load_recipe(path).train
+        found[path.stem] = (train.lr, train.warmup_steps, train.steps)
     assert found == RATES
 
 
-# Learning rates that the runs of each shipped study have; of a GRPO stage by itself.
+# Learning rates that the runs of each shipped study have; of a stage after them by itself.
 STUDY_RATES = {
     "paper-mini": ({1e-3, 1.5e-3, 3e-3, 6e-3}, {5e-4}),
     "paper-mini-full": ({7.5e-4, 1.5e-3, 3e-3, 6e-3}, {5e-4}),
@@ -370,9 +370,13 @@ def test_shipped_studies_keep_the_rates_of_their_recipes():
     for path in SHIPPED_STUDIES.glob("*.toml"):
         study = read_study_file(path.stem)
         items = [item for panel in plan(study, {}) for item in panel.items]
-        rates = {item.recipe.train.lr for item in items if item.kind == "train"}
-        found[path.stem] = (rates, {item.recipe.grpo.lr for item in items if item.kind == "grpo"})
-        assert all(item.recipe.data.num_prompts for item in items if item.kind in ("train", "grpo"))
+        recipes = [item.recipe for item in items if item.kind == "train"]
+        rates = [
+            {each.train.lr for each in recipes if bool(each.reward.weight) == is_after}
+            for is_after in (False, True)
+        ]
+        found[path.stem] = tuple(rates)
+        assert all(each.data.num_prompts for each in recipes)
     assert found == STUDY_RATES
 
 
@@ -394,8 +398,8 @@ def test_what_a_shipped_recipe_says_of_its_own_model_is_not_for_others(tmp_path)
         ("demo", {"data.source": "columns:plain"}, []),
         ("demo", {"train.steps": 5}, ["train.warmup_steps"]),
         ("demo", {"train.steps": 10}, []),
-        ("grpo", {"model": "my/model"}, ["grpo.lr"]),
-        ("grpo", {"model": str(run)}, []),
+        ("rl", {"student.model": "my/model"}, ["train.lr"]),
+        ("rl", {"student.model": str(run)}, []),
     ]:
         assert left_out(recipe, fields) == names, fields
         data = read_recipe(recipe, fields)
@@ -470,22 +474,20 @@ def test_unread_fields_exist():
 # role of one of these changes which runs are compared, which groups of seeds there are, and which
 # run folders go on.
 FIELDS_WITH = {
-    Role.SEED: {"data.seed", "train.seed", "grpo.seed"},
-    Role.TUNED: {"train.lr", "grpo.lr"},
-    Role.LENGTH: {"train.steps", "train.extended", "grpo.steps", "validation.patience"},
-    Role.WARM_UP: {"train.warmup_steps", "grpo.warmup_steps"},
+    Role.SEED: {"data.seed", "train.seed"},
+    Role.TUNED: {"train.lr"},
+    Role.LENGTH: {"train.steps", "train.extended", "validation.patience"},
+    Role.WARM_UP: {"train.warmup_steps"},
     Role.BUDGET: {"train.flops"},
-    Role.START: {"model"},
     Role.CACHE: {"teacher.cache"},
     Role.BACKEND: {"train.loss_backend"},
-    Role.ROUNDING: {"train.tokens_per_batch", "sampling.batch_size", "grpo.rows_per_batch"},
+    Role.ROUNDING: {"train.tokens_per_batch", "sampling.batch_size"},
     Role.SPEED: {"train.loss_memory"},
     Role.OUTPUT: {
         "out",
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.tracker",
-        "grpo.checkpoint_every",
         "validation.every",
     },
     Role.VALIDATION: {
@@ -498,11 +500,11 @@ FIELDS_WITH = {
 
 
 def test_every_field_has_one_role():
-    ours, theirs = roles_of(Recipe), roles_of(GrpoRecipe)
-    assert list(ours) == field_names(Recipe) and list(theirs) == field_names(GrpoRecipe)
-    assert all(ours[name] is theirs[name] is role_of(name) for name in ours.keys() & theirs.keys())
+    roles = roles_of(Recipe)
+    assert list(roles) == field_names(Recipe)
+    assert all(roles[name] is role_of(name) for name in roles)
     assert {role: set(fields_with(role)) for role in FIELDS_WITH} == FIELDS_WITH
-    assert set(fields_with(*Role)) == {*ours, *theirs}
+    assert set(fields_with(*Role)) == set(roles)
 
     class TwoRoles(Section):
         rate: Annotated[float, Role.TUNED, Role.SEED] = 0.0
@@ -521,7 +523,6 @@ def test_a_name_that_is_no_field_is_not_passed_over():
     assert "teacher" not in recipe.resolved_without(("teacher",))
     for name, nearest in (
         ("train.learning_rate", "train.lr"),
-        ("grpo.lr", "train.lr"),
         ("widow", "window"),
     ):
         with pytest.raises(
@@ -533,8 +534,7 @@ def test_a_name_that_is_no_field_is_not_passed_over():
         role_of("train.learning_rate")
     for question in QUESTIONS:
         recipe.resolved_without(question.compared.about)
-    for some_recipe in (recipe, GrpoRecipe()):
-        some_recipe.resolved_without((*ALIKE, *FREE))
+    recipe.resolved_without((*ALIKE, *FREE))
 
 
 def test_a_method_s_name_says_the_fields_that_a_study_leaves_out_beside_it():

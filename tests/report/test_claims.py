@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_runs import rewarded
 
-from potstill.config import GrpoRecipe, Recipe, make_recipe, to_toml
+from potstill.config import Recipe, make_recipe, to_toml
 from potstill.files import append
 from potstill.report.claims import claims, contrast, estimate_effect
 from potstill.runs.results import read_entry, recipe_key
@@ -27,7 +28,8 @@ CELLS = {
     "offline-rl": {"prefix": "teacher", "kl": "reverse"},
     "opd": {"prefix": "student", "kl": "reverse"},
 }
-# Accuracy that GRPO adds to a start, where the claims are true, say nothing, and are false.
+# Accuracy that reinforcement learning adds to a start, where the claims are true, say nothing, and
+# are false.
 GAINS = {
     1: {"dagger": 0.15, "sft": 0.02, "offline-rl": -0.02, "opd": -0.1},
     0: dict.fromkeys(CELLS, 0.0),
@@ -119,6 +121,11 @@ def make(out: Path, objective, seed=0, **sections) -> Recipe:
     return make_recipe({**data, "window": {"tokens": 256}, **sections})
 
 
+def make_rl(out: Path, start: Path | str, **train) -> Recipe:
+    """Reinforcement learning from a run."""
+    return make_recipe({"out": str(out), "evaluation": EVALUATION, **rewarded(start, **train)})
+
+
 def write_study(folder, sign, seeds=(0, 1, 2)):
     """The folders of a study that feeds every claim, and its teacher's evaluation."""
     rng = np.random.default_rng(100 + sign)
@@ -150,17 +157,8 @@ def write_study(folder, sign, seeds=(0, 1, 2)):
             start = make(folder / f"{cell}-{seed}", objective, seed)
             end = known(start, sign)
             end["avg"] += GAINS[sign][cell]
-            grpo = {
-                "out": folder / f"grpo-{cell}-{seed}",
-                "model": str(start.out),
-                "grpo": {"seed": seed},
-            }
-            paths.append(
-                finished(
-                    GrpoRecipe.model_validate({**grpo, "evaluation": EVALUATION}),
-                    evaluated(end, rng),
-                )
-            )
+            after = make_rl(folder / f"rl-{cell}-{seed}", start.out, seed=seed)
+            paths.append(finished(after, evaluated(end, rng)))
     teacher = {"avg": 0.9, "coverage": 0.9, "entropy": 0.25, "length": 60, "truncation": 0}
     (folder / "teacher.json").write_text(json.dumps(evaluated(teacher, rng, "potstill:teacher")))
     return [*paths, folder / "teacher.json"]
@@ -303,10 +301,10 @@ def test_pairs_have_one_seed_and_are_the_folders(studies):
                 assert first.name[-1] == second.name[-1], claim.name
     found = by_name(studies[1])
     assert {(a.name, b.name) for a, b in found["RL: OPD start"].pairs} == {
-        (f"grpo-opd-{s}", f"opd-{s}") for s in range(3)
+        (f"rl-opd-{s}", f"opd-{s}") for s in range(3)
     }
     assert {(a.name, b.name) for a, b in found["RL: DAgger or SFT start"].pairs} == {
-        (f"grpo-dagger-{s}", f"grpo-sft-{s}") for s in range(3)
+        (f"rl-dagger-{s}", f"rl-sft-{s}") for s in range(3)
     }
     assert {a.name for a, _ in found["accuracy-stability: collapse"].pairs} == {
         f"{name}-{s}" for name in ("opd", "opd-budget") for s in range(3)
@@ -322,24 +320,33 @@ def test_a_start_may_be_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     start = make(tmp_path / "runs" / "opd", CELLS["opd"])
-    grpo = GrpoRecipe.model_validate(
-        {"out": tmp_path / "grpo", "model": "runs/../runs/opd", "evaluation": EVALUATION}
-    )
-    entries = [read_entry(finished(run, evaluated(known(start, 1), rng))) for run in (start, grpo)]
+    after = make_rl(tmp_path / "rl", "runs/../runs/opd")
+    entries = [read_entry(finished(run, evaluated(known(start, 1), rng))) for run in (start, after)]
     assert by_name(entries)["RL: OPD start"].pairs == (
-        (tmp_path / "grpo", tmp_path / "runs" / "opd"),
+        (tmp_path / "rl", tmp_path / "runs" / "opd"),
     )
 
 
-def test_grpo_runs_that_differ_are_not_paired(tmp_path):
+def test_next_runs_that_differ_are_not_paired(tmp_path):
     rng = np.random.default_rng(0)
     entries = []
     for cell, steps in (("dagger", 10), ("sft", 20)):
         start = make(tmp_path / cell, CELLS[cell])
-        grpo = {"out": tmp_path / f"grpo-{cell}", "model": str(start.out), "grpo": {"steps": steps}}
-        runs = (start, GrpoRecipe.model_validate({**grpo, "evaluation": EVALUATION}))
+        runs = (start, make_rl(tmp_path / f"rl-{cell}", start.out, steps=steps))
         entries += [read_entry(finished(run, evaluated(known(start, 1), rng))) for run in runs]
     assert by_name(entries)["RL: DAgger or SFT start"].verdict == "not measured"
+
+
+@pytest.mark.parametrize("reward", [{"weight": 1.0}, {"start_kl": 0.1}])
+def test_a_reward_beside_a_kl_is_another_method(tmp_path, reward):
+    rng = np.random.default_rng(0)
+    entries = []
+    for cell in ("opd", "dagger"):
+        run = make(tmp_path / cell, CELLS[cell], reward=reward)
+        after = make_rl(tmp_path / f"rl-{cell}", run.out)
+        for each in (run, after):
+            entries.append(read_entry(finished(each, evaluated(known(run, 1), rng))))
+    assert {claim.verdict for claim in claims(entries)} == {"not measured"}
 
 
 @pytest.mark.parametrize(

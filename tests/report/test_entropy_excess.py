@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from synthetic_runs import write_run
 
-from potstill.config import GrpoRecipe, Recipe
+from potstill.config import Recipe
 from potstill.report.metrics import entropy_excess
 from potstill.report.page import write_report
 from potstill.report.tables import comparison_table, table_note
@@ -29,8 +29,7 @@ def row(step: int, excess: float, num_loss_tokens: int = 100) -> dict[str, Any]:
 
 
 def entry(rows: list[dict[str, Any]], **sections: Any) -> Entry:
-    kind = GrpoRecipe if "grpo" in sections else Recipe
-    recipe = kind.model_validate({"objective": FORWARD} | sections if kind is Recipe else sections)
+    recipe = Recipe.model_validate({"objective": FORWARD} | sections)
     return Entry(
         name="run", path=Path("run"), evals=(), recipe=recipe, metrics=tuple(cast(Any, rows))
     )
@@ -62,7 +61,7 @@ def test_on_prefixes_of_either_model_and_at_any_temperature():
         {"objective": FORWARD | {"prefix": "student"}, "reward": {"weight": 1.0}},
         {"objective": FORWARD, "reward": {"start_kl": 1.0}},
         {"train": {"normalize": "sequence"}},
-        {"model": "runs/opd", "grpo": {"steps": 1}},
+        {"objective": {"prefix": "student", "kl": "none"}, "reward": {"weight": 1.0}},
     ],
 )
 def test_no_other_objective_predicts_an_entropy(sections):

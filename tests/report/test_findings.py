@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from synthetic_runs import evaluate, write_run
+from synthetic_runs import evaluate, rewarded, write_run
 
 from potstill.cli.show import comparisons
 from potstill.report.page import write_report
@@ -16,7 +16,7 @@ JUDGING = ("Below it", "Undecided", "excludes 0", "supported", "contradicted", "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three seeds of a good, a bad and a good enough method, and GRPO from the bad one."""
+    """Three seeds of a good, a bad and a good enough method, and a next stage from the bad one."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in range(3):
         for i, (kl, accuracy) in enumerate((("reverse", 0.9), ("forward", 0.1), ("jsd", 0.9))):
@@ -28,9 +28,7 @@ def folder(tmp_path_factory):
                 train={"seed": seed},
             )
         start = str(folder / f"forward-{seed}")
-        write_run(
-            folder / f"grpo-{seed}", evaluate(10 * seed + 5, 0.9), model=start, grpo={"seed": seed}
-        )
+        write_run(folder / f"rl-{seed}", evaluate(10 * seed + 5, 0.9), **rewarded(start, seed=seed))
     return folder
 
 
@@ -61,10 +59,10 @@ def test_few_seeds_rank_nothing(folder, tmp_path, capsys, num_seeds, words):
     assert {claim["verdict"] for claim in panel["claims"] if claim["effect"]} == {words}
     assert f"towards ({words})" in {claim["answer"] for claim in panel["claims"]}
     assert "<h3>Claims</h3>" not in text
-    # Before and after GRPO: said in the table, in the sentence and in the numbers.
-    assert panel["grpo"][0]["num_seeds"] == num_seeds and f"</b> ({words}{alone})" in text
+    # Before and after: said in the table, in the sentence and in the numbers.
+    assert panel["rewarded"][0]["num_seeds"] == num_seeds and f"</b> ({words}{alone})" in text
     assert any(
-        s.startswith("Best end of GRPO") and f"after ({words}{alone})" in s
+        s.startswith("Best end of reinforcement learning") and f"after ({words}{alone})" in s
         for s in panel["findings"]
     )
 

@@ -14,11 +14,11 @@ from urllib.parse import unquote
 import markupsafe
 import pytest
 from conftest import browsed, in_a_browser, tiny_recipe
-from synthetic_runs import evaluate, write_run
+from synthetic_runs import evaluate, rewarded, write_run
 
 import potstill
 from potstill.files import append, unpack
-from potstill.report.comparison import grids, make_groups
+from potstill.report.comparison import forward_weight, grids, make_groups, rewarded_pairs
 from potstill.report.metrics import metrics_of, problem_values, stored
 from potstill.report.page import with_policy, write_report
 from potstill.report.questions import Claim
@@ -55,7 +55,7 @@ SECTIONS = {
     "The curriculum",
     "Equal steps and equal operations",
     "Accuracy against operations",
-    "Before and after GRPO",
+    "Before and after reinforcement learning",
 }
 ATTACK = """<script>alert(1)</script><img src=x onerror="document.title='broken'">"""
 
@@ -81,7 +81,7 @@ def evals():
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, evals):
     """A folder of runs that feed every section: corners with seeds, a mixture, a gate, a budget,
-    GRPO."""
+    reinforcement learning."""
     folder = tmp_path_factory.mktemp("study")
     low, middle, high = evals
     for prefix in ("teacher", "student"):
@@ -98,7 +98,7 @@ def study(tmp_path_factory, evals):
     write_run(folder / "mixed", middle, objective=mixed)
     window = {"schedule": "entropy-gated", "start": 16}
     write_run(folder / "gated", middle, decisions=DECISIONS, objective=opd, window=window)
-    write_run(folder / "grpo", high, model=str(folder / "teacher-forward"), grpo={"steps": 40})
+    write_run(folder / "rl", high, **rewarded(folder / "teacher-forward", steps=40))
     return folder
 
 
@@ -221,12 +221,12 @@ def test_sections_appear_exactly_when_their_runs_feed_them(study, runs, tmp_path
         "Accuracy against operations",
     }
     assert sections_of(some) == both
-    one = write_report([study / "grpo"], tmp_path / "one" / "report.html")
+    one = write_report([study / "rl"], tmp_path / "one" / "report.html")
     assert sections_of(one) == both - {"The grid"}
     pair = write_report(
-        [study / "grpo", study / "teacher-forward"], tmp_path / "pair" / "report.html"
+        [study / "rl", study / "teacher-forward"], tmp_path / "pair" / "report.html"
     )
-    assert sections_of(pair) == both | {"Before and after GRPO"}
+    assert sections_of(pair) == both | {"Before and after reinforcement learning"}
     mixture = write_report([*corners, study / "mixed"], tmp_path / "mixed" / "report.html")
     assert sections_of(mixture) == both | {"Mixing the KLs"}
     gate = write_report([*corners, study / "gated"], tmp_path / "gated" / "report.html")
@@ -262,8 +262,8 @@ def test_a_number_on_the_page_is_the_one_of_the_files(study, evals, tmp_path):
     assert list(summary["runs"].values()) == [first["avg"][0], second["avg"][0]]
     shown = f"{100 * expected.value:.1f} [{100 * expected.low:.1f}, {100 * expected.high:.1f}]"
     assert shown in text and f"seed 1: {100 * second['avg'][0]:.1f}" in text
-    # GRPO: the paired difference.
-    (pair,) = panel["grpo"]
+    # Reinforcement learning: the paired difference.
+    (pair,) = panel["rewarded"]
     effect = pair["differences"]["avg-T1"]
     assert effect["value"] == pytest.approx(evals[2][0]["avg"][0] - evals[0][0]["avg"][0])
     assert (
@@ -297,15 +297,10 @@ def test_seeds_group_and_other_fields_do_not(tmp_path, evals):
         "c": {"train": {"lr": 1e-3}},
     }.items():
         write_run(tmp_path / name, evals[0], **sections)
-        write_run(
-            tmp_path / f"{name}-grpo",
-            evals[1],
-            model=str(tmp_path / name),
-            grpo={"seed": len(name)},
-        )
+        write_run(tmp_path / f"{name}-rl", evals[1], **rewarded(tmp_path / name, seed=len(name)))
     entries = [read_entry(path) for path in sorted(tmp_path.iterdir())]
     names = [[entry.path.name for entry in group] for group in group_by_seed(entries)]
-    assert names == [["a", "b"], ["a-grpo", "b-grpo"], ["c"], ["c-grpo"]]
+    assert names == [["a", "b"], ["a-rl", "b-rl"], ["c"], ["c-rl"]]
     a, c = entries[0], entries[4]
     assert recipe_key(a, ()) != recipe_key(c, ()) and recipe_key(a, ("train",)) == recipe_key(
         c, ("train",)
@@ -315,6 +310,36 @@ def test_seeds_group_and_other_fields_do_not(tmp_path, evals):
     assert labels == [
         f"{name} · train.lr {lr}" for lr in rates for name in ("SFT", "GRPO · from SFT")
     ]
+
+
+def test_stages_of_stages_group_by_seed(tmp_path, evals):
+    """Each seed goes on from its own run; a next distillation is no reinforcement learning."""
+    for seed in range(2):
+        train = {"seed": seed}
+        opd = write_run(tmp_path / f"opd-{seed}", evals[0], train=train)
+        again = {"student": {"model": str(opd / "model")}, "objective": {"kl": "reverse"}}
+        write_run(tmp_path / f"again-{seed}", evals[1], train=train, **again)
+        one = write_run(tmp_path / f"one-{seed}", evals[1], **rewarded(opd, seed=seed))
+        write_run(tmp_path / f"two-{seed}", evals[2], **rewarded(one, seed=seed))
+    entries = [read_entry(path) for path in sorted(tmp_path.iterdir())]
+    names = [[entry.path.name for entry in group] for group in group_by_seed(entries)]
+    assert names == [[f"{name}-{i}" for i in range(2)] for name in ("again", "one", "opd", "two")]
+    groups = make_groups(entries, metrics_of(entries))
+    pairs = rewarded_pairs(groups, metrics_of(entries))
+    found = {(p.before.entries[0].path.name, p.after.entries[0].path.name) for p in pairs}
+    assert found == {("opd-0", "one-0"), ("one-0", "two-0")}
+
+
+def test_a_reward_beside_a_kl_is_no_corner_of_the_grid(tmp_path, evals):
+    for kl in ("forward", "reverse"):
+        objective = {"prefix": "student", "kl": kl}
+        write_run(tmp_path / kl, evals[0], objective=objective)
+        for name, reward in (("weight", {"weight": 1.0}), ("start", {"start_kl": 0.1})):
+            write_run(tmp_path / f"{kl}-{name}", evals[1], objective=objective, reward=reward)
+    groups = make_groups([read_entry(path) for path in sorted(tmp_path.iterdir())], [])
+    (part,) = grids(groups)
+    assert [group.entries[0].path.name for group in part.groups] == ["forward", "reverse"]
+    assert [forward_weight(group) for group in groups] == [1.0, None, None, 0.0, None, None]
 
 
 def test_cells_may_have_loss_backends_and_batches_of_their_own(tmp_path, evals):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from synthetic_runs import evaluate, write_run
+from synthetic_runs import evaluate, rewarded, write_run
 
 from potstill.cli.app import main
 from potstill.report.page import write_report
@@ -21,7 +21,7 @@ CORNERS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Evaluations of two models, a run for each corner, a mixture, a second OPD with another
-    window, and GRPO."""
+    window, and reinforcement learning."""
     folder = tmp_path_factory.mktemp("runs")
     for i, (name, accuracy) in enumerate((("base", 0.2), ("teacher", 0.9))):
         rows = [row | {"model": f"potstill:{name}"} for row in evaluate(10 + i, accuracy)]
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     mixed = {"prefix": "student", "kl": "mixed", "forward_weight": 0.8}
     write_run(folder / "mixed", evaluate(5, 0.5), objective=mixed)
     write_run(folder / "short", evaluate(6, 0.5), objective=CORNERS["OPD"], window={"tokens": 24})
-    write_run(folder / "grpo", evaluate(7, 0.8), model=str(folder / "OPD"), grpo={"steps": 40})
+    write_run(folder / "rl", evaluate(7, 0.8), **rewarded(folder / "OPD", steps=40))
     return folder
 
 
@@ -67,8 +67,8 @@ def test_a_summary_is_models_and_corners_before_and_after(folder, tmp_path, caps
     assert "The report also has 1 more of this panel." in lines and "before -> after" in lines[8]
 
 
-def test_grpo_begins_where_its_run_ended(folder, tmp_path, capsys):
-    print_summary(write_report([folder / "OPD", folder / "grpo"], tmp_path / "report.html"))
+def test_a_rewarded_run_begins_where_its_run_ended(folder, tmp_path, capsys):
+    print_summary(write_report([folder / "OPD", folder / "rl"], tmp_path / "report.html"))
     groups = json.loads((tmp_path / "results.json").read_text())["panels"][0]["groups"]
     assert [(group["corner"], group["is_model"], group["start"]) for group in groups] == [
         ("opd", False, None),

@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from synthetic_runs import evaluate, write_run
+from synthetic_runs import evaluate, rewarded, write_run
 
 from potstill.cli.app import main
+from potstill.config import RecipeError
 from potstill.files import write_rows
 from potstill.runs.listing import list_runs
+from potstill.runs.results import read_entry
 from potstill.runs.run_folder import locked
 
 
@@ -26,6 +28,8 @@ def folder(tmp_path):
     stopped = write_run(root / "deep" / "er" / "stopped", [], num_steps=7)
     (stopped / "DONE").unlink()
     (stopped / "evals.jsonl").unlink()
+    old = write_run(root / "old", [])
+    (old / "recipe.toml").write_text('model = "potstill:base"\n[grpo]\nsteps = 2\n')
     torn = write_run(root / "torn", [])
     (torn / "metrics.jsonl").write_text('{"step": 1\n')
     crashed = write_run(root / "study" / "crashed", [], num_steps=3)
@@ -35,7 +39,7 @@ def folder(tmp_path):
         {"folder": "crashed", "name": "c", "state": "crashed: there is\x1b[2J not enough memory"}
     ]
     (root / "study" / "plan.json").write_text(json.dumps({"panels": [planned]}))
-    write_run(root / "going", [], num_steps=5, model="m", grpo={"steps": 9})
+    write_run(root / "going", [], num_steps=5, **rewarded("m", steps=9))
     # Not runs: files of a run's model, and what is hidden.
     write_run(root / "done" / "model" / "inner", [])
     write_run(root / ".trash" / "old", [])
@@ -52,7 +56,11 @@ def test_each_run_is_listed_with_its_state_and_numbers(folder):
         "going": "running",
         "crashed": "failed",
         "torn": "unreadable",
+        "old": "unreadable",
     }
+    assert "has a section [grpo], which is no recipe's" in found["old"].trouble
+    with pytest.raises(RecipeError, match=r"has a section \[grpo\], which is no recipe's"):
+        read_entry(folder / "old")
     assert {run.name: run.state for run in list_runs(folder)}["going"] == "finished"
     done, stopped, going = (found[name] for name in ("done", "stopped", "going"))
     assert (done.step, done.num_steps, done.seconds, done.method) == (120, 120, 60.0, "SFT")
@@ -83,7 +91,7 @@ def test_the_table_fits_and_steers_nothing(folder, capsys):
     assert max(map(len, lines)) <= 100
     assert not {"\x1b", "\u202e"} & set(text)
     assert "\\u001b[31mred\\u202e name" in text and "there is\\u001b[2J not enough memory" in text
-    assert lines[0].startswith("7 runs in ")
+    assert lines[0].startswith("8 runs in ")
     row = next(line.split() for line in lines if line.startswith("done"))
     assert row[:4] == ["done", "SFT", "120/120", "finished"] and row[-1] == "1:00"
     # A long name is whole, on a line of its own.

@@ -36,7 +36,7 @@ RUNS = {
 }
 
 FILES = {
-    "metrics.jsonl": schema.DistillationRow,
+    "metrics.jsonl": schema.MetricsRow,
     "evals.jsonl": RunEvalRow,
     "samples.jsonl": schema.SampleRow,
     "window.jsonl": schema.WindowRow,
@@ -78,7 +78,7 @@ def test_names_to_ask_for_are_fields_that_hold_numbers():
         }
 
     numbers = (int, float, float | None)
-    fields = get_type_hints(schema.DistillationRow) | get_type_hints(schema.GrpoRow)
+    fields = get_type_hints(schema.MetricsRow)
     assert [
         name for name in number_names(schema.StepNumber) if fields.get(name) not in numbers
     ] == []

@@ -63,7 +63,8 @@ models = ["potstill:base"]
 axes.method = ["sft", "opd"]
 axes.window.tokens = [6, 8]
 cache = true
-grpo = true
+[[panels.groups.then]]
+also_from = ["potstill:base"]
 """
 
 
@@ -79,7 +80,8 @@ def test_a_study_is_every_combination_with_every_seed(tmp_path):
     file.write_text(key + HEAD.format(out=tmp_path / "study") + rest)
     study = read_study_file(file)
     (panel,) = plan(study, {})
-    runs = [item for item in panel.items if item.kind == "train"]
+    trained = [item for item in panel.items if item.kind == "train"]
+    runs = [item for item in trained if not item.recipe.reward.weight]
     found = {
         (r.recipe.method, r.recipe.window.tokens, r.recipe.train.seed, r.recipe.data.seed)
         for r in runs
@@ -109,12 +111,21 @@ def test_a_study_is_every_combination_with_every_seed(tmp_path):
             (tmp_path / "x" / run.recipe.teacher.cache,) if run.recipe.method == "SFT" else ()
         )
         assert set(run.job.needs) <= set(caches)
-    grpo = [item for item in panel.items if item.kind == "grpo"]
-    assert [item.job.needs for item in grpo] == [(run.job.path,) for run in runs]
-    assert [item.recipe.model for item in grpo] == [str(run.job.path) for run in runs]
-    assert [(item.recipe.grpo.seed, item.recipe.evaluation) for item in grpo] == [
-        (run.recipe.train.seed, run.recipe.evaluation) for run in runs
+    after = [item for item in trained if item.recipe.reward.weight]
+    of_models, of_runs = after[:2], after[2:]
+    assert [item.job.needs for item in of_runs] == [(run.job.path,) for run in runs]
+    assert [item.recipe.student.model for item in of_runs] == [str(run.job.path) for run in runs]
+    assert [(item.recipe.train.seed, item.recipe.data.seed) for item in of_runs] == [
+        (run.recipe.train.seed, run.recipe.data.seed) for run in runs
     ]
+    assert {item.label for item in of_runs} == {f"GRPO from {run.label}" for run in runs}
+    assert all(item.recipe.evaluation == runs[0].recipe.evaluation for item in after)
+    # Everything else is the recipe's own.
+    assert {item.recipe.train.steps for item in after} == {load_recipe("rl").train.steps}
+    assert [(item.recipe.student.model, item.label) for item in of_models] == [
+        ("potstill:base", "GRPO from potstill:base")
+    ] * 2
+    assert [(item.recipe.train.seed, item.job.needs) for item in of_models] == [(3, ()), (4, ())]
     names = [item.job.name for item in panel.items if item.kind != "cache"]
     assert len(set(names)) == len(names) and "OPD, window 6, seed 3" in names
     # The report calls all seeds the same.
@@ -206,7 +217,6 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
             "fields.data.seed = 3",
             r"fields.data.seed is set by the study itself: use seeds = \[...\]",
         ),
-        ("axes.grpo.seed = [3]", r"axes.grpo.seed is set by the study itself: use seeds = \[...\]"),
         (
             'fields.out = "elsewhere"',
             "fields.out is set by the study itself: give out to the study",
@@ -234,13 +244,22 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
             "fields.evaluation.seed is set by the study",
         ),
         (
-            "[grpo]\nfields.grpo.seed = 3",
-            r"grpo: fields.grpo.seed is set by the study itself: use seeds = \[...\]",
+            "[[panels.groups.then]]\nfields.train.seed = 3",
+            r"fields.train.seed is set by the study itself: use seeds = \[...\]",
         ),
         (
-            '[grpo]\nfields.model = "x"',
-            "grpo: fields.model is set by the study itself: the stage takes it from",
+            '[[panels.groups.then]]\nfields.student.model = "x"',
+            "fields.student.model is set by the study itself: the stage takes it from",
         ),
+        (
+            '[[panels.groups.then]]\nfields.data.split = "x"',
+            "fields.data.split is set by the study itself: the stage takes it from",
+        ),
+        (
+            '[[panels.groups.then]]\nrecipe = "grpo"',
+            "recipe 'grpo' does not exist; give a TOML file or one of",
+        ),
+        ("grpo = true", "grpo is not a field"),
     ],
 )
 def test_what_could_not_begin_is_refused_before_any_work(tmp_path, group, message):
@@ -412,6 +431,23 @@ def test_estimates_come_from_finished_runs_of_a_kind(tmp_path):
     costs = estimate_costs([first, second], one_thread=True)
     # A second a row of metrics, two steps; and the evaluation that was tried.
     assert set(costs) == {second.job.path} and 2 < costs[second.job.path].seconds < 60
+    # What a stage starts from is not there yet: the trial is of the model that was before it.
+    staged = write_study(
+        tmp_path,
+        """
+[[panels]]
+title = "A"
+[[panels.groups]]
+axes.method = ["opd"]
+[[panels.groups.then]]
+fields.data.num_prompts = 16
+fields.train.prompts_per_step = 2
+fields.reward.group_size = 3
+fields.window.tokens = 8
+""",
+    )
+    costs = estimate_costs(items_of(staged), one_thread=True)
+    assert len(costs) == 2 and all(cost.seconds > 0 for cost in costs.values())
     hub = write_study(
         tmp_path,
         '[[panels]]\ntitle = "A"\n[[panels.groups]]\naxes.student.model = ["org/not-here"]\n',

@@ -96,6 +96,7 @@ RECIPES = [
     ("[objective]\nkl = 'none'\nprefix = 'student'", "there is nothing to learn from"),
     ("[reward]\nweight = 1", "a policy gradient is of what the student wrote itself"),
     ("[reward]\ngroup_size = 4", "is set but not read"),
+    ("[grpo]\nsteps = 4", "has a section [grpo], which is no recipe's"),
     (
         "[objective]\nprefix = 'student'\n[reward]\nweight = 1\ngroup_size = 1",
         "a score minus itself is 0",
@@ -175,19 +176,18 @@ RECIPES = [
 
 # Arguments as a shell would take them, and the message.
 COMMANDS = [
-    ("", "potstill needs a command: init, doctor, train, grpo"),
+    ("", "potstill needs a command: init, doctor, train, evaluate"),
     ("trian demo", "'trian' is no command of potstill; the nearest is train; see potstill --help"),
     ("train", "missing from potstill train"),
     ("train demo extra", "unrecognized options: extra"),
     (
         "train nothing",
-        "recipe 'nothing' does not exist; give a TOML file or one of demo, grpo, qwen3, smollm2",
+        "recipe 'nothing' does not exist; give a TOML file or one of demo, qwen3, rl, smollm2",
     ),
     ("train full", "recipe 'full' is a folder; give a TOML file"),
     ("train a-file", "is not valid TOML"),
-    ("train grpo", "recipe of `potstill grpo`"),
-    ("grpo demo", "recipe of `potstill train`"),
-    ("doctor grpo", "recipe of `potstill grpo`"),
+    ("train grpo", "recipe 'grpo' does not exist"),
+    ("grpo demo", "'grpo' is no command of potstill"),
     ("train demo --lr 3", "--lr is no option; the nearest is --train.lr"),
     ("train demo --learning-rate 3", "--learning-rate is no option; the nearest is --train.lr"),
     ("train demo --batch_size 3", "the nearest is --train.prompts_per_step"),
@@ -393,7 +393,6 @@ STUDIES = [
     ("out = 's'\nseeds = [true]\n" + PANEL, "seeds is [True]"),
     ("out = 's'\nseeds = [-1]\n" + PANEL, "-1"),
     ("out = 's'\nrecipe = 'none'\n" + PANEL, "recipe 'none' does not exist"),
-    ("out = 's'\nrecipe = 'grpo'\n" + PANEL, "is not a field of the recipe"),
     ("out = 's'\nrecepi = 'demo'\n" + PANEL, "the nearest is recipe"),
     ("out = 's'\n[fields]\ntrain.stepps = 3\n" + PANEL, "the nearest is train.steps"),
     ("out = 's'\n[fields]\ntrain.steps = 'x'\n" + PANEL, "train.steps is 'x'"),

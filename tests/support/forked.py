@@ -87,7 +87,7 @@ class Ended:
 class Forks:
     """The process that has loaded everything. To be closed."""
 
-    def __init__(self, scratch: Path, with_grpo: bool = False):
+    def __init__(self, scratch: Path):
         tests = Path(__file__).parents[1]
         # Functions of test files are called by the names of their modules.
         paths = [tests.parent / "src", tests, *(path for path in tests.iterdir() if path.is_dir())]
@@ -102,7 +102,7 @@ class Forks:
             "TMPDIR": str(scratch),
         }
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *(["grpo"] if with_grpo else [])],
+            [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | one_thread | settings,
@@ -180,19 +180,8 @@ def serve() -> None:
     torch.set_num_threads(1)
     import conftest  # noqa: F401
 
-    import potstill.cache.build
-    import potstill.cli.model_commands
-    import potstill.cli.recipe_commands
-    import potstill.evaluation.scores
-    import potstill.report.page
-    import potstill.study.run
-    import potstill.training.loop
     from potstill.models.language_model import load_model
 
-    if "grpo" in sys.argv:
-        import trl.trainer.grpo_trainer  # noqa: F401
-
-        import potstill.grpo.run  # noqa: F401
     load_model("potstill:base")
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

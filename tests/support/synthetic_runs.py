@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.config import GrpoRecipe, Recipe, RunRecipe, to_toml
+from potstill.config import Recipe, to_toml
 from potstill.evaluation.scores import per_problem, summarize_responses
 
 
@@ -69,6 +69,16 @@ def evaluate(
     return found
 
 
+def rewarded(start: Path | str, **train: Any) -> dict[str, Any]:
+    """The sections of a recipe of reinforcement learning from a run or model."""
+    return {
+        "student": {"model": str(start)},
+        "objective": {"prefix": "student", "kl": "none"},
+        "reward": {"weight": 1.0},
+        "train": train,
+    }
+
+
 def write_run(
     folder: Path,
     evals: list[dict[str, Any]],
@@ -76,10 +86,8 @@ def write_run(
     decisions: list[dict[str, Any]] | None = None,
     **sections: Any,
 ) -> Path:
-    """A finished run with this evaluation; `sections` are those of its recipe, with `model` for
-    GRPO."""
-    data = {"out": str(folder), **sections}
-    recipe: RunRecipe = (GrpoRecipe if "grpo" in sections else Recipe).model_validate(data)
+    """A finished run with this evaluation; `sections` are those of its recipe."""
+    recipe = Recipe.model_validate({"out": str(folder), **sections})
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text(to_toml(recipe.resolved()))
     metrics = [

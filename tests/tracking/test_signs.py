@@ -98,6 +98,7 @@ def test_trouble_is_seen(name, of_step):
         # Nothing is left to learn; another loss is measured; the steps differ by more than it fell.
         {"loss": lambda at: 0.004},
         {"loss": lambda at: 0.5, "forward_weight": lambda at: at},
+        {"loss": lambda at: 0.5, "reward": lambda at: at},
         {"loss": lambda at: 0.5, "window": lambda at: 100 + 100 * at},
     ],
 )

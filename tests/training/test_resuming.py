@@ -14,7 +14,7 @@ from small_runs import EVALUATION, FAST, assert_same_run, kill, rows_of, weights
 import potstill
 from potstill import files
 from potstill.cli.app import main
-from potstill.config import load_any_recipe, load_recipe, to_toml
+from potstill.config import load_recipe, to_toml
 from potstill.evaluation import responses, scores
 from potstill.models.language_model import ModelError, load_model
 from potstill.runs import run_folder
@@ -72,7 +72,7 @@ def test_what_changes_no_result_may_change(tmp_path, whole, stopped_once, sectio
     assert rows_of(tmp_path / "run") == rows_of(whole)
     assert len(rows_of(tmp_path / "run", "evals.jsonl")) == 2 * ("evaluation" in sections)
     # The folder says what its run now is, and what it was.
-    assert load_any_recipe(tmp_path / "run/recipe.toml").hash() == changed.hash()
+    assert load_recipe(tmp_path / "run/recipe.toml").hash() == changed.hash()
     (change,) = json.loads((tmp_path / "run/environment.json").read_text())["changes"]
     assert change["num_steps"] == 3
     for name, (before, now) in change["fields"].items():

@@ -57,7 +57,7 @@ def build_cache(
     """
     from filelock import FileLock, Timeout
 
-    check_recipe(recipe, Recipe)
+    check_recipe(recipe)
     options, out = options or CacheOptions(), Path(out)
     recipe = _as_written(recipe, options)
     _check_folder(out)

@@ -23,7 +23,6 @@ COMMANDS = {
     "init": "start_commands",
     "doctor": "start_commands",
     "train": "recipe_commands",
-    "grpo": "recipe_commands",
     "evaluate": "model_commands",
     "sample": "model_commands",
     "chat": "model_commands",
@@ -37,7 +36,7 @@ COMMANDS = {
     "study": "run_commands",
 }
 # Commands that save as they go. Others that may go on say so themselves.
-SAVING = ("train", "grpo", "cache build", "study")
+SAVING = ("train", "cache build", "study")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

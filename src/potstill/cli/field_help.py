@@ -25,17 +25,10 @@ EXAMPLES = {
             'student.model = "Qwen/Qwen3-0.6B"\nteacher.model = "Qwen/Qwen3-4B"\ndata.source = '
             '"prompts.jsonl"\nwindow.tokens = 1024\n',
         ),
-    ),
-    "grpo": (
         (
-            "potstill grpo grpo --model runs/opd --out runs/grpo",
-            "a run on the shipped task, in minutes",
+            "potstill train rl --student.model runs/opd --out runs/rl",
+            "reinforcement learning from there, with the task's scores as the reward",
             "",
-        ),
-        (
-            "potstill grpo my.toml --grpo.steps 200 --out runs/mine",
-            "your own model on a benchmark's training problems, with this in my.toml:",
-            'model = "Qwen/Qwen3-0.6B"\ndata.source = "gsm8k"\nwindow.tokens = 1024\n',
         ),
     ),
 }

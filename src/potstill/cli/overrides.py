@@ -9,7 +9,6 @@ from potstill.cli.usage import UsageError
 from potstill.config import (
     CacheOptions,
     Evaluation,
-    GrpoFields,
     RecipeError,
     RecipeFields,
     field_names,
@@ -20,7 +19,6 @@ from potstill.console.names import SYNONYMS, nearest, nearest_field
 SCHEMAS: dict[str, type[BaseModel]] = {
     "train": RecipeFields,
     "doctor": RecipeFields,
-    "grpo": GrpoFields,
     "cache build": RecipeFields,
 }
 

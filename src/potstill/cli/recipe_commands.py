@@ -1,5 +1,4 @@
-"""The commands `potstill train` and `grpo`, which take a recipe, and `methods`, which says what to
-choose."""
+"""The commands `potstill train`, which takes a recipe, and `methods`, which says what to choose."""
 
 from typing import Any, Literal
 
@@ -10,10 +9,8 @@ from potstill.config import (
     METHODS,
     NOTATION,
     WEIGHTINGS,
-    GrpoRecipe,
     Recipe,
     RecipeError,
-    load_grpo_recipe,
     load_recipe,
     to_toml,
 )
@@ -61,29 +58,6 @@ def train(
             say(f"pushed: {push(result.folder, push_to_hub)}")
 
 
-def grpo(
-    overrides: dict[str, Any],
-    recipe: Positional[str],
-    dry_run: bool = False,
-) -> None:
-    """Train a run or model by reinforcement learning, or resume that.
-
-    Args:
-        recipe: A TOML file, or the name of a shipped recipe such as grpo.
-        dry_run: Print the resolved recipe and stop.
-    """
-    resolved = load_grpo_recipe(recipe, overrides)
-    if dry_run:
-        _print_recipe(resolved)
-        return
-    from potstill.cli.show import print_results
-    from potstill.grpo.run import run_grpo
-
-    folder = run_grpo(resolved)
-    say(f"GRPO from {resolved.model}: the model is in {folder / 'model'}")
-    print_results([folder])
-
-
 def methods(overrides: dict[str, Any]) -> None:
     """Print the grid of methods, and the weightings of tokens by name."""
     refuse_overrides(overrides)
@@ -103,7 +77,7 @@ def with_method(method: str | None, overrides: dict[str, Any]) -> dict[str, Any]
     return corner | overrides
 
 
-def _print_recipe(recipe: Recipe | GrpoRecipe) -> None:
+def _print_recipe(recipe: Recipe) -> None:
     say(*recipe.notes, error=True)
     say(to_toml(recipe.resolved()).rstrip())
 

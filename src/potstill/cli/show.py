@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from potstill.config import Evaluation, Recipe, Sampling
+from potstill.config import Evaluation, Sampling
 from potstill.console.boundary import STOPPED_AND_SAVED, saying_when_stopped
 from potstill.console.printable import plain, say
 from potstill.evaluation.on_prompts import OnPrompts, evaluate_on_prompts, read_prompts
@@ -269,7 +269,7 @@ def print_results(folders: list[Path]) -> None:
 def describe_best(entry: Entry) -> list[str]:
     """Where the best student of a run is and how good, where the run has kept it."""
     file = entry.path / "best" / "validation.json"
-    if not isinstance(entry.recipe, Recipe) or not file.exists():
+    if entry.recipe is None or not file.exists():
         return []
     goal = str(entry.recipe.validation.keep_best)
     row = read_json(file, ("step", goal))

@@ -5,8 +5,6 @@ from potstill.config.data_fields import Data, DataSource
 from potstill.config.fields import (
     CacheOptions,
     Evaluation,
-    Grpo,
-    GrpoFields,
     RecipeFields,
     Rollouts,
     Sampling,
@@ -18,7 +16,7 @@ from potstill.config.fields import (
 )
 from potstill.config.methods import METHODS, Method
 from potstill.config.objective_fields import Objective, Reward, WeightSchedule
-from potstill.config.recipe import GrpoRecipe, Recipe, check_recipe, fields_with, role_of
+from potstill.config.recipe import Recipe, check_recipe, fields_with, role_of
 from potstill.config.roles import ALIKE, CHANGE_NOTHING, CHANGE_ROUNDING, NAMED, Role, Selection
 from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import RecipeError, Section, field_names, roles_of, validate
@@ -26,8 +24,6 @@ from potstill.config.toml import (
     SHIPPED_RECIPES,
     find_toml,
     left_out,
-    load_any_recipe,
-    load_grpo_recipe,
     load_recipe,
     make_recipe,
     read_recipe,
@@ -64,9 +60,6 @@ __all__ = [
     "DataSource",
     "Evaluation",
     "Goal",
-    "Grpo",
-    "GrpoFields",
-    "GrpoRecipe",
     "Method",
     "Objective",
     "Recipe",
@@ -91,8 +84,6 @@ __all__ = [
     "fields_with",
     "find_toml",
     "left_out",
-    "load_any_recipe",
-    "load_grpo_recipe",
     "load_recipe",
     "make_recipe",
     "read_recipe",

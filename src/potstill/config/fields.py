@@ -250,39 +250,6 @@ class CacheOptions:
     """Prompts with a completion in one file, which is what a kill loses at most on each rank."""
 
 
-class Grpo(Section, role=Role.UPDATE):
-    """Group-relative policy optimisation (arXiv 2402.03300), as TRL's GRPOTrainer does it.
-
-    A response's advantage is its score minus its group's mean, over the group's standard deviation;
-    the loss is the mean over the tokens of the step. Each set of responses serves one update, so
-    that nothing is clipped.
-    """
-
-    steps: Annotated[int, Role.LENGTH, Place.FIRST] = Field(default=40, ge=1, le=MANY)
-    """Optimiser updates."""
-    prompts_per_step: Annotated[int, Place.FIRST] = Field(default=12, ge=1, le=MANY_AT_ONCE)
-    """Prompts of one update."""
-    group_size: Annotated[int, Role.OBJECTIVE] = Field(default=8, ge=2, le=MANY_AT_ONCE)
-    """Responses to each prompt; their scores are compared with each other."""
-    rows_per_batch: Annotated[int, Role.ROUNDING] = Field(default=32, ge=1)
-    """Responses of one forward-backward slice, at most. Gradients depend on it by rounding
-    alone."""
-    lr: Annotated[float, Role.TUNED, Place.FIRST] = Field(default=1e-6, gt=0, le=LARGEST_RATE)
-    """Peak learning rate; very small models need far more."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or cosine decay to 0."""
-    warmup_steps: Annotated[int, Role.WARM_UP] = Field(default=0, ge=0)
-    """Linear warm-up."""
-    kl_weight: Annotated[float, Role.OBJECTIVE] = Field(default=0.0, ge=0)
-    """Weight of the KL to the start model, which is then kept in memory; 0 does without one."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
-    checkpoint_every: Annotated[int, Role.OUTPUT] = Field(default=20, ge=1)
-    """Steps between checkpoints; one is also written at the end."""
-    seed: Annotated[Seed, Role.SEED] = 0
-    """Seed of the data order and of sampling."""
-
-
 class RecipeFields(RunRecipe):
     """All fields of a recipe, each checked by itself."""
 
@@ -328,21 +295,7 @@ class RecipeFields(RunRecipe):
         return weights in WEIGHTINGS and WEIGHTINGS[weights].needs_scores
 
 
-class GrpoFields(RunRecipe):
-    """All fields of a GRPO recipe, each checked by itself."""
-
-    out: Annotated[Path, Role.OUTPUT, Place.FIRST] = Path("runs/grpo")
-    """Run folder. A run that is already there and unfinished is resumed."""
-    model: Annotated[str, Role.START, Place.FIRST] = "potstill:base"
-    """Where it starts: a run folder, a model folder, a hub id or potstill:base."""
-    data: Data = Data()
-    sampling: Sampling = Sampling()
-    window: Window = Window()
-    grpo: Grpo = Grpo()
-    evaluation: Evaluation = Evaluation()
-
-
-def run_evaluation(recipe: RecipeFields | GrpoFields) -> Evaluation:
+def run_evaluation(recipe: RecipeFields) -> Evaluation:
     """The evaluation of a run, whose chats are told by default what those of the data are: the
     arguments of the template, and the system prompt."""
     evaluation, data = recipe.evaluation, recipe.data

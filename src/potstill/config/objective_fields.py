@@ -182,3 +182,8 @@ class Reward(Section, role=Role.OBJECTIVE):
     start_kl: Annotated[float, Role.REWARD] = Field(default=0.0, ge=0)
     """Weight of the exact KL(student || start), with the student as it was before the first step,
     which is then kept in memory; 0 does without."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the loss has no term of this section."""
+        return not self.weight and not self.start_kl

@@ -6,18 +6,17 @@ from typing import Any
 
 from pydantic import model_validator
 
-from potstill.config.fields import GrpoFields, RecipeFields, Window
+from potstill.config.fields import RecipeFields, Window
 from potstill.config.roles import Role
-from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import RecipeError, roles_of
-from potstill.config.unread import check_weighting, unread_fields, unread_grpo_fields
+from potstill.config.unread import check_weighting, unread_fields
 from potstill.config.values import refuse_any, shown
-from potstill.tasks import TASKS, is_table
+from potstill.tasks import is_table
 from potstill.tasks.own import own_task
 
 
 class Recipe(RecipeFields):
-    """The recipe of a distillation. Fields that the chosen mode does not read may not be set."""
+    """The recipe of a run. Fields that the chosen mode does not read may not be set."""
 
     @model_validator(mode="after")
     def _every_set_field_is_read(self):
@@ -274,48 +273,6 @@ class Recipe(RecipeFields):
         return unread_fields(self)
 
 
-class GrpoRecipe(GrpoFields):
-    """The recipe of a GRPO run: reinforcement learning of a task's scores, from any model or
-    run."""
-
-    @property
-    def method(self) -> str:
-        return "GRPO"
-
-    def unread(self) -> dict[str, str]:
-        return unread_grpo_fields(self)
-
-    @model_validator(mode="after")
-    def _every_set_field_is_read(self):
-        self.refuse_unread()
-        if is_table(self.data.source):
-            raise ValueError(
-                f"data.source is {self.data.source!r}; only the responses of a task can be "
-                f"scored: choose one of {', '.join(TASKS)}"
-            )
-        sampling = self.sampling
-        if not sampling.temperature or sampling.top_p < 1 or sampling.top_k:
-            raise ValueError(
-                f"sampling is temperature = {sampling.temperature:g}, top_p = "
-                f"{sampling.top_p:g}, top_k = {sampling.top_k}: the policy gradient needs tokens "
-                "drawn from the whole distribution; use a temperature above 0, top_p = 1 and "
-                "top_k = 0"
-            )
-        if self.window.schedule != "fixed":
-            _check_ladder(self.window)
-        if self.window.schedule == "entropy-gated" and self.window.reference == "teacher":
-            raise ValueError(
-                'window.reference is "teacher" and GRPO has no teacher; use reference = "first" '
-                'or "absolute"'
-            )
-        if self.grpo.warmup_steps > self.grpo.steps:
-            raise ValueError(
-                f"grpo.warmup_steps is {self.grpo.warmup_steps}, more than grpo.steps = "
-                f"{self.grpo.steps}; lower it"
-            )
-        return self
-
-
 def _check_ladder(window: Window) -> None:
     """Refuse a first window above the cap, and a ladder that does not grow from the one to the
     other."""
@@ -334,21 +291,18 @@ def _check_ladder(window: Window) -> None:
 
 
 def role_of(name: str) -> Role:
-    """The role of a dotted field of either kind of recipe. Raises KeyError for any other name."""
-    return (roles_of(GrpoRecipe) | roles_of(Recipe))[name]
+    """The role of a dotted field. Raises KeyError for any other name."""
+    return roles_of(Recipe)[name]
 
 
 def fields_with(*roles: Role) -> tuple[str, ...]:
-    """The dotted fields with these roles, of both kinds of recipe."""
-    return tuple(
-        name for name, role in (roles_of(GrpoRecipe) | roles_of(Recipe)).items() if role in roles
-    )
+    """The dotted fields with these roles."""
+    return tuple(name for name, role in roles_of(Recipe).items() if role in roles)
 
 
-def check_recipe(given: Any, kind: type[RunRecipe]) -> None:
-    """Raise RecipeError for what is given from Python and is no recipe of this kind."""
-    if not isinstance(given, kind):
-        load = "load_grpo_recipe" if kind is GrpoRecipe else "load_recipe"
+def check_recipe(given: Any) -> None:
+    """Raise RecipeError for what is given from Python and is no recipe."""
+    if not isinstance(given, Recipe):
         raise RecipeError(
-            f"the recipe is {shown(given)}; give a {kind.__name__}, such as {load}(NAME) returns"
+            f"the recipe is {shown(given)}; give a Recipe, such as load_recipe(NAME) returns"
         )

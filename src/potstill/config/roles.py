@@ -8,7 +8,6 @@ class Role(Enum):
     """Each field has exactly one: its own, or else that of its section."""
 
     MODEL = "the models, and how they are loaded and asked"
-    START = "the model that a GRPO run starts from, which has a recipe of its own"
     DATA = "the prompts"
     PREFIX = "who writes the tokens; a method's name says it"
     DIVERGENCE = "which divergence; a method's name says it"

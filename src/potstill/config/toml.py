@@ -4,64 +4,34 @@ import copy
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from potstill.config.recipe import GrpoRecipe, Recipe
-from potstill.config.run_recipe import RunRecipe
+from potstill.config.recipe import Recipe
 from potstill.config.section import RecipeError, validate
 from potstill.console.names import nearest
 from potstill.console.printable import printable
 from potstill.tasks import is_table
 
-AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 SHIPPED_RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def load_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read the TOML recipe of a distillation; otherwise as `read_recipe`."""
-    return _load(recipe, overrides or {}, Recipe)
-
-
-def load_grpo_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> GrpoRecipe:
-    """Read the TOML recipe of a GRPO run; otherwise as `read_recipe`."""
-    return _load(recipe, overrides or {}, GrpoRecipe)
-
-
-def load_any_recipe(recipe: str | Path) -> Recipe | GrpoRecipe:
-    """Read a TOML recipe of either kind: one with a section `grpo` is of GRPO."""
-    data = read_recipe(recipe)
-    return (
-        validate(data, str(recipe), GrpoRecipe)
-        if "grpo" in data
-        else make_recipe(data, str(recipe))
-    )
-
-
-def _load(recipe: str | Path, overrides: dict[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
-    """Read a recipe, which tells in its notes what was left out of it."""
-    data = read_recipe(recipe, overrides)
-    _refuse_other_kind(recipe, data, kind)
-    loaded = validate(data, str(recipe), kind)
-    if names := left_out(recipe, overrides):
+    """Read a TOML recipe, which tells in its notes what was left out of it; otherwise as
+    `read_recipe`."""
+    fields = overrides or {}
+    data = read_recipe(recipe, fields)
+    if "grpo" in data:
+        raise RecipeError(
+            f"{recipe} has a section [grpo], which is no recipe's; reinforcement learning is "
+            "`potstill train rl --student.model RUN_OR_FOLDER`, with a section [reward]"
+        )
+    loaded = make_recipe(data, str(recipe))
+    if names := left_out(recipe, fields):
         loaded._notes = (
             f"of the shipped recipe {recipe}, not taken for another model, data or length: "
             f"{', '.join(names)}; --{names[0]} chooses",
         )
     return loaded
-
-
-def _refuse_other_kind(recipe: str | Path, data: dict[str, Any], kind: type) -> None:
-    """Raise RecipeError for a recipe that another command takes."""
-    if kind is not GrpoRecipe and "grpo" in data:
-        raise RecipeError(
-            f"{recipe} has a section [grpo], which makes it a recipe of `potstill grpo`; give it "
-            "to that command, or give a recipe of a distillation"
-        )
-    if kind is GrpoRecipe and ("teacher" in data or "objective" in data):
-        raise RecipeError(
-            f"{recipe} has a teacher or an objective, which makes it a recipe of `potstill train`; "
-            "give it to that command, or give a recipe of GRPO"
-        )
 
 
 def read_recipe(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -90,8 +60,8 @@ def left_out(recipe: str | Path, fields: dict[str, Any]) -> list[str]:
     if path.parent != SHIPPED_RECIPES:
         return []
     data = read_toml(path)
-    own_model, own_source = data.get("model") or data["student"]["model"], data["data"]["source"]
-    model = _first_model(str(fields.get("student.model", fields.get("model", own_model))))
+    own_model, own_source = data["student"]["model"], data["data"]["source"]
+    model = _first_model(str(fields.get("student.model", own_model)))
     source = fields.get("data.source", own_source)
     has_sources = "data.sources" in fields
     steps = fields.get("train.steps")
@@ -99,7 +69,6 @@ def left_out(recipe: str | Path, fields: dict[str, Any]) -> list[str]:
     is_other_model = model != own_model and not model.startswith("potstill:")
     is_other = {
         "train.lr": is_other_model,
-        "grpo.lr": is_other_model,
         "data.source": has_sources,
         "data.num_prompts": has_sources or (source != own_source and is_table(source)),
         "train.warmup_steps": is_short,
@@ -115,8 +84,7 @@ def _first_model(model: str) -> str:
         file = next((file for file in files if file.is_file()), None)
         if model.startswith("potstill:") or file is None:
             break
-        data = read_toml(file)
-        model = str(data.get("model") or data.get("student", {}).get("model", "potstill:base"))
+        model = str(read_toml(file).get("student", {}).get("model", "potstill:base"))
     return model
 
 
@@ -172,7 +140,7 @@ def with_fields(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate the plain data of a distillation; errors as `validate`."""
+    """Validate the plain data of a recipe; errors as `validate`."""
     return validate(data, where, Recipe)
 
 

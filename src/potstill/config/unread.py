@@ -5,7 +5,6 @@ from typing import Any
 
 from potstill.config.data_fields import Data
 from potstill.config.fields import (
-    GrpoFields,
     Objective,
     RecipeFields,
     TeacherSpec,
@@ -219,25 +218,6 @@ def _unread_of_data(data: Data) -> dict[str, str]:
     if not data.sources and not any(is_hub_id(name) for name in sources(source)):
         reason = f"data.source is the file {source!r}, which has no splits and no configurations"
         unread |= {"data.split": reason, "data.config": reason}
-    return unread
-
-
-def unread_grpo_fields(recipe: GrpoFields) -> dict[str, str]:
-    """The same of a GRPO recipe."""
-    reason = (
-        "GRPO needs scores, so data.source is a task, which has no columns and no configurations"
-    )
-    fields = (
-        "data.prompt_column",
-        "data.prompt_template",
-        "data.train_on",
-        "data.config",
-        "data.sources",
-    )
-    unread = dict.fromkeys(fields, reason) | _unread_of_window(recipe.window)
-    unread |= _unread_of_template(recipe.data)
-    if recipe.evaluation.source is None:
-        unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
     return unread
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from potstill.answers.grading import Grade, majority
 from potstill.config import (
     Evaluation,
-    GrpoRecipe,
     Recipe,
     RecipeError,
     run_evaluation,
@@ -239,9 +238,7 @@ def summarize_responses(rows: Sequence[ResponseRow], num_responses: int) -> Esti
     }
 
 
-def evaluate_run(
-    recipe: Recipe | GrpoRecipe, model: LanguageModel, step: int, quiet: bool = False
-) -> None:
+def evaluate_run(recipe: Recipe, model: LanguageModel, step: int, quiet: bool = False) -> None:
     """Evaluate the model of a run after so many steps, if its recipe says how; the results are
     stored in its folder. Errors as `evaluate`."""
     folder = recipe.out
@@ -258,7 +255,7 @@ def evaluate_run(
     store_evals(folder, step, rows)
 
 
-def evaluate_anew(recipe: Recipe | GrpoRecipe, model: LanguageModel, quiet: bool = False) -> None:
+def evaluate_anew(recipe: Recipe, model: LanguageModel, quiet: bool = False) -> None:
     """Evaluate the model of a finished run as the recipe says, which then is the run's own.
 
     The rows are there before the recipe, so that a kill leaves a run that is evaluated as its

@@ -91,6 +91,8 @@ def every_steps(recipe: Recipe, num_steps: int) -> int | None:
 def _why_not(recipe: Recipe, teacher) -> str | None:
     """The reason why there is no validation unless it is asked for; None where there is one by
     default."""
+    if recipe.objective.kl == "none":
+        return "there is no teacher, and the scores of each step are in the log"
     if teacher is None or not teacher.can_score or teacher.decoder is None:
         return "no live teacher scores what the student writes"
     if recipe.teacher.refresh_steps is not None:
@@ -119,7 +121,7 @@ def _held_out(
     if validation.source is None and not (has_task and can_score):
         kept, held = hold_out_of(prompts, num, is_default=not validation.is_asked_for)
         _refuse_without_room(held, max_tokens, student, teacher)
-        task = _task_of_data(recipe) if has_task else None
+        task = task_of_data(recipe) if has_task else None
         origin = "held out of the data"
         return kept, HeldOut(prompts=held, task=task, answer_end=_answer_end(task), origin=origin)
     if not can_score:
@@ -147,7 +149,7 @@ def _held_out(
     return prompts, HeldOut(prompts=found, task=task, answer_end=_answer_end(task), origin=origin)
 
 
-def _task_of_data(recipe: Recipe) -> Task:
+def task_of_data(recipe: Recipe) -> Task:
     """The task of the data, which has made the problems that it is to grade."""
     data = recipe.data
     return load_task(

@@ -28,7 +28,7 @@ from typing import Literal
 
 import numpy as np
 
-from potstill.config import ALIKE, GrpoRecipe, Recipe, Role
+from potstill.config import ALIKE, Recipe, Role
 from potstill.report.metrics import eval_at
 from potstill.report.questions import (
     ABOVE_TEACHER,
@@ -39,7 +39,7 @@ from potstill.report.questions import (
     ComparedRun,
     Question,
 )
-from potstill.runs.results import Entry, recipe_key
+from potstill.runs.results import Entry, find_starts, recipe_key
 from potstill.runs.results_schema import ProblemColumn
 from potstill.runs.schema import MetricsRow, value_in
 from potstill.statistics import SEEDS_TO_JUDGE, Estimate, pass_at_k, seeds_and_problems
@@ -62,15 +62,19 @@ def claims(entries: Sequence[Entry]) -> list[Claim]:
     lowest = min(temperatures - {highest}, default=None)
     by_path = {entry.path.resolve(): entry for entry in entries}
     at = {"none": (highest, highest), "second": (highest, lowest), "all": (lowest, lowest)}
-    return [_judge(question, by_path, at[question.cooled]) for question in QUESTIONS]
+    starts = find_starts(list(by_path.values()))
+    return [_judge(question, by_path, starts, at[question.cooled]) for question in QUESTIONS]
 
 
 def _judge(
-    question: Question, entries: dict[Path, Entry], temperatures: tuple[float | None, float | None]
+    question: Question,
+    entries: dict[Path, Entry],
+    starts: dict[Path, Entry],
+    temperatures: tuple[float | None, float | None],
 ) -> Claim:
     comparisons: dict[str, list[ComparedRun]] = defaultdict(list)
     for entry in entries.values():
-        if run := _as_run(question, entry, entries, temperatures):
+        if run := _as_run(question, entry, entries, starts=starts, temperatures=temperatures):
             comparisons[run.key].append(run)
     effects: dict[tuple[int, ...], list[dict[str, float]]] = defaultdict(list)
     pairs: list[tuple[Path, Path]] = []
@@ -193,17 +197,18 @@ def _as_run(
     question: Question,
     entry: Entry,
     entries: dict[Path, Entry],
+    *,
+    starts: dict[Path, Entry],
     temperatures: tuple[float | None, float | None],
 ) -> ComparedRun | None:
     """An entry's part in the comparisons of a question; None where it has none."""
-    if isinstance(entry.recipe, GrpoRecipe) != question.compared.of_grpo:
+    of_rl = question.compared.of_rl
+    if entry.recipe is None or (entry.recipe.objective.kl == "none") != of_rl:
         return None
-    placed = entry if entry.start is None else entries.get(entry.start.resolve())
-    if (
-        placed is None
-        or not isinstance(placed.recipe, Recipe)
-        or placed.recipe.objective.signal != "full"
-    ):
+    placed = starts.get(entry.path) if of_rl else entry
+    if placed is None or placed.recipe is None:
+        return None
+    if placed.recipe.objective.signal != "full" or not placed.recipe.reward.is_off:
         return None
     place = question.compared.place(placed)
     temperature = temperatures[place == 0]
@@ -213,9 +218,9 @@ def _as_run(
     evaluated_on, values = measured
     key = [recipe_key(placed, (*IGNORED, *question.compared.about)), evaluated_on]
     seeds = [placed.recipe.train.seed, placed.recipe.data.seed]
-    if isinstance(entry.recipe, GrpoRecipe):
-        key.append(recipe_key(entry, (*IGNORED, Role.START)))
-        seeds += [entry.recipe.grpo.seed, entry.recipe.data.seed]
+    if of_rl:
+        key.append(recipe_key(entry, (*IGNORED, "student.model")))
+        seeds += [entry.recipe.train.seed, entry.recipe.data.seed]
     reference = None
     if question.compared.reference is not None:
         reference = (

@@ -6,12 +6,12 @@ Works on what `results` read, and needs no torch.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from potstill.config import ALIKE, GrpoRecipe, Recipe, Role, fields_with, role_of
+from potstill.config import ALIKE, Role, fields_with, role_of
 from potstill.report.metrics import Metric, Summary, over_seeds, problem_values, summarize_entries
 from potstill.runs.results import Entry, find_starts, group_by_seed, recipe_key
 from potstill.statistics import Estimate
@@ -44,8 +44,8 @@ class GridPart:
 
 @dataclass(frozen=True)
 class BeforeAndAfter:
-    """A group of GRPO runs beside what they started from; differences (after - before) by key of
-    the metric."""
+    """A group of runs with a reward beside what they started from; differences (after - before) by
+    key of the metric."""
 
     before: Group
     after: Group
@@ -108,26 +108,14 @@ def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Gro
     starts = find_starts(entries)
     labels: dict[Path, str] = {}
     found = group_by_seed(entries)
-    # Distillations first: a GRPO run is told apart by what it started from.
-    for is_grpo in (False, True):
-        groups = [group for group in found if isinstance(group[0].recipe, GrpoRecipe) == is_grpo]
+    # Those first that go on from no run: the others are told apart by what they started from.
+    for goes_on in (False, True):
+        groups = [group for group in found if _goes_on(group[0], starts) == goes_on]
         by_name: dict[str, list[tuple[Entry, ...]]] = defaultdict(list)
         for group in groups:
             by_name[group[0].name].append(group)
         for name, same in by_name.items():
-            settings = []
-            for entry, *_ in same:
-                fields = {
-                    key: value
-                    for key, value in flat(entry).items()
-                    if role_of(key) is not Role.SEED
-                }
-                if is_grpo:
-                    start = starts.get(entry.path)
-                    fields |= {
-                        "model": labels.get(start.path, start.name) if start else str(entry.start)
-                    }
-                settings.append(fields or {"file": str(entry.path)})
+            settings = [_settings(entry, starts.get(entry.path), labels) for entry, *_ in same]
             for group, text in zip(same, tell_apart(settings), strict=True):
                 label = f"{name} · {text}" if text else name
                 labels |= {entry.path: label for entry in group}
@@ -142,6 +130,20 @@ def make_groups(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Gro
         )
         for group, each in zip(found, summaries, strict=True)
     ]
+
+
+def _goes_on(entry: Entry, starts: Mapping[Path, Entry]) -> bool:
+    """Whether a run goes on from another one that is known."""
+    return entry.path in starts and starts[entry.path].recipe is not None
+
+
+def _settings(entry: Entry, start: Entry | None, labels: Mapping[Path, str]) -> dict[str, Any]:
+    """The fields that tell a run from others of its name: all but seeds, and where it started."""
+    fields = {key: value for key, value in flat(entry).items() if role_of(key) is not Role.SEED}
+    if start is not None and start.recipe is not None:
+        fields["student.model"] = labels.get(start.path, start.name)
+    named = {"from" if key == "student.model" else key: value for key, value in fields.items()}
+    return named or {"file": str(entry.path)}
 
 
 def flat(entry: Entry) -> dict[str, Any]:
@@ -178,7 +180,6 @@ def tell_apart(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _text(name: str, value: Any) -> str:
-    name = {"model": "from"}.get(name, name)
     if name in ("teacher.model", "student.model"):
         value = value.rstrip("/").rpartition("/")[2]
     return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
@@ -187,13 +188,13 @@ def _text(name: str, value: Any) -> str:
 def partition(
     groups: Iterable[Group], axes: Sequence[Role], keep: Callable[[Sequence[Group]], bool] = bool
 ) -> list[GridPart]:
-    """Sets of distillations that agree on all but the fields along these axes and seeds, as far as
+    """Sets of runs that agree on all but the fields along these axes and seeds, as far as
     they are kept.
 
     They may also differ in what leaves the objective ALIKE: each can have its best learning rate,
     and some can read a cached teacher. Where that would put two groups in one place, they may not.
     """
-    found = [group for group in groups if isinstance(group.entries[0].recipe, Recipe)]
+    found = [group for group in groups if group.entries[0].recipe is not None]
     for ignored in ((*axes, *ALIKE), tuple(axes)):
         parts: dict[str, list[Group]] = defaultdict(list)
         for group in found:
@@ -249,7 +250,7 @@ def budgets(parts: Sequence[GridPart]) -> list[tuple[GridPart, ...]]:
 def has_flops(part: GridPart) -> bool:
     """Whether these runs end at a number of operations."""
     recipe = part.groups[0].entries[0].recipe
-    return isinstance(recipe, Recipe) and recipe.train.flops is not None
+    return recipe is not None and recipe.train.flops is not None
 
 
 def forward_weight_sweeps(groups: Sequence[Group]) -> list[GridPart]:
@@ -271,11 +272,9 @@ def forward_weight_sweeps(groups: Sequence[Group]) -> list[GridPart]:
 def forward_weight(group: Group) -> float | None:
     """The weight of the forward KL where it does not change and the rest is the reverse KL."""
     recipe = group.entries[0].recipe
-    if (
-        not isinstance(recipe, Recipe)
-        or recipe.objective.signal != "full"
-        or not group.entries[0].evals
-    ):
+    if recipe is None or not group.entries[0].evals:
+        return None
+    if recipe.objective.signal != "full" or not recipe.reward.is_off:
         return None
     if recipe.objective.kl == "mixed" and recipe.weight_schedule.schedule == "constant":
         return recipe.objective.forward_weight
@@ -295,13 +294,14 @@ def is_gated(group: Group) -> bool:
     return recipe is not None and recipe.window.schedule == "entropy-gated"
 
 
-def grpo_pairs(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[BeforeAndAfter]:
-    """GRPO runs beside what they started from, the best end first."""
+def rewarded_pairs(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[BeforeAndAfter]:
+    """Runs with a reward beside the run or model that they started from, the best end first."""
     starts = find_starts([entry for group in groups for entry in group.entries])
     group_of = {entry.path: group for group in groups for entry in group.entries}
     found = []
     for group in groups:
-        pairs = [(starts[entry.path], entry) for entry in group.entries if entry.path in starts]
+        after = [entry for entry in group.entries if entry.is_rewarded and entry.path in starts]
+        pairs = [(starts[entry.path], entry) for entry in after]
         if pairs:
             differences = {
                 m.key: paired_difference(pairs, m) for m in metrics if m.temperature is not None

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from potstill.config import Recipe
 from potstill.report.comparison import BeforeAndAfter, GridPart, Group, forward_weight
 from potstill.report.metrics import Metric, stored
 from potstill.runs.results import Entry
@@ -214,11 +213,11 @@ def sweep(metric: Metric, sweeps: Sequence[GridPart], link: Link) -> Figure:
 
 def sweep_prefix(part: GridPart) -> str:
     recipe = part.groups[0].entries[0].recipe
-    return f"{recipe.objective.prefix} prefix" if isinstance(recipe, Recipe) else ""
+    return f"{recipe.objective.prefix} prefix" if recipe is not None else ""
 
 
 def before_and_after(metric: Metric, pairs: Sequence[BeforeAndAfter], link: Link) -> Figure:
-    """A metric before and after GRPO, a row a start, the best end on top."""
+    """A metric before and after reinforcement learning, a row a start, the best end on top."""
     shown = [
         p for p in pairs if metric.key in p.before.summaries and metric.key in p.after.summaries
     ][::-1]

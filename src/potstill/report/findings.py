@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from potstill.config import Recipe
 from potstill.report.comparison import BeforeAndAfter, Group, pair_up, paired_difference
 from potstill.report.metrics import Metric
 from potstill.runs.results import Entry
@@ -33,7 +32,7 @@ class StepHabits(EndHabits):
 
 
 def findings(
-    metrics: Sequence[Metric], groups: Sequence[Group], grpo: Sequence[BeforeAndAfter]
+    metrics: Sequence[Metric], groups: Sequence[Group], rewarded: Sequence[BeforeAndAfter]
 ) -> list[Sentence]:
     """The findings, in sentences computed from the numbers, each with the runs it speaks of."""
     by_key = {metric.key: metric for metric in metrics}
@@ -41,13 +40,12 @@ def findings(
     avg = next((metric for metric in metrics if metric.column == "avg"), None)
     if avg is None:
         return about_ends
-    scored = [group for group in groups if avg.key in group.summaries]
-    trained = [group for group in scored if isinstance(group.entries[0].recipe, Recipe)] or scored
-    best = max(trained, key=lambda group: group.summaries[avg.key].value)
+    trained = ranked_groups(groups, rewarded, avg)
+    best = trained[0]
     facts = f"{best.label} with {values(best, [avg])[0]} %{seeds_of(best)}"
     first = f"Highest {avg.title} of {len(trained)} settings" if len(trained) > 1 else avg.title
     sentences = [(f"{first}: {facts}.", [entry.path for entry in best.entries])]
-    sentences += ranking(best, [group for group in trained if group is not best], avg)
+    sentences += ranking(best, trained[1:], avg)
     cost = by_key.get("gflops") or by_key.get("seconds")
     costed = [group for group in trained if cost is not None and cost.key in group.summaries]
     if cost is not None and len(costed) > 1:
@@ -57,16 +55,34 @@ def findings(
             f"{cost.unit} and {avg.title} {values(cheapest, [avg])[0]} %."
         )
         sentences.append((text, [entry.path for entry in cheapest.entries]))
-    if grpo and avg.key in grpo[0].after.summaries:
-        pair = grpo[0]
+    if rewarded and avg.key in rewarded[0].after.summaries:
+        pair = rewarded[0]
         text = (
-            f"Best end of GRPO: {pair.after.label}, {avg.title} {values(pair.before, [avg])[0]} "
-            f"% before and {values(pair.after, [avg])[0]} % after{seeds_of(pair.after)}."
+            f"Best end of reinforcement learning: {pair.after.label}, {avg.title} "
+            f"{values(pair.before, [avg])[0]} % before and {values(pair.after, [avg])[0]} % "
+            f"after{seeds_of(pair.after)}."
         )
         sentences.append(
             (text, [entry.path for group in (pair.before, pair.after) for entry in group.entries])
         )
     return sentences + about_ends
+
+
+def ranked_groups(
+    groups: Sequence[Group], rewarded: Sequence[BeforeAndAfter], avg: Metric
+) -> list[Group]:
+    """The groups with this accuracy, the best first: runs, or all where there is none.
+
+    Runs with a reward that go on from a run are compared with that one alone.
+    """
+    scored = [group for group in groups if avg.key in group.summaries]
+    later = {pair.after.label for pair in rewarded if pair.before.entries[0].recipe is not None}
+    runs = [
+        group
+        for group in scored
+        if group.entries[0].recipe is not None and group.label not in later
+    ]
+    return sorted(runs or scored, key=lambda group: -group.summaries[avg.key].value)
 
 
 def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]:
@@ -76,7 +92,7 @@ def ranking(best: Group, others: Sequence[Group], avg: Metric) -> list[Sentence]
     Models that no run has made are compared as they are, over problems alone.
     """
     undecided, below, few, unknown, leads = [], [], [], [], []
-    for group in sorted(others, key=lambda group: -group.summaries[avg.key].value):
+    for group in others:
         pairs = pair_up(group, best)
         effect = paired_difference(pairs, avg)
         is_trained = any(each.entries[0].recipe is not None for each in (group, best))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from potstill.config import GrpoRecipe, Recipe
+from potstill.config import Recipe
 from potstill.runs.results import Entry
 from potstill.runs.results_schema import EvalEstimate, EvalRow, ProblemColumn
 from potstill.runs.schema import value_in
@@ -164,13 +164,13 @@ def entropy_excess(entry: Entry) -> float | None:
     return total / num_all if num_all else None
 
 
-def _predicts_entropy(recipe: Recipe | GrpoRecipe | None) -> bool:
+def _predicts_entropy(recipe: Recipe | None) -> bool:
     """Whether the loss is the mean forward KL over all loss tokens and nothing else."""
-    if not isinstance(recipe, Recipe):
+    if recipe is None:
         return False
-    objective, reward = recipe.objective, recipe.reward
+    objective = recipe.objective
     is_forward = objective.kl == "forward" and objective.signal == "full"
-    is_alone = objective.weights is None and not reward.weight and not reward.start_kl
+    is_alone = objective.weights is None and recipe.reward.is_off
     return is_forward and is_alone and recipe.train.normalize == "token"
 
 

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from potstill.config import Recipe
 from potstill.report import curves
 from potstill.report.claims import claims
 from potstill.report.comparison import (
@@ -14,15 +13,15 @@ from potstill.report.comparison import (
     GridPart,
     Group,
     grids,
-    grpo_pairs,
     make_groups,
+    rewarded_pairs,
     seed_names,
 )
 from potstill.report.figures import Link, Styles, style_at
 from potstill.report.findings import findings, first_and_last_habits
 from potstill.report.metrics import Metric, Summary, entropy_excess, metrics_of
 from potstill.report.questions import Claim
-from potstill.runs.results import Entry, Panel
+from potstill.runs.results import Entry, Panel, find_starts
 from potstill.runs.results_schema import EvalRow
 from potstill.runs.schema import StepNumber, value_in
 from potstill.statistics import Estimate
@@ -36,7 +35,7 @@ class PanelResult:
     metrics: list[Metric]
     groups: list[Group]
     grids: list[GridPart]
-    grpo: list[BeforeAndAfter]
+    rewarded: list[BeforeAndAfter]
     claims: list[Claim]
 
     @cached_property
@@ -47,6 +46,16 @@ class PanelResult:
             for group in self.groups
             for path, seed in seed_names(group).items()
         }
+
+    @cached_property
+    def starts(self) -> dict[Path, Entry]:
+        """The entry that each run started from, where there is one."""
+        return find_starts(self.panel.entries)
+
+    @cached_property
+    def group_labels(self) -> dict[Path, str]:
+        """The name of the group that each entry is in."""
+        return {entry.path: group.label for group in self.groups for entry in group.entries}
 
     @cached_property
     def styles(self) -> Styles:
@@ -73,7 +82,7 @@ def panel_result(panel: Panel) -> PanelResult:
         metrics=metrics,
         groups=groups,
         grids=grids(groups),
-        grpo=grpo_pairs(groups, metrics),
+        rewarded=rewarded_pairs(groups, metrics),
         claims=judged,
     )
 
@@ -92,7 +101,7 @@ def numbers_of(result: PanelResult, link: Link) -> dict[str, Any]:
     return {
         "title": result.panel.title,
         "note": result.panel.note,
-        "findings": [text for text, _ in findings(result.metrics, result.groups, result.grpo)],
+        "findings": [text for text, _ in findings(result.metrics, result.groups, result.rewarded)],
         "metrics": {
             metric.key: {
                 "title": metric.title,
@@ -132,15 +141,15 @@ def numbers_of(result: PanelResult, link: Link) -> dict[str, Any]:
             | {"answer": claim.answer}
             for claim in result.claims
         ],
-        "grpo": [grpo_numbers(pair, link) for pair in result.grpo],
+        "rewarded": [rewarded_numbers(pair, link) for pair in result.rewarded],
         "unfinished": [
             {"path": link(path), "state": state} for path, state in result.panel.unfinished
         ],
     }
 
 
-def grpo_numbers(pair: BeforeAndAfter, link: Link) -> dict[str, Any]:
-    """The numbers of a group before and after GRPO, and of the differences."""
+def rewarded_numbers(pair: BeforeAndAfter, link: Link) -> dict[str, Any]:
+    """The numbers of a group before and after reinforcement learning, and of the differences."""
     before, after = (
         {"label": group.label, "metrics": summary_numbers(group.summaries, link)}
         for group in (pair.before, pair.after)
@@ -203,20 +212,8 @@ def interval_numbers(effect: Estimate | None) -> dict[str, float] | None:
 
 def start_of(group: Group, result: PanelResult) -> str | None:
     """The label of what a group's runs began as, where it is among the groups."""
-    recipe = group.entries[0].recipe
-    if not isinstance(recipe, Recipe):
-        return next((pair.before.label for pair in result.grpo if pair.after is group), None)
-    models = [
-        each for each in result.groups if each.entries[0].recipe is None and each.entries[0].evals
-    ]
-    return next(
-        (
-            each.label
-            for each in models
-            if each.entries[0].evals[0]["model"] == recipe.student.model
-        ),
-        None,
-    )
+    start = result.starts.get(group.entries[0].path)
+    return None if start is None else result.group_labels[start.path]
 
 
 def evaluation_of(row: EvalRow) -> dict[str, Any]:

@@ -4,11 +4,18 @@ picture."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from potstill.config import Recipe, Role, role_of
+from potstill.config import Role, role_of
 from potstill.report import figures
 from potstill.report.comparison import Group, flat, pair_up, paired_difference
 from potstill.report.figures import Figure, Link, Row
-from potstill.report.findings import NUM_NAMED, different_ends, named, seeds_of, values
+from potstill.report.findings import (
+    NUM_NAMED,
+    different_ends,
+    named,
+    ranked_groups,
+    seeds_of,
+    values,
+)
 from potstill.report.numbers import PanelResult
 from potstill.report.tables import settings_warning
 from potstill.report.validation import prompts_in_words, value_and_interval
@@ -89,7 +96,7 @@ def _some(found: Sequence[str]) -> str:
 
 def best_of(result: PanelResult) -> str:
     """A sentence on which is best by how much, or that it cannot be told."""
-    ranked = ranked_groups(result)
+    ranked = _ranked(result)
     if ranked:
         return _best_score(result, ranked)
     measured = last_validations(result)
@@ -98,14 +105,9 @@ def best_of(result: PanelResult) -> str:
     return _best_validation(*measured)
 
 
-def ranked_groups(result: PanelResult) -> list[Group]:
-    """The groups that have a score, the best first: distilled ones, or all where there is none."""
+def _ranked(result: PanelResult) -> list[Group]:
     avg = next((metric for metric in result.metrics if metric.column == "avg"), None)
-    if avg is None:
-        return []
-    scored = [group for group in result.groups if avg.key in group.summaries]
-    distilled = [group for group in scored if isinstance(group.entries[0].recipe, Recipe)]
-    return sorted(distilled or scored, key=lambda group: -group.summaries[avg.key].value)
+    return [] if avg is None else ranked_groups(result.groups, result.rewarded, avg)
 
 
 def _best_score(result: PanelResult, ranked: Sequence[Group]) -> str:
@@ -217,7 +219,7 @@ def _names(runs: Sequence[Entry], result: PanelResult) -> str:
 
 def picture(result: PanelResult, link: Link) -> Figure | None:
     """The best groups or runs beside each other with their intervals; None without a quality."""
-    ranked, rows = ranked_groups(result), []
+    ranked, rows = _ranked(result), []
     if ranked:
         avg = next(metric for metric in result.metrics if metric.column == "avg")
         name, scale = f"{avg.title} (%)", avg.scale

@@ -185,7 +185,7 @@ def page_of(result: PanelResult, link: Link) -> dict[str, Any]:
                 [(labels[path], link(path)) for path in paths[:NUM_DRAWN]],
                 len(paths) - NUM_DRAWN,
             )
-            for text, paths in findings(result.metrics, result.groups, result.grpo)
+            for text, paths in findings(result.metrics, result.groups, result.rewarded)
         ],
     }
     sections = (
@@ -196,7 +196,7 @@ def page_of(result: PanelResult, link: Link) -> dict[str, Any]:
         window_section,
         budget_section,
     )
-    for section in (*sections, grpo_section):
+    for section in (*sections, rewarded_section):
         page |= section(result, link)
     return page
 
@@ -352,11 +352,11 @@ def budget_section(result: PanelResult, link: Link) -> dict[str, Any]:
     }
 
 
-def grpo_section(result: PanelResult, link: Link) -> dict[str, Any]:
+def rewarded_section(result: PanelResult, link: Link) -> dict[str, Any]:
     """Each student before and after reinforcement learning."""
     swept = [metric for metric in result.metrics if metric.temperature is not None]
     return {
-        "grpo": [
+        "rewarded": [
             {
                 "seeds": seeds_of(pair.after),
                 "before": (pair.before.label, runs_of(pair.before, None, link)),
@@ -370,11 +370,13 @@ def grpo_section(result: PanelResult, link: Link) -> dict[str, Any]:
                     for metric in swept
                 ],
             }
-            for pair in result.grpo
+            for pair in result.rewarded
         ],
-        "grpo_header": [metric.title for metric in swept],
-        "grpo_figures": [figures.before_and_after(metric, result.grpo, link) for metric in swept]
-        if result.grpo
+        "rewarded_header": [metric.title for metric in swept],
+        "rewarded_figures": [
+            figures.before_and_after(metric, result.rewarded, link) for metric in swept
+        ]
+        if result.rewarded
         else [],
     }
 

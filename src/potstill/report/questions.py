@@ -70,16 +70,16 @@ class Comparison(NamedTuple):
     which fields may differ therefore. `contrast` makes one number of a comparison's runs. `ends`:
     those with the highest place minus those with the lowest. `top`: those with the highest.
     `slope`: the change by one unit of place, over at least three. With a `reference` a run's value
-    is what it has more than its teacher, or than the run where its GRPO began. With `of_grpo` the
-    runs are those of GRPO, each in the place of the run where it began. `needs` says in words which
-    runs these are, and `per` what a unit of place is.
+    is what it has more than its teacher, or than the run where it began. With `of_rl` the runs are
+    those of reinforcement learning alone, each in the place of the run where it began. `needs` says
+    in words which runs these are, and `per` what a unit of place is.
     """
 
     place: Placement
     about: Selection
     needs: str
     contrast: Literal["ends", "top", "slope"] = "ends"
-    of_grpo: bool = False
+    of_rl: bool = False
     reference: Literal["teacher", "start"] | None = None
     per: str = ""
 
@@ -113,7 +113,7 @@ class ComparedRun(NamedTuple):
 
 
 def _recipe(entry: Entry) -> Recipe:
-    assert isinstance(entry.recipe, Recipe)
+    assert entry.recipe is not None
     return entry.recipe
 
 
@@ -187,7 +187,7 @@ def _entropy(entry: Entry) -> float | None:
 def _starts(key: str) -> Comparison:
     place = _sides(_is_cell("dagger"), _is_cell(key))
     return Comparison(
-        place, (*PREFIX, *KL), f"GRPO from DAgger and from {METHODS[key].name} runs", of_grpo=True
+        place, (*PREFIX, *KL), f"GRPO from DAgger and from {METHODS[key].name} runs", of_rl=True
     )
 
 
@@ -239,7 +239,7 @@ RL_OPD = Comparison(
     (),
     "GRPO from OPD runs, both evaluated with the same settings",
     contrast="top",
-    of_grpo=True,
+    of_rl=True,
     reference="start",
 )
 RL_GAIN = Comparison(
@@ -247,7 +247,7 @@ RL_GAIN = Comparison(
     ("objective", "weight_schedule", "window", "teacher", Role.LENGTH, Role.WARM_UP, Role.BUDGET),
     "GRPO from three or more runs of a seed, all evaluated with the same settings",
     contrast="slope",
-    of_grpo=True,
+    of_rl=True,
     reference="start",
     per=" by a nat of the start's entropy",
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.config import GrpoRecipe, Recipe, load_any_recipe, to_toml
+from potstill.config import Recipe, load_recipe, to_toml
 from potstill.console.printable import one_line, printable
 from potstill.files import write_atomically
 from potstill.runs.quantities import SHOWN
@@ -47,7 +47,7 @@ def write_card(folder: Path, repo_id: str | None = None) -> None:
 
     `repo_id` is the name under which the hub has the model; else the card names its folder.
     """
-    recipe = load_any_recipe(folder / "recipe.toml")
+    recipe = load_recipe(folder / "recipe.toml")
     environment = read_json(folder / "environment.json", ("models",))
     models = {role: str(model["name"]) for role, model in environment["models"].items()}
     step = last_row(folder)["step"]
@@ -104,34 +104,39 @@ def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _front_matter(recipe: Recipe | GrpoRecipe, models: Mapping[str, str]) -> str:
+def _front_matter(recipe: Recipe, models: Mapping[str, str]) -> str:
     from huggingface_hub import ModelCardData
 
     base = models["student"]
     is_hub_id = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
-    kind = "reinforcement-learning" if isinstance(recipe, GrpoRecipe) else "distillation"
+    kinds = ["distillation"] if recipe.objective.kl != "none" else []
+    kinds += ["reinforcement-learning"] if recipe.reward.weight else []
     card = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         # The hub takes no folder of somebody's machine.
         base_model=base if is_hub_id else None,
-        tags=["potstill", kind],
+        tags=["potstill", *kinds],
     )
     return card.to_yaml(line_break="\n")
 
 
-def _about(recipe: Recipe | GrpoRecipe, models: Mapping[str, str], step: int) -> list[str]:
+def _about(recipe: Recipe, models: Mapping[str, str], step: int) -> list[str]:
     """Lines on what was trained, how, and on what."""
-    rows: list[tuple[str, str]] = []
-    if isinstance(recipe, GrpoRecipe):
+    is_distilled = recipe.objective.kl != "none"
+    if not is_distilled:
         said = "A language model trained by reinforcement learning with potstill."
-        rows += [("started from", code(models["student"])), ("method", code(recipe.method))]
+    elif recipe.reward.weight:
+        said = "A language model distilled from another one and rewarded with potstill."
     else:
         said = "A language model distilled from another one with potstill."
+    rows = [
+        ("student" if is_distilled else "started from", code(models["student"])),
+        ("method", code(recipe.method)),
+    ]
+    if is_distilled:
         rows += [
-            ("student", code(models["student"])),
             ("teacher", code(models["teacher"]) if "teacher" in models else "none"),
-            ("method", code(recipe.method)),
             ("who wrote the prefixes", code(recipe.objective.prefix)),
             ("KL", code(recipe.objective.kl)),
         ]
@@ -145,7 +150,7 @@ def _about(recipe: Recipe | GrpoRecipe, models: Mapping[str, str], step: int) ->
     return [said, "", "| | |", "|---|---|", *table, "", licences]
 
 
-def _prompts(recipe: Recipe | GrpoRecipe) -> str:
+def _prompts(recipe: Recipe) -> str:
     source = recipe.data.origin
     return source if isinstance(source, str) else ", ".join(source)
 

@@ -10,10 +10,9 @@ from typing import Any, Literal, NamedTuple
 from potstill.config import (
     HIGHER_IS_BETTER,
     Goal,
-    GrpoRecipe,
     Recipe,
     RecipeError,
-    load_any_recipe,
+    load_recipe,
 )
 from potstill.runs.results import PLAN_FILE, newest_evals, read_plan
 from potstill.runs.run_folder import (
@@ -131,14 +130,14 @@ def _with_crash(run: ListedRun, crash: str | None) -> ListedRun:
 
 def _listed(folder: Path) -> ListedRun:
     try:
-        recipe = load_any_recipe(folder / "recipe.toml")
+        recipe = load_recipe(folder / "recipe.toml")
         rows = read_metrics(folder, STEP_LOGS["metrics.jsonl"])
         return _described(folder, recipe, rows)
     except (RunError, RecipeError) as error:
         return ListedRun(folder=folder, state="unreadable", trouble=str(error))
 
 
-def _described(folder: Path, recipe: Recipe | GrpoRecipe, rows: list[MetricsRow]) -> ListedRun:
+def _described(folder: Path, recipe: Recipe, rows: list[MetricsRow]) -> ListedRun:
     path = folder / "metrics.jsonl"
     step = rows[-1]["step"] if rows else 0
     evals = newest_evals(folder, step)
@@ -152,10 +151,10 @@ def _described(folder: Path, recipe: Recipe | GrpoRecipe, rows: list[MetricsRow]
         state="running" if is_in_use(folder) else state,
         method=recipe.method,
         step=int(_number(step, path)),
-        num_steps=recipe.grpo.steps if isinstance(recipe, GrpoRecipe) else recipe.train.steps,
+        num_steps=recipe.train.steps,
         loss=_number(rows[-1]["loss"], path) if rows and "loss" in rows[-1] else None,
         avgs=tuple(avgs),
-        best=_best(folder, recipe) if isinstance(recipe, Recipe) else None,
+        best=_best(folder, recipe),
         seconds=math.fsum(_number(row["seconds"], path) for row in rows),
     )
 

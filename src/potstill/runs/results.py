@@ -3,12 +3,12 @@ torch."""
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from potstill.config import METHODS, GrpoRecipe, Recipe, Role, Selection, load_any_recipe
+from potstill.config import METHODS, Recipe, Role, Selection, load_recipe
 from potstill.runs.results_schema import EVAL_COLUMNS, EvalRow, PlanPanel, RunEvalRow
 from potstill.runs.run_folder import (
     REPAIRS,
@@ -44,7 +44,7 @@ class Entry:
     name: str
     path: Path
     evals: Sequence[EvalRow]
-    recipe: Recipe | GrpoRecipe | None = None
+    recipe: Recipe | None = None
     metrics: tuple[MetricsRow, ...] = ()
     samples: tuple[SampleRow, ...] = ()
     decisions: tuple[WindowRow, ...] = ()
@@ -52,21 +52,27 @@ class Entry:
 
     @property
     def cell(self) -> str | None:
-        """The key of the grid's corner that this run is in."""
-        if not isinstance(self.recipe, Recipe) or self.recipe.objective.signal != "full":
+        """The key of the grid's corner that this run is in; none of a run with a reward."""
+        recipe = self.recipe
+        if recipe is None or recipe.objective.signal != "full" or not recipe.reward.is_off:
             return None
-        here = (self.recipe.objective.prefix, self.recipe.objective.kl)
+        here = (recipe.objective.prefix, recipe.objective.kl)
         return next(
             (key for key, method in METHODS.items() if here == (method.prefix, method.kl)), None
         )
 
     @property
+    def is_rewarded(self) -> bool:
+        """Whether this run learnt from scores, beside a teacher or alone."""
+        return self.recipe is not None and self.recipe.reward.weight > 0
+
+    @property
     def start(self) -> Path | None:
-        """GRPO: the run folder or model that it started from; beside this one, where both have been
+        """The run folder or model that it started from; beside this one, where both have been
         moved."""
-        if not isinstance(self.recipe, GrpoRecipe):
+        if self.recipe is None:
             return None
-        named = Path(self.recipe.model)
+        named = Path(self.recipe.student.model)
         beside = self.path.parent / named.name
         return beside if not named.exists() and beside.exists() else named
 
@@ -110,7 +116,7 @@ def read_entry(path: Path) -> Entry:
             f"{str(path)!r} is no run folder, study folder or evaluation file; "
             "`potstill runs FOLDER` lists the runs in a folder"
         )
-    recipe = load_any_recipe(path / "recipe.toml")
+    recipe = load_recipe(path / "recipe.toml")
     if not is_trained(path, recipe):
         raise RunError(f"run {str(path)!r} is not finished; `{resume_command(path)}` resumes it")
     metrics = tuple(read_metrics(path, STEP_LOGS["metrics.jsonl"]))
@@ -209,8 +215,8 @@ def recipe_key(entry: Entry, ignore: Selection) -> str:
 
 
 def find_starts(entries: Sequence[Entry]) -> dict[Path, Entry]:
-    """For the folder of each GRPO run, the entry among these that it started from, where there is
-    one."""
+    """For the folder of each run, the run or the model among these that it started from, where
+    there is one."""
     known = {
         path.resolve(): entry for entry in entries for path in (entry.path, entry.path / "model")
     }
@@ -226,17 +232,31 @@ def find_starts(entries: Sequence[Entry]) -> dict[Path, Entry]:
 
 
 def group_by_seed(entries: Sequence[Entry]) -> list[tuple[Entry, ...]]:
-    """Runs whose recipes agree on everything but the seeds; GRPO runs too, whose starts then differ
-    in seeds alone.
+    """Runs whose recipes agree on everything but the seeds; those too that go on from runs which
+    differ in seeds alone.
 
     A model without a run is a group of its own.
     """
     starts = find_starts(entries)
-    groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
-        key = (recipe_key(entry, (Role.SEED,)), "" if entry.recipe is not None else str(entry.path))
-        start = starts.get(entry.path)
-        if start is not None and start.recipe is not None:
-            key = (recipe_key(entry, (Role.SEED, Role.START)), recipe_key(start, (Role.SEED,)))
+        is_model = entry.recipe is None
+        key = (str(entry.path),) if is_model else tuple(_seedless_keys(entry, starts))
         groups[key].append(entry)
     return [tuple(group) for group in groups.values()]
+
+
+def _seedless_keys(entry: Entry, starts: Mapping[Path, Entry]) -> list[str]:
+    """The recipes of a run and of those that it goes on from, the last one first, without seeds and
+    what follows from them."""
+    keys: list[str] = []
+    seen: set[Path] = set()
+    # Folders that were removed and made again can name each other.
+    while entry.path not in seen:
+        seen.add(entry.path)
+        start = starts.get(entry.path)
+        if start is None or start.recipe is None:
+            return [*keys, recipe_key(entry, (Role.SEED,))]
+        keys.append(recipe_key(entry, (Role.SEED, "student.model")))
+        entry = start
+    return keys

@@ -16,11 +16,9 @@ from typing import Any, cast
 from potstill.config import (
     CHANGE_NOTHING,
     CHANGE_ROUNDING,
-    GrpoRecipe,
     Recipe,
     Role,
-    RunRecipe,
-    load_any_recipe,
+    load_recipe,
     role_of,
     to_toml,
 )
@@ -51,9 +49,7 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked; the message is one line and says what to do."""
 
 
-def check_folder(
-    recipe: RunRecipe, may_change: Collection[Role] = ()
-) -> dict[str, tuple[Any, Any]]:
+def check_folder(recipe: Recipe, may_change: Collection[Role] = ()) -> dict[str, tuple[Any, Any]]:
     """The fields in which the recipe of the run in its folder differs, with both values. Writes
     nothing.
 
@@ -69,7 +65,7 @@ def check_folder(
         raise RunError(
             f"folder {str(folder)!r} is not empty and holds no run; choose another --out"
         )
-    there = load_any_recipe(folder / "recipe.toml")
+    there = load_recipe(folder / "recipe.toml")
     changes = there.changes_to(recipe)
     for name, (theirs, ours) in changes.items():
         if role_of(name) not in (*CHANGE_NOTHING, *CHANGE_ROUNDING, *may_change):
@@ -81,16 +77,10 @@ def check_folder(
     return changes
 
 
-def _extension(there: RunRecipe, here: RunRecipe, name: str) -> str:
+def _extension(there: Recipe, here: Recipe, name: str) -> str:
     """How `--extend-to` would make this recipe that of the run there, which differs in field
     `name`; else nothing."""
-    if (
-        not isinstance(there, Recipe)
-        or not isinstance(here, Recipe)
-        or there.train.flops is not None
-    ):
-        return ""
-    if role_of(name) is not Role.LENGTH:
+    if there.train.flops is not None or role_of(name) is not Role.LENGTH:
         return ""
     if here.train.steps > there.train.steps:
         return f"go on with --extend-to {here.train.steps}, or "
@@ -110,17 +100,17 @@ def _other_place(folder: Path) -> str:
     )
 
 
-def is_trained(folder: Path, recipe: RunRecipe) -> bool:
+def is_trained(folder: Path, recipe: Recipe) -> bool:
     """Whether the folder holds a finished run of this recipe, but for its evaluation."""
     done = folder / "DONE"
     return done.is_file() and done.read_bytes().strip() == recipe.identity().encode()
 
 
-def is_done(folder: Path, recipe: RunRecipe) -> bool:
+def is_done(folder: Path, recipe: Recipe) -> bool:
     """Whether the folder holds this recipe's finished run, evaluated as it says."""
     if not is_trained(folder, recipe):
         return False
-    changes = load_any_recipe(folder / "recipe.toml").changes_to(recipe)
+    changes = load_recipe(folder / "recipe.toml").changes_to(recipe)
     return not any(role_of(name) is Role.EVALUATION for name in changes)
 
 
@@ -133,15 +123,12 @@ def begun_on(folder: Path) -> str | None:
 
 def resume_command(folder: Path) -> str:
     """The command that goes on with an unfinished run."""
-    recipe = load_any_recipe(folder / "recipe.toml")
-    return (
-        f"potstill {'grpo' if isinstance(recipe, GrpoRecipe) else 'train'} {folder / 'recipe.toml'}"
-    )
+    return f"potstill train {folder / 'recipe.toml'}"
 
 
 @contextmanager
 def open_run(
-    recipe: RunRecipe, environment: dict[str, Any], may_change: Collection[Role] = ()
+    recipe: Recipe, environment: dict[str, Any], may_change: Collection[Role] = ()
 ) -> Iterator[tuple[str, ...]]:
     """Create the run folder or enter it again, for this process alone; gives lines about what the
     recipe changed.
@@ -391,7 +378,7 @@ def _repair(path: Path) -> str:
     return REPAIRS.get(path.name, "restore it, or remove it and make it again")
 
 
-def mark_done(recipe: RunRecipe) -> None:
+def mark_done(recipe: Recipe) -> None:
     """Write DONE, once all that it vouches for is on disk."""
     for path in (recipe.out, *recipe.out.glob("model"), *recipe.out.glob("model/*")):
         flush(path)

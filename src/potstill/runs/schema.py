@@ -40,7 +40,8 @@ StepNumber = (
         "zlib_ratio",
         "num_loss_tokens",
     ]
-    | Literal["total_flops", "forward_weight", "reward", "groups_with_signal", "seconds"]
+    | Literal["total_flops", "forward_weight", "seconds"]
+    | Literal["reward", "groups_with_signal", "clipped", "start_kl"]
     | TokenMean
     | EntropyBeforeAnswer
     | TimedPart
@@ -115,7 +116,7 @@ class RolloutMeans(TypedDict):
 
 
 class StepMeans(TokenMeans, RolloutMeans):
-    """Means of a distillation's step."""
+    """Means of a step."""
 
     loss: float
     """The loss that the step's gradient is of; a KL in nats a loss token."""
@@ -147,19 +148,6 @@ class EndHabits(TypedDict):
     known."""
 
 
-class StepMetrics(RolloutMeans, Update):
-    """A step of training, whatever trains."""
-
-    step: int
-    """Number of the step, from 1."""
-    window: int
-    """The window, in tokens."""
-    flops: Flops
-    """Floating-point operations of the step, by part."""
-    total_flops: float
-    """Floating-point operations of the run so far."""
-
-
 class Rewards(TypedDict):
     """Scores of a step's responses, where they are scored."""
 
@@ -174,7 +162,7 @@ class Rewards(TypedDict):
     """KL(student ‖ start) in nats a token, where it has a weight."""
 
 
-class DistillationExtras(Rewards):
+class StepExtras(Rewards):
     """Numbers that only some objectives or models have."""
 
     forward_weight: NotRequired[float]
@@ -183,40 +171,21 @@ class DistillationExtras(Rewards):
     """Several end tokens: how likely each is to both models where completions end."""
 
 
-class DistillationMetrics(StepMetrics, StepMeans, DistillationExtras):
-    """A step of a distillation."""
+class StepMetrics(StepMeans, Update, StepExtras):
+    """A step of training."""
 
+    step: int
+    """Number of the step, from 1."""
     prefix: str
     """The recipe's `objective.prefix`."""
     rollout_age: int
     """How many steps the rollouts had served before."""
-
-
-class OldRewards(TypedDict):
-    """Scores of a GRPO step's responses."""
-
-    reward: float
-    reward_std: float
-    """Mean score of a response, and the standard deviation."""
-    groups_with_signal: float
-    """Share of groups whose responses differ in score."""
-    kl_to_start: NotRequired[float]
-    """KL to the start model in nats a token, where it has a weight."""
-
-
-class ResponseMeans(RolloutMeans):
-    """Means over the responses of a GRPO step, of the distribution that they were drawn from."""
-
-    student_entropy: float
-    student_entropy_before_answer: float
-    """Token entropy in nats, over all tokens and over those up to the first final answer."""
-
-
-class GrpoMetrics(StepMetrics, ResponseMeans, OldRewards):
-    """A step of GRPO."""
-
-    loss: float
-    """The loss that TRL reports."""
+    window: int
+    """The window, in tokens."""
+    flops: Flops
+    """Floating-point operations of the step, by part."""
+    total_flops: float
+    """Floating-point operations of the run so far."""
 
 
 class Timing(TypedDict):
@@ -233,12 +202,8 @@ class Timing(TypedDict):
     """The parts that the step had."""
 
 
-class DistillationRow(DistillationMetrics, Timing):
-    """A row of `metrics.jsonl` in a distillation's run folder."""
-
-
-class GrpoRow(GrpoMetrics, Timing):
-    """A row of `metrics.jsonl` in a GRPO run folder."""
+class MetricsRow(StepMetrics, Timing):
+    """A row of `metrics.jsonl`."""
 
 
 class Quality(TypedDict):
@@ -371,12 +336,8 @@ class WindowRow(GateDecision):
     """The step that it came before, from 1."""
 
 
-AnyMetrics = DistillationMetrics | GrpoMetrics
-MetricsRow = DistillationRow | GrpoRow
-
-
 @overload
-def value_in(row: AnyMetrics, name: StepNumber) -> float | None: ...
+def value_in(row: StepMetrics, name: StepNumber) -> float | None: ...
 @overload
 def value_in(row: EvalRow, name: EvalEstimate) -> Interval | None: ...
 @overload

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potstill.config import Evaluation, GrpoRecipe, Recipe, Role, Selection
-from potstill.config.toml import AnyRecipe
+from potstill.config import Evaluation, Recipe, Role, Selection
 from potstill.runs.results import read_entry
 from potstill.runs.schema import FLOPS_PARTS, FlopsPart, TimedPart, value_in
 from potstill.tasks import is_table
@@ -32,8 +31,8 @@ NUM_TRIAL_STEPS = 2
 MAX_TRIAL_BYTES = 50e6
 # Fields that the cost of a step does not depend on.
 FREE: Selection = (
-    *(Role.OUTPUT, Role.EVALUATION, Role.SEED, Role.TUNED, Role.START, Role.CACHE, Role.DIVERGENCE),
-    *(Role.LENGTH, Role.WARM_UP, Role.BUDGET, "data.num_prompts"),
+    *(Role.OUTPUT, Role.EVALUATION, Role.SEED, Role.TUNED, Role.CACHE, Role.DIVERGENCE),
+    *(Role.LENGTH, Role.WARM_UP, Role.BUDGET, "data.num_prompts", "student.model"),
 )
 
 
@@ -75,27 +74,22 @@ def estimate_costs(items: Sequence[Item], one_thread: bool) -> dict[Path, Cost |
 
     if one_thread:
         torch.set_num_threads(1)
-    known = Known(_finished_steps(items), {})
-    students = {
-        item.job.path: item.recipe.student.model
-        for item in items
-        if isinstance(item.recipe, Recipe)
-    }
+    students = {item.job.path: item.recipe.student.model for item in items if item.kind == "train"}
+    known = Known(_finished_steps(items, students), {})
     return {item.job.path: _cost(item, _start(item, students), known) for item in left}
 
 
-def _finished_steps(items: Sequence[Item]) -> dict[str, StepCost | None]:
-    done = [item for item in items if item.kind in ("train", "grpo") and item.is_done]
-    return {_kind(item.recipe): _finished_step(item.job.path) for item in done}
+def _finished_steps(items: Sequence[Item], students: dict[Path, str]) -> dict[str, StepCost | None]:
+    done = [item for item in items if item.kind == "train" and item.is_done]
+    return {
+        _kind(item.recipe, _start(item, students)): _finished_step(item.job.path) for item in done
+    }
 
 
 def _start(item: Item, students: dict[Path, str]) -> str:
     """The model that an item begins with, or where a run makes it first, the student of that
     run."""
-    recipe = item.recipe
-    start = recipe.model if isinstance(recipe, GrpoRecipe) else recipe.student.model
-    if item.kind == "evaluate":
-        start = item.job.arguments[1]
+    start = item.job.arguments[1] if item.kind == "evaluate" else item.recipe.student.model
     # A model that does not exist yet is as large as the one it is made from.
     return students.get(Path(start), students.get(Path(start).parent, start))
 
@@ -105,7 +99,6 @@ def _cost(item: Item, start: str, known: Known) -> Cost | None:
         return _evaluation_cost(start, item.evaluation, known)
     step = _step_cost(item, start, known)
     if item.kind == "cache":
-        assert isinstance(item.recipe, Recipe)
         return None if step is None else _cache_cost(item.recipe, step)
     evaluated = _evaluation_cost(start, item.evaluation, known)
     return None if step is None or evaluated is None else _run_cost(item, step, evaluated)
@@ -113,11 +106,9 @@ def _cost(item: Item, start: str, known: Known) -> Cost | None:
 
 def _step_cost(item: Item, start: str, known: Known) -> StepCost | None:
     recipe = item.recipe
-    kind = _kind(recipe)
+    kind = _kind(recipe, start)
     if kind not in known.steps:
-        cached = item.kind == "cache" or (
-            isinstance(recipe, Recipe) and recipe.teacher.cache is not None
-        )
+        cached = item.kind == "cache" or recipe.teacher.cache is not None
         known.steps[kind] = _try_steps(recipe, start, cached)
     return known.steps[kind]
 
@@ -144,16 +135,16 @@ def _run_cost(item: Item, step: StepCost, evaluated: Cost) -> Cost:
     """The cost of as many steps as the run takes, which its budget of operations can cut short, and
     its evaluation."""
     recipe, num_steps = item.recipe, item.job.num_steps
-    if isinstance(recipe, Recipe) and recipe.train.flops is not None and step.flops:
+    if recipe.train.flops is not None and step.flops:
         num_steps = min(num_steps, math.ceil(recipe.train.flops / step.flops))
     return Cost(step.seconds * num_steps + evaluated.seconds, step.num_bytes + evaluated.num_bytes)
 
 
-def _kind(recipe: Recipe | GrpoRecipe) -> str:
-    """The part of a recipe that runs with steps of one cost have in common."""
+def _kind(recipe: Recipe, start: str) -> str:
+    """The part of a recipe that runs with steps of one cost have in common, with the model that
+    they began with."""
     data = recipe.resolved_without(FREE)
-    cached = isinstance(recipe, Recipe) and recipe.teacher.cache is not None
-    return json.dumps([cached, data], sort_keys=True)
+    return json.dumps([recipe.teacher.cache is not None, start, data], sort_keys=True)
 
 
 def _finished_step(path: Path) -> StepCost:
@@ -169,44 +160,29 @@ def _finished_step(path: Path) -> StepCost:
     )
 
 
-def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCost | None:
+def _try_steps(recipe: Recipe, start: str, cached: bool) -> StepCost | None:
     """A trial in a folder that is removed again; None where it would not be quick, or run code of
     the user's.
 
     There is no cache yet, so what it saves is taken off.
     """
-    models = [start]
-    if isinstance(recipe, Recipe) and recipe.teacher.model != "self":
-        models.append(recipe.teacher.model)
-    if (
-        is_table(recipe.data.origin)
-        or own_task(recipe.data.origin)
-        or not all(map(_is_small, models))
-    ):
+    from potstill.training.loop import train
+
+    origin = recipe.data.origin
+    models = {start, recipe.teacher.model} - {"self"}
+    if is_table(origin) or any(map(own_task, (origin, *recipe.own_sources))):
         return None
+    if not all(map(_is_small, models)):
+        return None
+    few = {"steps": NUM_TRIAL_STEPS, "warmup_steps": 0, "flops": None}
+    sections = {"train": few, "teacher": {"cache": None}, "student": {"model": start}}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "trial"
-        if isinstance(recipe, GrpoRecipe):
-            from potstill.grpo.run import run_grpo
-
-            run_grpo(
-                _trial(
-                    recipe,
-                    {"grpo": {"steps": NUM_TRIAL_STEPS, "warmup_steps": 0}},
-                    out,
-                    model=start,
-                ),
-                quiet=True,
-            )
-        else:
-            from potstill.training.loop import train
-
-            few = {"steps": NUM_TRIAL_STEPS, "warmup_steps": 0, "flops": None}
-            try:
-                train(_trial(recipe, {"train": few, "teacher": {"cache": None}}, out), quiet=True)
-            except NonFiniteError:
-                # The run will say so itself; others can go on.
-                return None
+        try:
+            train(_trial(recipe, sections, out), quiet=True)
+        except NonFiniteError:
+            # The run will say so itself; others can go on.
+            return None
         # The first step also warms up.
         last = read_entry(out).metrics[-1]
         saved: tuple[FlopsPart, ...] = ("rollout", "teacher") if cached else ()
@@ -225,13 +201,11 @@ def _try_steps(recipe: Recipe | GrpoRecipe, start: str, cached: bool) -> StepCos
         )
 
 
-def _trial(
-    recipe: AnyRecipe, sections: dict[str, dict[str, Any]], out: Path, **start: str
-) -> AnyRecipe:
+def _trial(recipe: Recipe, sections: dict[str, dict[str, Any]], out: Path) -> Recipe:
     update = {
         name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()
     }
-    return recipe.model_copy(update=update | {"out": out, "evaluation": Evaluation()} | start)
+    return recipe.model_copy(update=update | {"out": out, "evaluation": Evaluation()})
 
 
 def _try_evaluation(model: str, evaluation: Evaluation) -> Cost | None:

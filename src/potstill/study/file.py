@@ -28,9 +28,15 @@ def _flat(value: Any) -> Any:
 SET_BY_THE_STUDY = {
     "out": "give out to the study, whose runs are named by what they are",
 } | dict.fromkeys(fields_with(Role.SEED), "use seeds = [...] of the study or of a group")
-# It also sets these fields of the GRPO stage.
+# A stage takes these fields from the run that it goes on from: whose prompts they are, ...
+DATA_OF_THE_START = frozenset(
+    f"data.{name}"
+    for name in ("source", "sources", "split", "config", "prompt_column", "prompt_template")
+)
+# ... and all others that it may not set.
 SET_BY_THE_START: dict[str, str] = dict.fromkeys(
-    ("model", "data.source", "evaluation"), "the stage takes it from the run that it goes on from"
+    ("student.model", "evaluation", *sorted(DATA_OF_THE_START)),
+    "the stage takes it from the run that it goes on from",
 )
 CORNER: tuple[str, ...] = ("objective.prefix", "objective.kl")
 
@@ -71,6 +77,24 @@ class Judgement(Section):
     """Fields of section `evaluation` that differ."""
 
 
+class Stage(Runs):
+    """A further run from each run of a group: its student is what that run made."""
+
+    label: str = ""
+    """The name of its runs beside their method."""
+    recipe: str = "rl"
+    """Base recipe; student, prompts, seeds, folder and evaluation come from the run before."""
+    fields: Fields
+    """Fields over the recipe's."""
+    also_from: tuple[str, ...] = ()
+    """Models that it starts from as well."""
+
+    @model_validator(mode="after")
+    def _leaves_what_the_start_sets(self):
+        refuse_fields("fields", self.fields, SET_BY_THE_START)
+        return self
+
+
 class StudyGroup(Runs):
     """Runs that differ in the values of some fields."""
 
@@ -87,8 +111,8 @@ class StudyGroup(Runs):
     """Take the swept value of this method; by default that of the axis `method`."""
     cache: bool = False
     """Runs on teacher prefixes read the teacher from a cache, which is built first."""
-    grpo: bool = False
-    """Go on from each run with the study's GRPO stage."""
+    then: tuple[Stage, ...] = ()
+    """Further stages, each from every run."""
     judgements: tuple[Judgement, ...] = ()
     """Other evaluations of each run."""
 
@@ -150,8 +174,6 @@ class PanelPlan(Runs):
     """Fields of all runs of the panel."""
     models: tuple[str, ...] = ()
     """Models that are evaluated beside the runs."""
-    grpo_from: tuple[str, ...] = ()
-    """Models that the GRPO stage also starts from."""
     sweep: Sweep | None = None
     """A choice that is made before anything is compared."""
     groups: tuple[StudyGroup, ...] = Field(min_length=1)
@@ -176,20 +198,6 @@ class PanelPlan(Runs):
         return self
 
 
-class Stage(Runs):
-    """The GRPO stage of a study."""
-
-    recipe: str = "grpo"
-    """Base recipe; start, seeds, folder and evaluation come from the run that it goes on from."""
-    fields: Fields
-    """Fields over the recipe's."""
-
-    @model_validator(mode="after")
-    def _leaves_what_the_start_sets(self):
-        refuse_fields("fields", self.fields, SET_BY_THE_START)
-        return self
-
-
 class Study(Runs):
     """A whole study."""
 
@@ -202,8 +210,6 @@ class Study(Runs):
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """Each run is done with each: seeds of the training problems and of sampling. Held-out problems
     stay the same."""
-    grpo: Stage = Stage.model_validate({})
-    """Reinforcement learning after distillation, for groups that ask for it."""
     panels: tuple[PanelPlan, ...] = Field(min_length=1)
     """The panels of the report."""
 
@@ -226,8 +232,17 @@ def read_study_file(study: str | Path) -> Study:
     def beside(recipe: str) -> str:
         return str(path.parent / recipe) if (path.parent / recipe).is_file() else recipe
 
-    panels = tuple(
-        p.model_copy(update={"recipe": beside(p.recipe or found.recipe)}) for p in found.panels
-    )
-    stage = found.grpo.model_copy(update={"recipe": beside(found.grpo.recipe)})
-    return found.model_copy(update={"panels": panels, "grpo": stage})
+    def with_recipes(group: StudyGroup) -> StudyGroup:
+        then = tuple(
+            stage.model_copy(update={"recipe": beside(stage.recipe)}) for stage in group.then
+        )
+        return group.model_copy(update={"then": then})
+
+    panels = []
+    for panel in found.panels:
+        found_by = {
+            "recipe": beside(panel.recipe or found.recipe),
+            "groups": tuple(map(with_recipes, panel.groups)),
+        }
+        panels.append(panel.model_copy(update=found_by))
+    return found.model_copy(update={"panels": tuple(panels)})

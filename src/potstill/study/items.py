@@ -13,18 +13,16 @@ from typing import Any, Literal
 
 from potstill.config import (
     Evaluation,
-    GrpoRecipe,
     Recipe,
     make_recipe,
     read_recipe,
     toml_value,
-    validate,
     with_fields,
 )
 from potstill.files import json_digest
 from potstill.runs.run_folder import is_done
 from potstill.study.cells import corner
-from potstill.study.file import PanelPlan, Study
+from potstill.study.file import DATA_OF_THE_START, PanelPlan, Stage, Study
 from potstill.study.jobs import Job
 from potstill.tasks import is_table
 
@@ -37,10 +35,10 @@ class Item:
     waits for a sweep.
     """
 
-    kind: Literal["train", "grpo", "cache", "evaluate"]
+    kind: Literal["train", "cache", "evaluate"]
     label: str
     job: Job
-    recipe: Recipe | GrpoRecipe
+    recipe: Recipe
     evaluation: Evaluation
     pending: bool = False
     shown: bool = True
@@ -49,9 +47,7 @@ class Item:
     def is_done(self) -> bool:
         """Whether it is there, whole and of this recipe."""
         return (
-            is_done(self.job.path, self.recipe)
-            if self.kind in ("train", "grpo")
-            else self.job.done.exists()
+            is_done(self.job.path, self.recipe) if self.kind == "train" else self.job.done.exists()
         )
 
 
@@ -60,9 +56,14 @@ def panel_recipe(panel: PanelPlan, fields: dict[str, Any], seed: int, out: Path)
     assert panel.recipe is not None
     data = read_recipe(panel.recipe, fields)
     section = data.get("data", {})
-    has_task = "sources" not in section and not is_table(section.get("source", "multiplication"))
-    seeds = {"train.seed": seed} | ({"data.seed": seed} if has_task else {})
-    return make_recipe(with_fields(data, seeds | {"out": str(out)}), f"panel {panel.title!r}")
+    source = section.get("sources") or section.get("source", "multiplication")
+    given = _seeds(source, seed) | {"out": str(out)}
+    return make_recipe(with_fields(data, given), f"panel {panel.title!r}")
+
+
+def _seeds(source: Any, seed: int) -> dict[str, int]:
+    """The seeds of a run, of which only a task's problems have one of their own."""
+    return {"train.seed": seed} | ({} if is_table(source) else {"data.seed": seed})
 
 
 def _slug(text: str) -> str:
@@ -91,18 +92,8 @@ def run_items(
         yield cache
         needs = (cache.job.path,)
         recipe = make_recipe(with_fields(recipe.resolved(), {"teacher.cache": str(cache.job.path)}))
-    folder = study.out / "runs" / f"{_slug(recipe.method)}-{recipe.hash()}"
-    recipe = recipe.model_copy(update={"out": folder})
     label = ", ".join([recipe.method, *details])
-    job = _job(study, "train", label + which, folder, recipe.train.steps, needs)
-    yield Item(
-        kind="train",
-        label=label,
-        job=job,
-        recipe=recipe,
-        evaluation=recipe.evaluation,
-        pending=pending,
-    )
+    yield _run_item(study, recipe, label, which, pending, needs)
 
 
 def _job(
@@ -151,33 +142,46 @@ def _cache(study: Study, recipe: Recipe, window: int) -> Item:
     )
 
 
-def grpo_item(
+def stage_item(
     study: Study,
+    stage: Stage,
+    *,
     model: str,
     start: Recipe,
     seed: int,
-    label: str,
+    origin: str,
     which: str,
-    pending: bool,
+    pending: bool = False,
     needs: tuple[Path, ...] = (),
 ) -> Item:
-    """A GRPO run from a model, on the task and with the evaluation of the recipe `start`."""
-    fields = {"model": model, "grpo.seed": seed, "data.source": start.data.origin}
-    fields |= {} if is_table(start.data.origin) else {"data.seed": seed}
+    """A stage's run from a model that is called `origin`, on the prompts and with the evaluation of
+    the recipe `start`."""
+    before = start.resolved()
+    fields = {f"data.{name}": value for name, value in before["data"].items()}
+    taken = sorted(DATA_OF_THE_START & fields.keys())
+    fields = {name: fields[name] for name in taken if fields[name] != []}
+    fields |= _seeds(start.data.origin, seed)
     # The rates of a shipped recipe are for models of its kind: those that this one began with.
     first = start.student.model if needs else model
-    data = read_recipe(study.grpo.recipe, study.grpo.fields | fields | {"model": first}) | {
-        "model": model
-    }
-    data["evaluation"] = start.resolved().get("evaluation", {})
-    recipe = validate(data, "grpo", GrpoRecipe)
-    folder = study.out / "runs" / f"grpo-{recipe.hash()}"
+    data = read_recipe(stage.recipe, stage.fields | fields | {"student.model": first})
+    for name in DATA_OF_THE_START - fields.keys():
+        data["data"].pop(name.partition(".")[2], None)
+    data = with_fields(data, {"student.model": model, "evaluation": before.get("evaluation", {})})
+    recipe = make_recipe(data, "then")
+    label = ", ".join([f"{recipe.method} from {origin}", *([stage.label] if stage.label else [])])
+    return _run_item(study, recipe, label, which, pending, needs)
+
+
+def _run_item(
+    study: Study, recipe: Recipe, label: str, which: str, pending: bool, needs: tuple[Path, ...]
+) -> Item:
+    """A run in the folder of its own that its recipe names."""
+    folder = study.out / "runs" / f"{_slug(recipe.method)}-{recipe.hash()}"
     recipe = recipe.model_copy(update={"out": folder})
-    job = _job(study, "grpo", label + which, folder, recipe.grpo.steps, needs)
     return Item(
-        kind="grpo",
+        kind="train",
         label=label,
-        job=job,
+        job=_job(study, "train", label + which, folder, recipe.train.steps, needs),
         recipe=recipe,
         evaluation=recipe.evaluation,
         pending=pending,

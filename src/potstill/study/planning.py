@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.config import Recipe, RecipeError, make_recipe, run_evaluation, with_fields
+from potstill.config import RecipeError, make_recipe, run_evaluation, with_fields
 from potstill.runs.results import read_entry
 from potstill.study.cells import axis_text, cells, corner, widest_window
 from potstill.study.file import PanelPlan, Study
-from potstill.study.items import Item, evaluation_item, grpo_item, panel_recipe, run_items
+from potstill.study.items import Item, evaluation_item, panel_recipe, run_items, stage_item
 
 # The most runs of a panel: more are a slip in an axis, and would take minutes to plan alone.
 MAX_RUNS = 10_000
@@ -113,17 +113,19 @@ def _panel_items(
         yield evaluation_item(
             study, model.removeprefix("potstill:"), model, base, run_evaluation(base)
         )
-    for model in panel.grpo_from:
-        for seed in study.seeds:
-            yield grpo_item(
-                study,
-                model,
-                base,
-                seed,
-                f"GRPO from {model}",
-                _seed_text(seed, study.seeds),
-                pending=False,
-            )
+    for group in panel.groups:
+        seeds = group.seeds or study.seeds
+        for stage, seed in itertools.product(group.then, seeds):
+            for model in stage.also_from:
+                yield stage_item(
+                    study,
+                    stage,
+                    model=model,
+                    start=base,
+                    seed=seed,
+                    origin=model,
+                    which=_seed_text(seed, seeds),
+                )
     all_cells = cells(study, panel)
     widest = widest_window(all_cells)
     for cell in all_cells:
@@ -138,12 +140,17 @@ def _panel_items(
             made = list(run_items(study, panel, fields, seed, cell.details, which, window, pending))
             yield from made
             run = made[-1]
-            assert isinstance(run.recipe, Recipe)
-            if cell.group.grpo:
-                model = str(run.job.path)
-                label = f"GRPO from {run.label}"
-                yield grpo_item(
-                    study, model, run.recipe, seed, label, which, pending, (run.job.path,)
+            for stage in cell.group.then:
+                yield stage_item(
+                    study,
+                    stage,
+                    model=str(run.job.path),
+                    start=run.recipe,
+                    seed=seed,
+                    origin=run.label,
+                    which=which,
+                    pending=pending,
+                    needs=(run.job.path,),
                 )
             for judgement in cell.group.judgements:
                 judged = with_fields(run.recipe.resolved(), _in("evaluation", judgement.fields))

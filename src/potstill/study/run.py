@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from potstill.config import METHODS, GrpoRecipe, Recipe, RecipeError, to_toml
+from potstill.config import METHODS, RecipeError, to_toml
 from potstill.console.printable import plain, say
 from potstill.files import write_atomically, write_json
 from potstill.runs.results import PLAN_FILE, read_entry, read_plan
@@ -78,12 +78,9 @@ def _check_models(study: Study, panels: Sequence[PlannedPanel]) -> None:
 
     names: set[str] = set()
     for item in (item for panel in panels for item in panel.items):
-        if isinstance(item.recipe, Recipe):
-            names |= {item.recipe.student.model, item.recipe.teacher.model} - {"self"}
-        if item.kind in ("grpo", "evaluate"):
-            names.add(
-                item.recipe.model if isinstance(item.recipe, GrpoRecipe) else item.job.arguments[1]
-            )
+        names |= {item.recipe.student.model, item.recipe.teacher.model} - {"self"}
+        if item.kind == "evaluate":
+            names.add(item.job.arguments[1])
     for name in sorted(names):
         if not Path(name).is_relative_to(study.out):
             locate(name)
@@ -120,7 +117,9 @@ def _edited_files(item: Item) -> list[str]:
     then."""
     if item.kind != "evaluate":
         return list(
-            edited_files(item.job.path, own_files(item.recipe.data.origin, item.evaluation.source))
+            edited_files(
+                item.job.path, own_files(item.recipe.data.origin, *item.recipe.own_sources)
+            )
         )
     then = read_entry(item.job.path).evals[0]["settings"].get("source_sha256")
     return [file for file, now in own_files(item.evaluation.source).items() if now != then]
@@ -235,7 +234,7 @@ def print_plan(
     items = list({item.job.path: item for panel in panels for item in panel.items}.values())
     costs = estimate_costs(items, one_thread)
     table = Table(title=plain(study.out, "italic"), title_justify="left")
-    for column in ("panel", "distil", "GRPO", "evaluate", "cache", "done", "crashed", "to do"):
+    for column in ("panel", "train", "evaluate", "cache", "done", "crashed", "to do"):
         table.add_column(
             column, justify="left" if column == "panel" else "right", min_width=len(column)
         )
@@ -246,8 +245,7 @@ def print_plan(
             sum(state.startswith("crashed") for state in found),
         )
         kinds = [
-            str(sum(i.kind == kind for i in panel.items))
-            for kind in ("train", "grpo", "evaluate", "cache")
+            str(sum(i.kind == kind for i in panel.items)) for kind in ("train", "evaluate", "cache")
         ]
         table.add_row(
             plain(panel.title), *kinds, str(num_done), str(num_crashed), str(len(found) - num_done)

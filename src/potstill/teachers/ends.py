@@ -1,6 +1,6 @@
 """End tokens: which ids end a completion, and which of them are one class in the loss.
 
-Both are decided here alone. Training, caches, GRPO and evaluation ask the same functions.
+Both are decided here alone. Training, caches and evaluation ask the same functions.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
 
-from potstill.runs.schema import AnyMetrics, StepNumber, value_in
+from potstill.runs.schema import StepMetrics, StepNumber, value_in
 
 # Steps whose mean is compared. With 8 rollouts a step it is of 80, where a share has a standard
 # error of at most 0.06.
@@ -37,22 +37,22 @@ LEAST_FALL = 0.1
 # Nats a token: with less to learn a student is its teacher.
 LITTLE_LOSS = 0.005
 
-Rows = Sequence[AnyMetrics]
+Rows = Sequence[StepMetrics]
 Sign = Callable[[Rows, Rows], str | None]
 
 
 class Watch:
     """A run's first and last rows, and the signs that were seen in them."""
 
-    def __init__(self, signs: Mapping[str, Sign], rows: Iterable[AnyMetrics] = ()):
+    def __init__(self, signs: Mapping[str, Sign], rows: Iterable[StepMetrics] = ()):
         self.signs = signs
-        self.first: list[AnyMetrics] = []
-        self.recent: deque[AnyMetrics] = deque(maxlen=LONG_SPAN)
+        self.first: list[StepMetrics] = []
+        self.recent: deque[StepMetrics] = deque(maxlen=LONG_SPAN)
         self.seen: set[str] = set()
         for row in rows:
             self.after(row)
 
-    def after(self, row: AnyMetrics) -> list[str]:
+    def after(self, row: StepMetrics) -> list[str]:
         """The warnings that are due after this step, each for the first time."""
         if len(self.first) < LONG_SPAN:
             self.first.append(row)
@@ -134,7 +134,8 @@ def spiking_gradient(first: Rows, recent: Rows) -> str | None:
 
 def nothing_learnt(first: Rows, recent: Rows) -> str | None:
     """The loss is what it was at first."""
-    if recent[-1]["step"] < first[0]["step"] + 2 * LONG_SPAN - 1:
+    # The value of a policy gradient's loss says nothing of what was learnt.
+    if recent[-1]["step"] < first[0]["step"] + 2 * LONG_SPAN - 1 or "reward" in recent[-1]:
         return None
     if {_measured_by(row) for row in recent} != {_measured_by(row) for row in first}:
         return None
@@ -168,10 +169,10 @@ def _mean(rows: Rows, name: StepNumber) -> float | None:
 
 
 def _student_writes(rows: Rows) -> bool:
-    """Whether the responses are the student's: of GRPO's all, of a distillation's by its prefix."""
-    return all(row.get("prefix", "student") in ("student", "mixed") for row in rows)
+    """Whether the responses are the student's, at least some of them."""
+    return all(row["prefix"] in ("student", "mixed") for row in rows)
 
 
-def _measured_by(row: AnyMetrics) -> tuple[float | None, ...]:
+def _measured_by(row: StepMetrics) -> tuple[float | None, ...]:
     """The settings that must be the same for two losses to be compared."""
     return value_in(row, "window"), value_in(row, "forward_weight")

@@ -2,10 +2,9 @@
 shown.
 
 Each is a pure function from settings, a frozen state and numbers to a new state and a decision.
-States are plain data: the checkpoint keeps them, and a GRPO run can drive its length cap by the
-same functions. What they look at is the student's entropy up to the first answer or stop. A loop
-after it has an entropy of nearly zero and most of the tokens, so that the entropy of all tokens
-would tell of the loop alone (docs/theory.md, section 8).
+States are plain data, which the checkpoint keeps. What they look at is the student's entropy up to
+the first answer or stop. A loop after it has an entropy of nearly zero and most of the tokens, so
+that the entropy of all tokens would tell of the loop alone (docs/theory.md, section 8).
 """
 
 import itertools

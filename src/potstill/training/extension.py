@@ -6,7 +6,7 @@ run of N steps, so that a rate which decayed rises again. `train.extended` recor
 recipe, which by itself gives the same weights from the start.
 """
 
-from potstill.config import Recipe, load_any_recipe, make_recipe, with_fields
+from potstill.config import Recipe, load_recipe, make_recipe, with_fields
 from potstill.runs.run_folder import RunError
 from potstill.training import checkpoint
 
@@ -23,12 +23,11 @@ def extended(recipe: Recipe, num_steps: int) -> Recipe:
             f"--extend-to: there is no run in {str(recipe.out)!r} yet; train it with "
             f"--train.steps {num_steps} instead"
         )
-    there = load_any_recipe(file)
-    if not isinstance(there, Recipe) or there.train.flops is not None:
-        what = "ends by train.flops" if isinstance(there, Recipe) else "is of GRPO"
+    there = load_recipe(file)
+    if there.train.flops is not None:
         raise RunError(
-            f"--extend-to: the run in {str(recipe.out)!r} {what}, and only steps of a "
-            "distillation are added"
+            f"--extend-to: the run in {str(recipe.out)!r} ends by train.flops, and only steps are "
+            "added"
         )
     if num_steps < there.train.steps:
         raise RunError(

@@ -26,7 +26,7 @@ from potstill.objectives.habits import disagreement
 from potstill.objectives.reward import with_log_probs
 from potstill.runs import run_folder
 from potstill.runs.card import write_card
-from potstill.runs.schema import AnyMetrics, DistillationMetrics, DistillationRow, Sample, SampleRow
+from potstill.runs.schema import MetricsRow, Sample, SampleRow, StepMetrics
 from potstill.tasks.own import own_files
 from potstill.teachers.protocol import Teacher
 from potstill.tracking.signs import SIGNS, Rows, Watch
@@ -54,7 +54,7 @@ from potstill.training.step import (
 from potstill.training.validation import is_exhausted, validate_if_due
 from potstill.types import Example, Message
 
-StepFunction = Callable[[DistillationRow], object]
+StepFunction = Callable[[MetricsRow], object]
 # As asked to stop: no signal, but a function that was told of a step and failed.
 FAILED = 1000
 
@@ -65,7 +65,7 @@ class RunResult:
 
     folder: Path
     student: LanguageModel
-    metrics: AnyMetrics
+    metrics: StepMetrics
 
 
 def train(
@@ -94,7 +94,7 @@ def train(
     file, or Examples. Raises RecipeError, ModelError, DataError or RunError for bad
     input before anything is written, and NonFiniteError before a bad update.
     """
-    check_recipe(recipe, Recipe)
+    check_recipe(recipe)
     recipe, student, teacher = with_names(
         recipe, student=student, teacher=teacher, tokenizer=tokenizer
     )
@@ -263,13 +263,13 @@ def _ended_early(trainer: Trainer, run: Run) -> str:
 
 def _record(
     trainer: Trainer,
-    metrics: DistillationMetrics,
+    metrics: StepMetrics,
     samples: list[Sample],
     display: StepDisplay,
     clock: Stopwatch,
-) -> DistillationRow:
+) -> MetricsRow:
     """Log a finished step; its row."""
-    row: DistillationRow = {**metrics, **timing(display.lap(), clock.seconds)}
+    row: MetricsRow = {**metrics, **timing(display.lap(), clock.seconds)}
     if not trainer.world.is_main:
         return row
     files.append(trainer.folder / "metrics.jsonl", row)
@@ -293,7 +293,7 @@ def _warner(trainer: Trainer, display: StepDisplay) -> StepFunction:
     return lambda row: display.note(*watch.after(row))
 
 
-def _tell(told: Sequence[StepFunction], row: DistillationRow) -> Exception | None:
+def _tell(told: Sequence[StepFunction], row: MetricsRow) -> Exception | None:
     """Tell each function of a step; what one of them raises."""
     for function in told:
         try:

@@ -13,10 +13,10 @@ from potstill.kl.terms import TokenStats
 from potstill.models.batch import Batch
 from potstill.rollouts.text import num_tokens_to_answer, zlib_ratio
 from potstill.runs.schema import (
-    AnyMetrics,
     EntropyBeforeAnswer,
     Rewards,
     StepMeans,
+    StepMetrics,
     TimedPart,
     Timing,
     TokenMean,
@@ -215,7 +215,7 @@ def timing(seconds: float, parts: Mapping[TimedPart, float]) -> Timing:
     return row
 
 
-def describe(metrics: AnyMetrics) -> str:
+def describe(metrics: StepMetrics) -> str:
     """A step's numbers in a line: loss, KLs or rewards, entropies, length and window."""
     parts = [f"loss {metrics['loss']:.4f}"]
     entropy = f"entropy {value_in(metrics, 'student_entropy'):.3f}"

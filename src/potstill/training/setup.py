@@ -21,7 +21,7 @@ from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.objectives.loss import Loss
 from potstill.objectives.trial import try_weighting
-from potstill.prompts.held_out import HeldOut, validation_prompts
+from potstill.prompts.held_out import HeldOut, task_of_data, validation_prompts
 from potstill.prompts.mixture import Mixture, make_mixture
 from potstill.prompts.prepare import prepare_prompts
 from potstill.rollouts.prefixes import Writing
@@ -118,7 +118,7 @@ def prepare(
         # done.
         prepare_problems(student, run_evaluation(recipe), date)
     has_task = prompts is None and not is_table(recipe.data.origin)
-    task = make_task(str(recipe.data.origin)) if has_task else None
+    task = _task_of(recipe) if has_task else None
     return Setup(
         student=student,
         teacher=teacher,
@@ -161,6 +161,11 @@ def _start_of(recipe: Recipe, student: LanguageModel) -> LanguageModel | None:
     start = student.around(copy.deepcopy(student.model), "start")
     start.eval().requires_grad_(False)
     return start
+
+
+def _task_of(recipe: Recipe) -> Task:
+    """The task of the data; where it scores responses, the one that has made the problems."""
+    return task_of_data(recipe) if recipe.is_scored else make_task(str(recipe.data.origin))
 
 
 def _grader_of(recipe: Recipe, task: Task | None) -> Scorer | None:
@@ -296,7 +301,7 @@ def _check_held_out(
             f'validation.keep_best is "{goal}", for which it takes a teacher, and this run has '
             'none; use "score", "truncation" or "repetition"'
         )
-    if goal == "score" and held_out.task is None:
+    if goal == "score" and held_out.task is None and recipe.reward.source is None:
         raise RecipeError(
             'validation.keep_best is "score" and the prompts are of no task, which alone can '
             'score; name a task in validation.source, or use "truncation" or "repetition"'

@@ -14,7 +14,7 @@ from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
 from potstill.prompts.mixture import step_places
 from potstill.runs import run_folder
-from potstill.runs.schema import DistillationMetrics, value_in
+from potstill.runs.schema import StepMetrics, value_in
 from potstill.training import checkpoint
 from potstill.training.controllers import (
     BestState,
@@ -70,7 +70,7 @@ class Run:
     best: BestState
     flops: float
     rollouts: list[Rollout]
-    metrics: DistillationMetrics | None
+    metrics: StepMetrics | None
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for a checkpoint; the inverse is `_read_run`."""
@@ -81,7 +81,7 @@ class Run:
             "flops": self.flops,
         }
 
-    def after(self, recipe: Recipe, metrics: DistillationMetrics, rollouts: list[Rollout]) -> "Run":
+    def after(self, recipe: Recipe, metrics: StepMetrics, rollouts: list[Rollout]) -> "Run":
         """The run one step on, with the forward weight that the step's entropies lead to."""
         weight = self.weight
         if recipe.weight_schedule.schedule == "entropy":

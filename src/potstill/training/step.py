@@ -18,10 +18,10 @@ from potstill.rollouts.prefixes import Writing, write_rollouts
 from potstill.rollouts.text import responses
 from potstill.runs.schema import (
     FLOPS_PARTS,
-    DistillationExtras,
-    DistillationMetrics,
     Flops,
     Sample,
+    StepExtras,
+    StepMetrics,
     Update,
     WindowRow,
 )
@@ -202,10 +202,10 @@ def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> Upda
 
 def step_metrics(
     trainer: Trainer, plan: StepPlan, sums: dict[str, float], updated: Update, cost: StepFlops
-) -> DistillationMetrics:
+) -> StepMetrics:
     """A row of `metrics.jsonl` but its timings."""
     recipe, setup = trainer.recipe, trainer.setup
-    extras: DistillationExtras = {**reward_means(sums)}
+    extras: StepExtras = {**reward_means(sums)}
     if recipe.objective.kl == "mixed":
         assert plan.loss.forward_weight is not None
         extras["forward_weight"] = plan.loss.forward_weight

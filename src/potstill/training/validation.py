@@ -155,8 +155,10 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
         for mine, found in zip(sums, measure(pair(setup.teacher), TEACHER, written), strict=True):
             mine |= found
     rollouts = from_one(STUDENT, writing, prompts, keys) if prompts else []
+    # A task may know the problems that it made; a function of the user's own scores all alike.
+    scorer = held_out.task if recipe.reward.source is None else setup.grader
     for mine, found in zip(
-        sums, measure(pair(scoring), STUDENT, rollouts, task=held_out.task), strict=True
+        sums, measure(pair(scoring), STUDENT, rollouts, task=scorer), strict=True
     ):
         mine |= found
     return sums
