@@ -170,7 +170,7 @@ RECIPES = [
     ("out = 'a-file'", "run folder 'a-file' is a file; choose another --out"),
     ("out = 'a-file/run'", "'a-file"),
     ("out = 'full'", "is not empty and holds no run"),
-    ('[student]\nmodel = "\\u001b[31mred"', "'\\x1b[31mred' does not exist"),
+    ('[student]\nmodel = "\\u001b[31mred"', "'\\x1b[31mred' is no folder here"),
     ('"\\u001b[2J\\u202e" = 1', "\\u001b[2J\\u202e is not a field"),
 ]
 
@@ -205,7 +205,7 @@ COMMANDS = [
     ("train demo --train.steps 1.5", "train.steps is 1.5"),
     ("train demo --train.steps true", "train.steps is True"),
     ("train demo --train.steps.more 3", "steps is a value, not a section"),
-    ("train demo --train 3", "unrecognized options: --train"),
+    ("train demo --train 3", "--train is a section of the recipe; name one of its fields"),
     ("train demo --out.x 3", "out is a value, not a section"),
     ("train demo --.x 3", "is not a field"),
     ("train demo --method gkd", "'--method'; choose one of dagger, offline-rl, opd, sft; see"),

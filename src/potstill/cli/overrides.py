@@ -61,9 +61,13 @@ def split_overrides(command: str, argv: list[str]) -> tuple[list[str], dict[str,
 
 
 def lead_to_the_field(flag: str, name: str, schema: type[BaseModel]) -> None:
-    """Raise UsageError for a flag that is nearly a field without its section, or what other
-    programs call one."""
+    """Raise UsageError for a flag that is a section, nearly a field without its section, or what
+    other programs call one."""
     names = field_names(schema)
+    if inner := [field for field in names if field.startswith(f"{name}.")]:
+        raise UsageError(
+            f"--{name} is a section of the recipe; name one of its fields, as in --{inner[0]}"
+        )
     if name in SYNONYMS or nearest(name, [field.rpartition(".")[2] for field in names], 0.75):
         raise UsageError(
             f"{flag.partition('=')[0]} is no option; the nearest is --{nearest_field(name, names)}"
