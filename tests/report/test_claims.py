@@ -337,6 +337,14 @@ def test_next_runs_that_differ_are_not_paired(tmp_path):
     assert by_name(entries)["RL: DAgger or SFT start"].verdict == "not measured"
 
 
+def test_a_next_distillation_is_no_reinforcement_learning(tmp_path):
+    rng = np.random.default_rng(0)
+    start = make(tmp_path / "opd", CELLS["opd"])
+    after = make(tmp_path / "again", CELLS["sft"], student={"model": str(start.out)})
+    entries = [read_entry(finished(run, evaluated(known(start, 1), rng))) for run in (start, after)]
+    assert by_name(entries)["RL: OPD start"].verdict == "not measured"
+
+
 @pytest.mark.parametrize("reward", [{"weight": 1.0}, {"start_kl": 0.1}])
 def test_a_reward_beside_a_kl_is_another_method(tmp_path, reward):
     rng = np.random.default_rng(0)
