@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from commands import OPD, SFT, cache, command, differences, train
+from commands import OPD, SFT, SMALL, cache, command, differences, train
 from forked import Ended, Forks, Trouble
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,6 @@ EVALUATE = {
     "temperatures": "1.0 0.6",
 }
 REWARD = {"reward.weight": "1", "reward.group-size": "3", "train.prompts-per-step": "2"}
-ALONE = {"objective.kl": "none", "train.steps": "5"}
 AGAIN = {"rollouts.reuse": "2", "train.checkpoint-every": "3", "reward.start-kl": "0.1"}
 
 # The student is its own teacher, which reads something else.
@@ -129,7 +128,7 @@ CASES = {
     "validation": Case(train(OPD, VALIDATION)),
     "teacher self": Case(train(OPD, SELF), files={"prompts.jsonl": HINTED}),
     "gamma": Case(train(OPD, {"objective.gamma": "0.5"})),
-    "reward alone": Case(train(OPD, REWARD, ALONE, GATE), at_each=8),
+    "reward alone": Case(command("train rl --out run", SMALL, REWARD, GATE), at_each=8),
     "reward and KL": Case(train(OPD, REWARD, AGAIN)),
     "cache of hidden states": Case([*cache(), "--completions", "2"], at_each=ALL),
     "cache of likeliest tokens": Case([*cache(), "--payload", "topk"], at_each=ALL),
