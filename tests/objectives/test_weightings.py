@@ -389,6 +389,16 @@ def test_the_likeliest_tokens_alone_are_weighed_too(pair, name):
     assert_same(found(*pair, loss), expected(*pair, name))
 
 
+def test_a_mixture_of_the_likeliest_tokens_is_weighed_too(pair):
+    """Every token kept, and only the first ones counted: the JSD of the whole distributions."""
+    arguments = {"weights": "first-tokens", "weights_arguments": {"num": 2}}
+    gradients = []
+    for signal in ("full", "topk"):
+        objective = Objective(kl="jsd", signal=signal, top_k=23, **arguments)
+        gradients.append(found(*pair, Loss(objective=objective, normalize="token", vocab_size=23)))
+    assert_same(*gradients)
+
+
 def recipe_of(name, **objective):
     """A recipe that the weighting fits."""
     known = WEIGHTINGS[name]

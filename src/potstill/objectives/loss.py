@@ -34,9 +34,9 @@ class Loss:
     """The loss of a run, fixed before the first step but for `forward_weight`, which a schedule may
     change.
 
-    `vocab_size` is the number of rows both heads share. `end_class` holds the ids that
-    count as one class in the divergence (`ends.find_ends`). `budget` (bytes) and `backend` are
-    those of `fused_loss` and change no result.
+    `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one
+    class in the divergence (`ends.find_ends`). `budget` (bytes) and `backend` are those of
+    `fused_loss` and change no result.
     """
 
     objective: Objective
@@ -178,8 +178,10 @@ def batch_loss(
     has_one_weight = loss.has_one_weight and return_N is None
     terms = loss.terms() if has_one_weight else token_terms(batch, loss, dtype, return_N)
     if isinstance(signal, TopK):
-        options = loss.shared_options()
-        loss_N, stats = top_k_loss(hidden_ND, student.head, signal, terms, **options)
+        options, mixture_weight = loss.shared_options(), loss.mixture_weight
+        loss_N, stats = top_k_loss(
+            hidden_ND, student.head, signal, terms, mixture_weight=mixture_weight, **options
+        )
         return _weighted_sum(loss_N, weights_N, divisor), loss_N.detach(), stats
     # Log-probabilities of the written tokens cost a gather of head rows; few losses read them.
     reads_labels = loss.objective.signal == "labels" or not has_one_weight

@@ -1,5 +1,7 @@
 """A trial of a weighting of the user's own on made-up tokens, before any work is done."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def try_weighting(loss: Loss, is_scored: bool) -> None:
         return loss.terms_at(known.at(rows), stats)
 
     rows, (student, teacher) = made_up(5, 3), (Head(made_up(7, 3)), Head(made_up(7, 3)))
-    options = {"mixture_weight": loss.mixture_weight}
+    options: dict[str, Any] = {"mixture_weight": loss.mixture_weight}
     if loss.objective.signal == "topk":
         top_k_loss(rows, student, top_k_of(rows, teacher, k=4), terms, **options)
         return
