@@ -115,10 +115,7 @@ def _judge(
     elif question.metric == ABOVE_TEACHER:
         detail.append(f"the last {NUM_LAST_STEPS} steps of training")
     else:
-        shown = dict.fromkeys(
-            temperature for temperature in temperatures if temperature is not None
-        )
-        detail.insert(0, "T = " + " against ".join(f"{temperature:g}" for temperature in shown))
+        detail.insert(0, _at(temperatures))
     if question.metric == "Pass@k":
         compared = {path.resolve() for pair in pairs for path in pair}
         ks = {row["num_responses"] // 2 for path in compared for row in entries[path].evals}
@@ -129,6 +126,12 @@ def _judge(
     direction = "towards" if question.sign * (effect.value - question.bound) > 0 else "against"
     judged = replace(claim, effect=effect, verdict=verdict, direction=direction)
     return replace(judged, pairs=tuple(pairs), detail="; ".join(detail))
+
+
+def _at(temperatures: tuple[float | None, float | None]) -> str:
+    """The temperatures that were compared, each once."""
+    shown = dict.fromkeys(each for each in temperatures if each is not None)
+    return "T = " + " against ".join(f"{temperature:g}" for temperature in shown)
 
 
 def _verdict(effect: Estimate, bound: float, sign: int, num_seeds: int) -> ClaimVerdict:

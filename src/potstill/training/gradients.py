@@ -83,9 +83,8 @@ def accumulate_gradients(
             with naming_the_step(step, [rollout.prompt for rollout in batch.rollouts]):
                 loss_sum, loss_N, stats = batch_loss(*given)
                 to_start, its_sums = _start_kl(setup, loss, batch, hidden_ND, divisor)
-            sums.update(its_sums)
-            sums.update(_habits(setup, loss, batch, stats, hidden_ND, signal))
-            sums.update(_clipped(batch, stats, loss))
+            habits = _habits(setup, loss, batch, stats, hidden_ND, signal)
+            sums.update(its_sums | habits | _clipped(batch, stats, loss))
             if not loss.has_one_weight:
                 log_probs |= _log_probs(batch, stats, places)
         if min(places) < num_samples:
@@ -103,11 +102,9 @@ def accumulate_gradients(
         sums.update(
             token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()}
         )
-    sums_over_ranks = dict(
-        zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True)
-    )
+    totals = distributed.sum_over_ranks(list(sums.values()), world)
     return Accumulated(
-        sums=sums_over_ranks,
+        sums=dict(zip(sums, totals, strict=True)),
         samples=[samples[place] for place in sorted(samples)],
         log_probs=log_probs,
     )
