@@ -13,6 +13,7 @@ import torch
 from bad_inputs import COMMANDS, RECIPES, STUDIES
 from conftest import make_model, tiny_recipe
 from safetensors.torch import load_file, save_file
+from sampled import some
 from synthetic_runs import evaluate as evaluated
 from synthetic_runs import write_run
 
@@ -112,14 +113,6 @@ DAMAGES = {
 }
 
 
-def some(rows):
-    """All rows, of which the default run takes every eighth; the others are marked slow."""
-    return [
-        pytest.param(*row, marks=() if i % 8 == 0 else pytest.mark.slow)
-        for i, row in enumerate(rows)
-    ]
-
-
 def refused(yard, monkeypatch, capfd, arguments, message):
     """Run a command in this process and check how it is refused."""
     monkeypatch.chdir(yard)
@@ -135,18 +128,20 @@ def refused(yard, monkeypatch, capfd, arguments, message):
     assert sorted((path, path.lstat().st_mtime_ns) for path in yard.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("text", "message"), some(row for row in RECIPES if row[1] is not None))
+@pytest.mark.parametrize(
+    ("text", "message"), some([row for row in RECIPES if row[1] is not None], every=8)
+)
 def test_bad_recipes(tmp_path, yard, monkeypatch, capfd, text, message):
     (tmp_path / "r.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(yard, monkeypatch, capfd, ["train", str(tmp_path / "r.toml")], message)
 
 
-@pytest.mark.parametrize(("line", "message"), some(COMMANDS))
+@pytest.mark.parametrize(("line", "message"), some(COMMANDS, every=8))
 def test_bad_commands(yard, monkeypatch, capfd, line, message):
     refused(yard, monkeypatch, capfd, shlex.split(line), message)
 
 
-@pytest.mark.parametrize(("text", "message"), some(STUDIES))
+@pytest.mark.parametrize(("text", "message"), some(STUDIES, every=8))
 def test_bad_studies(tmp_path, yard, monkeypatch, capfd, text, message):
     (tmp_path / "s.toml").write_text(text)
     # The processor's time: the clock's says how busy the machine is.
