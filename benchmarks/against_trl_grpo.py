@@ -78,7 +78,7 @@ class Steps(TrainerCallback):
         setup, student = self.setup, self.setup.student
         student.eval()
         self.places = [int(place) for place in places]
-        prompts = [list(setup.prompts[place].token_ids) for place in self.places]
+        prompts = [setup.prompts[place].token_ids for place in self.places]
         completions = sample(
             student.model,
             prompts,
@@ -91,7 +91,8 @@ class Steps(TrainerCallback):
         ids = [list(completion.token_ids) for completion in completions]
         self.texts = student.tokenizer.batch_decode(ids, skip_special_tokens=True)
         log_probs = [list(completion.log_probs) for completion in completions]
-        return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": log_probs}
+        asked = [list(prompt) for prompt in prompts]
+        return {"prompt_ids": asked, "completion_ids": ids, "logprobs": log_probs}
 
     def score(self, **columns: Any) -> list[float | None]:
         """The task's scores of what was written last."""
