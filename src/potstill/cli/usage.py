@@ -24,6 +24,7 @@ MEANT = {
     "check": "doctor",
     "eval": "evaluate",
     "generate": "sample",
+    "grpo": "train",
     "list": "runs",
     "ls": "runs",
     "new": "init",
