@@ -98,12 +98,9 @@ def test_compiled_equals_float64_autograd(name):
         assert_near(found.grad, reference.grad, 3e-6)
 
 
-def on_a_rank(cut: int) -> None:
-    """One rank's rows of both vocabularies; its results are left in a file."""
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    inputs = make_inputs(**HEAD).to(torch.float32)
-    rows = slice(0, cut) if rank == 0 else slice(cut, None)
+def rows_of_rank(inputs, cut: int):
+    """The inputs of one of two ranks, with its rows of both vocabularies, and the first of them."""
+    rows = slice(0, cut) if dist.get_rank() == 0 else slice(cut, None)
 
     def part(head, trained):
         weight, bias = (
@@ -111,9 +108,18 @@ def on_a_rank(cut: int) -> None:
         )
         return Head(weight, bias_V=bias, scale=head.scale, softcap=head.softcap)
 
-    head, teacher_head = part(inputs.head, True), part(inputs.teacher_head, False)
+    mine = {"head": part(inputs.head, True), "teacher_head": part(inputs.teacher_head, False)}
+    return dataclasses.replace(inputs, **mine), rows.start
+
+
+def on_a_rank(cut: int) -> None:
+    """One rank's rows of both vocabularies; its results are left in a file."""
+    dist.init_process_group("gloo")
+    inputs = make_inputs(**HEAD).to(torch.float32)
+    mine, start = rows_of_rank(inputs, cut)
+    head, teacher_head, rank = mine.head, mine.teacher_head, dist.get_rank()
     options = {"labels_N": inputs.labels, "end_ids": ENDS, "temperature": 1.3, "tile": (16, 20)}
-    shard = VocabShard(rows.start)
+    shard = VocabShard(start)
     loss_sum, _, _ = fused_loss(
         inputs.hidden,
         head,

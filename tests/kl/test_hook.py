@@ -11,17 +11,16 @@ import torch.distributed as dist
 from forked import name_of
 from safetensors.torch import load_file, save_file
 from test_fused import ENDS, assert_near, brute_force, combined, make_inputs
+from test_fused_backends import HEAD, rows_of_rank
 from test_topk import coarse_statistics
 
 from potstill.kl import tiles
 from potstill.kl.definition import token_statistics
 from potstill.kl.fused import detached, fused_loss
-from potstill.kl.head import Head
 from potstill.kl.terms import LossTerms, TokenStats, VocabShard
 from potstill.kl.topk import top_k_loss, top_k_of
 
 NUM = 37
-HEAD = {"bias": True, "softcap": 3.0, "scale": 1.5}
 SIGNS = torch.randint(2, (300,), generator=torch.Generator().manual_seed(1)) * 2 - 1.0
 # All of a row's tiles stay, or those of so many rows do.
 TILE = (8, 40)
@@ -201,26 +200,17 @@ def test_no_pass_is_added(monkeypatch, budget, terms):
 def on_a_rank(cut: int) -> None:
     """One rank's rows of both vocabularies; its results are left in a file."""
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
     inputs = make_inputs(**HEAD).to(torch.float32)
-    rows = slice(0, cut) if rank == 0 else slice(cut, None)
-
-    def part(head, trained):
-        weight, bias = (
-            t.detach()[rows].clone().requires_grad_(trained) for t in (head.weight_VD, head.bias_V)
-        )
-        return Head(weight, bias_V=bias, scale=head.scale, softcap=head.softcap)
-
-    mine = dataclasses.replace(
-        inputs, head=part(inputs.head, True), teacher_head=part(inputs.teacher_head, False)
-    )
+    mine, start = rows_of_rank(inputs, cut)
     options = {"labels_N": inputs.labels, "end_ids": ENDS, "temperature": 1.3, "tile": (16, 20)}
     loss_sum, loss_N, _ = fused_loss(
-        *mine.args(), mixing, mixture_weight=0.3, shard=VocabShard(rows.start), **options
+        *mine.args(), mixing, mixture_weight=0.3, shard=VocabShard(start), **options
     )
     loss_sum.backward()
     values = [loss_N, *(t.grad for t in mine.trained)]
-    save_file({str(i): t.contiguous() for i, t in enumerate(values)}, f"{rank}.safetensors")
+    save_file(
+        {str(i): t.contiguous() for i, t in enumerate(values)}, f"{dist.get_rank()}.safetensors"
+    )
     dist.destroy_process_group()
 
 

@@ -8,7 +8,9 @@ from potstill.config import Recipe
 from potstill.evaluation.quality import Scorer
 from potstill.models.language_model import LanguageModel
 from potstill.models.sampling import sample
-from potstill.rollouts.text import num_tokens_to_answer
+from potstill.objectives.reward import reward_sums, with_credit
+from potstill.rollouts.prefixes import written_rollout
+from potstill.rollouts.text import num_tokens_to_answer, responses
 from potstill.seeds import Stream, stream_key
 from potstill.types import Prompt
 
@@ -57,21 +59,24 @@ def measure_start(
         end_ids=end_ids,
         sampling=recipe.sampling,
     )
-    ids = [list(completion.token_ids) for completion in completions]
-    texts = student.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    scores = [grade.score for grade in grader.grade([p.example for p in chosen], texts)]
+    rollouts = [
+        written_rollout(prompt, each.token_ids, ("student",) * len(each.token_ids), each.stop)
+        for prompt, each in zip(chosen, completions, strict=True)
+    ]
+    texts = responses(rollouts, student.tokenizer)
+    sums = reward_sums(with_credit(rollouts, texts, grader, recipe.reward))
     entropy, num_tokens = 0.0, 0
     for completion, text in zip(completions, texts, strict=True):
-        num = num_tokens_to_answer(completion.token_ids, text, student.tokenizer, answer_end)
-        entropy += sum(completion.entropies[:num])
-        num_tokens += num
-    groups = [scores[i : i + size] for i in range(0, len(scores), size)]
+        end = num_tokens_to_answer(completion.token_ids, text, student.tokenizer, answer_end)
+        entropy += sum(completion.entropies[:end])
+        num_tokens += end
+    num = len(rollouts)
     return {
         "entropy_before_answer": entropy / num_tokens,
-        "score": sum(scores) / len(scores),
-        "groups_with_signal": sum(len(set(group)) > 1 for group in groups) / len(groups),
-        "truncation": sum(each.stop == "length" for each in completions) / len(completions),
-        "num_groups": len(groups),
+        "score": sums["reward"] / num,
+        "groups_with_signal": sums["groups_with_signal"] / num,
+        "truncation": sum(each.stop == "length" for each in completions) / num,
+        "num_groups": num // size,
         "group_size": size,
     }
 

@@ -47,8 +47,8 @@ class Objective(Section, role=Role.OBJECTIVE):
     """Student prefixes and reverse KL: how much of the later tokens' KL each written token answers
     for. 0: the local gradient; 1: that of the whole sequence's KL."""
     weights: Annotated[str | None, Role.TOKEN_WEIGHT] = None
-    """Weighting of each token: a name, as `potstill methods` lists them, or a
-    function in a file of yours (my_weights.py:weights, whose code is run)."""
+    """Weighting of each token: a name, as `potstill methods` lists them, or a function in a file of
+    yours (my_weights.py:weights, whose code is run)."""
     weights_arguments: Annotated[Arguments, Role.TOKEN_WEIGHT] = Field(default_factory=dict)
     """Arguments of the weighting, such as {num = 50}."""
     temperature: float = Field(default=1.0, ge=COLDEST)

@@ -67,7 +67,7 @@ class Recipe(RecipeFields):
 
     def _check_sampled_signal(self) -> None:
         """Refuse what would follow the gradient of something else (the table is in
-        objective.sampled_loss)."""
+        `potstill.objectives.estimators`)."""
         objective = self.objective
         direction = {"k1": "reverse", "k2": "reverse", "k3": "forward"}[objective.estimator]
         if objective.prefix != "student":

@@ -63,13 +63,12 @@ def credits_of(scores: Sequence[float], is_cut: Sequence[bool], reward: Reward) 
 def with_log_probs(
     rollouts: Sequence[Rollout], log_probs: Mapping[int, tuple[float, ...]]
 ) -> list[Rollout]:
-    """The same rollouts, the new ones with the student's log-probabilities by their places."""
-    return [
-        dataclasses.replace(rollout, log_probs=log_probs[place])
-        if rollout.log_probs is None and place in log_probs
-        else rollout
-        for place, rollout in enumerate(rollouts)
-    ]
+    """The same rollouts, those that are new with the student's log-probabilities by their
+    places."""
+    known = list(rollouts)
+    for place, values in log_probs.items():
+        known[place] = dataclasses.replace(known[place], log_probs=values)
+    return known
 
 
 def policy_gradient(tokens: Tokens, reward: Reward) -> Tensor:

@@ -38,8 +38,8 @@ from potstill.types import Rollout, Writer
 @dataclass(frozen=True, kw_only=True)
 class Accumulated:
     """Results of a step beside its gradient: summed statistics over all ranks, this rank's first
-    rollouts as they are logged, and the student's log-probabilities of each rollout's loss
-    tokens where they are asked for."""
+    rollouts as they are logged, and the student's log-probabilities of new rollouts that are used
+    again."""
 
     sums: dict[str, float]
     samples: list[Sample]
@@ -57,10 +57,10 @@ def accumulate_gradients(
     clock: Stopwatch,
     split_by: Sequence[Writer] = (),
     num_samples: int = 0,
+    is_reused: bool = False,
 ) -> Accumulated:
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one
-    count over all ranks. Of this rank's rollouts the first `num_samples` are logged.
-    """
+    count over all ranks. Of rollouts that are used again, log-probabilities are kept."""
     student = setup.student
     groups = _even_groups(rollouts, tokens_per_batch, world)
     batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
@@ -85,23 +85,21 @@ def accumulate_gradients(
                 to_start, its_sums = _start_kl(setup, loss, batch, hidden_ND, divisor)
             habits = _habits(setup, loss, batch, stats, hidden_ND, signal)
             sums.update(its_sums | habits | _clipped(batch, stats, loss))
-            if not loss.has_one_weight:
+            if is_reused:
                 log_probs |= _log_probs(batch, stats, places)
         if min(places) < num_samples:
             # Before the backward pass, after which a sharded head is whole no longer.
             with clock("samples_seconds"):
-                if return_N is not None:
-                    loss_N = token_loss(loss.terms(), stats)
-                scored = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats)
+                own_N = loss_N if return_N is None else token_loss(loss.terms(), stats)
+                scored = Scored(hidden_ND=hidden_ND, known=known, loss_N=own_N, stats=stats)
                 samples |= _samples(setup, loss, batch, scored, places, num_samples)
         with clock("student_seconds"):
             loss_sum = loss_sum + to_start
             loss_sum.backward()
         written = [texts[place] for place in places]
         before_answer_N = before_answer(batch, written, student.tokenizer, setup.answer_end)
-        sums.update(
-            token_sums(stats, before_answer_N, batch.rollouts, split_by) | {"loss": loss_sum.item()}
-        )
+        sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by))
+        sums["loss"] += loss_sum.item()
     totals = distributed.sum_over_ranks(list(sums.values()), world)
     return Accumulated(
         sums=dict(zip(sums, totals, strict=True)),
@@ -133,9 +131,9 @@ def _clipped(batch: Batch, stats: TokenStats, loss: Loss) -> dict[str, float]:
 def _log_probs(
     batch: Batch, stats: TokenStats, places: Sequence[int]
 ) -> dict[int, tuple[float, ...]]:
-    """The student's log-probabilities of each rollout's loss tokens, by place; nothing where the
-    signal does not tell them."""
-    if stats.student_log_prob_N is None:
+    """The student's log-probabilities of each new rollout's loss tokens, by place; nothing where
+    the loss reads none."""
+    if stats.student_log_prob_N is None or batch.rollouts[0].log_probs is not None:
         return {}
     lengths = [sum(rollout.trained) for rollout in batch.rollouts]
     each = [tuple(part.tolist()) for part in stats.student_log_prob_N.split(lengths)]

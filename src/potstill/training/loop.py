@@ -225,6 +225,7 @@ def _take_steps(
             clock=clock,
             split_by=trainer.split_by,
             num_samples=0 if has_dropout else num_samples,
+            is_reused=trainer.recipe.rollouts.reuse > 1,
         )
         updated = update(trainer, run, plan, clock)
         metrics = step_metrics(trainer, plan, done.sums, updated, cost)
