@@ -98,8 +98,8 @@ def accumulate_gradients(
             loss_sum.backward()
         written = [texts[place] for place in places]
         before_answer_N = before_answer(batch, written, student.tokenizer, setup.answer_end)
-        sums.update(token_sums(stats, before_answer_N, batch.rollouts, split_by))
-        sums["loss"] += loss_sum.item()
+        of_tokens = token_sums(stats, before_answer_N, batch.rollouts, split_by)
+        sums.update(of_tokens | {"loss": loss_sum.item()})
     totals = distributed.sum_over_ranks(list(sums.values()), world)
     return Accumulated(
         sums=dict(zip(sums, totals, strict=True)),
