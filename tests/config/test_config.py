@@ -527,7 +527,7 @@ def test_a_name_that_is_no_field_is_not_passed_over():
     ):
         with pytest.raises(
             ValueError,
-            match=f"'{name}' is no field and no section of a Recipe; the nearest is {nearest}",
+            match=f"'{name}' is no field and no section of a recipe; the nearest is {nearest}",
         ):
             recipe.resolved_without((name,))
     with pytest.raises(KeyError):

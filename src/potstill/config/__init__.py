@@ -1,25 +1,27 @@
 """The recipe: one frozen schema for everything a run does, read from a TOML file plus dotted
 overrides."""
 
-from potstill.config.data_fields import Data, DataSource
-from potstill.config.fields import (
-    CacheOptions,
-    Evaluation,
-    RecipeFields,
-    Rollouts,
-    Sampling,
-    StudentSpec,
-    TeacherSpec,
-    Train,
-    Window,
-    run_evaluation,
-)
+from potstill.config.fields import RecipeFields, run_evaluation
 from potstill.config.methods import METHODS, Method
-from potstill.config.objective_fields import Objective, Reward, WeightSchedule
 from potstill.config.recipe import Recipe, check_recipe, fields_with, role_of
 from potstill.config.roles import ALIKE, CHANGE_NOTHING, CHANGE_ROUNDING, NAMED, Role, Selection
-from potstill.config.run_recipe import RunRecipe
 from potstill.config.section import RecipeError, Section, field_names, roles_of, validate
+from potstill.config.sections.cache import CacheOptions
+from potstill.config.sections.data import Data, DataSource
+from potstill.config.sections.evaluation import Evaluation
+from potstill.config.sections.models import StudentSpec, TeacherSpec
+from potstill.config.sections.objective import Objective, Reward, WeightSchedule
+from potstill.config.sections.train import Train
+from potstill.config.sections.validation import (
+    DEFAULT_PROMPTS,
+    HIGHER_IS_BETTER,
+    PART,
+    Goal,
+    Validation,
+    steps_between,
+)
+from potstill.config.sections.window import Window
+from potstill.config.sections.writing import Rollouts, Sampling
 from potstill.config.toml import (
     SHIPPED_RECIPES,
     find_toml,
@@ -33,14 +35,6 @@ from potstill.config.toml import (
     with_fields,
 )
 from potstill.config.unread import unread_fields
-from potstill.config.validation_fields import (
-    DEFAULT_PROMPTS,
-    HIGHER_IS_BETTER,
-    PART,
-    Goal,
-    Validation,
-    steps_between,
-)
 from potstill.config.weightings import NOTATION, WEIGHTINGS, Weighting
 
 __all__ = [
@@ -68,7 +62,6 @@ __all__ = [
     "Reward",
     "Role",
     "Rollouts",
-    "RunRecipe",
     "Sampling",
     "Section",
     "Selection",

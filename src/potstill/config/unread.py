@@ -3,14 +3,12 @@ not be set, and is not in the hash."""
 
 from typing import Any
 
-from potstill.config.data_fields import Data
-from potstill.config.fields import (
-    Objective,
-    RecipeFields,
-    TeacherSpec,
-    Window,
-)
-from potstill.config.validation_fields import Validation
+from potstill.config.fields import RecipeFields
+from potstill.config.sections.data import Data
+from potstill.config.sections.models import TeacherSpec
+from potstill.config.sections.objective import Objective
+from potstill.config.sections.validation import Validation
+from potstill.config.sections.window import Window
 from potstill.config.values import refuse_any
 from potstill.config.weightings import WEIGHTINGS, check_named
 from potstill.tasks import is_table

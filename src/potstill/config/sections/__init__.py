@@ -1,0 +1,1 @@
+"""The sections of a recipe, each checked by itself. The text below a field is its help."""

@@ -1,0 +1,20 @@
+"""The options of a cache, which are those of a command and no recipe's."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Contents of a cache: what it stores for each token, how many completions, and in what
+    portions."""
+
+    payload: Literal["hidden", "topk", "completions"] = "hidden"
+    """hidden: the teacher's last hidden states, exact for every KL; topk: its objective.top_k
+    likeliest tokens; completions: the text alone, which the teacher scores live."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """Type of the stored hidden states. What rounding changes is measured and printed, in nats."""
+    completions: int = 1
+    """Completions of each prompt."""
+    rollouts_per_shard: int = 128
+    """Prompts with a completion in one file, which is what a kill loses at most on each rank."""

@@ -1,0 +1,48 @@
+"""The fields of the two models."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from potstill.config.roles import Place, Role
+from potstill.config.section import Section
+from potstill.config.values import Filled
+
+
+class StudentSpec(Section, role=Role.MODEL):
+    model: Annotated[str, Place.FIRST] = "potstill:base"
+    """Folder or hub id of a Hugging Face causal LM; potstill:base is the shipped one."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random: the model's configuration and tokenizer with fresh weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained weights. In bfloat16 small updates are rounded away, which is warned of;
+    for its speed keep float32 and set train.compute_dtype."""
+    dropout: bool = False
+    """Train with the dropout that the model's configuration has. Without it the loss is of the same
+    distribution that writes the student's completions and that is evaluated."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings."""
+
+
+class TeacherSpec(Section, role=Role.MODEL):
+    model: Annotated[str, Place.FIRST] = "potstill:teacher"
+    """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is
+    the student as it was before the first step, or at the last refresh."""
+    refresh_steps: int | None = Field(default=None, ge=1)
+    """model = self: copy the student's weights into the teacher every so many steps; never by
+    default."""
+    template: Literal["chat", "raw"] | None = None
+    """Render the teacher's prompts with its own chat template, or take them as they are; by default
+    it reads the student's prompts."""
+    prompt_column: str | None = None
+    """Column of a file or hub data set with prompts for the teacher alone, such as the prompt and a
+    hint."""
+    prompt_template: Filled | None = None
+    """As data.prompt_template, for the teacher alone; in place of teacher.prompt_column."""
+    cache: Annotated[str | None, Role.CACHE] = None
+    """Folder that `potstill cache build` wrote: completions and signal come from it, and the
+    teacher is not loaded."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the teacher's weights."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings."""
