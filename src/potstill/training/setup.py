@@ -15,7 +15,6 @@ from potstill.kl.plan import find_backend
 from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.models.flops import ModelFlops
-from potstill.models.given import share_weights
 from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
 from potstill.models.templates import today
@@ -28,8 +27,8 @@ from potstill.rollouts.prefixes import Writing
 from potstill.tasks import Task, is_table, make_task
 from potstill.tasks.own import OwnJudge, own_files
 from potstill.teachers import vocabulary
-from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.ends import Ends, find_ends
+from potstill.teachers.load import load_teacher
 from potstill.teachers.protocol import Teacher
 from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.store import Cache
@@ -335,48 +334,6 @@ def _cached_once(recipe: Recipe, cache: Cache, prompts: list[Prompt]) -> list[Pr
     for prompt in cache.attach(prompts):
         first.setdefault(prompt.token_ids, prompt)
     return list(first.values())
-
-
-def load_teacher(
-    recipe: Recipe,
-    student: LanguageModel,
-    cache: Cache | None,
-    world: World,
-    given=None,
-    tokenizer=None,
-) -> Teacher | None:
-    """The teacher of a run: `given`, loaded, the student as it is, or what a cache holds of one;
-    None without need.
-
-    Raises CacheError for a cache of another teacher, or one that was written in another way.
-    """
-    objective, spec = recipe.objective, recipe.teacher
-    if not objective.has_teacher:
-        return None
-    teacher = None if given is None else ready(given, tokenizer, world.device)
-    if cache is not None and (
-        cache.manifest.settings.payload != "completions" or objective.signal == "labels"
-    ):
-        cache.check_recipe(recipe, teacher)
-        return CachedTeacher(cache, world.device, spec.trust_remote_code)
-    if teacher is None and spec.model == "self":
-        # A copy: on a resume the student's weights come from the checkpoint, and these stay what
-        # they were.
-        teacher = student.around(copy.deepcopy(student.model), "self")
-    elif teacher is None:
-        teacher = ready(
-            spec.model,
-            device=world.device,
-            dtype=spec.dtype,
-            trust_remote_code=spec.trust_remote_code,
-        )
-    if share_weights(teacher, student):
-        # One object cannot both change and stay as it is.
-        teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
-    if cache is not None:
-        cache.check_recipe(recipe, teacher)
-    teacher.eval().requires_grad_(False)
-    return teacher
 
 
 def hold_out(window: Window, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

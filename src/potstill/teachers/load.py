@@ -1,0 +1,54 @@
+"""The teacher of a run, wherever its model is."""
+
+import copy
+
+from potstill.config import Recipe
+from potstill.models.distributed import World
+from potstill.models.given import share_weights
+from potstill.models.language_model import LanguageModel
+from potstill.models.probe import ready
+from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.protocol import Teacher
+from potstill.teachers.store import Cache
+
+
+def load_teacher(
+    recipe: Recipe,
+    student: LanguageModel,
+    cache: Cache | None,
+    world: World,
+    given=None,
+    tokenizer=None,
+) -> Teacher | None:
+    """The teacher of a run: `given`, loaded, the student as it is, or what a cache holds of one;
+    None without need.
+
+    Raises CacheError for a cache of another teacher, or one that was written in another way.
+    """
+    objective, spec = recipe.objective, recipe.teacher
+    if not objective.has_teacher:
+        return None
+    teacher = None if given is None else ready(given, tokenizer, world.device)
+    if cache is not None and (
+        cache.manifest.settings.payload != "completions" or objective.signal == "labels"
+    ):
+        cache.check_recipe(recipe, teacher)
+        return CachedTeacher(cache, world.device, spec.trust_remote_code)
+    if teacher is None and spec.model == "self":
+        # A copy: on a resume the student's weights come from the checkpoint, and these stay what
+        # they were.
+        teacher = student.around(copy.deepcopy(student.model), "self")
+    elif teacher is None:
+        teacher = ready(
+            spec.model,
+            device=world.device,
+            dtype=spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    if share_weights(teacher, student):
+        # One object cannot both change and stay as it is.
+        teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
+    if cache is not None:
+        cache.check_recipe(recipe, teacher)
+    teacher.eval().requires_grad_(False)
+    return teacher
