@@ -88,6 +88,19 @@ def todi(x: Seen):
     return x.py / (x.py + x.qy), x.qy / (x.py + x.qy), 0
 
 
+def akl(x: Seen, mass):
+    on_head = []
+    for p, q in zip(x.p.tolist(), x.q.tolist(), strict=True):
+        gaps, held, of_head = [abs(a - b) for a, b in zip(p, q, strict=True)], 0.0, 0.0
+        for i in sorted(range(len(p)), key=lambda i: -p[i]):
+            if held < mass:
+                of_head += gaps[i]
+            held += p[i]
+        on_head.append(of_head / sum(gaps))
+    share = torch.tensor(on_head, dtype=torch.float64)
+    return share, 1 - share, 0
+
+
 def by_writer(x: Seen):
     is_teacher = torch.tensor([float(who == "teacher") for who in x.writers])
     return is_teacher, 1 - is_teacher, 0
@@ -143,6 +156,7 @@ def pass_rate(x: Seen):
 EXPECTED = {
     "entropy-aware": (entropy_aware, {"above": ABOVE}),
     "todi": (todi, {}),
+    "akl": (akl, {"mass": 0.4}),
     "by-writer": (by_writer, {}),
     "first-tokens": (first_tokens, {"num": 3}),
     "split": (split, {"at": 3, "before": 0.5, "after": 2.0}),
@@ -377,10 +391,13 @@ def least_likely_of(log_prob_N, lengths, share):
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_the_likeliest_tokens_alone_are_weighed_too(pair, name):
-    """With every token kept it is the whole loss; without the written token's log-probability a
-    recipe refuses what reads it."""
-    if WEIGHTINGS[name].needs_log_probs:
-        with pytest.raises(RecipeError, match="it reads how likely the written token is"):
+    """With every token kept it is the whole loss; a recipe refuses what reads more than that."""
+    refusals = {
+        "it reads how likely the written token is": WEIGHTINGS[name].needs_log_probs,
+        "it compares whole distributions": WEIGHTINGS[name].needs_head_share,
+    }
+    for says in (says for says, is_needed in refusals.items() if is_needed):
+        with pytest.raises(RecipeError, match=says):
             recipe_of(name, signal="topk")
         return
     loss = loss_of(name)

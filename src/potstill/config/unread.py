@@ -269,6 +269,11 @@ def check_weighting(recipe: RecipeFields) -> None:
             'that does not say; use signal = "full"',
         ),
         (
+            weighting.needs_head_share and objective.signal != "full",
+            f'objective.signal is "{objective.signal}", and it compares whole distributions; use '
+            'signal = "full"',
+        ),
+        (
             weighting.is_reward and not recipe.draws_exactly,
             "the tokens that it rewards must be drawn exactly from the student; set "
             "sampling.temperature = objective.temperature, top_p = 1 and top_k = 0",

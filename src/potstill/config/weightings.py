@@ -19,8 +19,9 @@ class Weighting(NamedTuple):
 
     `kls` are the divergences that it can weigh, all where it is empty. `needs_scores`: it reads the
     scores of responses; `needs_student`: it is about tokens that the student wrote;
-    `needs_log_probs`: it reads how likely the written token is; `is_reward`: it is a reward of the
-    tokens that were drawn, in the place of the divergence.
+    `needs_log_probs`: it reads how likely the written token is; `needs_head_share`: it reads where
+    both distributions differ; `is_reward`: it is a reward of the tokens that were drawn, in the
+    place of the divergence.
     """
 
     about: str
@@ -30,6 +31,7 @@ class Weighting(NamedTuple):
     needs_scores: bool = False
     needs_student: bool = False
     needs_log_probs: bool = False
+    needs_head_share: bool = False
     is_reward: bool = False
 
 
@@ -53,6 +55,14 @@ WEIGHTINGS: dict[str, Weighting] = {
         {},
         kls=("mixed",),
         needs_log_probs=True,
+    ),
+    "akl": Weighting(
+        "forward KL at the share of sum |p - q| that lies on the teacher's likeliest tokens with "
+        "`mass` of p, reverse KL at the rest; takes a product of both heads of its own",
+        "AKL, arXiv 2404.02657",
+        {"mass": Argument(0.5, 0, 1)},
+        kls=("mixed",),
+        needs_head_share=True,
     ),
     "by-writer": Weighting(
         "forward KL where the teacher wrote, reverse KL where the student did",

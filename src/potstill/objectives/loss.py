@@ -15,6 +15,7 @@ from torch import Tensor
 
 from potstill.config import Objective, Reward
 from potstill.kl.fused import DEFAULT_BUDGET, fused_loss, fused_statistics
+from potstill.kl.head_share import head_share
 from potstill.kl.terms import LossTerms, TermsFunction, TokenStats
 from potstill.kl.topk import TopK, top_k_loss, top_k_of
 from potstill.models import distributed
@@ -176,7 +177,13 @@ def batch_loss(
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     weights_N = token_weights(batch, loss, dtype)
     has_one_weight = loss.has_one_weight and return_N is None
-    terms = loss.terms() if has_one_weight else token_terms(batch, loss, dtype, return_N)
+    terms = loss.terms()
+    if not has_one_weight:
+        known = known_before(batch, dtype, return_N)
+        if loss.objective.weights == "akl":
+            share_N = _head_share(student, teacher, hidden_ND, signal, loss)
+            known = replace(known, head_share_N=share_N)
+        terms = token_terms(known, loss)
     if isinstance(signal, TopK):
         options, mixture_weight = loss.shared_options(), loss.mixture_weight
         loss_N, stats = top_k_loss(
@@ -207,16 +214,31 @@ def batch_loss(
     return loss_sum, loss_N, stats
 
 
-def token_terms(
-    batch: Batch, loss: Loss, dtype: torch.dtype, return_N: Tensor | None
-) -> TermsFunction:
+def token_terms(known: KnownBefore, loss: Loss) -> TermsFunction:
     """The function that the loss asks for terms between its two passes."""
-    known = known_before(batch, dtype, return_N)
 
     def terms(stats: TokenStats, rows: slice) -> LossTerms:
         return loss.terms_at(known.at(rows), stats)
 
     return terms
+
+
+def _head_share(
+    student: LanguageModel,
+    teacher: Teacher | None,
+    hidden_ND: Tensor,
+    signal: Tensor | TopK | None,
+    loss: Loss,
+) -> Tensor:
+    """The share [N] of both models' difference that is on the teacher's head."""
+    assert isinstance(signal, Tensor) and teacher is not None and teacher.head is not None, (
+        "the recipe asks for a teacher's whole signal"
+    )
+    options = loss.shared_options()
+    given = {name: options[name] for name in ("vocab_size", "temperature", "end_ids")}
+    mass = loss.objective.weighting_arguments["mass"]
+    pair = (hidden_ND.detach(), student.head), (signal, teacher.head)
+    return head_share(*pair, mass, budget=loss.budget, **given)
 
 
 def student_rows(student: LanguageModel, batch: Batch, loss: Loss) -> Tensor:

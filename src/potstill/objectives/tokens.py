@@ -27,6 +27,7 @@ class KnownBefore:
     group_score_N: Tensor | None
     advantage_N: Tensor | None
     return_N: Tensor | None = None
+    head_share_N: Tensor | None = None
 
     def at(self, rows: slice) -> KnownBefore:
         """The same of some of the tokens."""
@@ -54,7 +55,7 @@ class Tokens(KnownBefore):
     `sampling_log_prob_N` is the student's log-probability of the token when the rollout was new.
     `score_N` and `advantage_N` are those of the rollout and `group_score_N` the mean of its group;
     None where nothing scores. `return_N` is what later tokens cost (nats), None where that does not
-    count.
+    count. `head_share_N` is `kl.head_share`, None for all weightings but "akl".
     """
 
     terms: LossTerms

@@ -38,6 +38,13 @@ def todi(tokens: Tokens) -> LossTerms:
     return LossTerms(forward=forward_N, reverse=1 - forward_N)
 
 
+def akl(tokens: Tokens, mass: float) -> LossTerms:
+    """Forward KL at g, the share of sum |p - q| that is on the teacher's head of `mass`, reverse KL
+    at 1 - g."""
+    assert tokens.head_share_N is not None
+    return LossTerms(forward=tokens.head_share_N, reverse=1 - tokens.head_share_N)
+
+
 def by_writer(tokens: Tokens) -> LossTerms:
     """Forward KL on the teacher's tokens, reverse KL on the student's."""
     reverse_N = tokens.is_student_N.to(tokens.stats.student_entropy_N.dtype)
@@ -117,6 +124,7 @@ def pass_rate(tokens: Tokens) -> LossTerms:
 WEIGHTING_FUNCTIONS: dict[str, Callable[..., LossTerms]] = {
     "entropy-aware": entropy_aware,
     "todi": todi,
+    "akl": akl,
     "by-writer": by_writer,
     "first-tokens": first_tokens,
     "split": split,
