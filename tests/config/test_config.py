@@ -481,7 +481,7 @@ FIELDS_WITH = {
     Role.BUDGET: {"train.flops"},
     Role.CACHE: {"teacher.cache"},
     Role.BACKEND: {"train.loss_backend"},
-    Role.ROUNDING: {"train.tokens_per_batch", "sampling.batch_size"},
+    Role.ROUNDING: {"train.tokens_per_batch", "sampling.batch_size", "teacher.placement"},
     Role.SPEED: {"train.loss_memory"},
     Role.OUTPUT: {
         "out",

@@ -96,6 +96,11 @@ RECIPES = [
     ("[objective]\nkl = 'none'\nprefix = 'student'", "there is nothing to learn from"),
     ("[reward]\nweight = 1", "a policy gradient is of what the student wrote itself"),
     ("[reward]\ngroup_size = 4", "is set but not read"),
+    ("[teacher]\nplacement = 'sharded'", "a sharded teacher cannot write"),
+    (
+        "[teacher]\nplacement = 'sharded'\nmodel = 'self'\n[objective]\nprefix = 'student'",
+        "a copy of the student; name a model",
+    ),
     ("[grpo]\nsteps = 4", "has a section [grpo], which is no recipe's"),
     (
         "[objective]\nprefix = 'student'\n[reward]\nweight = 1\ngroup_size = 1",

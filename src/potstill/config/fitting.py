@@ -28,6 +28,7 @@ def refuse_misfits(recipe: RecipeFields) -> None:
             )
     if recipe.objective.signal == "sampled":
         _check_sampled_signal(recipe)
+    _check_placement(recipe)
     _check_reward(recipe)
     _check_returns(recipe)
     _check_schedules(recipe)
@@ -53,6 +54,27 @@ def refuse_misfits(recipe: RecipeFields) -> None:
             f"train.warmup_steps is {recipe.train.warmup_steps}, more than train.steps = "
             f"{recipe.train.steps}; lower it"
         )
+
+
+def _check_placement(recipe: RecipeFields) -> None:
+    """Refuse a teacher in shards where it would have to write, or to follow the student."""
+    if recipe.teacher.placement != "sharded":
+        return
+    prefix = recipe.objective.prefix
+    refuse_any(
+        'teacher.placement is "sharded"',
+        'placement = "replicated"',
+        (
+            prefix in ("teacher", "mixed") and recipe.teacher.cache is None,
+            f'objective.prefix is "{prefix}", and a sharded teacher cannot write; let it write '
+            "into a cache first (`potstill cache build`, with --payload completions if it is to "
+            "score live)",
+        ),
+        (
+            recipe.teacher.model == "self",
+            'teacher.model is "self", a copy of the student; name a model',
+        ),
+    )
 
 
 def _check_sampled_signal(recipe: RecipeFields) -> None:

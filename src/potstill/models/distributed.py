@@ -71,14 +71,10 @@ def shard(model: LanguageModel, world: World) -> nn.Module:
     """
     if world.size == 1:
         return model.model
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule
 
     decoder = copy.deepcopy(model.model)
-    layer_types = set(model.model._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in layer_types:
-            fully_shard(module)
-    fully_shard(model)
+    shard_layers(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by a count over all ranks already, so gradients are summed and not
@@ -86,6 +82,28 @@ def shard(model: LanguageModel, world: World) -> nn.Module:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return decoder
+
+
+def shard_layers(model: LanguageModel) -> None:
+    """Spread a model's weights over all ranks with FSDP2, one group a layer and one for the
+    rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    layer_types = set(model.model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in layer_types:
+            fully_shard(module)
+    fully_shard(model)
+
+
+def copy_buffers(source: nn.Module | None, target: nn.Module) -> None:
+    """Give every rank's `target` the buffers of rank 0's `source`, those that no state has
+    included."""
+    found = {} if source is None else dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        if found:
+            buffer.copy_(found[name])
+        dist.broadcast(buffer, 0)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.protocol import Teacher
+from potstill.teachers.sharded import load_sharded
 from potstill.teachers.store import Cache
 
 
@@ -38,6 +39,8 @@ def load_teacher(
         # A copy: on a resume the student's weights come from the checkpoint, and these stay what
         # they were.
         teacher = student.around(copy.deepcopy(student.model), "self")
+    elif teacher is None and spec.placement == "sharded" and world.size > 1:
+        return load_sharded(spec, world)
     elif teacher is None:
         teacher = ready(
             spec.model,

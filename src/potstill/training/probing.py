@@ -16,6 +16,7 @@ from potstill.rollouts.prefixes import Writing, from_one
 from potstill.rollouts.text import is_loop, responses
 from potstill.seeds import Key, Stream, stream_key
 from potstill.teachers.protocol import Teacher
+from potstill.teachers.sharded import wait_for_passes
 from potstill.training.controllers import Probe, WindowState
 from potstill.training.metrics import before_answer
 from potstill.training.setup import Setup, writing_of
@@ -51,6 +52,7 @@ def probe_window(
     scorer = teacher if teacher is not None and teacher.can_score else None
     batches = batch_places(rollouts, recipe.train.tokens_per_batch)
     entropies = _entropies(setup, student, scorer, rollouts, texts, batches)
+    wait_for_passes(scorer)
     flops += _scoring_flops(setup, rollouts, scores_teacher=scorer is not None)
     num_cut, num_teachers_cut = _num_cut(rollouts), 0.0
     known = state.teacher_truncation

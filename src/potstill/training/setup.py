@@ -295,6 +295,11 @@ def _check_held_out(
                 f'validation.keep_best is "{goal}" and this teacher, such as a cache, cannot '
                 'score what the student writes; use "teacher_prefix_forward_kl" or a live teacher'
             )
+    elif teacher is not None and teacher.decoder is None and str(goal).startswith("teacher_prefix"):
+        raise RecipeError(
+            f'validation.keep_best is "{goal}" and this teacher cannot write; use '
+            '"student_prefix_forward_kl"'
+        )
     elif teacher is None and goal not in (None, "truncation", "repetition", "score"):
         raise RecipeError(
             f'validation.keep_best is "{goal}", for which it takes a teacher, and this run has '

@@ -20,6 +20,7 @@ from potstill.prompts.held_out import HeldOut, every_steps
 from potstill.rollouts.prefixes import Writing, from_one, from_teacher, written_rollout
 from potstill.runs.run_folder import RunError, read_json
 from potstill.seeds import Key, Stream, stream_key
+from potstill.teachers.sharded import wait_for_passes
 from potstill.training import checkpoint
 from potstill.training.controllers import next_best
 from potstill.training.rates import is_extended_at, is_spent, planned_steps
@@ -61,7 +62,9 @@ def validate_if_due(trainer: Trainer, run: Run, display: StepDisplay) -> Run:
     student.eval()
     distributed.refresh(trainer.decoders["student"], student)
     with naming_the_step(run.step - 1, held_out.prompts):
-        sums = _over_ranks(_measured(trainer, held_out), trainer)
+        mine = _measured(trainer, held_out)
+        wait_for_passes(trainer.setup.teacher)
+        sums = _over_ranks(mine, trainer)
     found = estimates(sums)
     row: dict[str, Any] = {
         "step": run.step,

@@ -44,5 +44,8 @@ class TeacherSpec(Section, role=Role.MODEL):
     teacher is not loaded."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the teacher's weights."""
+    placement: Annotated[Literal["replicated", "sharded"], Role.ROUNDING] = "replicated"
+    """Where the weights are when several ranks train. replicated: all of them on each rank;
+    sharded: a share on each, gathered layer by layer (FSDP2). A sharded teacher does not write."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings."""

@@ -1,0 +1,176 @@
+"""One, two and four ranks, for every cell and each kind of teacher: the same steps to rounding; and
+a run that goes on with another number of them."""
+
+import ctypes
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from conftest import make_rollout, tiny_recipe
+from forked import name_of
+
+from potstill.config import TeacherSpec, to_toml
+from potstill.models import distributed
+from potstill.models.language_model import load_model, load_tokenizer
+from potstill.rollouts.batching import make_batch
+from potstill.runs import run_folder
+from potstill.teachers.sharded import load_sharded
+
+NUMBERS = ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", "length")
+PAIR = {
+    "student": {"model": "potstill:stops-student"},
+    "teacher": {"model": "potstill:stops-teacher"},
+}
+TRAIN = {
+    "steps": 2,
+    # So small that the second step's rollouts are the same to the last token.
+    "lr": 1e-6,
+    "prompts_per_step": 8,
+    "checkpoint_every": 2,
+    "tokens_per_batch": 128,
+}
+CELLS = {
+    "sft": {"prefix": "teacher", "kl": "forward"},
+    "offline-rl": {"prefix": "teacher", "kl": "reverse"},
+    "dagger": {"prefix": "student", "kl": "forward"},
+    "opd": {"prefix": "student", "kl": "reverse"},
+    "handoff": {
+        "prefix": "mixed",
+        "prefix_mix": "handoff",
+        "handoff_tokens": [1, 8],
+        "kl": "mixed",
+        "forward_weight": 0.3,
+    },
+}
+
+
+def write_recipe(folder, name, cell):
+    sections = {"objective": CELLS[cell], "train": TRAIN, "window": {"tokens": 48}, **PAIR}
+    (folder / f"{name}.toml").write_text(to_toml(tiny_recipe(folder / name, **sections).resolved()))
+
+
+def train(forks, folder, name, num_ranks, cell, *more):
+    """A run in `folder/name` by so many ranks."""
+    write_recipe(folder, name, cell)
+    argv = ["train", f"{name}.toml", "--out", name, *more]
+    ended = forks.run_ranks(folder, argv, num_ranks)
+    assert ended.code == 0, ended.err
+    return run_folder.read_rows(folder / name / "metrics.jsonl")
+
+
+def assert_same(one, other, rel=1e-5):
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        for key in NUMBERS:
+            assert a[key] == pytest.approx(b[key], rel=rel), key
+        assert a["num_loss_tokens"] == b["num_loss_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+def test_ranks_equal_one(tmp_path, forks, cell):
+    alone = train(forks, tmp_path, "alone", 1, cell)
+    for num_ranks in (2, 4):
+        assert_same(alone, train(forks, tmp_path, f"on-{num_ranks}", num_ranks, cell))
+        if CELLS[cell]["prefix"] == "student":
+            sharded = ("--teacher.placement", "sharded", "--validation.num-prompts", "5")
+            found = train(forks, tmp_path, f"sharded-{num_ranks}", num_ranks, cell, *sharded)
+            assert_same(alone, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["sft", "offline-rl"])
+def test_ranks_with_a_cache_equal_one(tmp_path, forks, cell):
+    write_recipe(tmp_path, "cached", cell)
+    ended = forks.run(tmp_path, ["cache", "build", "cached.toml", "--out", "cache"])
+    assert ended.code == 0, ended.err
+    given = (cell, "--teacher.cache", "cache")
+    alone, *others = (train(forks, tmp_path, f"on-{num}", num, *given) for num in (1, 2, 4))
+    for found in others:
+        assert_same(alone, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_a_run_of_two_ranks_goes_on_with_others(tmp_path, forks, num_ranks):
+    """In the middle of a round, whose rollouts are dealt anew."""
+    more = ("--rollouts.reuse", "2", "--train.steps", "4", "--train.checkpoint-every", "1")
+    more += ("--train.keep-checkpoints", "4")
+    whole = train(forks, tmp_path, "whole", 2, "opd", *more)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", stopped)
+    (stopped / "DONE").unlink()
+    for step in (2, 3, 4):
+        shutil.rmtree(stopped / f"checkpoint/step-{step:06d}")
+    ended = train(forks, tmp_path, "stopped", num_ranks, "opd", *more)
+    assert [row["rollout_age"] for row in ended] == [0, 1, 0, 1]
+    assert_same(whole, ended)
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds, without what is freed and kept for later."""
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+def signal_on_a_rank(placement: str) -> None:
+    """The teacher's signal, and what it holds of the machine's memory after a pass."""
+    world = distributed.start()
+    # What is loaded at the first use is no weight's.
+    load_model("potstill:stops-teacher")
+    before = resident_bytes()
+    if placement == "sharded":
+        teacher = load_sharded(TeacherSpec(model="large", placement="sharded"), world)
+    else:
+        teacher = load_model("large")
+        teacher.requires_grad_(False)
+    batch = make_batch([make_rollout([1, 5, 6], [9, 5, 2 + world.rank])])
+    signal_ND = teacher.signal_at(batch)
+    # One rank passes twice.
+    for _ in range(world.rank):
+        teacher.signal_at(batch)
+    if placement == "sharded":
+        teacher.wait_for_passes()
+    torch.save(signal_ND, f"{placement}-{world.rank}.pt")
+    used = resident_bytes() - before
+    Path(f"{placement}-{world.rank}.json").write_text(json.dumps(used))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_sharded_teacher_gives_the_signal_in_less_memory(tmp_path, forks):
+    """Each of two ranks holds half of the layers, and a few layers that it has gathered."""
+    config = transformers.Qwen3Config(
+        vocab_size=128,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "large")
+    load_tokenizer("potstill:stops-teacher").save_pretrained(tmp_path / "large")
+    layers = sum(weight.nbytes for weight in model.model.layers.parameters())
+    for placement in ("replicated", "sharded"):
+        ended = forks.run_ranks(tmp_path, [name_of(signal_on_a_rank), placement], num_ranks=2)
+        assert ended.code == 0, ended.err
+    for rank in range(2):
+        whole, part = (
+            torch.load(tmp_path / f"{name}-{rank}.pt") for name in ("replicated", "sharded")
+        )
+        torch.testing.assert_close(part, whole, rtol=1e-6, atol=1e-6)
+        whole, part = (
+            json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            for name in ("replicated", "sharded")
+        )
+        # The last layers are gathered, in two copies.
+        assert layers / 2 - 4.5 * layers / 24 < whole - part <= layers / 2, (whole, part)
