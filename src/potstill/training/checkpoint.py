@@ -11,7 +11,7 @@ from the recipe's seed and the step.
 import dataclasses
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,13 @@ VALIDATION = "validation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint that was read: finished steps, plain data of the loop, each rank's rollouts, and
-    the logs' sizes."""
+    """A checkpoint that was read: finished steps, plain data of the loop, the round's rollouts by
+    their numbers if they are used again, and the logs' sizes."""
 
     path: Path
     step: int
     state: dict[str, Any]
-    rollouts: list[list[Any]]
+    rollouts: dict[int, Any]
     logs: dict[str, dict[str, Any]]
 
 
@@ -122,7 +122,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     world: World,
     state: dict[str, Any],
-    rollouts: Sequence[Rollout] = (),
+    rollouts: Mapping[int, Rollout] | None = None,
     teacher: LanguageModel | None = None,
     num_kept: int | None = None,
 ) -> None:
@@ -130,12 +130,13 @@ def save(
 
     The last `num_kept` stay, 1 by default. Every rank must call this.
 
-    `state` is plain data for the next step; `rollouts` are this rank's, if they are to be used
-    again; a `teacher` is saved where its weights change.
+    `state` is plain data for the next step; `rollouts` are this rank's by their numbers in the
+    round, if they are to be used again; a `teacher` is saved where its weights change.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
-    written = gather([_without_prompt(rollout) for rollout in rollouts], world)
+    mine = {number: _without_prompt(rollout) for number, rollout in (rollouts or {}).items()}
+    written = {number: row for each in gather(mine, world) for number, row in each.items()}
     if world.is_main:
         target = folder / "checkpoint" / f"step-{step:06d}"
         unfinished = target.with_name(f"unfinished-{target.name}")
@@ -155,7 +156,7 @@ def save(
             "step": step,
             "state": state,
             "param_groups": optimizer_state["param_groups"],
-            "rollouts": written,
+            "rollouts": [written[number] for number in sorted(written)],
         }
         files = {path.name: file_digest(path) for path in unfinished.glob("*.safetensors")}
         data |= {"logs": seal_logs(folder), "files": files}
@@ -205,7 +206,7 @@ def load(
         path=checkpoint,
         step=data["step"],
         state=data["state"],
-        rollouts=data["rollouts"],
+        rollouts=dict(enumerate(data["rollouts"])),
         logs=data["logs"],
     )
 
@@ -250,17 +251,11 @@ def _damaged(path: Path, what: str) -> RunError:
     )
 
 
-def load_rollouts(saved: Saved, prompts: Sequence[Prompt], world: World) -> list[Rollout]:
-    """This rank's stored rollouts, which answer `prompts`. Raises RunError for those of another
-    number of ranks."""
-    if len(saved.rollouts) != world.size:
-        raise RunError(
-            f"checkpoint {str(saved.path)!r} holds rollouts of {len(saved.rollouts)} ranks that "
-            f"are to be used again, and now there are {world.size}; resume with as many"
-        )
+def load_rollouts(saved: Saved, prompts: Sequence[Prompt], numbers: Sequence[int]) -> list[Rollout]:
+    """The stored rollouts of these numbers, which answer `prompts`."""
     return [
-        _with_prompt(prompt, data)
-        for prompt, data in zip(prompts, saved.rollouts[world.rank], strict=True)
+        _with_prompt(prompt, saved.rollouts[number])
+        for prompt, number in zip(prompts, numbers, strict=True)
     ]
 
 

@@ -38,7 +38,14 @@ from potstill.training.metrics import Stopwatch, describe, timing
 from potstill.training.opening import opening, scores_at_start
 from potstill.training.rates import is_spent
 from potstill.training.setup import Setup, prepare
-from potstill.training.state import Run, Trainer, begin, make_trainer
+from potstill.training.state import (
+    Run,
+    Trainer,
+    begin,
+    make_trainer,
+    numbers_in_round,
+    prompts_and_seeds,
+)
 from potstill.training.step import (
     NUM_LOGGED_SAMPLES,
     begin_step,
@@ -317,7 +324,10 @@ def _failed(failure: Exception | None, step: int, display: StepDisplay) -> Excep
 
 def _save(trainer: Trainer, run: Run) -> None:
     """Write a checkpoint, with the rollouts if the next step uses them again."""
-    is_used_again = run.step % trainer.recipe.rollouts.reuse != 0
+    rollouts = None
+    if run.step % trainer.recipe.rollouts.reuse:
+        _, seeds = prompts_and_seeds(trainer, run.step)
+        rollouts = dict(zip(numbers_in_round(seeds), run.rollouts, strict=True))
     checkpoint.save(
         trainer.folder,
         run.step,
@@ -325,7 +335,7 @@ def _save(trainer: Trainer, run: Run) -> None:
         trainer.optimizer,
         trainer.world,
         state=run.as_data(),
-        rollouts=run.rollouts if is_used_again else (),
+        rollouts=rollouts,
         teacher=trainer.follower,
         num_kept=trainer.settings.keep_checkpoints,
     )

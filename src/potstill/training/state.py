@@ -1,7 +1,7 @@
 """A run in progress: what its steps share, and what each hands on to the next."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from potstill.models.language_model import LanguageModel
 from potstill.prompts.mixture import step_places
 from potstill.runs import run_folder
 from potstill.runs.schema import StepMetrics, value_in
+from potstill.seeds import Key
 from potstill.training import checkpoint
 from potstill.training.controllers import (
     BestState,
@@ -162,13 +163,17 @@ def _read_run(saved: checkpoint.Saved, trainer: Trainer) -> Run:
         trainer.settings, run.step, run.flops
     ):
         return run
-    prompts, _ = prompts_and_seeds(trainer, run.step)
-    return dataclasses.replace(
-        run, rollouts=checkpoint.load_rollouts(saved, prompts, trainer.world)
-    )
+    prompts, seeds = prompts_and_seeds(trainer, run.step)
+    rollouts = checkpoint.load_rollouts(saved, prompts, numbers_in_round(seeds))
+    return dataclasses.replace(run, rollouts=rollouts)
 
 
-def prompts_and_seeds(trainer: Trainer, step: int) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+def numbers_in_round(seeds: Sequence[Key]) -> list[int]:
+    """The numbers of rollouts in their round, whatever the number of ranks."""
+    return [number for _, _, number in seeds]
+
+
+def prompts_and_seeds(trainer: Trainer, step: int) -> tuple[list[Prompt], list[Key]]:
     """This rank's prompts of the round that a step belongs to, and the seed of each rollout.
 
     A round is one set of rollouts, for one step or several.
