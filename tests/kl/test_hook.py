@@ -34,7 +34,8 @@ def mixing(stats: TokenStats, rows: slice) -> LossTerms:
     log_ratio = stats.student_log_prob_N - stats.teacher_log_prob_N
     return LossTerms(
         forward=is_above,
-        reverse=torch.sigmoid(log_ratio) - is_above,
+        # torch.sigmoid rounds an element by its place in a vector.
+        reverse=1 / (1 + (-log_ratio).exp()) - is_above,
         entropy=0.1 * (stats.student_entropy_N - stats.teacher_entropy_N),
         cross_entropy=SIGNS[rows] * stats.teacher_log_prob_N.exp(),
         jsd=stats.jsd_N,

@@ -34,7 +34,9 @@ def entropy_aware(tokens: Tokens, above: float) -> LossTerms:
 
 def todi(tokens: Tokens) -> LossTerms:
     """Forward KL at a = sigmoid(log p(y) - log q(y)), reverse KL at 1 - a."""
-    forward_N = _log_ratio(tokens).sigmoid()
+    # Not torch.sigmoid, which on a CPU rounds an element by where it lies: in a vector, or in the
+    # rest after them. Groups of rows, which memory decides on, would then change bits.
+    forward_N = 1 / (1 + (-_log_ratio(tokens)).exp())
     return LossTerms(forward=forward_N, reverse=1 - forward_N)
 
 
