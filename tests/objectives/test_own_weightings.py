@@ -20,7 +20,7 @@ from potstill import LossTerms, Tokens
 def weights(tokens: Tokens, steepness: float = 1.0) -> LossTerms:
     stats = tokens.stats
     ratio = stats.teacher_log_prob_N - stats.student_log_prob_N
-    forward = (steepness * ratio).sigmoid()
+    forward = 1 / (1 + (-steepness * ratio).exp())
     return LossTerms(forward=forward, reverse=1 - forward)
 """
 OWN = OPD | {"objective.kl": "mixed", "objective.weights": "my_weights.py:weights"}
