@@ -125,7 +125,7 @@ FAULTS = [
         "forward is a tensor [4]; give [5], one number a row",
     ),
     (("forward=forward,", "forward=forward / 0,"), "forward holds inf; give finite numbers"),
-    (("(steepness * ratio)", "(steepness * ratio * float('nan'))"), "forward holds nan"),
+    (("steepness * ratio", "float('nan') * ratio"), "forward holds nan"),
     (
         ("forward=forward,", "forward=forward.requires_grad_(),"),
         "forward is a tensor with a gradient; weights are constants: detach it",
