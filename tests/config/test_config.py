@@ -489,6 +489,7 @@ FIELDS_WITH = {
         "train.keep_checkpoints",
         "train.tracker",
         "validation.every",
+        "student.lora.save",
     },
     Role.VALIDATION: {
         f"validation.{name}"

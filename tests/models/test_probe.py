@@ -99,7 +99,7 @@ DAMAGED = {
     "quantised": (lambda f: edit_config(f, **QUANTISED), "cannot be loaded: .*bitsandbytes"),
     "adapter": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
-        "is an adapter .*merge it into its model",
+        "adapter_config.json' names no model that the adapter is of",
     ),
     "end": (
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [2, 99999]}'),
@@ -191,7 +191,7 @@ def test_what_is_no_usable_object_is_refused_in_one_line(tok, tmp_path):
     for objects, message in (
         (
             {"student": adapted, "teacher": other, "tokenizer": tok},
-            "is an adapter of peft .*merge_and_unload",
+            "has an adapter of peft already; give what its merge_and_unload",
         ),
         ({"student": 3, "teacher": other, "tokenizer": tok}, "'int' is no model"),
         ({"student": model, "teacher": other}, "without its tokenizer; give tokenizer="),

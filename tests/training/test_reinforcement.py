@@ -14,6 +14,7 @@ import potstill
 from potstill.checks.exploration import verdict
 from potstill.config import load_recipe
 from potstill.models import distributed
+from potstill.models.adapters import merged_weights
 from potstill.models.language_model import load_model, save_model
 from potstill.runs import run_folder
 from potstill.runs.results import read_entry
@@ -68,7 +69,7 @@ def two_ends(tmp_path):
     model = load_model("potstill:base")
     full_stop = model.tokenizer.convert_tokens_to_ids(".")
     model.tokenizer.pad_token = None
-    weights = checkpoint.weights(model)
+    weights = merged_weights(model.model)
     save_model(model, weights, (*model.end_ids, full_stop), tmp_path / "two-ends")
     return str(tmp_path / "two-ends")
 
@@ -171,7 +172,7 @@ def test_the_start_is_measured_and_judged(tmp_path):
     assert "entropy to explore" in line
     # A model that knows nothing is always wrong.
     ignorant = make_model()
-    save_model(ignorant, checkpoint.weights(ignorant), (2,), tmp_path / "ignorant")
+    save_model(ignorant, merged_weights(ignorant.model), (2,), tmp_path / "ignorant")
     cold = {"sampling": {"temperature": 0.01}, "objective": {"temperature": 0.01}}
     recipe = recipe_of("unused", student={"model": str(tmp_path / "ignorant")}, **cold)
     line, too_hard, no_entropy = verdict(opening.scores_at_start(recipe, prepared(recipe)))

@@ -6,12 +6,15 @@ Activations are estimated, as 34 bytes for each token, layer and hidden unit in 
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from potstill.checks.finding import Finding, Subject
 from potstill.kl.fused import MIB
+from potstill.models.adapters import has_adapter
 
 GIB = 2**30
 MOMENTS = 2
@@ -50,8 +53,7 @@ def memory(subject: Subject) -> Finding:
 def memory_needed(subject: Subject) -> dict[str, int]:
     """Bytes by part, beside the weights of both models, which are loaded."""
     recipe, student = subject.recipe, subject.student
-    trained = [w for w in student.model.parameters() if w.requires_grad]
-    gradients = sum(weight.numel() * weight.element_size() for weight in trained)
+    gradients = _bytes(_learning(student.model))
     config = student.model.config.get_text_config()
     width = int(getattr(config, "hidden_size", 0) or student.head.weight_VD.shape[1])
     depth = int(getattr(config, "num_hidden_layers", 0) or 1)
@@ -69,6 +71,14 @@ def memory_needed(subject: Subject) -> dict[str, int]:
         "logits": logits,
         "decoding": _decoding_bytes(subject, width, depth, longest),
     }
+
+
+def _learning(model: Any) -> list[torch.Tensor]:
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def _bytes(weights: Iterable[torch.Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def _decoding_bytes(subject: Subject, width: int, depth: int, longest: int) -> int:
@@ -105,15 +115,19 @@ def free_memory(device: torch.device) -> int | None:
 def disk(subject: Subject) -> Finding:
     """Whether checkpoints and the finished student fit into the run folder's disk."""
     recipe = subject.recipe
-    weights = sum(w.numel() * w.element_size() for w in subject.student.model.parameters())
+    model = subject.student.model
+    whole, learns = _bytes(model.parameters()), _bytes(_learning(model))
+    # A checkpoint of a student with an adapter has the adapter alone.
+    weights = learns if has_adapter(model) else whole
+    saved = learns if recipe.student.lora.save == "adapter" else whole
     follows = recipe.teacher.model == "self" and recipe.teacher.refresh_steps
-    checkpoint = (1 + MOMENTS + bool(follows)) * weights
+    checkpoint = (1 + bool(follows)) * weights + MOMENTS * learns
     # A new checkpoint is whole before the old one goes.
-    need = 2 * checkpoint + weights
+    need = 2 * checkpoint + saved
     free = shutil.disk_usage(_existing(recipe.out)).free
     says = (
         f"{_size(need)} are needed in {str(recipe.out)!r} (two checkpoints of "
-        f"{_size(checkpoint)}, the student {_size(weights)}), and {_size(free)} are free"
+        f"{_size(checkpoint)}, the student {_size(saved)}), and {_size(free)} are free"
     )
     measured = {"need_bytes": need, "checkpoint_bytes": checkpoint, "free_bytes": free}
     if need <= free:

@@ -99,8 +99,9 @@ def peak_learning_rate(subject: Subject) -> Finding:
 
 def updates(subject: Subject) -> Finding:
     """Whether an update of this size can change the weights in the type that they have."""
-    share = share_that_moves(subject.student.model.parameters(), subject.lr)
-    dtype = str(next(subject.student.model.parameters()).dtype).removeprefix("torch.")
+    learning = [w for w in subject.student.model.parameters() if w.requires_grad]
+    share = share_that_moves(learning, subject.lr)
+    dtype = str(learning[0].dtype).removeprefix("torch.")
     says = f"a step of {subject.lr:.2g} can change {share:.1%} of the weights, in {dtype}"
     measured = {"share_that_moves": share, "lr": subject.lr, "dtype": dtype}
     if share >= FEW_MOVE:

@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "model_commands",
     "sample": "model_commands",
     "chat": "model_commands",
+    "merge": "model_commands",
     "cache build": "cache_commands",
     "cache info": "cache_commands",
     "cache verify": "cache_commands",

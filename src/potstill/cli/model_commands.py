@@ -1,4 +1,4 @@
-"""The commands about models: `potstill evaluate`, `sample`, `chat` and `verify`."""
+"""The commands about models: `potstill evaluate`, `sample`, `chat`, `merge` and `verify`."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from potstill.cli.overrides import refuse_overrides, template_arguments
 from potstill.cli.usage import UsageError
 from potstill.config import Evaluation, RecipeError, Sampling
+from potstill.console.printable import say
 
 # Shown as the defaults in help texts.
 MULTIPLICATION = Evaluation(source="multiplication")
@@ -138,6 +139,33 @@ def chat(
     told = template_arguments(overrides)
     _refuse_small(("max-tokens", max_tokens, 1), ("seed", seed, 0))
     converse(model, system=system, max_tokens=max_tokens, seed=seed, sampling=sampling, **told)
+
+
+def merge(
+    overrides: dict[str, Any],
+    model: Positional[str],
+    out: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Write a model that is an adapter (LoRA) as a whole model.
+
+    Args:
+        model: A run folder, or a folder of peft, whose base is found by the name in it.
+        out: Folder for the whole model, which is not there yet.
+        dtype: Type of its weights.
+    """
+    from potstill.models.adapters import ADAPTER_CONFIG, merged_weights
+    from potstill.models.language_model import load_model, locate, save_model
+
+    refuse_overrides(overrides)
+    if not (Path(locate(model)) / ADAPTER_CONFIG).exists():
+        raise UsageError(f"{model!r} is whole already: it has no file {ADAPTER_CONFIG}")
+    if out.exists():
+        raise UsageError(f"--out {str(out)!r} is there already; remove it, or choose another")
+    merged = load_model(model, dtype=dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(merged, merged_weights(merged.model), merged.end_ids, out)
+    say(f"the whole model is in {out}")
 
 
 def verify(

@@ -3,13 +3,13 @@ overrides."""
 
 from potstill.config.fields import RecipeFields, run_evaluation
 from potstill.config.methods import METHODS, Method
-from potstill.config.recipe import Recipe, check_recipe, fields_with, role_of
+from potstill.config.recipe import Recipe, check_recipe, dotted, fields_with, role_of
 from potstill.config.roles import ALIKE, CHANGE_NOTHING, CHANGE_ROUNDING, NAMED, Role, Selection
 from potstill.config.section import RecipeError, Section, field_names, roles_of, validate
 from potstill.config.sections.cache import CacheOptions
 from potstill.config.sections.data import Data, DataSource
 from potstill.config.sections.evaluation import Evaluation
-from potstill.config.sections.models import StudentSpec, TeacherSpec
+from potstill.config.sections.models import Lora, StudentSpec, TeacherSpec
 from potstill.config.sections.objective import Objective, Reward, WeightSchedule
 from potstill.config.sections.train import Train
 from potstill.config.sections.validation import (
@@ -54,6 +54,7 @@ __all__ = [
     "DataSource",
     "Evaluation",
     "Goal",
+    "Lora",
     "Method",
     "Objective",
     "Recipe",
@@ -73,6 +74,7 @@ __all__ = [
     "Weighting",
     "Window",
     "check_recipe",
+    "dotted",
     "field_names",
     "fields_with",
     "find_toml",

@@ -4,6 +4,7 @@ refused."""
 import itertools
 
 from potstill.config.fields import RecipeFields
+from potstill.config.sections.models import StudentSpec
 from potstill.config.sections.window import Window
 from potstill.config.values import refuse_any
 from potstill.tasks import is_table
@@ -33,6 +34,7 @@ def refuse_misfits(recipe: RecipeFields) -> None:
     _check_returns(recipe)
     _check_schedules(recipe)
     _check_extensions(recipe)
+    _check_lora(recipe.student)
     if recipe.teacher.cache is not None and recipe.objective.prefix in ("student", "mixed"):
         raise ValueError(
             f'teacher.cache is set and objective.prefix is "{recipe.objective.prefix}": a '
@@ -75,6 +77,21 @@ def _check_placement(recipe: RecipeFields) -> None:
             'teacher.model is "self", a copy of the student; name a model',
         ),
     )
+
+
+def _check_lora(student: StudentSpec) -> None:
+    if student.lora.rank is None:
+        return
+    if student.init == "random":
+        raise ValueError(
+            'student.lora is set and student.init is "random": fresh weights would stay as they '
+            "were drawn; remove student.lora, and all of them learn"
+        )
+    if not student.lora.targets:
+        raise ValueError(
+            "student.lora.targets is empty, so there is nothing to learn; name ends of names of "
+            'linear layers, or use "all-linear"'
+        )
 
 
 def _check_sampled_signal(recipe: RecipeFields) -> None:

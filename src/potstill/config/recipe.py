@@ -86,8 +86,8 @@ class Recipe(RecipeFields):
         """The dotted fields in which another recipe differs, with both values; None where a field
         is not read."""
         mine, theirs = (
-            _flat(self.resolved_without(("out",))),
-            _flat(other.resolved_without(("out",))),
+            dotted(self.resolved_without(("out",))),
+            dotted(other.resolved_without(("out",))),
         )
         pairs = {name: (mine.get(name), theirs.get(name)) for name in {**mine, **theirs}}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -97,7 +97,7 @@ def _names_of(selection: Selection) -> list[str]:
     """The dotted fields and the sections that are meant. Raises ValueError for a name that a recipe
     does not have."""
     roles = roles_of(Recipe)
-    sections = {name.partition(".")[0] for name in roles if "." in name}
+    sections = {name.rpartition(".")[0] for name in roles if "." in name}
     names: list[str] = []
     for item in selection:
         if isinstance(item, Role):
@@ -112,15 +112,16 @@ def _names_of(selection: Selection) -> list[str]:
     return names
 
 
-def _flat(data: dict[str, Any]) -> dict[str, Any]:
-    """Fields of sections by their dotted names."""
-    sections = {key: value for key, value in data.items() if isinstance(value, dict)}
-    inner = {
-        f"{key}.{name}": value
-        for key, section in sections.items()
-        for name, value in section.items()
-    }
-    return {key: value for key, value in data.items() if key not in sections} | inner
+def dotted(data: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """The fields of a resolved recipe, or of a section of it, by their dotted names."""
+    fields: dict[str, Any] = {}
+    roles = roles_of(Recipe)
+    for key, value in data.items():
+        name = f"{section}{key}"
+        # A table that is a field's value, such as arguments, is no section.
+        is_section = isinstance(value, dict) and name not in roles
+        fields |= dotted(value, f"{name}.") if is_section else {name: value}
+    return fields
 
 
 def role_of(name: str) -> Role:

@@ -58,8 +58,10 @@ def described(schema: type[BaseModel]) -> list[DescribedField]:
 
 def about_section(schema: type[BaseModel], section: str) -> str:
     """The docstring of a section; empty where it has none, and for the top level."""
-    kind = schema.model_fields[section].annotation if section else None
-    return inspect.cleandoc(kind.__doc__ or "") if kind is not None else ""
+    kind: Any = schema
+    for name in section.split(".") if section else ():
+        kind = kind.model_fields[name].annotation
+    return inspect.cleandoc(kind.__doc__ or "") if section else ""
 
 
 def _kind(field: FieldInfo) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from potstill.config.fields import RecipeFields
 from potstill.config.sections.data import Data
-from potstill.config.sections.models import TeacherSpec
+from potstill.config.sections.models import StudentSpec, TeacherSpec
 from potstill.config.sections.objective import Objective
 from potstill.config.sections.validation import Validation
 from potstill.config.sections.window import Window
@@ -32,6 +32,7 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
         unread["data.train_on"] = (
             f'objective.prefix is "{objective.prefix}", whose completions are not the data\'s'
         )
+    unread |= _unread_of_student(recipe.student)
     unread |= _unread_of_teacher(recipe.teacher) | _unread_of_data(recipe.data)
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
@@ -163,6 +164,14 @@ def _unread_of_reward(recipe: RecipeFields) -> dict[str, str]:
         reason = "reward.weight is 0 and objective.weights needs no scores"
         unread |= dict.fromkeys(("reward.group_size", "reward.truncated", "reward.source"), reason)
     return unread
+
+
+def _unread_of_student(student: StudentSpec) -> dict[str, str]:
+    if student.lora.rank is None:
+        return {"student.lora": "student.lora.rank is not set, so there is no adapter"}
+    if not student.dropout:
+        return {"student.lora.dropout": "student.dropout is false, so nothing is dropped"}
+    return {}
 
 
 def _unread_of_teacher(teacher: TeacherSpec) -> dict[str, str]:

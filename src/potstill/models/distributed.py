@@ -113,7 +113,8 @@ def refresh(decoder: nn.Module, model: LanguageModel) -> None:
     if decoder is model.model:
         return
     for mine, sharded in zip(decoder.parameters(), model.model.parameters(), strict=True):
-        mine.copy_(whole(sharded))
+        if sharded.requires_grad:
+            mine.copy_(whole(sharded))
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:

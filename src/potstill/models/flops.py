@@ -16,17 +16,21 @@ from potstill.runs.schema import Flops
 from potstill.types import Rollout, Writer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelFlops:
     """`per_token` of the backbone's weights, `per_pair` of a query and a key over all layers,
     `head` for one token.
 
-    `per_pair` is None where the architecture does not say; attention is then left out of the count.
+    Of these, `frozen_per_token` and `frozen_head` are those of weights that do not learn, which
+    have no gradient of their own. `per_pair` is None where the architecture does not say; attention
+    is then left out of the count.
     """
 
     per_token: int
     per_pair: int | None
     head: int
+    frozen_per_token: int = 0
+    frozen_head: int = 0
 
     def backbone(self, num_tokens: int) -> int:
         """One forward pass over a sequence, or decoding it token by token with a cache."""
@@ -37,7 +41,9 @@ class ModelFlops:
 
 def head_flops(head: Head | None) -> ModelFlops:
     """The operations of a teacher that is a head alone, or not even that."""
-    return ModelFlops(0, 0, 0 if head is None else 2 * head.weight_VD.numel())
+    return ModelFlops(
+        per_token=0, per_pair=0, head=0 if head is None else 2 * head.weight_VD.numel()
+    )
 
 
 def model_flops(backbone: Any, head: Head, config) -> ModelFlops:
@@ -49,10 +55,14 @@ def model_flops(backbone: Any, head: Head, config) -> ModelFlops:
     layers = [
         m for m in backbone.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
     ]
+    frozen = [layer for layer in layers if not layer.weight.requires_grad]
+    of_head = 2 * head.weight_VD.numel()
     return ModelFlops(
         per_token=sum(2 * layer.weight.numel() for layer in layers),
         per_pair=_attention_flops(config),
-        head=2 * head.weight_VD.numel(),
+        head=of_head,
+        frozen_per_token=sum(2 * layer.weight.numel() for layer in frozen),
+        frozen_head=0 if head.weight_VD.requires_grad else of_head,
     )
 
 
@@ -102,8 +112,8 @@ def training_flops(
     looks_ahead: bool = False,
     has_start: bool = False,
 ) -> Flops:
-    """One forward and backward pass, which counts as two forward ones. `teacher` is None where none
-    scores.
+    """One forward and backward pass, which counts as two forward ones, or as one for weights that
+    do not learn. `teacher` is None where none scores.
 
     With `looks_ahead` both models' forward passes and heads are computed once more, for what later
     tokens cost. With `has_start` the student as it was at first passes forward too, as a second
@@ -123,10 +133,11 @@ def training_flops(
     for rollout in rollouts:
         num_written = len(rollout.completion_ids) - 1
         num_loss_tokens = sum(rollout.trained)
-        forward = student.backbone(len(rollout.prompt.ids_of("student")) + num_written)
+        num_read = len(rollout.prompt.ids_of("student")) + num_written
+        forward = student.backbone(num_read)
         parts["student_forward"] += forward
-        parts["student_backward"] += 2 * forward
-        parts["head"] += 3 * num_loss_tokens * student.head
+        parts["student_backward"] += 2 * forward - num_read * student.frozen_per_token
+        parts["head"] += num_loss_tokens * (3 * student.head - student.frozen_head)
         if teacher is not None:
             parts["teacher"] += teacher.backbone(
                 len(rollout.prompt.ids_of("teacher")) + num_written

@@ -6,7 +6,6 @@ Loading, saving, and the checks that two models can be compared token by token a
 
 import contextlib
 import copy
-import hashlib
 import math
 import shutil
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from potstill.console.names import nearest
 from potstill.console.printable import error_text
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.kl.head import Head
+from potstill.models import adapters
 from potstill.models.batch import Batch
 from potstill.models.flops import ModelFlops, model_flops
 from potstill.models.templates import ChatTemplate, TemplateError
@@ -28,6 +28,7 @@ from potstill.models.weights import (
     refuse_unread_file,
     refuse_unread_settings,
     refuse_wrong_weights,
+    weights_fingerprint,
 )
 from potstill.runs.run_folder import resume_command
 from potstill.types import ModelError
@@ -152,6 +153,9 @@ def load_model(
     if Path(path).is_dir() and init == "pretrained":
         refuse_foreign_files(Path(path))
         refuse_unread_settings(Path(path))
+        if (base := adapters.base_of(Path(path))) is not None:
+            model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
+            return _with_adapter(name, model, load_tokenizer(name, trust_remote_code))
     tokenizer = load_tokenizer(name, trust_remote_code)
     shared: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
@@ -168,27 +172,47 @@ def load_model(
         loaded: Any = auto.from_pretrained(path, output_loading_info=True, **shared)
         model, info = loaded
         refuse_wrong_weights(name, model, info)
+        if adapters.has_adapter(model):
+            # A hub's, beside its base: transformers follows the name.
+            adapters.merge_in_place(model)
+            model.name_or_path = ""
         return LanguageModel(model.eval(), tokenizer, name)
+
+
+def _with_adapter(name: str, base: LanguageModel, tokenizer) -> LanguageModel:
+    """The adapter in a folder, merged into its base, which loses its name: it is in no folder."""
+    import transformers
+
+    folder = Path(locate(name))
+    with _readable(name):
+        model = adapters.merge_from(folder, base.model)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    model.name_or_path = ""
+    return LanguageModel(model.requires_grad_(True).eval(), tokenizer, name)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
     """The tokenizer of a model by its name. Raises ModelError when it cannot be read."""
     import transformers
 
+    path = locate(name)
+    base = adapters.base_of(Path(path))
+    if base is not None and not (Path(path) / "tokenizer_config.json").exists():
+        return load_tokenizer(base, trust_remote_code)
     with _readable(name):
-        return transformers.AutoTokenizer.from_pretrained(
-            locate(name), trust_remote_code=trust_remote_code
-        )
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def load_config(name: str, trust_remote_code: bool = False):
     """The configuration of a model by its name. Raises ModelError when it cannot be read."""
     import transformers
 
+    path = locate(name)
+    if (base := adapters.base_of(Path(path))) is not None:
+        return load_config(base, trust_remote_code)
     with _readable(name):
-        return transformers.AutoConfig.from_pretrained(
-            locate(name), trust_remote_code=trust_remote_code
-        )
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def find_folder(name: str) -> Path | None:
@@ -315,12 +339,16 @@ def without_progress_bars():
 
 
 def save_model(
-    model: LanguageModel, state_dict: dict[str, Tensor], end_ids: Sequence[int], folder: Path
+    model: LanguageModel,
+    state_dict: dict[str, Tensor],
+    end_ids: Sequence[int],
+    folder: Path,
 ) -> None:
     """Write a plain Hugging Face folder in safetensors whose generation settings stop at every id
     of the end set.
 
-    It has its name once it is whole; what a killed attempt left, and a folder of that name, go.
+    Where the weights are those of the model's adapter alone, the folder is peft's. It has its name
+    once it is whole; what a killed attempt left, and a folder of that name, go.
     """
     generation_config = copy.deepcopy(model.model.generation_config)
     generation_config.eos_token_id = list(end_ids) if len(end_ids) > 1 else end_ids[0]
@@ -329,12 +357,16 @@ def save_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with without_progress_bars():
-            model.model.save_pretrained(unfinished, state_dict=state_dict)
+            if all(map(adapters.is_of_adapter, state_dict)):
+                adapters.write_adapter(model.model, state_dict, unfinished)
+                generation_config.save_pretrained(unfinished)
+            else:
+                model.model.save_pretrained(unfinished, state_dict=state_dict)
             model.tokenizer.save_pretrained(unfinished)
         # safetensors makes its files readable for their owner alone; the other files have the
         # user's own mode.
         for weights in unfinished.glob("*.safetensors"):
-            weights.chmod((unfinished / "config.json").stat().st_mode)
+            weights.chmod((unfinished / "generation_config.json").stat().st_mode)
     finally:
         model.model.generation_config = kept
     if folder.is_dir():
@@ -360,8 +392,4 @@ def find_end_ids(model, tokenizer) -> tuple[int, ...]:
 
 def fingerprint(model: LanguageModel) -> str:
     """A hash of the weights: the same for the same values, wherever they are stored."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return weights_fingerprint(model.model.named_parameters())

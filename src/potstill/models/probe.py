@@ -53,8 +53,8 @@ def _wrap(given, tokenizer) -> LanguageModel:
     name = type(given).__name__
     if hasattr(given, "peft_config"):
         raise ModelError(
-            f"model {name!r} is an adapter of peft (LoRA and its like), which potstill does not "
-            "train or read; give what its merge_and_unload() returns"
+            f"model {name!r} has an adapter of peft already; give what its merge_and_unload() "
+            "returns, and set student.lora to train an adapter"
         )
     if not isinstance(given, nn.Module) or not hasattr(given, "get_output_embeddings"):
         raise ModelError(
@@ -138,7 +138,7 @@ def logits_error(model: LanguageModel) -> tuple[float, float]:
     """
     ids_BT = _ids(model, 8)[None]
     with torch.no_grad():
-        theirs = model.model(input_ids=ids_BT, use_cache=False).logits.float()
+        theirs = model.decoder(input_ids=ids_BT, use_cache=False).logits.float()
         ours = model.head(model(ids_BT)[0])[None]
     if not torch.isfinite(theirs).all():
         raise ModelError(f"model {model.name!r}: its logits are not finite, though its weights are")

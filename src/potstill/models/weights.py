@@ -1,6 +1,7 @@
 """Faults of a model's weights: missing, cut short, not finite, too coarse for their learning
 rate."""
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable
@@ -23,20 +24,13 @@ ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def refuse_foreign_files(folder: Path) -> None:
-    """Raise ModelError for weights as pickle files alone, an adapter without its model, and
-    pointers of git-lfs."""
+    """Raise ModelError for weights as pickle files alone, and for pointers of git-lfs."""
     paths = sorted(folder.iterdir())
     pickles = [path.name for path in paths if path.name.endswith(PICKLE_SUFFIXES)]
     if pickles and not any(path.suffix == ".safetensors" for path in paths):
         raise ModelError(
             f"model folder {str(folder)!r} has its weights only as pickle ({pickles[0]}), which "
             "can run code when read; convert it to safetensors first"
-        )
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"model folder {str(folder)!r} is an adapter (LoRA and its like), which potstill "
-            "does not train or read; merge it into its model first (merge_and_unload of peft) "
-            "and save that"
         )
     for path in paths:
         if path.is_file() and _starts_with(path, LFS_POINTER):
@@ -150,6 +144,15 @@ def _non_finite_value(weight: torch.Tensor) -> str:
     )
 
 
+def weights_fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of weights by their names: the same for the same values, wherever they are stored."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(weights):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 @torch.no_grad()
 def share_that_moves(weights: Iterable[torch.Tensor], step: float) -> float:
     """The share of weights that change when `step` is added to each or taken from it.
@@ -174,7 +177,7 @@ def cautions(model: Any, lr: float) -> list[str]:
     """Warnings about training this Hugging Face model at a peak learning rate, for a user to read
     before it begins."""
     lines = []
-    share = share_that_moves(model.parameters(), lr)
+    share = share_that_moves([w for w in model.parameters() if w.requires_grad], lr)
     if share < FEW_MOVE:
         lines.append(
             "warning: the student's weights are in bfloat16, which rounds small updates away: a "

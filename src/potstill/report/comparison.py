@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from potstill.config import ALIKE, Role, fields_with, role_of
+from potstill.config import ALIKE, Role, dotted, fields_with, role_of
 from potstill.report.metrics import Metric, Summary, over_seeds, problem_values, summarize_entries
 from potstill.runs.results import Entry, find_starts, group_by_seed, recipe_key
 from potstill.statistics import Estimate
@@ -152,11 +152,7 @@ def flat(entry: Entry) -> dict[str, Any]:
     data = json.loads(recipe_key(entry, ()))
     if "flops" in data.get("train", {}):
         data["train"]["steps"] = f"up to {data['train']['flops']:g} operations"
-    return {
-        (f"{section}.{name}" if name else section): value
-        for section, fields in data.items()
-        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
-    }
+    return dotted(data)
 
 
 def tell_apart(settings: Sequence[dict[str, Any]]) -> list[str]:

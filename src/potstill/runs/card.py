@@ -111,8 +111,11 @@ def _front_matter(recipe: Recipe, models: Mapping[str, str]) -> str:
     is_hub_id = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     kinds = ["distillation"] if recipe.objective.kl != "none" else []
     kinds += ["reinforcement-learning"] if recipe.reward.weight else []
+    lora = recipe.student.lora
+    kinds += [] if lora.rank is None else ["lora"]
+    is_adapter = lora.rank is not None and lora.save == "adapter"
     card = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         # The hub takes no folder of somebody's machine.
         base_model=base if is_hub_id else None,

@@ -3,6 +3,7 @@
 import copy
 
 from potstill.config import Recipe
+from potstill.models.base_alone import BaseAlone, as_it_is
 from potstill.models.distributed import World
 from potstill.models.given import share_weights
 from potstill.models.language_model import LanguageModel
@@ -29,16 +30,21 @@ def load_teacher(
     objective, spec = recipe.objective, recipe.teacher
     if not objective.has_teacher:
         return None
-    teacher = None if given is None else ready(given, tokenizer, world.device)
+    if given is not None and given in (student, student.model):
+        # One object cannot both change and stay as it is.
+        teacher = as_it_is(student, student.name, world.size)
+    else:
+        teacher = None if given is None else ready(given, tokenizer, world.device)
     if cache is not None and (
         cache.manifest.settings.payload != "completions" or objective.signal == "labels"
     ):
         cache.check_recipe(recipe, teacher)
         return CachedTeacher(cache, world.device, spec.trust_remote_code)
     if teacher is None and spec.model == "self":
-        # A copy: on a resume the student's weights come from the checkpoint, and these stay what
-        # they were.
-        teacher = student.around(copy.deepcopy(student.model), "self")
+        # On a resume the student's weights come from the checkpoint, and these stay what they were.
+        follows = spec.refresh_steps is not None
+        copied = student.around(copy.deepcopy(student.model), "self") if follows else None
+        teacher = copied or as_it_is(student, "self", world.size)
     elif teacher is None and spec.placement == "sharded" and world.size > 1:
         return load_sharded(spec, world)
     elif teacher is None:
@@ -48,10 +54,10 @@ def load_teacher(
             dtype=spec.dtype,
             trust_remote_code=spec.trust_remote_code,
         )
-    if share_weights(teacher, student):
-        # One object cannot both change and stay as it is.
-        teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
     if cache is not None:
         cache.check_recipe(recipe, teacher)
-    teacher.eval().requires_grad_(False)
-    return teacher
+    if isinstance(teacher, BaseAlone):
+        return teacher
+    if share_weights(teacher, student):
+        teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
+    return teacher.eval().requires_grad_(False)

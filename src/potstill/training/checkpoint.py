@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from potstill.config import Lora
 from potstill.files import file_digest, flush, json_line, seal, unseal
+from potstill.models.adapters import has_adapter, is_of_adapter, merged_weights
 from potstill.models.distributed import World, gather, wait_for_all
 from potstill.models.language_model import LanguageModel, save_model
 from potstill.runs.run_folder import RunError, read_json, seal_logs
@@ -133,8 +135,7 @@ def save(
     `state` is plain data for the next step; `rollouts` are this rank's by their numbers in the
     round, if they are to be used again; a `teacher` is saved where its weights change.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
+    model_state, optimizer_state = get_state_dict(student, optimizer, options=_options(student))
     mine = {number: _without_prompt(rollout) for number, rollout in (rollouts or {}).items()}
     written = {number: row for each in gather(mine, world) for number, row in each.items()}
     if world.is_main:
@@ -185,7 +186,7 @@ def load(
     data = _read_state(checkpoint, [*models, "optimizer.safetensors"])
     tensors = {name: load_file(checkpoint / name) for name in data["files"]}
     for name, model in models.items():
-        if tensors[name].keys() != _untied_names(model.state_dict(), model):
+        if tensors[name].keys() != _saved_names(model.state_dict(), model):
             raise _damaged(checkpoint / name, "has the weights of another model")
     if teacher is not None:
         teacher.load_state_dict(tensors["teacher.safetensors"], strict=False)
@@ -200,7 +201,7 @@ def load(
         optim_state_dict={"state": moments, "param_groups": data["param_groups"]},
         # Not strict: a tied head is stored once, under the name of the embedding; the others were
         # compared above.
-        options=StateDictOptions(full_state_dict=True, strict=False),
+        options=_options(student, strict=False),
     )
     return Saved(
         path=checkpoint,
@@ -279,23 +280,37 @@ def _with_prompt(prompt: Prompt, data: list[Any]) -> Rollout:
     )
 
 
-def weights(student: LanguageModel) -> dict[str, torch.Tensor]:
-    """The student's whole weights on the CPU, by their names in the Hugging Face model. Every rank
-    must call this."""
-    state = get_model_state_dict(
-        student, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+def weights(student: LanguageModel, decoder: Any, lora: Lora) -> dict[str, torch.Tensor]:
+    """The student's whole weights on the CPU, by their names in the Hugging Face model; its
+    adapter's alone where that is to be saved. Every rank must call this.
+
+    `decoder` is the model that decodes, with the weights of now: an adapter is merged from it.
+    """
+    if has_adapter(student.model) and lora.save == "merged":
+        return merged_weights(decoder)
+    state = get_model_state_dict(student, options=_options(student))
     return {name.removeprefix("model."): value for name, value in _untied(state, student).items()}
 
 
 def _untied(state: dict[str, Any], student: LanguageModel) -> dict[str, torch.Tensor]:
     """The state without second names of one tensor, as safetensors stores each tensor once."""
-    names = _untied_names(state, student)
+    names = _saved_names(state, student)
     return {name: value.contiguous() for name, value in state.items() if name in names}
 
 
-def _untied_names(state: dict[str, Any], student: LanguageModel) -> set[str]:
-    names = {name for name, _ in student.named_parameters()} | {
-        name for name, _ in student.named_buffers()
-    }
+def _saved_names(state: dict[str, Any], student: LanguageModel) -> set[str]:
+    """The first names of the weights and buffers; where there is an adapter, of its weights."""
+    names = {name for name, _ in [*student.named_parameters(), *student.named_buffers()]}
+    if has_adapter(student.model):
+        names = set(filter(is_of_adapter, names))
     return state.keys() & names
+
+
+def _options(student: LanguageModel, strict: bool = True) -> StateDictOptions:
+    """Whole tensors on the CPU; of a student with an adapter, those that learn."""
+    return StateDictOptions(
+        full_state_dict=True,
+        cpu_offload=True,
+        ignore_frozen_params=has_adapter(student.model),
+        strict=strict,
+    )

@@ -18,6 +18,7 @@ from potstill.console.printable import say
 from potstill.console.progress import StepDisplay
 from potstill.evaluation.scores import evaluate_anew, evaluate_run
 from potstill.models import distributed
+from potstill.models.adapters import has_adapter, merge_in_place
 from potstill.models.distributed import World
 from potstill.models.given import GivenModel, GivenTokenizer, left_as_it_was, with_names
 from potstill.models.language_model import LanguageModel, ModelError, save_model
@@ -347,13 +348,17 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
     """Write the student, evaluate it, and mark the run as done."""
     recipe, setup, folder = trainer.recipe, trainer.setup, trainer.folder
     student = setup.student
-    weights = checkpoint.weights(student)
-    distributed.refresh(trainer.decoders["student"], student)
+    decoder = trainer.decoders["student"]
+    distributed.refresh(decoder, student)
+    weights = checkpoint.weights(student, decoder, recipe.student.lora)
     student.eval()
     if trainer.world.is_main:
         save_model(student, weights, setup.ends.stop_ids, folder / "model")
+        if has_adapter(decoder):
+            # Evaluated is what is saved, to the bit.
+            merge_in_place(decoder)
         # The whole copy that decodes: the other ranks take no part.
-        finished = student.around(trainer.decoders["student"], student.name)
+        finished = student.around(decoder, student.name)
         evaluate_run(recipe, finished, run.step, quiet)
         write_card(folder)
         run_folder.mark_done(recipe)

@@ -4,6 +4,7 @@ from potstill.checks.exploration import Start, measure_start
 from potstill.checks.finding import Subject
 from potstill.checks.run import faults_at_start
 from potstill.config import Recipe
+from potstill.models.adapters import describe_adapter, has_adapter
 from potstill.models.distributed import World
 from potstill.models.weights import cautions
 from potstill.objectives.habits import what_is_unknown
@@ -19,8 +20,8 @@ from potstill.training.setup import Setup
 
 def subject_of(recipe: Recipe, setup: Setup, world: World) -> Subject:
     """The parts of a run that is ready, as checks look at them."""
-    num_weights = setup.student.num_weights
-    lr = with_lr(recipe.train, num_weights).lr
+    of_student = (setup.student.num_weights, has_adapter(setup.student.model))
+    lr = with_lr(recipe.train, *of_student).lr
     assert lr is not None, "with_lr sets one"
     return Subject(
         recipe=recipe,
@@ -30,7 +31,7 @@ def subject_of(recipe: Recipe, setup: Setup, world: World) -> Subject:
         ends=setup.ends,
         loss=setup.loss,
         lr=lr,
-        usual_lr=usual_lr(num_weights),
+        usual_lr=usual_lr(*of_student),
         date=setup.date,
         device=world.device,
     )
@@ -43,8 +44,10 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     lines += describe_files(setup.task_files)
     lines += _about_ends(recipe, setup)
     lines += recipe.notes
+    if has_adapter(student.model):
+        lines.append(describe_adapter(student.model))
     if recipe.train.lr is None:
-        lines.append(describe_lr(student.num_weights))
+        lines.append(describe_lr(student.num_weights, has_adapter(student.model)))
     subject = subject_of(recipe, setup, world)
     lines += cautions(student.model, subject.lr)
     lines += faults_at_start(subject)

@@ -1,6 +1,5 @@
 """A run made ready: models, prompts and loss, loaded and checked before anything is written."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from potstill.evaluation.scores import prepare_problems
 from potstill.kl.fused import MIB
 from potstill.kl.plan import find_backend
 from potstill.models import distributed
+from potstill.models.adapters import attach, name_of_base
+from potstill.models.base_alone import as_it_is
 from potstill.models.distributed import World
 from potstill.models.flops import ModelFlops
 from potstill.models.language_model import LanguageModel
@@ -24,6 +25,7 @@ from potstill.prompts.held_out import HeldOut, task_of_data, validation_prompts
 from potstill.prompts.mixture import Mixture, make_mixture
 from potstill.prompts.prepare import prepare_prompts
 from potstill.rollouts.prefixes import Writing
+from potstill.seeds import step_seed
 from potstill.tasks import Task, is_table, make_task
 from potstill.tasks.own import OwnJudge, own_files
 from potstill.teachers import vocabulary
@@ -128,7 +130,7 @@ def prepare(
         held_out=divided.held_out,
         ends=ends,
         loss=loss,
-        start=_start_of(recipe, student),
+        start=_start_of(recipe, student, world),
         grader=_grader_of(recipe, task),
         answer_end=(lambda text: None) if task is None else task.answer_end,
         student_flops=student.flops,
@@ -141,7 +143,7 @@ def prepare(
 
 def _load_student(recipe: Recipe, world: World, given, tokenizer) -> LanguageModel:
     spec = recipe.student
-    return ready(
+    student = ready(
         spec.model if given is None else given,
         tokenizer,
         world.device,
@@ -150,16 +152,20 @@ def _load_student(recipe: Recipe, world: World, given, tokenizer) -> LanguageMod
         seed=recipe.train.seed,
         trust_remote_code=spec.trust_remote_code,
     )
+    if spec.lora.rank is not None:
+        if spec.lora.save == "adapter":
+            # Refused here where it cannot be named.
+            name_of_base(student.model)
+        attach(student.model, spec.lora, step_seed("adapter", recipe.train.seed))
+    return student
 
 
-def _start_of(recipe: Recipe, student: LanguageModel) -> LanguageModel | None:
-    """A copy of the student, which stays as it is; a resume puts the checkpoint's weights into the
-    student alone."""
+def _start_of(recipe: Recipe, student: LanguageModel, world: World) -> LanguageModel | None:
+    """The student as it is at first: its base where it has an adapter, else a copy; a resume puts
+    the checkpoint's weights into the student alone."""
     if not recipe.reward.start_kl:
         return None
-    start = student.around(copy.deepcopy(student.model), "start")
-    start.eval().requires_grad_(False)
-    return start
+    return as_it_is(student, "start", world.size)
 
 
 def _task_of(recipe: Recipe) -> Task:

@@ -10,6 +10,7 @@ import torch
 
 from potstill.config import Recipe, Train
 from potstill.models import distributed
+from potstill.models.adapters import has_adapter
 from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
 from potstill.prompts.mixture import step_places
@@ -104,7 +105,7 @@ class Run:
 def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
     """Shard the student over the ranks and give it an optimiser."""
     student, teacher = setup.student, setup.teacher
-    settings = with_lr(recipe.train, student.num_weights)
+    settings = with_lr(recipe.train, student.num_weights, has_adapter(student.model))
     decoders: dict[Writer, Any] = {"student": distributed.shard(student, world)}
     follower = None
     if teacher is not None and teacher.decoder is not None:
@@ -114,7 +115,10 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
         follower = teacher
     # Each step sets the rate.
     optimizer = torch.optim.AdamW(
-        student.parameters(), 0.0, settings.betas, weight_decay=settings.weight_decay
+        [weight for weight in student.parameters() if weight.requires_grad],
+        0.0,
+        settings.betas,
+        weight_decay=settings.weight_decay,
     )
     return Trainer(
         recipe=recipe,

@@ -88,7 +88,8 @@ def _with_best(trainer: Trainer, run: Run, row: dict[str, Any]) -> Run:
     best = next_best(goal, run.best, run.step, row[goal][0])
     if best.step == run.step:
         setup = trainer.setup
-        weights = checkpoint.weights(setup.student)
+        decoder, lora = trainer.decoders["student"], trainer.recipe.student.lora
+        weights = checkpoint.weights(setup.student, decoder, lora)
         if trainer.world.is_main:
             checkpoint.stage_best(
                 trainer.folder, run.step, setup.student, weights, setup.ends.stop_ids, row

@@ -6,7 +6,26 @@ from pydantic import Field
 
 from potstill.config.roles import Place, Role
 from potstill.config.section import Section
-from potstill.config.values import Filled
+from potstill.config.values import MANY_AT_ONCE, Filled
+
+
+class Lora(Section, role=Role.MODEL):
+    """An adapter (LoRA, by peft): the student's weights stay as they are, and beside each matrix W
+    two narrow ones learn B A, so that the model computes with W + alpha / rank · B A. It takes the
+    extra `lora`."""
+
+    rank: int | None = Field(default=None, ge=1, le=MANY_AT_ONCE)
+    """Width of the narrow matrices; by default there is no adapter and all weights learn."""
+    alpha: float = Field(default=32, gt=0)
+    """The factor of the adapter is alpha / rank."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Matrices that have an adapter: ends of their names, such as ["q_proj", "v_proj"], or
+    all-linear, which is every linear layer but the head."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of what the adapter reads, with student.dropout."""
+    save: Annotated[Literal["merged", "adapter"], Role.OUTPUT] = "merged"
+    """Content of the run's folder `model`. merged: a whole model, which any program reads;
+    adapter: the adapter alone, a folder of peft that names its base."""
 
 
 class StudentSpec(Section, role=Role.MODEL):
@@ -22,6 +41,7 @@ class StudentSpec(Section, role=Role.MODEL):
     distribution that writes the student's completions and that is evaluated."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings."""
+    lora: Lora = Lora()
 
 
 class TeacherSpec(Section, role=Role.MODEL):
