@@ -5,17 +5,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_recipe
-from odd_models import make_tiny, make_tokenizer
+from odd_models import make_tiny, make_tokenizer, write_folder
 
 import potstill
 from potstill.config import Evaluation, Sampling
 from potstill.evaluation.scores import prepare_problems
+from potstill.models.distributed import World
 from potstill.models.language_model import ModelError
 from potstill.models.probe import ready
 from potstill.models.sampling import sample
 from potstill.models.weights import cautions, share_that_moves
 from potstill.runs import run_folder
 from potstill.teachers.rope import refuse_crossing
+from potstill.training.setup import compute_dtype_of
 
 GPT2: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512}
 DROPS: dict[str, Any] = {"attn_pdrop": 0.3, "embd_pdrop": 0.3, "resid_pdrop": 0.3}
@@ -133,3 +135,20 @@ def test_rows_of_longrope_stay_on_one_side_of_the_border(tok, tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ModelError, match=r"lower evaluation\.max_tokens"):
         prepare_problems(model, Evaluation(source="multiplication", num_problems=2, max_tokens=24))
+
+
+def test_a_checkpoint_in_bfloat16_computes_in_it_where_the_device_is_made_for_it(tok, tmp_path):
+    half = str(write_folder(tmp_path / "half", tok, make_tiny(tok).bfloat16()))
+    whole = str(write_folder(tmp_path / "whole", tok, make_tiny(tok)))
+    gpu, cpu = (World(0, 1, torch.device(kind)) for kind in ("cuda", "cpu"))
+    for model, chosen, world, wanted in (
+        (half, {}, gpu, "bfloat16"),
+        (half, {}, cpu, "float32"),
+        (whole, {}, gpu, "float32"),
+        (half, {"compute_dtype": "float32"}, gpu, "float32"),
+        (whole, {"compute_dtype": "bfloat16"}, cpu, "bfloat16"),
+    ):
+        recipe = tiny_recipe(tmp_path / "run", student={"model": model}, train=chosen)
+        assert compute_dtype_of(recipe, world, None) == wanted
+    recipe = tiny_recipe(tmp_path / "run", student={"model": half})
+    assert compute_dtype_of(recipe, gpu, make_tiny(tok)) == "float32"

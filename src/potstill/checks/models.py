@@ -169,9 +169,9 @@ def self_kl(subject: Subject, written: Written) -> Finding:
     options = _options(subject, end_ids=subject.loss.end_class)
     stats = fused_statistics(hidden_ND, student.head, plain, student.head, **options)
     value = _mean(stats.forward_kl_N)
-    measured = {"nats": value, "compute_dtype": recipe.train.compute_dtype}
+    measured = {"nats": value, "compute_dtype": subject.loss.compute_dtype}
     to_learn = _start(subject, written)
-    says = f"{value:.1e} nats a token, computing in {recipe.train.compute_dtype}"
+    says = f"{value:.1e} nats a token, computing in {subject.loss.compute_dtype}"
     if to_learn is not None:
         measured |= {"to_learn": _mean(to_learn.forward_kl_N)}
         says += f", and {measured['to_learn']:.2g} are to be learnt"

@@ -57,7 +57,7 @@ def memory_needed(subject: Subject) -> dict[str, int]:
     config = student.model.config.get_text_config()
     width = int(getattr(config, "hidden_size", 0) or student.head.weight_VD.shape[1])
     depth = int(getattr(config, "num_hidden_layers", 0) or 1)
-    is_half = "bfloat16" in (recipe.train.compute_dtype, recipe.student.dtype)
+    is_half = "bfloat16" in (subject.loss.compute_dtype, recipe.student.dtype)
     longest = max(len(prompt.token_ids) for prompt in subject.prompts) + recipe.window.tokens
     num_tokens = max(recipe.train.tokens_per_batch, longest)
     logits = recipe.train.loss_memory * MIB

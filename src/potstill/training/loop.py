@@ -377,6 +377,7 @@ def _environment(setup: Setup, world: World) -> dict[str, Any]:
     return {
         "world_size": world.size,
         "device": str(world.device),
+        "compute_dtype": setup.loss.compute_dtype,
         "date": setup.date,
         "task_files": setup.task_files,
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],

@@ -46,6 +46,11 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     lines += recipe.notes
     if has_adapter(student.model):
         lines.append(describe_adapter(student.model))
+    if recipe.train.compute_dtype is None and setup.loss.compute_dtype == "bfloat16":
+        lines.append(
+            "the student's passes compute in bfloat16, as its checkpoint is; its weights are in "
+            f"{recipe.student.dtype} and the loss in float32 (train.compute_dtype chooses)"
+        )
     if recipe.train.lr is None:
         lines.append(describe_lr(student.num_weights, has_adapter(student.model)))
     subject = subject_of(recipe, setup, world)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from potstill.config import Recipe, RecipeError, Window, run_evaluation
 from potstill.evaluation.quality import Scorer
 from potstill.evaluation.scores import prepare_problems
@@ -16,7 +18,7 @@ from potstill.models.adapters import attach, name_of_base
 from potstill.models.base_alone import as_it_is
 from potstill.models.distributed import World
 from potstill.models.flops import ModelFlops
-from potstill.models.language_model import LanguageModel
+from potstill.models.language_model import LanguageModel, load_config
 from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.objectives.loss import Loss
@@ -97,12 +99,12 @@ def prepare(
 
     `date` is what chat templates are told; by default that of the cache, or today.
     """
-    student = _load_student(recipe, world, student, tokenizer)
+    given, student = student, _load_student(recipe, world, student, tokenizer)
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
     vocab_size = vocabulary.shared_vocab_size(student, teacher) if teacher is not None else None
     ends = find_ends(recipe, student, teacher, vocab_size)
-    loss = _loss_of(recipe, vocab_size, ends)
+    loss = _loss_of(recipe, vocab_size, ends, compute_dtype=compute_dtype_of(recipe, world, given))
     _refuse_settings(recipe, loss, world)
     # The main rank's, as midnight may come between them.
     date = str(
@@ -187,12 +189,24 @@ def _grader_of(recipe: Recipe, task: Task | None) -> Scorer | None:
     return task
 
 
-def _loss_of(recipe: Recipe, vocab_size: int | None, ends: Ends) -> Loss:
+def compute_dtype_of(recipe: Recipe, world: World, given: Any) -> str:
+    """The autocast type of the student's passes: the recipe's, else its checkpoint's where the
+    device is made for it. A student that is given as an object computes in float32."""
+    spec = recipe.student
+    if recipe.train.compute_dtype is not None:
+        return recipe.train.compute_dtype
+    if world.device.type == "cpu" or given is not None:
+        return "float32"
+    stored = load_config(spec.model, spec.trust_remote_code).dtype
+    return "bfloat16" if stored == torch.bfloat16 else "float32"
+
+
+def _loss_of(recipe: Recipe, vocab_size: int | None, ends: Ends, *, compute_dtype: str) -> Loss:
     loss = Loss(
         objective=recipe.objective,
         reward=recipe.reward,
         normalize=recipe.train.normalize,
-        compute_dtype=recipe.train.compute_dtype,
+        compute_dtype=compute_dtype,
         vocab_size=vocab_size,
         end_class=ends.class_ids,
         budget=recipe.train.loss_memory * MIB,

@@ -45,8 +45,9 @@ class Train(Section, role=Role.UPDATE):
     normalize: Annotated[Literal["token", "sequence"], Role.OBJECTIVE] = "token"
     """token: the mean over the loss tokens of the step; sequence: the mean of per-sequence
     means."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Autocast type of the student's forward pass; the loss is always float32."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Autocast type of the student's passes; the loss is always float32. By default bfloat16 on a
+    GPU for a checkpoint that is in bfloat16, else float32."""
     loss_memory: Annotated[int, Role.SPEED] = Field(default=256, ge=0)
     """MiB for logits kept between the loss's two passes; 0 computes them twice. Changes speed, not
     results."""
