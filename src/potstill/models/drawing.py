@@ -9,6 +9,9 @@ from potstill.config import Sampling
 
 # Tokens that are sorted in search of a nucleus, and how many times more where it is not among them.
 NUCLEUS, GROWTH = 128, 8
+# A difference of logits whose exponential is 0 in float32, as that of -inf is, and whose products
+# are finite.
+NOTHING = -200.0
 
 
 def draw(
@@ -24,21 +27,47 @@ def draw(
         ids_R = logits_RV.argmax(-1)
         zeros_R = torch.zeros(len(ids_R), device=logits_RV.device)
         return ids_R, zeros_R, zeros_R
-    scaled_RV = logits_RV.float() / sampling.temperature
+    scaled_RV = logits_RV.float()
+    if sampling.temperature != 1:
+        scaled_RV = scaled_RV / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
         scaled_RV = truncate(scaled_RV, sampling.top_k, sampling.top_p)
-    probs_RV = scaled_RV.softmax(-1)
-    # Float64, so that the sum over a large vocabulary does not round small probabilities away.
-    cumulative_RV = probs_RV.cumsum(-1, dtype=torch.float64)
-    ids_R1 = torch.searchsorted(
-        cumulative_RV, uniforms_R[:, None] * cumulative_RV[:, -1:], right=True
-    )
+    num_rows, vocab_size = scaled_RV.shape
+    length = math.isqrt(vocab_size - 1) + 1
+    num_chunks = -(-vocab_size // length)
+    shifted_RV = (scaled_RV - scaled_RV.amax(-1, keepdim=True)).clamp_(min=NOTHING)
+    # The last chunk ends with tokens that are not there.
+    weights = shifted_RV.new_zeros(num_rows, num_chunks * length)
+    weights_RV = torch.exp(shifted_RV, out=weights[:, :vocab_size])
+    ids_R1, total_R1 = _invert(weights.view(num_rows, num_chunks, length), uniforms_R[:, None])
     # Only NaN has no place in the sum. It gets an id that exists, and its log-probability, NaN too,
     # tells of it.
-    ids_R1 = ids_R1.clamp(max=logits_RV.shape[-1] - 1)
-    log_probs_R1 = probs_RV.gather(-1, ids_R1).log()
-    entropies_R = torch.special.entr(probs_RV).sum(-1)
-    return ids_R1.squeeze(-1), log_probs_R1.squeeze(-1), entropies_R
+    ids_R1 = ids_R1.clamp(max=vocab_size - 1)
+    log_total_R, total_R = total_R1.log().squeeze(-1), total_R1.squeeze(-1)
+    log_probs_R = shifted_RV.gather(-1, ids_R1).squeeze(-1) - log_total_R
+    entropies_R = log_total_R - shifted_RV.mul_(weights_RV).sum(-1) / total_R
+    return ids_R1.squeeze(-1), log_probs_R.float(), entropies_R.float()
+
+
+def _invert(weights_RCL: Tensor, uniforms_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """The place [R, 1] at which the cumulative sum of a row's weights passes that share of their
+    sum, and the sum.
+
+    The weights are cut into C chunks of L: first the chunk is found, then the place within it. The
+    sums are in float64, so that those over a large vocabulary do not round small ones away.
+    """
+    ends_RC = weights_RCL.sum(-1, dtype=torch.float64).cumsum(-1)
+    total_R1 = ends_RC[:, -1:]
+    target_R1 = uniforms_R1 * total_R1
+    num_chunks, length = weights_RCL.shape[1:]
+    chunk_R1 = torch.searchsorted(ends_RC, target_R1, right=True).clamp(max=num_chunks - 1)
+    start_R1 = nn.functional.pad(ends_RC, (1, 0)).gather(-1, chunk_R1)
+    chunk_RL = weights_RCL.gather(1, chunk_R1[:, :, None].expand(-1, -1, length)).squeeze(1)
+    cumulative_RL = chunk_RL.cumsum(-1, dtype=torch.float64)
+    place_R1 = torch.searchsorted(cumulative_RL, target_R1 - start_R1, right=True)
+    # The chunk's sum was added up in another order; nothing beyond its last weight is drawn.
+    last_R1 = torch.searchsorted(cumulative_RL, cumulative_RL[:, -1:].contiguous())
+    return chunk_R1 * length + torch.minimum(place_R1, last_R1), total_R1
 
 
 def truncate(log_probs_RV: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from potstill.config import Sampling
 from potstill.models.drawing import draw
+from potstill.models.lean.head import thin_head
 from potstill.types import Completion, NonFiniteError
 
 # Rows are dropped when the rest is at most this share of the batch: dropping copies the cache,
@@ -158,9 +159,10 @@ class _Decoder:
         }
         if self.mask_RT is not None:
             inputs["attention_mask"] = self.mask_RT[:, : self.length]
-        output = self.model(
-            **inputs, **_quiet_routers(self.model), use_cache=True, logits_to_keep=1
-        )
+        with thin_head(self.model):
+            output = self.model(
+                **inputs, **_quiet_routers(self.model), use_cache=True, logits_to_keep=1
+            )
         if self.cache is None:
             self.cache = _with_room(output.past_key_values)
         return output.logits[:, -1]
@@ -193,6 +195,9 @@ def _decode(
     written = [_Written([], [], [], []) for _ in caps]
     rows = list(range(len(caps)))
     running = set(rows)
+    # The rows of each draw, and tensors of its numbers, which stay on their device for now.
+    drawn_rows: list[int] = []
+    numbers: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in range(max(caps)):
         drawn = [
             draw(decoder.next_logits()[:, :vocab_size], draws.uniforms_LR[step], sampling)
@@ -202,11 +207,13 @@ def _decode(
         ids_R, log_probs_R, entropies_R = (
             drawn[0] if len(drawn) == 1 else _by_turns(*drawn, is_others_R)
         )
-        columns = (ids_R.tolist(), log_probs_R.tolist(), entropies_R.tolist(), is_others_R.tolist())
-        # Finished rows that have not left yet draw tokens which are thrown away.
-        for row, token_id, *numbers in zip(rows, *columns, strict=True):
+        drawn_rows += rows
+        numbers.append((log_probs_R, entropies_R, is_others_R))
+        # The one wait of a token for a GPU. Finished rows that have not left yet draw tokens which
+        # are thrown away.
+        for row, token_id in zip(rows, ids_R.tolist(), strict=True):
             if row in running:
-                written[row].add(token_id, *numbers)
+                written[row].token_ids.append(token_id)
                 on_token[row](token_id)
                 if token_id in end_ids or step + 1 == caps[row]:
                     running.remove(row)
@@ -222,6 +229,9 @@ def _decode(
                 decoder.keep(kept)
         for decoder in decoders:
             decoder.push(ids_R)
+    columns = [torch.cat(column).tolist() for column in zip(*numbers, strict=True)]
+    for row, *of_token in zip(drawn_rows, *columns, strict=True):
+        written[row].add(*of_token)
     return [completion.finished(end_ids) for completion in written]
 
 
@@ -249,11 +259,13 @@ class _Written(NamedTuple):
     entropies: list[float]
     models: list[int]
 
-    def add(self, token_id: int, log_prob: float, entropy: float, is_others: bool) -> None:
-        self.token_ids.append(token_id)
-        self.log_probs.append(log_prob)
-        self.entropies.append(entropy)
-        self.models.append(int(is_others))
+    def add(self, log_prob: float, entropy: float, is_others: bool) -> None:
+        """The numbers of the next token; those of what was drawn after the last one are left
+        out."""
+        if len(self.models) < len(self.token_ids):
+            self.log_probs.append(log_prob)
+            self.entropies.append(entropy)
+            self.models.append(int(is_others))
 
     def finished(self, end_ids: frozenset[int]) -> Completion:
         """Raises NonFiniteError for a token that was drawn from no distribution."""
