@@ -22,6 +22,7 @@ from potstill.models.adapters import has_adapter, merge_in_place
 from potstill.models.distributed import World
 from potstill.models.given import GivenModel, GivenTokenizer, left_as_it_was, with_names
 from potstill.models.language_model import LanguageModel, ModelError, save_model
+from potstill.models.lean.embedding import embedding_added_late
 from potstill.models.probe import ready
 from potstill.objectives.habits import disagreement
 from potstill.objectives.reward import with_log_probs
@@ -223,18 +224,19 @@ def _take_steps(
         if num_samples and has_dropout:
             samples = samples_without_dropout(trainer, plan, rollouts[:num_samples], clock)
         student.train(has_dropout)
-        done = accumulate_gradients(
-            trainer.setup,
-            plan.loss,
-            rollouts,
-            tokens_per_batch=settings.tokens_per_batch,
-            step=run.step,
-            world=world,
-            clock=clock,
-            split_by=trainer.split_by,
-            num_samples=0 if has_dropout else num_samples,
-            is_reused=trainer.recipe.rollouts.reuse > 1,
-        )
+        with embedding_added_late(student.model):
+            done = accumulate_gradients(
+                trainer.setup,
+                plan.loss,
+                rollouts,
+                tokens_per_batch=settings.tokens_per_batch,
+                step=run.step,
+                world=world,
+                clock=clock,
+                split_by=trainer.split_by,
+                num_samples=0 if has_dropout else num_samples,
+                is_reused=trainer.recipe.rollouts.reuse > 1,
+            )
         updated = update(trainer, run, plan, clock)
         metrics = step_metrics(trainer, plan, done.sums, updated, cost)
         rollouts = with_log_probs(rollouts, done.log_probs)

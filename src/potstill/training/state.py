@@ -113,12 +113,13 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
     if teacher is not None and teacher.name == "self" and recipe.teacher.refresh_steps:
         assert isinstance(teacher, LanguageModel), "load_teacher copies the student"
         follower = teacher
-    # Each step sets the rate.
+    # Each step sets the rate. Fused, the update needs no copy of the weights.
     optimizer = torch.optim.AdamW(
         [weight for weight in student.parameters() if weight.requires_grad],
         0.0,
         settings.betas,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     return Trainer(
         recipe=recipe,
