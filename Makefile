@@ -78,6 +78,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/window.py
 	$(BIN)/python benchmarks/likeliest.py
 	$(BIN)/python benchmarks/samples.py
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/report.py
 
 clean:
