@@ -181,7 +181,7 @@ RECIPES = [
 
 # Arguments as a shell would take them, and the message.
 COMMANDS = [
-    ("", "potstill needs a command: init, doctor, train, evaluate"),
+    ("", "potstill needs a command: init, plan, doctor, train, evaluate"),
     ("trian demo", "'trian' is no command of potstill; the nearest is train; see potstill --help"),
     ("train", "missing from potstill train"),
     ("train demo extra", "unrecognized options: extra"),

@@ -21,6 +21,7 @@ from potstill.console.printable import say
 # last word.
 COMMANDS = {
     "init": "start_commands",
+    "plan": "start_commands",
     "doctor": "start_commands",
     "train": "recipe_commands",
     "evaluate": "model_commands",

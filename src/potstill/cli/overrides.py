@@ -19,8 +19,11 @@ from potstill.console.names import SYNONYMS, nearest, nearest_field
 SCHEMAS: dict[str, type[BaseModel]] = {
     "train": RecipeFields,
     "doctor": RecipeFields,
+    "plan": RecipeFields,
     "cache build": RecipeFields,
 }
+# Options of `potstill plan`, some of which are called as fields are elsewhere.
+PLAN_OPTIONS = ("devices", "device", "prompt_tokens", "response_tokens")
 
 
 def split_overrides(command: str, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -32,7 +35,7 @@ def split_overrides(command: str, argv: list[str]) -> tuple[list[str], dict[str,
     rest: list[str] = []
     overrides: dict[str, Any] = {}
     schema = SCHEMAS.get(command)
-    own = {"method", "dry_run", "json", "help"}
+    own = {"method", "dry_run", "json", "help", *PLAN_OPTIONS}
     top_level = {name for name in field_names(schema) if "." not in name} if schema else set()
     if command == "cache build":
         # --out is the folder of the cache.

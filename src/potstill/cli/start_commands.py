@@ -1,4 +1,4 @@
-"""The commands before a run: `potstill doctor` and `init`, one function for each."""
+"""The commands before a run: `potstill doctor`, `plan` and `init`, one function for each."""
 
 import sys
 from collections.abc import Sequence
@@ -40,6 +40,58 @@ def doctor(
     print_json(report) if as_json else print_report(report)
     if not report.is_fit:
         sys.exit(1)
+
+
+def plan(
+    overrides: dict[str, Any],
+    recipe: Positional[str],
+    method: Literal["sft", "dagger", "offline-rl", "opd"] | None = None,
+    device: str = "this-machine",
+    devices: int = 1,
+    prompt_tokens: int = 128,
+    response_tokens: int | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Say what a recipe takes, from its models' configurations alone; nothing is loaded.
+
+    Memory, operations, time, disk and traffic by part, for the recipe and the cells of its grid,
+    and what to change if it does not fit. Time is a model and no measurement.
+
+    Args:
+        recipe: A TOML file, or the name of a shipped recipe such as demo.
+        method: A corner of the grid; sets objective.prefix and objective.kl.
+        device: H100-SXM, H200, A100-80GB, L40S, RTX-4090, or this-machine, which is measured.
+        devices: How many devices share the student.
+        prompt_tokens: Tokens of the longest prompt.
+        response_tokens: Tokens of a usual response; by default as many as the window has.
+        as_json: Print the plan as JSON, for other programs.
+    """
+    counts = {
+        "devices": devices,
+        "prompt-tokens": prompt_tokens,
+        "response-tokens": response_tokens,
+    }
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise UsageError(f"--{name} is {number}; give 1 or more")
+    resolved = load_recipe(recipe, with_method(method, overrides))
+    if response_tokens is not None and response_tokens > resolved.window.tokens:
+        raise UsageError(
+            f"--response-tokens is {response_tokens}, more than window.tokens = "
+            f"{resolved.window.tokens}; lower it or raise the window"
+        )
+    from potstill.planning.devices import device_of
+    from potstill.planning.plan import Circumstances, make_plan_of
+    from potstill.planning.show import print_as_json, print_tables
+
+    asked = Circumstances(
+        device=device_of(device),
+        num_devices=devices,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+    )
+    made = make_plan_of(resolved, asked)
+    print_as_json(made) if as_json else print_tables(made)
 
 
 def init(

@@ -10,19 +10,22 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from potstill.checks.resources import ACTIVATION_BYTES, GIB, MOMENTS, free_memory
 from potstill.checks.settings import FEW_WEIGHTS
 from potstill.config import METHODS, load_recipe, toml_value
-from potstill.console.printable import error_text
 from potstill.files import write_atomically
-from potstill.models.language_model import LanguageModel, load_config, load_tokenizer
+from potstill.models.language_model import LanguageModel, load_tokenizer
+from potstill.planning.devices import free_memory
+from potstill.planning.memory import MOMENTS
+from potstill.planning.passes import activation_bytes
+from potstill.planning.sizes import model_sizes, without_weights
+from potstill.planning.units import shown_bytes
 from potstill.prompts.examples import load_examples, make_prompts
 from potstill.prompts.rows import Asked, make_examples
 from potstill.tasks import is_table
 from potstill.tasks.tables import DataRow, read_table_rows
 from potstill.teachers.vocabulary import shared_vocab_size
 from potstill.training.rates import usual_lr
-from potstill.types import DataError, Example, ModelError
+from potstill.types import DataError, Example
 
 Device = Literal["cpu", "gpu"]
 
@@ -78,18 +81,7 @@ class Draft(NamedTuple):
 
 def outline(name: str) -> LanguageModel:
     """A model without its weights: sizes, tokenizer, context. Raises ModelError."""
-    import transformers
-
-    config, tokenizer = load_config(name), load_tokenizer(name)
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-    # Any error can come from an architecture's own code.
-    except Exception as error:
-        raise ModelError(
-            f"model {name!r} is no causal language model: {error_text(error)}"
-        ) from None
-    return LanguageModel(model, tokenizer, name)
+    return without_weights(name, tokenizer=load_tokenizer(name))
 
 
 def draft(wanted: Wanted, out: Path) -> Draft:
@@ -225,16 +217,14 @@ def _about_size(
     device = torch.device("cuda" if wanted.device == "gpu" and has_gpu else "cpu")
     is_here = has_gpu or wanted.device == "cpu"
     free = free_memory(device) if is_here else None
-    config = student.model.config.get_text_config()
-    width, depth = (getattr(config, name, 1) for name in ("hidden_size", "num_hidden_layers"))
-    a_token = width * depth * ACTIVATION_BYTES * (1 if wanted.device == "gpu" else 2)
+    a_token = activation_bytes(model_sizes(student), 1, is_half=wanted.device == "gpu")
     # Weights, gradients and moments, in float32.
     fixed = 4 * ((2 + MOMENTS) * student.num_weights + teacher.num_weights)
     left = MOST_BATCH * a_token if free is None else (free - fixed) * BATCH_SHARE
     most = min(max(int(left / a_token), LEAST_BATCH, longest), MOST_BATCH)
     size = 2 ** (most.bit_length() - 1)
-    have = "" if free is None else f", of {free / GIB:.1f} GiB that are free"
-    why = f"about {(fixed + size * a_token) / GIB:.1f} GiB of memory with both models{have}"
+    have = "" if free is None else f", of {shown_bytes(free)} that are free"
+    why = f"about {shown_bytes(fixed + size * a_token)} of memory with both models{have}"
     lines = [Line("train.tokens_per_batch", size, why)]
     if wanted.device == "gpu":
         why = "of the student's passes; its weights and the loss stay in float32"

@@ -75,6 +75,25 @@ def make_plan(
     )
 
 
+class Buffers(NamedTuple):
+    """The tiles of a plan in memory: `num_resident` of `size` elements stay between the passes,
+    beside one of each side. A group of rows has `num_tiles` of each side."""
+
+    size: int
+    num_resident: int
+    num_tiles: int
+
+
+def buffers_of(plan: Plan, num_rows: int, vocab_size: int, num_sides: int) -> Buffers:
+    """The buffers that N x V logits of one or both models take."""
+    num_tiles = math.ceil(plan.group_rows / plan.rows) * math.ceil(vocab_size / plan.columns)
+    return Buffers(
+        size=min(plan.rows, num_rows) * plan.columns,
+        num_resident=min(plan.num_resident, num_sides * num_tiles),
+        num_tiles=num_tiles,
+    )
+
+
 def find_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
     """The tile functions of a backend. Raises ValueError for one that is unknown or cannot run on
     the device."""

@@ -11,7 +11,6 @@ The end class is one more column, whose logit is the log-sum-exp of its members;
 members are masked.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from potstill.kl import tiles
 from potstill.kl.coefficients import AskedGradient, RowGroup, ask
 from potstill.kl.inputs import Problem, Side
-from potstill.kl.plan import ARENA, Tile, find_backend, make_plan
+from potstill.kl.plan import ARENA, Tile, buffers_of, find_backend, make_plan
 from potstill.kl.terms import LossTerms, VocabShard, Weight
 from potstill.kl.tiles import MASKED
 from potstill.types import NonFiniteError
@@ -55,22 +54,16 @@ class Walk:
             one_group=one_group,
             tile=tile,
         )
-        size = min(self.plan.rows, problem.num_rows) * self.plan.columns
         num_sides = len(problem.sides)
-        num_resident = min(self.plan.num_resident, num_sides * self.num_tiles())
-
+        size, num_resident, self.num_tiles = buffers_of(
+            self.plan, problem.num_rows, problem.vocab_size, num_sides
+        )
         self.resident = ARENA.buffers(num_resident, size, problem.dtype, problem.device)
         self.current = [
             torch.empty(size, dtype=problem.dtype, device=problem.device) for _ in range(num_sides)
         ]
         scratch_size = max(tiles.SCRATCH_ELEMENTS, self.plan.columns)
         self.scratch = list(self.current[0].new_empty(self.backend.num_scratch, scratch_size))
-
-    def num_tiles(self) -> int:
-        plan = self.plan
-        return math.ceil(plan.group_rows / plan.rows) * math.ceil(
-            self.problem.vocab_size / plan.columns
-        )
 
     def groups(self) -> list[range]:
         n, step = self.problem.num_rows, self.plan.group_rows
@@ -89,7 +82,7 @@ class Walk:
         problem, blocks = self.problem, self.blocks(group)
         # One resident tile of the side with the wider hidden states saves the most work.
         order = sorted(range(len(problem.sides)), key=lambda i: -problem.sides[i].hidden.shape[1])
-        per_side = self.num_tiles()
+        per_side = self.num_tiles
         for j, start in enumerate(range(0, problem.vocab_size, self.plan.columns)):
             columns = slice(start, min(start + self.plan.columns, problem.vocab_size))
             masked = [i - start for i in problem.member_list if columns.start <= i < columns.stop]

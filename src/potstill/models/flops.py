@@ -1,8 +1,8 @@
 """Floating-point operations of a step, from the architectures: what equal compute means.
 
 A multiplication and its addition count as two. Counted are the matrix products and attention of
-dense transformers on real tokens, padding left out; attention is causal. Every expert of a mixture
-of experts is counted, which is too much.
+transformers on real tokens, padding left out; attention is causal. Of a mixture of experts those
+are counted that a token passes through.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +14,9 @@ from torch import nn
 from potstill.kl.head import Head
 from potstill.runs.schema import Flops
 from potstill.types import Rollout, Writer
+
+# Names in configurations for how many experts a layer has.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +54,42 @@ def model_flops(backbone: Any, head: Head, config) -> ModelFlops:
 
     The head's rows are those it has, padding included.
     """
-    # GPT-2 keeps its linear layers in a class of its own.
-    layers = [
-        m for m in backbone.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
-    ]
-    frozen = [layer for layer in layers if not layer.weight.requires_grad]
+    products, share = _products_of(backbone), active_share(config)
+    active = [(round(num * share) if is_expert else num, w) for num, is_expert, w in products]
     of_head = 2 * head.weight_VD.numel()
     return ModelFlops(
-        per_token=sum(2 * layer.weight.numel() for layer in layers),
+        per_token=2 * sum(num for num, _ in active),
         per_pair=_attention_flops(config),
         head=of_head,
-        frozen_per_token=sum(2 * layer.weight.numel() for layer in frozen),
+        frozen_per_token=2 * sum(num for num, weight in active if not weight.requires_grad),
         frozen_head=0 if head.weight_VD.requires_grad else of_head,
     )
+
+
+def expert_weights(backbone: Any) -> int:
+    """How many weights all experts of a mixture have."""
+    return sum(num for num, is_expert, _ in _products_of(backbone) if is_expert)
+
+
+def _products_of(backbone: Any) -> list[tuple[int, bool, nn.Parameter]]:
+    """The weights that tokens are multiplied with: how many, whether an expert's, and which."""
+    found = []
+    for name, module in backbone.named_modules():
+        kind, is_expert = type(module).__name__, "experts" in name.split(".")
+        # GPT-2 keeps its linear layers in a class of its own, and routers are one each.
+        is_linear = isinstance(module, nn.Linear) or kind == "Conv1D" or kind.endswith("Router")
+        # All experts of a layer may be one tensor.
+        num_axes = 2 if is_linear else 3 if is_expert else None
+        own = [weight for weight in module.parameters(recurse=False) if weight.dim() == num_axes]
+        found += [(weight.numel(), is_expert, weight) for weight in own]
+    return found
+
+
+def active_share(config) -> float:
+    """The share of a mixture's experts that a token passes through; 1 without a mixture."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    total = next((num for name in EXPERTS if (num := getattr(config, name, None))), None)
+    return chosen / total if chosen and total else 1.0
 
 
 def _attention_flops(config) -> int | None:

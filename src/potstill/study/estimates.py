@@ -121,14 +121,16 @@ def _evaluation_cost(model: str, evaluation: Evaluation, known: Known) -> Cost |
 
 
 def _cache_cost(recipe: Recipe, step: StepCost) -> Cost:
-    from potstill.models.language_model import load_config
+    from potstill.config import CacheOptions
+    from potstill.planning.disk import bytes_a_token
+    from potstill.planning.sizes import model_sizes, without_weights
     from potstill.prompts.examples import DEFAULT_TASK_PROMPTS
 
     num_prompts = recipe.data.num_prompts or DEFAULT_TASK_PROMPTS
     seconds = step.cached_seconds * num_prompts / recipe.train.prompts_per_step
-    width = load_config(recipe.teacher.model).get_text_config().hidden_size
-    # In bfloat16; log-sum-exp, entropy, log-probability and token id beside it.
-    return Cost(seconds, num_prompts * step.length * (2 * width + 16))
+    teacher = model_sizes(without_weights(recipe.teacher.model))
+    a_token = bytes_a_token(CacheOptions(), teacher, recipe.objective.top_k)
+    return Cost(seconds, num_prompts * step.length * a_token)
 
 
 def _run_cost(item: Item, step: StepCost, evaluated: Cost) -> Cost:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from potstill.config import Recipe, RecipeError, Window, run_evaluation
 from potstill.evaluation.quality import Scorer
 from potstill.evaluation.scores import prepare_problems
@@ -23,6 +21,7 @@ from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.objectives.loss import Loss
 from potstill.objectives.trial import try_weighting
+from potstill.planning.work import compute_dtype_on
 from potstill.prompts.held_out import HeldOut, task_of_data, validation_prompts
 from potstill.prompts.mixture import Mixture, make_mixture
 from potstill.prompts.prepare import prepare_prompts
@@ -192,13 +191,10 @@ def _grader_of(recipe: Recipe, task: Task | None) -> Scorer | None:
 def compute_dtype_of(recipe: Recipe, world: World, given: Any) -> str:
     """The autocast type of the student's passes: the recipe's, else its checkpoint's where the
     device is made for it. A student that is given as an object computes in float32."""
-    spec = recipe.student
-    if recipe.train.compute_dtype is not None:
-        return recipe.train.compute_dtype
-    if world.device.type == "cpu" or given is not None:
+    on_cpu, spec = world.device.type == "cpu", recipe.student
+    if recipe.train.compute_dtype is None and (on_cpu or given is not None):
         return "float32"
-    stored = load_config(spec.model, spec.trust_remote_code).dtype
-    return "bfloat16" if stored == torch.bfloat16 else "float32"
+    return compute_dtype_on(recipe, load_config(spec.model, spec.trust_remote_code), on_cpu=on_cpu)
 
 
 def _loss_of(recipe: Recipe, vocab_size: int | None, ends: Ends, *, compute_dtype: str) -> Loss:

@@ -1,0 +1,1 @@
+"""Plans of runs, from configurations alone."""

@@ -1,0 +1,244 @@
+"""Memory of one device, by part and by phase of a step.
+
+What is there all the time follows from the numbers of weights. A phase has its own parts beside it,
+and the fullest phase is the peak. Activations are counted by `passes`, on the shapes of a batch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from potstill.config import Recipe
+from potstill.kl.fused import MIB
+from potstill.kl.plan import Plan, buffers_of, make_plan
+from potstill.kl.tiles import NUM_SCRATCH, SCRATCH_ELEMENTS
+from potstill.planning.passes import PassBytes, pass_bytes, passes_by_rule
+from potstill.planning.sizes import BYTES, Outline
+from potstill.planning.work import Work, compute_dtype_on
+
+# Where the teacher's signal comes from; "none" where nothing asks for one.
+TeacherPlace = Literal["live", "cached", "remote", "none"]
+# AdamW's, a number each for every weight.
+MOMENTS = 2
+# Bytes that drawing takes for a logit, beside itself in the model's type: scaled, probability,
+# its entropy (float32), and the sum up to it (float64).
+DRAWING_BYTES = 4 + 4 + 4 + 8
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlines:
+    """Outlines of the models of a run; the teacher is None where the recipe has none."""
+
+    student: Outline
+    teacher: Outline | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device: parts that are `kept` throughout, and those of each phase beside them.
+
+    `is_counted` is false where activations are estimated by rule.
+    """
+
+    kept: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    is_counted: bool
+
+    @property
+    def fullest(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts at the peak."""
+        return self.kept | self.phases[self.fullest]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+def memory_of(
+    recipe: Recipe,
+    pair: Outlines,
+    work: Work,
+    place: TeacherPlace,
+    *,
+    num_devices: int = 1,
+    on_cpu: bool,
+    by_rule: bool = False,
+) -> Memory:
+    """The memory of one device; on several the student is sharded, as `distributed.shard` does.
+
+    `by_rule` estimates activations, which takes no time.
+    """
+    count = passes_by_rule if by_rule else pass_bytes
+    shape, dtype = (work.rows, work.positions), recipe.student.dtype
+    computing = compute_dtype_on(recipe, pair.student.config, on_cpu=on_cpu)
+    passes = count(pair.student, shape, dtype, computing)
+    kept = _kept(recipe, pair, place, num_devices)
+    loss = _loss_bytes(recipe, pair, work)
+    if on_cpu:
+        # The tiles between the passes stay for the next batch; a GPU's allocator lends them on.
+        kept["loss tiles"] = loss.pop("loss tiles")
+    scoring = _states(recipe, pair, work)
+    if place == "live" and scoring and pair.teacher is not None:
+        of_teacher = count(pair.teacher, shape, teacher_dtype(recipe), "float32")
+        scoring["activations"] = of_teacher.forward
+        if is_spread(recipe, place, num_devices):
+            # The layer that works, and the next one.
+            item = BYTES[teacher_dtype(recipe)]
+            scoring["unsharded"] = 2 * pair.teacher.sizes.largest_layer * item
+    phases = {
+        "rollouts": _decoding(recipe, pair, work, place),
+        "teacher": scoring,
+        **_learning(recipe, pair, work, loss | _states(recipe, pair, work), passes, num_devices),
+        "update": _updating(recipe, pair, num_devices, on_cpu),
+    }
+    return Memory(kept=kept, phases=phases, is_counted=passes.is_counted)
+
+
+def teacher_dtype(recipe: Recipe) -> str:
+    """The type of the teacher's weights, which are the student's where it is the student."""
+    return recipe.student.dtype if recipe.teacher.model == "self" else recipe.teacher.dtype
+
+
+def cache_bytes(sizes, rows: int, num_tokens: int, dtype: str) -> int:
+    """Keys and values of rows that are decoded together."""
+    return rows * num_tokens * sizes.cached_numbers * BYTES[dtype]
+
+
+def shares_base(recipe: Recipe, num_devices: int) -> bool:
+    """Whether what the student was at first is its base with the adapter off, and no copy."""
+    return recipe.student.lora.rank is not None and num_devices == 1
+
+
+def is_spread(recipe: Recipe, place: TeacherPlace, num_devices: int) -> bool:
+    """Whether the teacher's weights are spread over the devices."""
+    return place == "live" and recipe.teacher.placement == "sharded" and num_devices > 1
+
+
+def _kept(recipe: Recipe, pair: Outlines, place: TeacherPlace, num_devices: int) -> dict[str, int]:
+    student, dtype = pair.student.sizes, recipe.student.dtype
+    whole = student.weight_bytes(dtype)
+    parts = {
+        "student": whole // num_devices,
+        "moments": MOMENTS * student.trained_bytes(dtype) // num_devices,
+        "teacher": _teacher_bytes(recipe, pair, place, num_devices),
+    }
+    if recipe.reward.start_kl and not shares_base(recipe, num_devices):
+        parts["start"] = whole
+    if num_devices > 1:
+        parts["decoding copy"] = whole
+    return parts
+
+
+def _teacher_bytes(recipe: Recipe, pair: Outlines, place: TeacherPlace, num_devices: int) -> int:
+    if pair.teacher is None or place == "none":
+        return 0
+    teacher, item = pair.teacher.sizes, BYTES[teacher_dtype(recipe)]
+    if recipe.teacher.model == "self" and shares_base(recipe, num_devices):
+        return 0
+    if place != "live":
+        # The head of a teacher elsewhere is here, which the loss applies to its states.
+        return teacher.head_weights * item
+    if is_spread(recipe, place, num_devices):
+        # The weights outside of layers stay gathered, as no backward pass lets them go.
+        in_layers = teacher.num_weights - teacher.outside_layers
+        return (in_layers // num_devices + teacher.outside_layers) * item
+    return teacher.weight_bytes(teacher_dtype(recipe))
+
+
+def _loss_bytes(recipe: Recipe, pair: Outlines, work: Work) -> dict[str, int]:
+    """Bytes that the divergence takes for a batch beside hidden states and the head's gradient."""
+    student, num = pair.student.sizes, work.loss_tokens
+    if recipe.train.loss_backend == "plain":
+        # Logits, probabilities and their gradients, in float32.
+        return {"loss tiles": 0, "logits": 4 * FLOAT32 * num * student.vocab_size}
+    sides = 1 if pair.teacher is None or not recipe.objective.has_divergence else 2
+    plan = loss_plan(recipe, pair, num)
+    buffers = buffers_of(plan, num, student.vocab_size, sides)
+    scratch = NUM_SCRATCH * max(SCRATCH_ELEMENTS, plan.columns)
+    return {
+        "loss tiles": FLOAT32 * buffers.num_resident * buffers.size,
+        "loss": FLOAT32 * (sides * buffers.size + scratch),
+    }
+
+
+def loss_plan(recipe: Recipe, pair: Outlines, num_rows: int) -> Plan:
+    """How the divergence of a batch is cut, as `kl.walk` does it."""
+    student = pair.student.sizes
+    sums_apart = recipe.student.dtype == "bfloat16" and student.trains_head
+    budget = recipe.train.loss_memory * MIB
+    return make_plan(num_rows, student.vocab_size, budget, one_group=sums_apart)
+
+
+def _decoding(recipe: Recipe, pair: Outlines, work: Work, place: TeacherPlace) -> dict[str, int]:
+    """Keys, values and logits of the rows that one model decodes together, the larger of the
+    two."""
+    prefix, longest = recipe.objective.prefix, work.prompt_tokens + work.completion_tokens
+    rows = min(recipe.sampling.batch_size, work.num_rollouts)
+    writers = []
+    if prefix in ("student", "mixed"):
+        writers.append((pair.student.sizes, recipe.student.dtype))
+    if prefix in ("teacher", "mixed") and place == "live" and pair.teacher is not None:
+        writers.append((pair.teacher.sizes, teacher_dtype(recipe)))
+    both = [
+        {
+            "KV cache": cache_bytes(sizes, rows, longest, dtype),
+            "drawing": rows * sizes.vocab_size * (BYTES[dtype] + DRAWING_BYTES),
+        }
+        for sizes, dtype in writers
+    ]
+    return max(both, key=lambda parts: sum(parts.values()), default={})
+
+
+def _states(recipe: Recipe, pair: Outlines, work: Work) -> dict[str, int]:
+    """The teacher's hidden states at the loss tokens of a batch."""
+    if pair.teacher is None or not recipe.objective.has_divergence:
+        return {}
+    item = BYTES[teacher_dtype(recipe)]
+    return {"teacher's states": work.loss_tokens * pair.teacher.sizes.width * item}
+
+
+def _learning(
+    recipe: Recipe,
+    pair: Outlines,
+    work: Work,
+    loss: dict[str, int],
+    passes: PassBytes,
+    num_devices: int,
+) -> dict[str, dict[str, int]]:
+    """Three moments of a batch's pass: at the loss, early on the way back, and at its end."""
+    student, item = pair.student.sizes, BYTES[recipe.student.dtype]
+    trained = student.trained_bytes(recipe.student.dtype) // num_devices
+    # A layer of a sharded student is whole while it works, and what is outside of layers always.
+    whole = {}
+    if num_devices > 1:
+        num = 2 * student.outside_layers + 3 * student.largest_layer
+        whole["unsharded"] = item * num
+    # Gradients of earlier batches are there; the head's is made with the loss, and where it is the
+    # embedding as well, both gradients are whole before they are added.
+    earlier = trained if work.num_batches > 1 else 0
+    head = student.head_weights * item if student.trains_head else 0
+    tied = student.rows_tied * item if student.trains_head else 0
+    last = max(earlier, trained if tied else trained - head)
+    gradients, states = earlier + head, 2 * FLOAT32 * work.loss_tokens * student.width
+    return {
+        "loss": whole
+        | loss
+        | {"hidden states": states, "activations": passes.saved, "gradients": gradients},
+        "backward": whole | {"activations": passes.backward, "gradients": gradients},
+        "end of backward": whole | {"gradients": last + head + tied},
+    }
+
+
+def _updating(recipe: Recipe, pair: Outlines, num_devices: int, on_cpu: bool) -> dict[str, int]:
+    student, dtype = pair.student.sizes, recipe.student.dtype
+    whole = student.trained_bytes(dtype) // num_devices
+    # Square roots of the second moments, and those over their correction: weight by weight on a
+    # CPU, and of all weights at once on a GPU.
+    item = BYTES["float32"] if student.num_adapter else BYTES[dtype]
+    roots = 2 * student.largest_trained * item if on_cpu else whole
+    return {"gradients": whole, "optimiser": roots}
