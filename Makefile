@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-numerics test-slow test-real lint docs assets bench clean
+.PHONY: demo test test-numerics test-slow test-slurm test-real lint docs assets bench clean
 
 # Versions are pinned where there is no GPU; with one, your own torch is kept or the newest is taken.
 ifeq ($(shell command -v nvidia-smi),)
@@ -55,6 +55,10 @@ test-slow: $(VENV)/installed
 
 test-real: $(VENV)/installed-real
 	$(BIN)/pytest -m real
+
+# Needs Slurm and munge from the system's packages (Debian: slurm-wlm, munge), and to be root.
+test-slurm: $(VENV)/installed
+	$(BIN)/pytest -m slurm
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -6,12 +6,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from potstill.cli.overrides import refuse_overrides
+from potstill.config import RecipeError
 from potstill.console.printable import WIDTH, one_line, say
 from potstill.runs.listing import ListedRun, list_runs
 from potstill.runs.quantities import SHOWN
@@ -68,6 +69,8 @@ def study(
     jobs: int | None = None,
     dry_run: bool = False,
     report: bool = True,
+    on: Literal["here", "slurm", "local"] = "here",
+    options: tuple[str, ...] = (),
 ) -> None:
     """Run a grid of distillations, each once, and write one report of all.
 
@@ -76,17 +79,28 @@ def study(
 
     Args:
         study: A TOML file, or the name of a shipped study such as quick.
-        jobs: Processes side by side; by default one a core, or one where there is a GPU.
+        jobs: Processes side by side; by default one a core, or one where there is a GPU. On a
+            cluster, jobs at once; by default all.
         dry_run: Print the plan, run by run, and stop.
         report: Write report.html into the study's folder at the end.
+        on: Where the runs are: processes here, which end with the command; jobs of Slurm, or
+            processes of submitit's, which go on without it and are found again.
+        options: Of submitit, for slurm and local: timeout_min=600 slurm_partition=gpu
+            gpus_per_node=1 and the like.
     """
     from potstill.cli.app import main
+    from potstill.study.cluster import Cluster, read_options
     from potstill.study.file import read_study_file
     from potstill.study.run import run_study
 
     refuse_overrides(overrides)
     found = read_study_file(study)
-    is_whole = run_study(found, main, jobs, dry_run)
+    if options and on == "here":
+        raise RecipeError(
+            "--options is set and --on is here, which has none; choose slurm or local"
+        )
+    cluster = None if on == "here" else Cluster(on, read_options(options))
+    is_whole = run_study(found, main, jobs, dry_run, cluster)
     if report and not dry_run:
         from potstill.report.page import write_report
         from potstill.report.terminal import print_summary

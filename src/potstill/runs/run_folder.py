@@ -6,6 +6,7 @@ why), `validation.jsonl` (both models on prompts that are not trained on), `eval
 and is written last; a folder without a matching one is not a result. Needs no torch.
 """
 
+import errno
 import json
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -221,6 +222,14 @@ def locked(path: Path, what: str, waits: bool = False) -> Iterator[None]:
     except Timeout:
         raise RunError(
             f"{what} {str(path)!r} is in use by another process; wait for it or stop it"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        raise RunError(
+            f"the file system of {str(path)!r} has no locks ({error.strerror}), without which two "
+            "processes could write there at once; choose a folder elsewhere, or have it mounted "
+            "with locks (NFS: not with nolock)"
         ) from None
     try:
         yield

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from potstill.console.printable import one_line, plain, say
 from potstill.files import write_atomically
@@ -30,6 +29,23 @@ LOADED += ["transformers.generation.utils", "transformers.models.auto.modeling_a
 # Runs one command, given its arguments. A function at the top of a module, as another process loads
 # it by its name.
 Execute = Callable[[list[str]], None]
+
+
+class Started(Protocol):
+    """A job that was begun, wherever it runs."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """None until it ends; then 0, or minus the signal that ended it, or another number."""
+        ...
+
+    def terminate(self) -> None:
+        """End it, where it ends with us."""
+        ...
+
+    def join(self) -> None:
+        """Wait until it has ended, where it ends with us."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,28 +67,39 @@ class Job:
     num_steps: int = 0
 
 
+def as_processes(execute: Execute, one_thread: bool) -> Callable[[Job], Started]:
+    """A function that begins a job as a process of this machine, which ends when we do. With
+    `one_thread` it computes with one thread."""
+    # Processes are copies of one that has loaded everything, where the system can do that: loading
+    # takes seconds.
+    context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(LOADED)
+
+    def start(job: Job) -> Started:
+        given = (execute, job.arguments, job.log, one_thread)
+        process = context.Process(target=_execute_apart, args=given)
+        process.start()
+        return process
+
+    return start
+
+
 def run_jobs(
     jobs: Sequence[Job],
-    execute: Execute,
+    start: Callable[[Job], Started],
     *,
     num_parallel: int,
-    one_thread: bool,
     on_end: Callable[[Job, str | None], None],
 ) -> None:
     """Run jobs, at most `num_parallel` at a time and each after what it needs; the others go on
     when one crashes.
 
     `on_end` is told of each job that ends, with None, or the last line of what a crashed one
-    printed. What needs a crashed job is not begun. With `one_thread` each process computes with one
-    thread.
+    printed. What needs a crashed job is not begun.
     """
-    # Processes are copies of one that has loaded everything, where the system can do that: loading
-    # takes seconds.
-    context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(LOADED)
     waiting = list(jobs)
-    running: dict[Job, BaseProcess] = {}
+    running: dict[Job, Started] = {}
     unmet = {job.path for job in jobs}
     with _display(len(jobs)) as show:
         try:
@@ -82,19 +109,17 @@ def run_jobs(
                 ]:
                     waiting.remove(job)
                     job.log.parent.mkdir(parents=True, exist_ok=True)
-                    given = (execute, job.arguments, job.log, one_thread)
-                    running[job] = context.Process(target=_execute_apart, args=given)
-                    running[job].start()
+                    running[job] = start(job)
                 if not running:
                     # The jobs that are left need something that crashed.
                     break
                 time.sleep(POLL_SECONDS)
                 show(list(running), None)
                 for job, process in list(running.items()):
-                    if process.exitcode is None:
+                    if (exitcode := process.exitcode) is None:
                         continue
                     del running[job]
-                    crashed = _reason(job.log, process.exitcode) if process.exitcode else None
+                    crashed = _reason(job.log, exitcode) if exitcode else None
                     if crashed is None:
                         unmet.discard(job.path)
                         if job.marks:

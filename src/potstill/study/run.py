@@ -16,12 +16,16 @@ from potstill.files import write_atomically, write_json
 from potstill.runs.results import PLAN_FILE, read_entry, read_plan
 from potstill.runs.results_schema import PlanPanel, StudyPlan
 from potstill.runs.run_folder import edited_files, locked
+from potstill.study.cluster import Cluster, on_cluster
 from potstill.study.file import Study
 from potstill.study.items import Item, recipe_file
-from potstill.study.jobs import Execute, Job, run_jobs
+from potstill.study.jobs import Execute, Job, as_processes, run_jobs
 from potstill.study.planning import PlannedPanel, choose, plan
 from potstill.tasks import make_task
 from potstill.tasks.own import check_file, own_files, own_task
+
+# Jobs of a study that a cluster is given at once.
+JOBS_AT_ONCE = 1000
 
 
 def run_study(
@@ -29,9 +33,10 @@ def run_study(
     execute: Execute,
     num_jobs: int | None = None,
     dry_run: bool = False,
+    cluster: Cluster | None = None,
 ) -> bool:
-    """Do what is missing of a study, sweeps first, each run by `execute`; returns whether nothing
-    crashed.
+    """Do what is missing of a study, sweeps first, each run by `execute` in a process of its own,
+    or by a `cluster`; returns whether nothing crashed.
 
     Prints the plan with estimated time and disk before it begins, and asks nothing. What crashed in
     an earlier call is done again. Raises RecipeError or RunError before any work when a run could
@@ -41,7 +46,10 @@ def run_study(
         raise RecipeError(f"--jobs is {num_jobs}; it must be at least 1")
     if study.out.exists() and not study.out.is_dir():
         raise RecipeError(f"the study's folder {str(study.out)!r} is a file; choose another out")
-    num_parallel, one_thread = _processes(num_jobs)
+    if cluster is None:
+        num_parallel, one_thread = _processes(num_jobs)
+    else:
+        num_parallel, one_thread = num_jobs or JOBS_AT_ONCE, False
     states = _last_states(study)
     chosen_before = choose(study)
     panels = plan(study, chosen_before)
@@ -56,7 +64,11 @@ def run_study(
     for source in sources:
         make_task(source)
     study.out.mkdir(parents=True, exist_ok=True)
-    run = partial(run_jobs, execute=execute, num_parallel=num_parallel, one_thread=one_thread)
+    if cluster is None:
+        start = as_processes(execute, one_thread)
+    else:
+        start = on_cluster(study.out / "cluster", cluster)
+    run = partial(run_jobs, start=start, num_parallel=num_parallel)
     with locked(study.out, "study"):
         crashed = _run_stage(study, [panel for panel in panels if panel.is_sweep], panels, run)
         chosen = choose(study)
@@ -263,6 +275,7 @@ def print_plan(
     if not costs:
         say("nothing is left to do")
         return
+    num_parallel = min(num_parallel, len(costs))
     minutes = sum(cost.seconds for cost in known) / num_parallel / 60
     megabytes = sum(cost.num_bytes for cost in known) / 1e6
     say(
