@@ -104,7 +104,9 @@ def updates(subject: Subject) -> Finding:
     dtype = str(learning[0].dtype).removeprefix("torch.")
     says = f"a step of {subject.lr:.2g} can change {share:.1%} of the weights, in {dtype}"
     measured = {"share_that_moves": share, "lr": subject.lr, "dtype": dtype}
-    if share >= FEW_MOVE:
+    if subject.recipe.train.stochastic_rounding:
+        says = f"{says}, and the rest by chance, as they are rounded"
+    if share >= FEW_MOVE or subject.recipe.train.stochastic_rounding:
         return Finding(check="updates", level="ok", says=says, measured=measured)
     fix = 'set student.dtype = "float32" and train.compute_dtype = "bfloat16"'
     return Finding(

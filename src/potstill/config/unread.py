@@ -33,6 +33,8 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
             f'objective.prefix is "{objective.prefix}", whose completions are not the data\'s'
         )
     unread |= _unread_of_student(recipe.student)
+    if recipe.student.dtype != "bfloat16" or recipe.student.lora.rank is not None:
+        unread["train.stochastic_rounding"] = "the weights that learn are in float32"
     unread |= _unread_of_teacher(recipe.teacher) | _unread_of_data(recipe.data)
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'

@@ -173,16 +173,16 @@ def share_that_moves(weights: Iterable[torch.Tensor], step: float) -> float:
     return num_moved / max(num, 1)
 
 
-def cautions(model: Any, lr: float) -> list[str]:
+def cautions(model: Any, lr: float, rounds_by_chance: bool = False) -> list[str]:
     """Warnings about training this Hugging Face model at a peak learning rate, for a user to read
-    before it begins."""
+    before it begins. No small update is lost where weights are rounded by chance."""
     lines = []
     share = share_that_moves([w for w in model.parameters() if w.requires_grad], lr)
-    if share < FEW_MOVE:
+    if share < FEW_MOVE and not rounds_by_chance:
         lines.append(
             "warning: the student's weights are in bfloat16, which rounds small updates away: a "
             f'step of {lr:g} can change {share:.2%} of them; use student.dtype = "float32" with '
-            'train.compute_dtype = "bfloat16"'
+            'train.compute_dtype = "bfloat16", or train.stochastic_rounding = true'
         )
     config = model.config.get_text_config()
     for name in ROUTER_LOSSES:

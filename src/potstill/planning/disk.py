@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from potstill.config import CacheOptions, Recipe
-from potstill.planning.memory import MOMENTS
+from potstill.planning.memory import moment_bytes
 from potstill.planning.sizes import BYTES, Sizes
 
 STORED = BYTES | {"int8": 1}
@@ -31,7 +31,7 @@ def disk_of(recipe: Recipe, student: Sizes) -> Disk:
     merged = whole - student.num_adapter * BYTES["float32"]
     follows = recipe.teacher.model == "self" and recipe.teacher.refresh_steps
     return Disk(
-        checkpoint=(1 + bool(follows)) * weights + MOMENTS * learns,
+        checkpoint=(1 + bool(follows)) * weights + moment_bytes(recipe, student),
         # A new checkpoint is whole before an old one goes.
         num_checkpoints=(recipe.train.keep_checkpoints or 1) + 1,
         student=learns if recipe.student.lora.save == "adapter" else merged,

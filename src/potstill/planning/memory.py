@@ -12,7 +12,7 @@ from potstill.kl.fused import MIB
 from potstill.kl.plan import Plan, buffers_of, make_plan
 from potstill.kl.tiles import NUM_SCRATCH, SCRATCH_ELEMENTS
 from potstill.planning.passes import PassBytes, pass_bytes, passes_by_rule
-from potstill.planning.sizes import BYTES, Outline
+from potstill.planning.sizes import BYTES, Outline, Sizes
 from potstill.planning.work import Work, compute_dtype_on
 
 # Where the teacher's signal comes from; "none" where nothing asks for one.
@@ -119,12 +119,19 @@ def is_spread(recipe: Recipe, place: TeacherPlace, num_devices: int) -> bool:
     return place == "live" and recipe.teacher.placement == "sharded" and num_devices > 1
 
 
+def moment_bytes(recipe: Recipe, student: Sizes) -> int:
+    """Bytes of the optimiser's moments; of 8-bit ones without the scales of their blocks."""
+    if recipe.train.optimizer == "adamw-8bit":
+        return MOMENTS * (student.num_adapter or student.num_trained)
+    return MOMENTS * student.trained_bytes(recipe.student.dtype)
+
+
 def _kept(recipe: Recipe, pair: Outlines, place: TeacherPlace, num_devices: int) -> dict[str, int]:
     student, dtype = pair.student.sizes, recipe.student.dtype
     whole = student.weight_bytes(dtype)
     parts = {
         "student": whole // num_devices,
-        "moments": MOMENTS * student.trained_bytes(dtype) // num_devices,
+        "moments": moment_bytes(recipe, student) // num_devices,
         "teacher": _teacher_bytes(recipe, pair, place, num_devices),
     }
     if recipe.reward.start_kl and not shares_base(recipe, num_devices):

@@ -144,11 +144,11 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         moments: Any = optimizer_state["state"]
-        tensors = {
-            f"{name}.{key}": value
-            for name, values in moments.items()
-            for key, value in values.items()
-        }
+        groups: Any = optimizer_state["param_groups"]
+        tensors: dict[str, torch.Tensor] = {}
+        for name, values in moments.items():
+            for key, value in values.items():
+                tensors |= _parts(f"{name}.{key}", value)
         save_file(_untied(model_state, student), unfinished / "model.safetensors")
         save_file(tensors, unfinished / "optimizer.safetensors")
         if teacher is not None:
@@ -156,7 +156,7 @@ def save(
         data = {
             "step": step,
             "state": state,
-            "param_groups": optimizer_state["param_groups"],
+            "param_groups": [_plain(group) for group in groups],
             "rollouts": [written[number] for number in sorted(written)],
         }
         files = {path.name: file_digest(path) for path in unfinished.glob("*.safetensors")}
@@ -190,10 +190,10 @@ def load(
             raise _damaged(checkpoint / name, "has the weights of another model")
     if teacher is not None:
         teacher.load_state_dict(tensors["teacher.safetensors"], strict=False)
-    moments: dict[str, Any] = {}
-    for name, value in tensors["optimizer.safetensors"].items():
-        parameter, _, key = name.rpartition(".")
-        moments.setdefault(parameter, {})[key] = value
+    moments = _moments(tensors["optimizer.safetensors"], student)
+    for group, mine in zip(data["param_groups"], optimizer.param_groups, strict=True):
+        if isinstance(mine["lr"], torch.Tensor):
+            group["lr"] = torch.tensor(group["lr"])
     set_state_dict(
         student,
         optimizer,
@@ -210,6 +210,46 @@ def load(
         rollouts=dict(enumerate(data["rollouts"])),
         logs=data["logs"],
     )
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an optimiser's group, without tensors."""
+    return {
+        name: value.item() if isinstance(value, torch.Tensor) else value
+        for name, value in group.items()
+    }
+
+
+def _parts(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A moment by its name; where torchao has packed it, its parts."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return {name: value}
+    names, (is_signed, _) = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+    # Parts are shared between moments, and safetensors stores each tensor once.
+    parts = {f"{name}/{part}": getattr(value, part).clone() for part in names}
+    return parts | {f"{name}/signed": torch.tensor(is_signed)}
+
+
+def _moments(tensors: dict[str, torch.Tensor], student: LanguageModel) -> dict[str, Any]:
+    """The optimiser's state by parameter; the inverse of `_parts`."""
+    moments: dict[str, Any] = {}
+    packed: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        whole, _, part = name.partition("/")
+        parameter, _, key = whole.rpartition(".")
+        if part:
+            packed.setdefault(whole, {})[part] = value
+        else:
+            moments.setdefault(parameter, {})[key] = value
+    if packed:
+        from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
+
+        weights = dict(student.named_parameters())
+        for whole, parts in packed.items():
+            parameter, _, key = whole.rpartition(".")
+            inner = (parts["codes"], parts["scale"], parts["qmap"], bool(parts["signed"]))
+            moments[parameter][key] = OptimState8bit(*inner, weights[parameter].dtype)
+    return moments
 
 
 def _read_state(checkpoint: Path, files: Sequence[str]) -> dict[str, Any]:

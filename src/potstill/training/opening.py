@@ -54,7 +54,7 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     if recipe.train.lr is None:
         lines.append(describe_lr(student.num_weights, has_adapter(student.model)))
     subject = subject_of(recipe, setup, world)
-    lines += cautions(student.model, subject.lr)
+    lines += cautions(student.model, subject.lr, recipe.train.stochastic_rounding)
     lines += faults_at_start(subject)
     if teacher is not None and setup.loss.vocab_size is not None:
         lines += vocabulary.describe_cut(student, teacher, setup.loss.vocab_size)

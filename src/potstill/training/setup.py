@@ -256,19 +256,37 @@ def _divide_prompts(
 
 
 def _refuse_settings(recipe: Recipe, loss: Loss, world: World) -> None:
-    """Raise for a loss backend that cannot run here, and for prompts that the ranks cannot
-    share."""
+    """Raise for a loss backend or an optimiser that cannot run here, and for prompts that the ranks
+    cannot share."""
     if loss.backend != "plain":
         try:
             find_backend(loss.backend, world.device)
         except ValueError as error:
             raise RecipeError(f"train.loss_backend is {loss.backend!r}: {error}") from None
+    if recipe.train.needs_torchao:
+        _refuse_torchao(world)
     per_step = recipe.train.prompts_per_step
     if per_step % world.size:
         raise DataError(
             f"train.prompts_per_step is {per_step}, which {world.size} ranks cannot share "
             f"evenly; use a multiple of {world.size}"
         )
+
+
+def _refuse_torchao(world: World) -> None:
+    """Raise RecipeError where torchao's optimisers are missing, or the student is in shards."""
+    if world.size > 1:
+        raise RecipeError(
+            'train.optimizer = "adamw-8bit" and train.stochastic_rounding are for one rank, and '
+            f"there are {world.size}; leave them out"
+        )
+    try:
+        import torchao.optim  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise RecipeError(
+            'train.optimizer = "adamw-8bit" and train.stochastic_rounding take torchao, which is '
+            "not installed; run `pip install 'potstill[torchao]'`"
+        ) from None
 
 
 def _refuse_prompts(

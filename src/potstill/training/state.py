@@ -113,14 +113,7 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
     if teacher is not None and teacher.name == "self" and recipe.teacher.refresh_steps:
         assert isinstance(teacher, LanguageModel), "load_teacher copies the student"
         follower = teacher
-    # Each step sets the rate. Fused, the update needs no copy of the weights.
-    optimizer = torch.optim.AdamW(
-        [weight for weight in student.parameters() if weight.requires_grad],
-        0.0,
-        settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(student, settings)
     return Trainer(
         recipe=recipe,
         settings=settings,
@@ -130,6 +123,19 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
         decoders=decoders,
         follower=follower,
     )
+
+
+def make_optimizer(student: LanguageModel, settings: Train) -> torch.optim.Optimizer:
+    """AdamW of the weights that learn, at a rate of 0: each step sets it."""
+    learning = [weight for weight in student.parameters() if weight.requires_grad]
+    options: Any = {"lr": 0.0, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    if not settings.needs_torchao:
+        # Fused, the update needs no copy of the weights.
+        return torch.optim.AdamW(learning, **options, fused=True)
+    from torchao.optim import AdamW8bit, _AdamW  # pyright: ignore[reportMissingImports]
+
+    kind: Any = AdamW8bit if settings.optimizer == "adamw-8bit" else _AdamW
+    return kind(learning, **options, bf16_stochastic_round=settings.stochastic_rounding)
 
 
 def begin(trainer: Trainer) -> Run:

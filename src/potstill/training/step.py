@@ -194,7 +194,9 @@ def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> Upda
             raise not_finite("the gradient is not finite", plan.step, plan.prompts)
         lr = learning_rate(settings, run.step, run.flops)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            # torchao reads it from a tensor, which its compiled step has at hand.
+            is_tensor = isinstance(group["lr"], torch.Tensor)
+            group["lr"] = group["lr"].fill_(lr) if is_tensor else lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": grad_norm, "lr": lr}

@@ -36,6 +36,12 @@ class Train(Section, role=Role.UPDATE):
     """After the warm-up: cosine decay to 0, or constant."""
     warmup_steps: Annotated[int, Role.WARM_UP] = Field(default_factory=_few, ge=0)
     """Linear warm-up. By default 10, or a tenth of the steps where they are fewer than 100."""
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw-8bit: AdamW whose moments take a byte a weight in place of four; of torchao, as the
+    extra of that name installs."""
+    stochastic_rounding: bool = False
+    """student.dtype = bfloat16: round each update up or down by chance, so that small ones count in
+    the mean. By torchao's AdamW."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     """AdamW's betas."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -68,3 +74,8 @@ class Train(Section, role=Role.UPDATE):
     extended: Annotated[tuple[tuple[int, int], ...], Role.LENGTH] = ()
     """Pairs (step, steps): up to that step, the schedules were those of a run of so many steps.
     `--extend-to` adds one when a run goes on past its end."""
+
+    @property
+    def needs_torchao(self) -> bool:
+        """Whether the optimiser is one of torchao."""
+        return self.optimizer != "adamw" or self.stochastic_rounding
