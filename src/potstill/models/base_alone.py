@@ -52,6 +52,9 @@ class _Writer:
         with adapter_off(self.model):
             return self.model(**inputs)
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.model.parameters()
 
