@@ -480,9 +480,13 @@ FIELDS_WITH = {
     Role.WARM_UP: {"train.warmup_steps"},
     Role.BUDGET: {"train.flops"},
     Role.CACHE: {"teacher.cache"},
-    Role.BACKEND: {"train.loss_backend"},
+    Role.BACKEND: {"train.loss_backend", "rollouts.engine", "engine.args"},
     Role.ROUNDING: {"train.tokens_per_batch", "sampling.batch_size", "teacher.placement"},
-    Role.SPEED: {"train.loss_memory"},
+    Role.SPEED: {
+        "train.loss_memory",
+        *("engine.python", "engine.url", "engine.timeout"),
+        *("engine.warn_above", "engine.stop_above"),
+    },
     Role.OUTPUT: {
         "out",
         "train.checkpoint_every",
