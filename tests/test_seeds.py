@@ -10,7 +10,6 @@ import pytest
 
 from potstill.cli.app import main
 from potstill.config import Evaluation, Objective, Sampling
-from potstill.engines.native import NativeEngine
 from potstill.evaluation.responses import write_responses
 from potstill.evaluation.scores import prepare_problems
 from potstill.rollouts.prefixes import Writing, write_rollouts
@@ -114,11 +113,11 @@ def test_writers_ask_for_each_stream_once(asked, student, teacher, prefix_mix):
     prompts = [
         Prompt(example=Example(id=str(i), prompt="prompt"), token_ids=(1, 5 + i)) for i in range(8)
     ]
-    engines = {"student": NativeEngine(student.model), "teacher": NativeEngine(teacher.model)}
+    models = {"student": student.model, "teacher": teacher.model}
     objective = Objective(prefix="mixed", prefix_mix=prefix_mix, handoff_tokens=(2, 5))
     writing = Writing(
         objective=objective,
-        engines=engines,
+        models=models,
         window=12,
         end_ids=(2,),
         sampling=Sampling(),

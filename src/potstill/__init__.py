@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from potstill.config import (
         CacheOptions,
         Data,
-        EngineSpec,
         Evaluation,
         Objective,
         Recipe,
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 # Imported on first use, so that `potstill --help` does not wait for torch.
 _HOMES = {
     "CacheOptions": "potstill.config",
-    "EngineSpec": "potstill.config",
     "Evaluation": "potstill.config",
     "Objective": "potstill.config",
     "Sampling": "potstill.config",
@@ -86,7 +84,6 @@ _HOMES = {
 __all__ = [
     "CacheOptions",
     "Data",
-    "EngineSpec",
     "Evaluation",
     "Example",
     "Grade",

@@ -480,13 +480,14 @@ FIELDS_WITH = {
     Role.WARM_UP: {"train.warmup_steps"},
     Role.BUDGET: {"train.flops"},
     Role.CACHE: {"teacher.cache"},
-    Role.BACKEND: {"train.loss_backend", "rollouts.engine", "engine.args"},
-    Role.ROUNDING: {"train.tokens_per_batch", "sampling.batch_size", "teacher.placement"},
-    Role.SPEED: {
-        "train.loss_memory",
-        *("engine.python", "engine.url", "engine.timeout"),
-        *("engine.warn_above", "engine.stop_above"),
+    Role.BACKEND: {"train.loss_backend"},
+    Role.ROUNDING: {
+        "train.tokens_per_batch",
+        "sampling.batch_size",
+        "teacher.placement",
+        "teacher.url",
     },
+    Role.SPEED: {"train.loss_memory"},
     Role.OUTPUT: {
         "out",
         "train.checkpoint_every",
@@ -494,6 +495,8 @@ FIELDS_WITH = {
         "train.tracker",
         "validation.every",
         "student.lora.save",
+        "teacher.token_variable",
+        "teacher.patience",
     },
     Role.VALIDATION: {
         f"validation.{name}"

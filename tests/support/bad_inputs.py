@@ -96,10 +96,13 @@ RECIPES = [
     ("[objective]\nkl = 'none'\nprefix = 'student'", "there is nothing to learn from"),
     ("[reward]\nweight = 1", "a policy gradient is of what the student wrote itself"),
     ("[reward]\ngroup_size = 4", "is set but not read"),
-    ("[teacher]\nplacement = 'sharded'", "a sharded teacher cannot write"),
+    ("[teacher]\nurl = 'http://127.0.0.1:9'", "such a teacher does not write"),
+    ("[teacher]\nurl = 'my-server:80'", "is no address; give one as http://host:8000"),
+    ("[teacher]\npatience = 5", "teacher.url is not set"),
+    ("[teacher]\nplacement = 'sharded'", "such a teacher does not write"),
     (
         "[teacher]\nplacement = 'sharded'\nmodel = 'self'\n[objective]\nprefix = 'student'",
-        "a copy of the student; name a model",
+        "the student; name a model",
     ),
     ("[grpo]\nsteps = 4", "has a section [grpo], which is no recipe's"),
     (

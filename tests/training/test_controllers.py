@@ -12,7 +12,6 @@ from sampled import some
 
 import potstill
 from potstill.config import RecipeError, WeightSchedule, Window, make_recipe
-from potstill.engines.native import NativeEngine
 from potstill.rollouts.text import is_loop
 from potstill.runs import run_folder
 from potstill.training import probing
@@ -344,8 +343,7 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
 
     world = distributed.start()
     setup = prepare(recipe, world)
-    decoder = setup.student.model
-    engines = {"student": NativeEngine(decoder), "teacher": NativeEngine(setup.teacher.model)}
+    decoders = {"student": setup.student.model, "teacher": setup.teacher.model}
     real, seen, entropies = probing.from_one, [], []
     ids = setup.student.tokenizer.encode("#12.", add_special_tokens=False)
     real_statistics = probing.fused_statistics
@@ -382,13 +380,7 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
         monkeypatch.setattr(probing, "from_one", answered(tail))
         entropies.clear()
         probe, _ = probing.probe_window(
-            recipe,
-            setup,
-            engines,
-            decoder=decoder,
-            state=WindowState(tokens=64, teacher_truncation=0.0),
-            step=0,
-            world=world,
+            recipe, setup, decoders, WindowState(tokens=64, teacher_truncation=0.0), 0, world
         )
         seen.append((probe.entropy, sum(entropies) / len(entropies)))
     (plain, all_plain), (looped, all_looped) = seen

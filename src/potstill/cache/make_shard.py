@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from potstill.config import Recipe
-from potstill.engines.protocol import Engine
 from potstill.files import file_digest, flush
 from potstill.kl.fused import close_kl, fused_statistics
 from potstill.kl.topk import top_k_of
@@ -45,13 +44,11 @@ def make_shard(
     recipe: Recipe,
     setup: Setup,
     teacher: LanguageModel,
-    engine: Engine,
     settings: Settings,
     out: Path,
 ) -> ShardRecord:
-    """Let the engine write the teacher's completions of some entries, score them, and store
-    both."""
-    rollouts = _write(entries, recipe, setup, engine, settings)
+    """Write the completions of some entries, score them, and store both."""
+    rollouts = _write(entries, recipe, setup, teacher, settings)
     signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
     kls: list[float] = []
     if settings.payload != "completions":
@@ -79,13 +76,13 @@ def _write(
     entries: Sequence[CacheEntry],
     recipe: Recipe,
     setup: Setup,
-    engine: Engine,
+    teacher: LanguageModel,
     settings: Settings,
 ) -> list[Rollout]:
     """The completions of some entries, each from its own seed."""
     writing = Writing(
         objective=recipe.objective,
-        engines={"teacher": engine},
+        models={"teacher": teacher.model},
         window=settings.window,
         end_ids=setup.ends.stop_ids,
         sampling=recipe.sampling,

@@ -28,6 +28,7 @@ COMMANDS = {
     "sample": "model_commands",
     "chat": "model_commands",
     "merge": "model_commands",
+    "serve": "model_commands",
     "cache build": "cache_commands",
     "cache info": "cache_commands",
     "cache verify": "cache_commands",

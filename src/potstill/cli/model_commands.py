@@ -1,4 +1,5 @@
-"""The commands about models: `potstill evaluate`, `sample`, `chat`, `merge` and `verify`."""
+"""The commands about models: `potstill evaluate`, `sample`, `chat`, `merge`, `serve`
+and `verify`."""
 
 import sys
 from pathlib import Path
@@ -166,6 +167,41 @@ def merge(
     out.parent.mkdir(parents=True, exist_ok=True)
     save_model(merged, merged_weights(merged.model), merged.end_ids, out)
     say(f"the whole model is in {out}")
+
+
+def serve(
+    overrides: dict[str, Any],
+    model: Positional[str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    token_variable: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Serve a model's hidden states over HTTP, as teacher.url of other machines' runs.
+
+    Speaks as a pooling server of vLLM does, and writes completions too. Needs the extra `serve`.
+
+    Args:
+        model: A run folder, a model folder, a hub id, or a shipped model such as potstill:teacher.
+        host: Address to listen at; this machine alone by default. Any other wants a token.
+        port: Port to listen at.
+        dtype: Type of the weights.
+        token_variable: Environment variable with the token that a client must give.
+        trust_remote_code: Run Python code that the model's folder brings.
+    """
+    from potstill.serving.run import serve
+
+    refuse_overrides(overrides)
+    _refuse_small(("port", port, 1))
+    serve(
+        model,
+        host=host,
+        port=port,
+        dtype=dtype,
+        token_variable=token_variable,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def verify(

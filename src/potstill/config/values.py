@@ -3,6 +3,7 @@ a value."""
 
 import math
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
@@ -56,6 +57,16 @@ def _fillable(template: str) -> str:
 
 
 Filled = Annotated[str, AfterValidator(_fillable)]
+
+
+def _reachable(url: str) -> str:
+    place = urlsplit(url)
+    if place.scheme not in ("http", "https") or not place.hostname or place.query:
+        raise ValueError(f"{url!r} is no address; give one as http://host:8000")
+    return url
+
+
+Url = Annotated[str, AfterValidator(_reachable)]
 
 
 def items_of(value: Any) -> list[Any]:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from potstill.config import Evaluation, Objective, Sampling, Train
-from potstill.engines.native import NativeEngine
-from potstill.engines.protocol import Engine
 from potstill.evaluation.quality import STUDENT, TEACHER, Pair, estimates, measure
 from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
@@ -80,12 +78,12 @@ def evaluate_on_prompts(
         end_class=end_class if len(end_class) > 1 else (),
         tokens_per_batch=Train().tokens_per_batch,
     )
-    engines: dict[Writer, Engine] = {"student": NativeEngine(student.model)}
+    models: dict[Writer, Any] = {"student": student.model}
     if teacher is not None:
-        engines["teacher"] = NativeEngine(teacher.model)
+        models["teacher"] = teacher.model
     writing = Writing(
         objective=Objective(),
-        engines=engines,
+        models=models,
         window=settings.max_tokens,
         end_ids=tuple(end_ids),
         sampling=Sampling(batch_size=settings.batch_size),

@@ -17,7 +17,6 @@ from potstill.config import (
     to_toml,
 )
 from potstill.console.printable import say
-from potstill.engines.protocol import Engine
 from potstill.evaluation.responses import ResponseRow, file_name, settings_of, write_responses
 from potstill.files import write_atomically
 from potstill.models.language_model import LanguageModel, fingerprint
@@ -43,7 +42,6 @@ def evaluate(
     responses: Path | None = None,
     quiet: bool = False,
     date: str | None = None,
-    engine: Engine | None = None,
 ) -> list[EvalRow]:
     """Evaluate a loaded model, a model folder, a hub id or a run folder; one row of results for
     each temperature.
@@ -53,9 +51,9 @@ def evaluate(
     With a folder for `responses` each response is written there as soon as it is graded, in one
     file for each model, set of settings and temperature; a call that was killed goes on after the
     last whole batch. What ends a response is `evaluation.end_tokens`, else `end_ids`, else what is
-    stored with the model. `date` is what chat templates are told, by default today. An `engine`
-    may write with the model's weights. Raises RecipeError, ModelError or DataError before anything
-    is sampled, and RunError for a file of responses that another process writes.
+    stored with the model. `date` is what chat templates are told, by default today. Raises
+    RecipeError, ModelError or DataError before anything is sampled, and RunError for a file of
+    responses that another process writes.
     """
     # Before the model is loaded, which can take long.
     problems = make_problems(evaluation)
@@ -73,21 +71,11 @@ def evaluate(
         started = time.perf_counter()
         file = None
         if responses is not None:
-            asked = (temperature, end_ids, prompts, engine)
-            file = responses / file_name(weights, evaluation, *asked)
+            file = responses / file_name(weights, evaluation, temperature, end_ids, prompts)
             file.parent.mkdir(parents=True, exist_ok=True)
         with nullcontext() if file is None else locked(file, "responses file"):
             found = write_responses(
-                model,
-                evaluation,
-                temperature,
-                task,
-                examples,
-                prompts,
-                end_ids,
-                file,
-                quiet,
-                engine,
+                model, evaluation, temperature, task, examples, prompts, end_ids, file, quiet
             )
         row: EvalRow = {
             "model": model.name,
@@ -250,13 +238,7 @@ def summarize_responses(rows: Sequence[ResponseRow], num_responses: int) -> Esti
     }
 
 
-def evaluate_run(
-    recipe: Recipe,
-    model: LanguageModel,
-    step: int,
-    quiet: bool = False,
-    engine: Engine | None = None,
-) -> None:
+def evaluate_run(recipe: Recipe, model: LanguageModel, step: int, quiet: bool = False) -> None:
     """Evaluate the model of a run after so many steps, if its recipe says how; the results are
     stored in its folder. Errors as `evaluate`."""
     folder = recipe.out
@@ -269,7 +251,6 @@ def evaluate_run(
         responses=folder / "responses",
         quiet=quiet,
         date=begun_on(folder),
-        engine=engine,
     )
     store_evals(folder, step, rows)
 

@@ -10,6 +10,7 @@ from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.protocol import Teacher
+from potstill.teachers.remote import reach
 from potstill.teachers.sharded import load_sharded
 from potstill.teachers.store import Cache
 
@@ -45,6 +46,8 @@ def load_teacher(
         follows = spec.refresh_steps is not None
         copied = student.around(copy.deepcopy(student.model), "self") if follows else None
         teacher = copied or as_it_is(student, "self", world.size)
+    elif teacher is None and spec.url is not None:
+        return reach(spec, world.device)
     elif teacher is None and spec.placement == "sharded" and world.size > 1:
         return load_sharded(spec, world)
     elif teacher is None:

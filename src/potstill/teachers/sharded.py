@@ -11,9 +11,10 @@ from potstill.config import TeacherSpec
 from potstill.models import distributed
 from potstill.models.batch import Batch
 from potstill.models.distributed import World
-from potstill.models.language_model import LanguageModel, load_config, load_tokenizer
+from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
 from potstill.teachers.protocol import Teacher
+from potstill.teachers.skeleton import skeleton_of
 
 
 class ShardedTeacher(LanguageModel):
@@ -52,22 +53,12 @@ class ShardedTeacher(LanguageModel):
 def load_sharded(spec: TeacherSpec, world: World) -> ShardedTeacher:
     """The teacher of a recipe in shards. Rank 0 reads and checks the whole model, in the machine's
     memory; the others get their shares from it. Raises ModelError."""
-    import transformers
-
-    told: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    whole = ready(spec.model, dtype=spec.dtype, **told) if world.is_main else None
-    known = None if whole is None else (whole.end_ids, whole.weights_digest())
-    end_ids, digest = distributed.gather(known, world)[0]
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            load_config(spec.model, spec.trust_remote_code),
-            dtype=getattr(torch, spec.dtype),
-            **told,
-        )
-    tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
-    teacher = ShardedTeacher(model, tokenizer, spec.model, world)
-    teacher.end_ids, teacher.digest, teacher.is_probed = end_ids, digest, True
-    teacher.requires_grad_(False)
+    told = {"dtype": spec.dtype, "trust_remote_code": spec.trust_remote_code}
+    whole = ready(spec.model, **told) if world.is_main else None
+    digest = distributed.gather(None if whole is None else whole.weights_digest(), world)[0]
+    skeleton = skeleton_of(spec)
+    teacher = ShardedTeacher(skeleton.model, skeleton.tokenizer, spec.model, world)
+    teacher.digest, teacher.is_probed = digest, True
     distributed.shard_layers(teacher)
     teacher.to_empty(device=world.device)
     set_model_state_dict(

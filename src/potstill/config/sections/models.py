@@ -6,7 +6,7 @@ from pydantic import Field
 
 from potstill.config.roles import Place, Role
 from potstill.config.section import Section
-from potstill.config.values import MANY_AT_ONCE, Filled
+from potstill.config.values import MANY_AT_ONCE, Filled, Url
 
 
 class Lora(Section, role=Role.MODEL):
@@ -64,6 +64,17 @@ class TeacherSpec(Section, role=Role.MODEL):
     teacher is not loaded."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the teacher's weights."""
+    url: Annotated[Url | tuple[Url, ...] | None, Role.ROUNDING] = None
+    """URL of a server that has the teacher's body, or several of the same: `potstill serve`, or a
+    pooling server of vLLM (docs/teachers.md). Of teacher.model only the head is read here."""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the hidden states that teacher.url sends; bfloat16 loses nothing where the server
+    computes in it."""
+    token_variable: Annotated[str | None, Role.OUTPUT] = None
+    """Environment variable with the token that teacher.url wants."""
+    patience: Annotated[float, Role.OUTPUT] = Field(default=600, gt=0, le=86_400)
+    """Seconds for which a server that does not answer is asked again; then the run ends, and can go
+    on."""
     placement: Annotated[Literal["replicated", "sharded"], Role.ROUNDING] = "replicated"
     """Where the weights are when several ranks train. replicated: all of them on each rank;
     sharded: a share on each, gathered layer by layer (FSDP2). A sharded teacher does not write."""

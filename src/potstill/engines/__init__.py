@@ -1,1 +1,0 @@
-"""Decoding, here or elsewhere."""

@@ -1,0 +1,183 @@
+"""A teacher elsewhere: its head is here, and its last hidden states come over HTTP.
+
+So the divergence is exact in every direction, at E numbers a token. Requests are pure: one that
+fails is asked again, of the same server or another, until it is given up.
+"""
+
+import os
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from potstill.config import TeacherSpec
+from potstill.models.batch import Batch
+from potstill.models.flops import ModelFlops, head_flops
+from potstill.teachers.pooling import PATH, read_states, states_request
+from potstill.teachers.protocol import Teacher
+from potstill.teachers.skeleton import head_of, skeleton_of
+from potstill.types import ModelError, Rollout
+from potstill.wire import Answer, Unavailable, request
+
+# Rows of a request: their places are in one header, whose size servers limit.
+ROWS_A_REQUEST = 8
+# Requests under way at once, a server.
+IN_FLIGHT = 4
+# Seconds between two attempts, at first and at most.
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
+# Seconds until a request is given up and asked again.
+REQUEST_SECONDS = 120.0
+# Ids of the checks at the start: both rows hold each other's beginning.
+CHECKED = ((1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 3, 4))
+# Nats, in log-probabilities of likely tokens.
+WIRE_ROUNDING = {"float32": 1e-3, "bfloat16": 0.5}
+NUM_LIKELY = 5
+
+
+class RemoteTeacher:
+    """A teacher whose body is at `spec.url`. It scores and does not write."""
+
+    can_score = True
+    decoder = None
+
+    def __init__(self, spec: TeacherSpec, device: torch.device):
+        skeleton = skeleton_of(spec)
+        self.spec, self.device, self.name = spec, device, spec.model
+        self.tokenizer, self.end_ids = skeleton.tokenizer, skeleton.end_ids
+        self.context_length = skeleton.context_length
+        self.head = head_of(skeleton, device)
+        self.vocab_size, self.width = self.head.weight_VD.shape
+        self.urls = (spec.url,) if isinstance(spec.url, str) else tuple(spec.url or ())
+        self.token = None if spec.token_variable is None else os.environ.get(spec.token_variable)
+        self.pool = ThreadPoolExecutor(IN_FLIGHT * len(self.urls), "teacher")
+        self.expected: dict[tuple[Rollout, ...], list[Future[list[Tensor]]]] = {}
+        self.served = [served_by(url, self) for url in self.urls]
+
+    @property
+    def flops(self) -> ModelFlops:
+        return head_flops(self.head)
+
+    def weights_digest(self) -> str | None:
+        """The fingerprint that the server tells; stock servers tell none."""
+        return self.served[0][1]
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Begin to ask for what `signal_at` will be asked for."""
+        self.expected = {batch.rollouts: self._begin(batch.rollouts) for batch in batches}
+
+    def signal_at(self, batch: Batch) -> Tensor:
+        asked = self.expected.pop(batch.rollouts, None) or self._begin(batch.rollouts)
+        states = [row_TE for future in asked for row_TE in future.result()]
+        rows = []
+        for rollout, row_TE in zip(batch.rollouts, states, strict=True):
+            # The state after an id is about the next one.
+            of_completion = row_TE[-len(rollout.completion_ids) :]
+            rows.append(of_completion[torch.tensor(rollout.trained)])
+        return torch.cat(rows).to(self.device)
+
+    def _begin(self, rollouts: Sequence[Rollout]) -> list[Future[list[Tensor]]]:
+        """Requests for all rows of a batch, under way."""
+        ids = [
+            (*rollout.prompt.ids_of("teacher"), *rollout.completion_ids)[:-1]
+            for rollout in rollouts
+        ]
+        parts = [
+            ids[first : first + ROWS_A_REQUEST] for first in range(0, len(ids), ROWS_A_REQUEST)
+        ]
+        return [self.pool.submit(self.states, part, first) for first, part in enumerate(parts)]
+
+    def states(self, ids: Sequence[Sequence[int]], first: int = 0) -> list[Tensor]:
+        """The states [T, E] of some rows of ids, from whichever server answers; `first` says which
+        is asked first. Raises ModelError when none does for `teacher.patience` seconds."""
+        deadline, pause = time.monotonic() + self.spec.patience, FIRST_PAUSE
+        place = first % len(self.urls)
+        while True:
+            url, (model, _) = self.urls[place], self.served[place]
+            body = states_request(model, ids, self.spec.wire_dtype)
+            try:
+                answer = request(url, PATH, body, seconds=REQUEST_SECONDS, token=self.token)
+                lengths = [len(row) for row in ids]
+                return read_states(answer, lengths, self.width, self.spec.wire_dtype, url)
+            except Unavailable as error:
+                if time.monotonic() + pause > deadline:
+                    raise ModelError(
+                        f"the teacher at {url} has not answered for teacher.patience = "
+                        f"{self.spec.patience:g} seconds ({error}); start it again, and the same "
+                        "command goes on"
+                    ) from None
+            # Not all at once, when a server is back.
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            place, pause = (place + 1) % len(self.urls), min(2 * pause, LONGEST_PAUSE)
+
+
+def expect(teacher: Teacher | None, batches: Sequence[Batch]) -> None:
+    """Tell a teacher elsewhere which batches it will be asked for, so that it begins at once;
+    nothing for any other."""
+    if isinstance(teacher, RemoteTeacher):
+        teacher.expect(batches)
+
+
+def reach(spec: TeacherSpec, device: torch.device) -> RemoteTeacher:
+    """The teacher of a recipe at its URL, checked. Raises ModelError."""
+    teacher = RemoteTeacher(spec, device)
+    check_identity(teacher)
+    return teacher
+
+
+def served_by(url: str, teacher: RemoteTeacher) -> tuple[str, str | None]:
+    """The name under which a server has its model, and the fingerprint of the weights where it
+    tells one. Raises ModelError where it cannot be reached, or refuses us."""
+    try:
+        answer = request(url, "/v1/models", seconds=REQUEST_SECONDS, token=teacher.token)
+    except Unavailable as error:
+        raise ModelError(
+            f"the teacher at {url} cannot be reached ({error}); start it, or mend teacher.url"
+        ) from None
+    _refuse_status(url, answer)
+    try:
+        (model,) = answer.json()["data"]
+        return model["id"], model.get("fingerprint")
+    except (Unavailable, AttributeError, KeyError, TypeError, ValueError):
+        raise ModelError(
+            f"{url} is no server of one model: /v1/models answers {answer.text}"
+        ) from None
+
+
+def _refuse_status(url: str, answer: Answer) -> None:
+    if answer.status in (401, 403):
+        raise ModelError(
+            f"the teacher at {url} wants a token (status {answer.status}); put it into an "
+            "environment variable and name that in teacher.token_variable"
+        )
+    if answer.status != 200:
+        raise ModelError(f"the teacher at {url} answers {answer.status}: {answer.text}")
+
+
+def check_identity(teacher: RemoteTeacher) -> None:
+    """Raise ModelError for servers that disagree with each other, or with themselves when they are
+    asked for the same ids alone and beside others, by more than rounding."""
+    ids = [[i % teacher.vocab_size for i in row] for row in CHECKED]
+    fingerprints = {fingerprint for _, fingerprint in teacher.served}
+    if len(fingerprints) > 1:
+        raise ModelError(f"the servers of teacher.url have different weights: {fingerprints}")
+    alone = [teacher.states([row], place)[0] for place in range(len(teacher.urls)) for row in ids]
+    many = [teacher.pool.submit(teacher.states, ids, place) for place in range(2 * IN_FLIGHT)]
+    found = [row for future in many for row in future.result()]
+    log_probs = [_log_probs(teacher, row_TE) for row_TE in (*alone, *found)]
+    rounding = WIRE_ROUNDING[teacher.spec.wire_dtype]
+    for place, log_probs_T5 in enumerate(log_probs):
+        gap = float((log_probs_T5 - log_probs[place % len(ids)]).abs().max())
+        if gap > rounding:
+            raise ModelError(
+                f"the teacher at {', '.join(teacher.urls)} disagrees with itself: the same ids had "
+                f"log-probabilities that differ by {gap:.3g} nats, and rounding is {rounding:g}"
+            )
+
+
+def _log_probs(teacher: RemoteTeacher, row_TE: Tensor) -> Tensor:
+    """Log-probabilities [T, 5] of the tokens that the first row finds likeliest."""
+    log_probs_TV = teacher.head(row_TE.to(teacher.device)).log_softmax(-1)
+    return log_probs_TV.topk(NUM_LIKELY, dim=-1).values
