@@ -124,10 +124,10 @@ def test_the_cache_of_decoding_is_that_of_the_model():
 
 
 def test_drawing_takes_its_tensors():
-    logits_RV, uniforms_R = torch.randn(4, 5000), torch.rand(4, dtype=torch.float64)
+    logits_RV, uniforms_R = torch.randn(4, 150_000), torch.rand(4, dtype=torch.float64)
     with LiveBytes([logits_RV]) as live:
         draw(logits_RV, uniforms_R, Sampling())
-    assert live.peak == pytest.approx(4 * 5000 * DRAWING_BYTES, rel=0.01)
+    assert live.peak == pytest.approx(4 * 150_000 * DRAWING_BYTES, rel=0.01)
 
 
 def test_a_run_writes_what_is_planned(tmp_path):

@@ -19,9 +19,9 @@ from potstill.planning.work import Work, compute_dtype_on
 TeacherPlace = Literal["live", "cached", "remote", "none"]
 # AdamW's, a number each for every weight.
 MOMENTS = 2
-# Bytes that drawing takes for a logit, beside itself in the model's type: scaled, probability,
-# its entropy (float32), and the sum up to it (float64).
-DRAWING_BYTES = 4 + 4 + 4 + 8
+# Bytes that drawing takes for a logit, beside itself in the model's type: itself less the largest,
+# and the exponential (float32).
+DRAWING_BYTES = 4 + 4
 FLOAT32 = 4
 
 
@@ -76,7 +76,8 @@ def memory_of(
     count = passes_by_rule if by_rule else pass_bytes
     shape, dtype = (work.rows, work.positions), recipe.student.dtype
     computing = compute_dtype_on(recipe, pair.student.config, on_cpu=on_cpu)
-    passes = count(pair.student, shape, dtype, computing)
+    again = recipe.train.activation_checkpointing
+    passes = count(pair.student, shape, dtype, computing, again)
     kept = _kept(recipe, pair, place, num_devices)
     loss = _loss_bytes(recipe, pair, work)
     if on_cpu:
@@ -94,7 +95,8 @@ def memory_of(
         "rollouts": _decoding(recipe, pair, work, place),
         "teacher": scoring,
         **_learning(recipe, pair, work, loss | _states(recipe, pair, work), passes, num_devices),
-        "update": _updating(recipe, pair, num_devices, on_cpu),
+        # AdamW is fused and needs no more.
+        "update": {"gradients": pair.student.sizes.trained_bytes(dtype) // num_devices},
     }
     return Memory(kept=kept, phases=phases, is_counted=passes.is_counted)
 
@@ -225,12 +227,15 @@ def _learning(
     if num_devices > 1:
         num = 2 * student.outside_layers + 3 * student.largest_layer
         whole["unsharded"] = item * num
-    # Gradients of earlier batches are there; the head's is made with the loss, and where it is the
-    # embedding as well, both gradients are whole before they are added.
+    # Gradients of earlier batches are there; the head's is made with the loss. Where it is the
+    # embedding as well, both gradients are whole before they are added, except where the embedding
+    # adds its rows to the head's (`lean.embedding`).
+    is_added = recipe.student.dtype == "float32" and num_devices == 1
     earlier = trained if work.num_batches > 1 else 0
     head = student.head_weights * item if student.trains_head else 0
-    tied = student.rows_tied * item if student.trains_head else 0
-    last = max(earlier, trained if tied else trained - head)
+    rows_tied = student.rows_tied if student.trains_head else 0
+    tied = 0 if is_added else rows_tied * item
+    last = max(earlier, trained if rows_tied else trained - head)
     gradients, states = earlier + head, 2 * FLOAT32 * work.loss_tokens * student.width
     return {
         "loss": whole
@@ -239,13 +244,3 @@ def _learning(
         "backward": whole | {"activations": passes.backward, "gradients": gradients},
         "end of backward": whole | {"gradients": last + head + tied},
     }
-
-
-def _updating(recipe: Recipe, pair: Outlines, num_devices: int, on_cpu: bool) -> dict[str, int]:
-    student, dtype = pair.student.sizes, recipe.student.dtype
-    whole = student.trained_bytes(dtype) // num_devices
-    # Square roots of the second moments, and those over their correction: weight by weight on a
-    # CPU, and of all weights at once on a GPU.
-    item = BYTES["float32"] if student.num_adapter else BYTES[dtype]
-    roots = 2 * student.largest_trained * item if on_cpu else whole
-    return {"gradients": whole, "optimiser": roots}

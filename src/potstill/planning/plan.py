@@ -190,6 +190,8 @@ def _next_change(
         candidates.append(("sampling.batch_size", recipe.sampling.batch_size // 2))
     if train.loss_memory:
         candidates.append(("train.loss_memory", train.loss_memory // 2))
+    if not train.activation_checkpointing:
+        candidates.append(("train.activation_checkpointing", True))
     if recipe.teacher.dtype == "float32" and recipe.teacher.model != "self":
         candidates.append(("teacher.dtype", "bfloat16"))
     dtype = compute_dtype_on(recipe, pair.student.config, on_cpu=asked.device.is_cpu)

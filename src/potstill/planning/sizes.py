@@ -34,7 +34,6 @@ class Sizes:
     num_trained: int
     num_adapter: int
     trains_head: bool
-    largest_trained: int
     largest_layer: int
     outside_layers: int
     num_layers: int
@@ -142,7 +141,6 @@ def model_sizes(model: LanguageModel) -> Sizes:
         trains_head=head.requires_grad,
         num_weights=model.num_weights,
         num_trained=sum(w.numel() for w in learning),
-        largest_trained=max((w.numel() for w in learning), default=0),
         largest_layer=max(layers, default=model.num_weights),
         outside_layers=model.num_weights - sum(layers),
         num_layers=depth,
