@@ -83,7 +83,6 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/likeliest.py
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/remote.py
 	$(BIN)/python benchmarks/report.py
 
 clean:

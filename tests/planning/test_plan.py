@@ -23,7 +23,7 @@ from potstill.models.flops import model_flops
 from potstill.models.language_model import ASSETS, load_model
 from potstill.planning.devices import DEVICES, device_of
 from potstill.planning.disk import bytes_a_token, disk_of
-from potstill.planning.memory import DRAWING_BYTES, Outlines, cache_bytes, memory_of
+from potstill.planning.memory import Outlines, cache_bytes, drawing_bytes, memory_of
 from potstill.planning.operations import computed_again
 from potstill.planning.passes import LiveBytes, pass_bytes, passes_by_rule
 from potstill.planning.plan import Circumstances, changes_that_help, needs_of, pair_of
@@ -36,7 +36,7 @@ from potstill.planning.sizes import (
     planned_student,
     without_weights,
 )
-from potstill.planning.work import work_of
+from potstill.planning.work import compute_dtype_on, work_of
 from potstill.types import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +105,15 @@ def test_passes_take_what_the_loaded_models_tensors_do(name, compute_dtype):
     assert planned.saved <= planned.backward <= planned.saved + live.peak
 
 
+def test_the_type_of_a_checkpoint_outlives_a_count():
+    outline = outlined(vocab_size=40, hidden_size=32, num_hidden_layers=1, dtype="bfloat16")
+    recipe = Recipe()
+    assert compute_dtype_on(recipe, outline.config, on_cpu=False) == "bfloat16"
+    pass_bytes(outline, (1, 8), "float32", "float32")
+    assert compute_dtype_on(recipe, outline.config, on_cpu=False) == "bfloat16"
+    assert compute_dtype_on(recipe, outline.config, on_cpu=True) == "float32"
+
+
 def test_an_architecture_that_reads_numbers_is_estimated():
     import transformers
 
@@ -123,11 +132,15 @@ def test_the_cache_of_decoding_is_that_of_the_model():
     assert cache_bytes(model_sizes(model), 5, 12, "float32") == held
 
 
-def test_drawing_takes_its_tensors():
-    logits_RV, uniforms_R = torch.randn(4, 150_000), torch.rand(4, dtype=torch.float64)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_k": 20}, {"top_p": 0.9}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_drawing_takes_its_tensors(sampling, dtype):
+    torch.manual_seed(0)
+    logits_RV = torch.randn(4, 40_000).to(getattr(torch, dtype))
     with LiveBytes([logits_RV]) as live:
-        draw(logits_RV, uniforms_R, Sampling())
-    assert live.peak == pytest.approx(4 * 150_000 * DRAWING_BYTES, rel=0.01)
+        draw(logits_RV, torch.rand(4, dtype=torch.float64), Sampling(**sampling))
+    planned = drawing_bytes(Sampling(**sampling), dtype)
+    assert 0.75 * planned <= live.peak / logits_RV.numel() <= 1.02 * planned
 
 
 def test_a_run_writes_what_is_planned(tmp_path):
@@ -230,7 +243,7 @@ def test_traffic_by_hand():
     layers = 2 * sizes.largest_layer
     assert traffic.shards == 0.75 * 4 * (2 * layers + sizes.outside_layers + sizes.num_weights)
     assert traffic.copy == 0.75 * 4 * sizes.num_weights
-    assert traffic.states == 2 * 16 * 96 * 2
+    assert traffic.states == 2 * 16 * 96 * 4
     assert traffic_of(recipe, pair, work, "live", 1).total == 0
     with pytest.raises(DataError, match="which 3 devices cannot share evenly"):
         work_of(recipe, 8, 16, 3)
@@ -296,3 +309,11 @@ def test_bad_input_is_one_line(arguments, says, capsys):
         main(["plan", "demo", "--device", "H200", *arguments])
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_page_on_scaling_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = runpy.run_path(str(ROOT / "scripts/scaling_tables.py"))
+    text = (ROOT / "docs/scaling.md").read_text()
+    assert script["rewritten"](text) == text, "run `python scripts/scaling_tables.py`"

@@ -7,7 +7,7 @@ and the fullest phase is the peak. Activations are counted by `passes`, on the s
 from dataclasses import dataclass
 from typing import Literal
 
-from potstill.config import Recipe
+from potstill.config import Recipe, Sampling
 from potstill.kl.fused import MIB
 from potstill.kl.plan import Plan, buffers_of, make_plan
 from potstill.kl.tiles import NUM_SCRATCH, SCRATCH_ELEMENTS
@@ -19,9 +19,10 @@ from potstill.planning.work import Work, compute_dtype_on
 TeacherPlace = Literal["live", "cached", "remote", "none"]
 # AdamW's, a number each for every weight.
 MOMENTS = 2
-# Bytes that drawing takes for a logit, beside itself in the model's type: itself less the largest,
-# and the exponential (float32).
-DRAWING_BYTES = 4 + 4
+# Bytes that drawing takes for a logit beside itself: the difference to the largest, and its
+# exponential; a copy in float32, where it is scaled or was in another type; and the search for a
+# nucleus.
+DRAWN, SCALED, SEARCHED = 4 + 4, 4, 34
 FLOAT32 = 4
 
 
@@ -76,8 +77,7 @@ def memory_of(
     count = passes_by_rule if by_rule else pass_bytes
     shape, dtype = (work.rows, work.positions), recipe.student.dtype
     computing = compute_dtype_on(recipe, pair.student.config, on_cpu=on_cpu)
-    again = recipe.train.activation_checkpointing
-    passes = count(pair.student, shape, dtype, computing, again)
+    passes = count(pair.student, shape, dtype, computing)
     kept = _kept(recipe, pair, place, num_devices)
     loss = _loss_bytes(recipe, pair, work)
     if on_cpu:
@@ -91,12 +91,13 @@ def memory_of(
             # The layer that works, and the next one.
             item = BYTES[teacher_dtype(recipe)]
             scoring["unsharded"] = 2 * pair.teacher.sizes.largest_layer * item
+    gradients = pair.student.sizes.trained_bytes(dtype)
     phases = {
         "rollouts": _decoding(recipe, pair, work, place),
         "teacher": scoring,
         **_learning(recipe, pair, work, loss | _states(recipe, pair, work), passes, num_devices),
-        # AdamW is fused and needs no more.
-        "update": {"gradients": pair.student.sizes.trained_bytes(dtype) // num_devices},
+        # The fused update has no tensors of its own.
+        "update": {"gradients": gradients // num_devices},
     }
     return Memory(kept=kept, phases=phases, is_counted=passes.is_counted)
 
@@ -196,11 +197,21 @@ def _decoding(recipe: Recipe, pair: Outlines, work: Work, place: TeacherPlace) -
     both = [
         {
             "KV cache": cache_bytes(sizes, rows, longest, dtype),
-            "drawing": rows * sizes.vocab_size * (BYTES[dtype] + DRAWING_BYTES),
+            "drawing": rows * sizes.vocab_size * _a_logit(recipe.sampling, dtype),
         }
         for sizes, dtype in writers
     ]
     return max(both, key=lambda parts: sum(parts.values()), default={})
+
+
+def _a_logit(sampling: Sampling, dtype: str) -> int:
+    return BYTES[dtype] + drawing_bytes(sampling, dtype)
+
+
+def drawing_bytes(sampling: Sampling, dtype: str) -> int:
+    """Bytes for each logit of a model in this type, beside itself, while a token is drawn."""
+    is_copied = dtype != "float32" or sampling.temperature != 1 or sampling.top_k > 0
+    return DRAWN + (SCALED if is_copied else 0) + (SEARCHED if sampling.top_p < 1 else 0)
 
 
 def _states(recipe: Recipe, pair: Outlines, work: Work) -> dict[str, int]:
@@ -227,15 +238,12 @@ def _learning(
     if num_devices > 1:
         num = 2 * student.outside_layers + 3 * student.largest_layer
         whole["unsharded"] = item * num
-    # Gradients of earlier batches are there; the head's is made with the loss. Where it is the
-    # embedding as well, both gradients are whole before they are added, except where the embedding
-    # adds its rows to the head's (`lean.embedding`).
-    is_added = recipe.student.dtype == "float32" and num_devices == 1
+    # Gradients of earlier batches are there; the head's is made with the loss, and where it is the
+    # embedding as well, both gradients are whole before they are added.
     earlier = trained if work.num_batches > 1 else 0
     head = student.head_weights * item if student.trains_head else 0
-    rows_tied = student.rows_tied if student.trains_head else 0
-    tied = 0 if is_added else rows_tied * item
-    last = max(earlier, trained if rows_tied else trained - head)
+    tied = student.rows_tied * item if student.trains_head else 0
+    last = max(earlier, trained if tied else trained - head)
     gradients, states = earlier + head, 2 * FLOAT32 * work.loss_tokens * student.width
     return {
         "loss": whole

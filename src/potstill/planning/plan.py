@@ -58,6 +58,7 @@ class PlannedCell:
     """Corners of the grid that cost the same, and where their teacher's signal comes from."""
 
     methods: str
+    prefix: str
     needs: Needs
 
 
@@ -110,6 +111,8 @@ def place_of(recipe: Recipe) -> TeacherPlace:
     """Where the recipe's own teacher is."""
     if not recipe.objective.has_teacher:
         return "none"
+    if recipe.teacher.url is not None:
+        return "remote"
     return "live" if recipe.teacher.cache is None else "cached"
 
 
@@ -158,7 +161,9 @@ def cells_of(recipe: Recipe, pair: Outlines, asked: Circumstances) -> list[Plann
             # A teacher that is spread does not write.
             other = with_field(other, "teacher.placement", "replicated")
         cells += [
-            PlannedCell(methods=", ".join(names), needs=needs_of(other, pair, place, asked))
+            PlannedCell(
+                methods=", ".join(names), prefix=prefix, needs=needs_of(other, pair, place, asked)
+            )
             for place in of_prefix
         ]
     return cells
@@ -190,13 +195,13 @@ def _next_change(
         candidates.append(("sampling.batch_size", recipe.sampling.batch_size // 2))
     if train.loss_memory:
         candidates.append(("train.loss_memory", train.loss_memory // 2))
-    if not train.activation_checkpointing:
-        candidates.append(("train.activation_checkpointing", True))
     if recipe.teacher.dtype == "float32" and recipe.teacher.model != "self":
         candidates.append(("teacher.dtype", "bfloat16"))
     dtype = compute_dtype_on(recipe, pair.student.config, on_cpu=asked.device.is_cpu)
     if (dtype, recipe.student.dtype) == ("float32", "float32"):
         candidates.append(("train.compute_dtype", "bfloat16"))
+    if asked.num_devices == 1 and not train.needs_torchao:
+        candidates.append(("train.optimizer", "adamw-8bit"))
     is_spread_already = recipe.teacher.placement == "sharded"
     writes = recipe.objective.prefix in ("teacher", "mixed")
     if place == "live" and asked.num_devices > 1 and not (is_spread_already or writes):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from potstill.config import Recipe
 from potstill.planning.devices import DEVICES_PER_MACHINE, EFFICIENCY, DeviceSpec
 from potstill.planning.memory import (
-    DRAWING_BYTES,
     Outlines,
     TeacherPlace,
+    drawing_bytes,
     is_spread,
     teacher_dtype,
 )
@@ -62,7 +62,7 @@ def traffic_of(
         of_teacher = others * work.num_batches * in_layers * BYTES[teacher_dtype(recipe)]
     if place == "remote" and pair.teacher is not None:
         num_tokens = work.num_rollouts * work.completion_tokens
-        states = num_tokens * pair.teacher.sizes.width * BYTES["bfloat16"]
+        states = num_tokens * pair.teacher.sizes.width * BYTES[recipe.teacher.wire_dtype]
     return Traffic(
         shards=others * work.num_batches * (gathered + student.trained_bytes(dtype)),
         copy=others * student.trained_bytes(dtype) / reuse,
@@ -169,7 +169,7 @@ def decoding_seconds(
     length = work.prompt_tokens + num / 2
     share = 1.0 if device.is_measured else EFFICIENCY["reading"]
     read = item * (sizes.read_by(rows) + sizes.head_weights + rows * length * sizes.cached_numbers)
-    read += rows * sizes.vocab_size * (item + DRAWING_BYTES)
+    read += rows * sizes.vocab_size * (item + drawing_bytes(recipe.sampling, dtype))
     one_token = flops.per_token + flops.head + (flops.per_pair or 0) * length
     token = max(
         rows * one_token / _products(device, dtype),

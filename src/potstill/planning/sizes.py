@@ -112,7 +112,8 @@ def from_config(config, name: str, tokenizer=_NO_TOKENIZER) -> LanguageModel:
 
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            # Without its type the configuration would lose that of the checkpoint.
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     # Any error can come from an architecture's own code.
     except Exception as error:
         raise ModelError(

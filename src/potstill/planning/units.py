@@ -9,8 +9,9 @@ _SECONDS = ((86400 * 365, "years"), (86400, "days"), (3600, "h"), (60, "min"))
 
 
 def shown_bytes(num_bytes: float) -> str:
-    if num_bytes >= 100 * GIB:
-        return f"{num_bytes / GIB:,.0f} GiB"
+    for unit, name in ((2**50, "PiB"), (2**40, "TiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
     if num_bytes >= GIB:
         return f"{num_bytes / GIB:.1f} GiB"
     return f"{num_bytes / MIB:.0f} MiB" if num_bytes >= MIB else f"{num_bytes / 1024:.0f} KiB"
