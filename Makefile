@@ -83,6 +83,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/likeliest.py
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/remote.py
 	$(BIN)/python benchmarks/report.py
 
 clean:

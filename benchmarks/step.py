@@ -32,7 +32,7 @@ from rich.table import Table
 from potstill.config import Recipe
 
 LR = 1e-6
-METHODS = ("TRL", "potstill", "loss_memory = 0", "from a cache", "reward + KL")
+METHODS = ("TRL", "potstill", "least memory", "from a cache", "reward + KL")
 PARTS = ("rollout", "teacher", "student", "optimiser", "logging", "rest")
 
 
@@ -74,8 +74,8 @@ def make_recipe(folder: Path, name: str, window: int, num_rollouts: int, steps: 
         "train": {"steps": steps, "prompts_per_step": num_rollouts, "warmup_steps": 0, "lr": LR},
     }
     data["train"]["checkpoint_every"] = steps
-    if name == "loss_memory = 0":
-        data["train"]["loss_memory"] = 0
+    if name == "least memory":
+        data["train"] |= {"loss_memory": 0, "activation_checkpointing": True}
     if name == "from a cache":
         data["objective"]["prefix"] = "teacher"
         data["teacher"]["cache"] = str(folder / "cache")

@@ -487,7 +487,7 @@ FIELDS_WITH = {
         "teacher.placement",
         "teacher.url",
     },
-    Role.SPEED: {"train.loss_memory"},
+    Role.SPEED: {"train.loss_memory", "train.activation_checkpointing"},
     Role.OUTPUT: {
         "out",
         "train.checkpoint_every",

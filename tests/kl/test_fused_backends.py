@@ -87,8 +87,9 @@ def test_triton_is_refused_where_it_cannot_run(triton_kernels, monkeypatch):
         run_loss(make_inputs().to(torch.float32), backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("name", ["mixed", pytest.param("forward", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mixed", "forward"])
 def test_compiled_equals_float64_autograd(name):
     exact = make_inputs()
     combined(TERMS[name], brute_force(exact)).sum().backward()

@@ -79,7 +79,7 @@ def test_value_and_gradients_equal_float64_autograd(budget, end_ids, dtype, tole
     "backend",
     [
         "plain",
-        "triton",
+        pytest.param("triton", marks=pytest.mark.slow),
         pytest.param(
             "compiled",
             marks=[

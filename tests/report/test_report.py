@@ -485,6 +485,7 @@ def test_what_is_no_number_is_null_and_no_other_file_is_replaced(study, evals, t
     ).exists()
 
 
+@pytest.mark.slow
 def test_three_hundred_runs(evals, tmp_path):
     paths = [
         write_run(

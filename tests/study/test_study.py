@@ -293,7 +293,10 @@ def test_a_recipe_is_found_beside_the_study(tmp_path):
     assert item.recipe.train.lr == 7e-4
 
 
-@pytest.mark.parametrize("name", ["quick", "paper-mini", "paper-mini-full", "paper-qwen3"])
+FULL = pytest.param("paper-mini-full", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["quick", "paper-mini", FULL, "paper-qwen3"])
 def test_every_run_of_a_shipped_study_could_begin(name):
     study = read_study_file(name)
     chosen = {

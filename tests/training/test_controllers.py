@@ -212,8 +212,10 @@ def test_the_entropy_controller_holds_rises_falls_and_keeps_its_bounds():
     "mixing",
     [
         {"schedule": "linear", "end_weight": 0.9},
-        {"schedule": "cosine", "end_weight": 0.9},
-        {"schedule": "steps", "at_steps": [[1, 0.3], [3, 0.8]]},
+        pytest.param({"schedule": "cosine", "end_weight": 0.9}, marks=pytest.mark.slow),
+        pytest.param(
+            {"schedule": "steps", "at_steps": [[1, 0.3], [3, 0.8]]}, marks=pytest.mark.slow
+        ),
         {"schedule": "entropy", "floor": 1.5, "rate": 0.1},
     ],
 )

@@ -57,7 +57,7 @@ def stopped_once(tmp_path_factory):
     "sections",
     [
         {"train": {"checkpoint_every": 1}},
-        {"train": {"loss_memory": 0}},
+        {"train": {"loss_memory": 0, "activation_checkpointing": True}},
         {"evaluation": EVALUATION, "train": {"checkpoint_every": 3}},
     ],
 )

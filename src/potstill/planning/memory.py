@@ -77,7 +77,8 @@ def memory_of(
     count = passes_by_rule if by_rule else pass_bytes
     shape, dtype = (work.rows, work.positions), recipe.student.dtype
     computing = compute_dtype_on(recipe, pair.student.config, on_cpu=on_cpu)
-    passes = count(pair.student, shape, dtype, computing)
+    again = recipe.train.activation_checkpointing
+    passes = count(pair.student, shape, dtype, computing, again)
     kept = _kept(recipe, pair, place, num_devices)
     loss = _loss_bytes(recipe, pair, work)
     if on_cpu:
@@ -238,12 +239,15 @@ def _learning(
     if num_devices > 1:
         num = 2 * student.outside_layers + 3 * student.largest_layer
         whole["unsharded"] = item * num
-    # Gradients of earlier batches are there; the head's is made with the loss, and where it is the
-    # embedding as well, both gradients are whole before they are added.
+    # Gradients of earlier batches are there; the head's is made with the loss. Where it is the
+    # embedding as well, both gradients are whole before they are added, except where the embedding
+    # adds its rows to the head's (`lean.embedding`).
+    is_added = recipe.student.dtype == "float32" and num_devices == 1
     earlier = trained if work.num_batches > 1 else 0
     head = student.head_weights * item if student.trains_head else 0
-    tied = student.rows_tied * item if student.trains_head else 0
-    last = max(earlier, trained if tied else trained - head)
+    rows_tied = student.rows_tied if student.trains_head else 0
+    tied = 0 if is_added else rows_tied * item
+    last = max(earlier, trained if rows_tied else trained - head)
     gradients, states = earlier + head, 2 * FLOAT32 * work.loss_tokens * student.width
     return {
         "loss": whole

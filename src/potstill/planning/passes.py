@@ -5,6 +5,7 @@ and let go is counted. So the count follows the architecture, the type of comput
 library's version, and takes neither memory nor the weights.
 """
 
+import contextlib
 import copy
 import functools
 import weakref
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from potstill.models.adapters import attach
+from potstill.models.lean.activations import layers_run_again
 from potstill.planning.sizes import Outline, Sizes
 
 # Activations of a token, layer and hidden unit in two bytes, attention scores never whole
@@ -69,22 +71,31 @@ class LiveBytes(TorchDispatchMode):
 
 
 @functools.lru_cache(maxsize=64)
-def pass_bytes(model: Outline, shape: tuple[int, int], dtype: str, compute_dtype: str) -> PassBytes:
-    """The memory of passes over `shape` = (rows, tokens of each)."""
+def pass_bytes(
+    model: Outline, shape: tuple[int, int], dtype: str, compute_dtype: str, again: bool = False
+) -> PassBytes:
+    """The memory of passes over `shape` = (rows, tokens of each); `again` where layers run again
+    in the backward pass."""
     try:
-        return _counted(model, shape, dtype, compute_dtype)
+        return _counted(model, shape, dtype, compute_dtype, again)
     # An architecture's own code that reads numbers, such as which experts are chosen.
     except Exception:
-        return passes_by_rule(model, shape, dtype, compute_dtype)
+        return passes_by_rule(model, shape, dtype, compute_dtype, again)
 
 
 def passes_by_rule(
-    model: Outline, shape: tuple[int, int], dtype: str, compute_dtype: str
+    model: Outline, shape: tuple[int, int], dtype: str, compute_dtype: str, again: bool = False
 ) -> PassBytes:
     """The same by the rule of `ACTIVATION_BYTES`."""
-    is_half = "bfloat16" in (dtype, compute_dtype)
-    saved = activation_bytes(model.sizes, shape[0] * shape[1], is_half=is_half)
+    is_half, num_tokens = "bfloat16" in (dtype, compute_dtype), shape[0] * shape[1]
+    saved = activation_bytes(model.sizes, num_tokens, is_half=is_half)
     a_layer = saved // model.sizes.num_layers
+    if again:
+        # The input of each layer; the one that runs again has all its activations.
+        saved = num_tokens * model.sizes.width * model.sizes.num_layers * (2 if is_half else 4)
+        return PassBytes(
+            forward=a_layer, saved=saved, backward=saved + 2 * a_layer, is_counted=False
+        )
     return PassBytes(forward=a_layer, saved=saved, backward=saved + a_layer, is_counted=False)
 
 
@@ -93,7 +104,9 @@ def activation_bytes(sizes: Sizes, num_tokens: int, *, is_half: bool) -> int:
     return num_tokens * sizes.width * sizes.num_layers * ACTIVATION_BYTES * (1 if is_half else 2)
 
 
-def _counted(model: Outline, shape: tuple[int, int], dtype: str, compute_dtype: str) -> PassBytes:
+def _counted(
+    model: Outline, shape: tuple[int, int], dtype: str, compute_dtype: str, again: bool
+) -> PassBytes:
     import transformers
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -114,7 +127,8 @@ def _counted(model: Outline, shape: tuple[int, int], dtype: str, compute_dtype: 
                 weight.register_post_accumulate_grad_hook(_drop_gradient)
         with torch.no_grad(), LiveBytes(weights) as scoring:
             _pass(body, shape, compute_dtype)
-        with LiveBytes(weights) as learning:
+        checkpointed = layers_run_again(made) if again else contextlib.nullcontext()
+        with checkpointed, LiveBytes(weights) as learning:
             hidden_BTD = _pass(body, shape, compute_dtype, learns=True)
             saved = learning.now
             learning.peak = learning.now

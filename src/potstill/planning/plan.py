@@ -187,6 +187,24 @@ def _next_change(
     recipe: Recipe, pair: Outlines, place: TeacherPlace, asked: Circumstances, needs: Needs
 ) -> tuple[tuple[str, Any], Recipe, TeacherPlace, Needs] | None:
     """The first change that makes the peak smaller, and what follows from it."""
+    candidates = _smaller_fields(recipe, pair, place, asked)
+    for field, value in candidates:
+        other = place
+        if field == "teacher.cache":
+            changed, other = recipe, "cached"
+        else:
+            changed = with_field(recipe, field, value)
+        smaller = needs_of(changed, pair, other, asked)
+        if smaller.memory.peak < needs.memory.peak:
+            return (field, value), changed, other, smaller
+    return None
+
+
+def _smaller_fields(
+    recipe: Recipe, pair: Outlines, place: TeacherPlace, asked: Circumstances
+) -> list[tuple[str, Any]]:
+    """Fields with values that may take less memory, those first that change results by rounding
+    alone."""
     work = work_of(recipe, asked.prompt_tokens, recipe.window.tokens, asked.num_devices)
     train, candidates = recipe.train, list[tuple[str, Any]]()
     if work.rows > 1:
@@ -195,6 +213,8 @@ def _next_change(
         candidates.append(("sampling.batch_size", recipe.sampling.batch_size // 2))
     if train.loss_memory:
         candidates.append(("train.loss_memory", train.loss_memory // 2))
+    if not train.activation_checkpointing:
+        candidates.append(("train.activation_checkpointing", True))
     if recipe.teacher.dtype == "float32" and recipe.teacher.model != "self":
         candidates.append(("teacher.dtype", "bfloat16"))
     dtype = compute_dtype_on(recipe, pair.student.config, on_cpu=asked.device.is_cpu)
@@ -208,16 +228,7 @@ def _next_change(
         candidates.append(("teacher.placement", "sharded"))
     if place == "live" and recipe.objective.prefix in ("teacher", "dataset"):
         candidates.append(("teacher.cache", "FOLDER"))
-    for field, value in candidates:
-        other = place
-        if field == "teacher.cache":
-            changed, other = recipe, "cached"
-        else:
-            changed = with_field(recipe, field, value)
-        smaller = needs_of(changed, pair, other, asked)
-        if smaller.memory.peak < needs.memory.peak:
-            return (field, value), changed, other, smaller
-    return None
+    return candidates
 
 
 def as_data(plan: RunPlan) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from potstill.models.adapters import has_adapter, merge_in_place
 from potstill.models.distributed import World
 from potstill.models.given import GivenModel, GivenTokenizer, left_as_it_was, with_names
 from potstill.models.language_model import LanguageModel, ModelError, save_model
-from potstill.models.lean.embedding import embedding_added_late
 from potstill.models.probe import ready
 from potstill.objectives.habits import disagreement
 from potstill.objectives.reward import with_log_probs
@@ -53,6 +52,7 @@ from potstill.training.step import (
     begin_step,
     count_flops,
     is_saved,
+    lean_passes,
     plan_step,
     probe_if_due,
     samples_without_dropout,
@@ -224,7 +224,7 @@ def _take_steps(
         if num_samples and has_dropout:
             samples = samples_without_dropout(trainer, plan, rollouts[:num_samples], clock)
         student.train(has_dropout)
-        with embedding_added_late(student.model):
+        with lean_passes(trainer):
             done = accumulate_gradients(
                 trainer.setup,
                 plan.loss,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from potstill import files
 from potstill.models import distributed
 from potstill.models.flops import ModelFlops, rollout_flops, training_flops
+from potstill.models.lean.activations import layers_run_again
+from potstill.models.lean.embedding import embedding_added_late
 from potstill.objectives.habits import step_habits
 from potstill.objectives.loss import Loss
 from potstill.objectives.reward import with_credit
@@ -181,6 +183,15 @@ def samples_without_dropout(
         return scored_samples(
             setup.student, setup.teacher, rollouts, plan.loss, trainer.world.device
         )
+
+
+@contextmanager
+def lean_passes(trainer: Trainer) -> Iterator[None]:
+    """Within, the student's passes with gradients take as little memory as the recipe asks for."""
+    model = trainer.setup.student.model
+    is_checkpointed = trainer.settings.activation_checkpointing
+    with embedding_added_late(model), layers_run_again(model) if is_checkpointed else nullcontext():
+        yield
 
 
 def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> Update:

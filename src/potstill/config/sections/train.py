@@ -62,6 +62,9 @@ class Train(Section, role=Role.UPDATE):
     ] = "auto"
     """How the loss is computed; auto: triton on a GPU, else eager. plain holds all logits in
     memory."""
+    activation_checkpointing: Annotated[bool, Role.SPEED] = False
+    """Keep the inputs of the student's layers for the backward pass in place of all activations,
+    and run each layer once more. Changes speed and memory, not results."""
     checkpoint_every: Annotated[int, Role.OUTPUT] = Field(default=20, ge=1)
     """Steps between checkpoints; one is also written at the end."""
     keep_checkpoints: Annotated[int | None, Role.OUTPUT] = Field(default=None, ge=1)
