@@ -484,6 +484,8 @@ FIELDS_WITH = {
     Role.ROUNDING: {
         "train.tokens_per_batch",
         "sampling.batch_size",
+        "student.attention",
+        "teacher.attention",
         "teacher.placement",
         "teacher.url",
     },

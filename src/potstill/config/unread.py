@@ -185,7 +185,9 @@ def _unread_of_teacher(teacher: TeacherSpec) -> dict[str, str]:
         )
     if model == "self":
         reason = 'teacher.model is "self", which is loaded as the student is'
-        unread |= {"teacher.dtype": reason, "teacher.trust_remote_code": reason}
+        unread |= {
+            f"teacher.{name}": reason for name in ("dtype", "attention", "trust_remote_code")
+        }
         unread["rollouts.end_set"] = 'teacher.model is "self", which ends as the student does'
     else:
         unread["teacher.refresh_steps"] = (
@@ -197,7 +199,8 @@ def _unread_of_teacher(teacher: TeacherSpec) -> dict[str, str]:
             f"teacher.{name}": reason for name in ("wire_dtype", "token_variable", "patience")
         }
     else:
-        unread["teacher.placement"] = "teacher.url is set, and the teacher is there"
+        reason = "teacher.url is set, and the teacher is there"
+        unread |= {"teacher.placement": reason, "teacher.attention": reason}
     return unread
 
 

@@ -22,6 +22,7 @@ from potstill.kl.head import Head
 from potstill.models import adapters
 from potstill.models.batch import Batch
 from potstill.models.flops import ModelFlops, model_flops
+from potstill.models.lean.attention import set_attention
 from potstill.models.templates import ChatTemplate, TemplateError
 from potstill.models.weights import (
     refuse_foreign_files,
@@ -139,6 +140,7 @@ def load_model(
     init: str = "pretrained",
     seed: int = 0,
     trust_remote_code: bool = False,
+    attention: str | None = None,
 ) -> LanguageModel:
     """Load a folder, a run's folder, a hub id or a shipped model ("potstill:teacher",
     "potstill:base") on the CPU.
@@ -166,12 +168,15 @@ def load_model(
         if init == "random":
             config = load_config(name, trust_remote_code)
             torch.manual_seed(seed)
-            return LanguageModel(auto.from_config(config, **shared).eval(), tokenizer, name)
+            model = auto.from_config(config, **shared)
+            set_attention(name, model, attention)
+            return LanguageModel(model.eval(), tokenizer, name)
         # Other sizes are refused below, with the names of the weights.
         shared |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         loaded: Any = auto.from_pretrained(path, output_loading_info=True, **shared)
         model, info = loaded
         refuse_wrong_weights(name, model, info)
+        set_attention(name, model, attention)
         if adapters.has_adapter(model):
             # A hub's, beside its base: transformers follows the name.
             adapters.merge_in_place(model)

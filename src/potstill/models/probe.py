@@ -41,6 +41,11 @@ def ready(given, tokenizer=None, device: torch.device | None = None, **options) 
     """
     if isinstance(given, str | Path):
         given = load_model(str(given), **options)
+    elif options.get("attention") is not None:
+        raise ModelError(
+            f"attention is {options['attention']!r} for a model that is given as an object, which "
+            "has its own; call its set_attn_implementation, and leave the field out"
+        )
     elif not isinstance(given, LanguageModel):
         given = _wrap(given, tokenizer)
     if device is not None:

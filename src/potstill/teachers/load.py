@@ -35,7 +35,11 @@ def load_teacher(
         # One object cannot both change and stay as it is.
         teacher = as_it_is(student, student.name, world.size)
     else:
-        teacher = None if given is None else ready(given, tokenizer, world.device)
+        teacher = (
+            None
+            if given is None
+            else ready(given, tokenizer, world.device, attention=spec.attention)
+        )
     if cache is not None and (
         cache.manifest.settings.payload != "completions" or objective.signal == "labels"
     ):
@@ -56,6 +60,7 @@ def load_teacher(
             device=world.device,
             dtype=spec.dtype,
             trust_remote_code=spec.trust_remote_code,
+            attention=spec.attention,
         )
     if cache is not None:
         cache.check_recipe(recipe, teacher)

@@ -54,7 +54,7 @@ def load_sharded(spec: TeacherSpec, world: World) -> ShardedTeacher:
     """The teacher of a recipe in shards. Rank 0 reads and checks the whole model, in the machine's
     memory; the others get their shares from it. Raises ModelError."""
     told = {"dtype": spec.dtype, "trust_remote_code": spec.trust_remote_code}
-    whole = ready(spec.model, **told) if world.is_main else None
+    whole = ready(spec.model, **told, attention=spec.attention) if world.is_main else None
     digest = distributed.gather(None if whole is None else whole.weights_digest(), world)[0]
     skeleton = skeleton_of(spec)
     teacher = ShardedTeacher(skeleton.model, skeleton.tokenizer, spec.model, world)

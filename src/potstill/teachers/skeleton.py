@@ -14,6 +14,7 @@ from torch import Tensor
 from potstill.config import TeacherSpec
 from potstill.kl.head import Head
 from potstill.models.language_model import LanguageModel, load_config, load_tokenizer, locate
+from potstill.models.lean.attention import set_attention
 from potstill.types import ModelError
 
 ONE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -29,6 +30,7 @@ def skeleton_of(spec: TeacherSpec) -> LanguageModel:
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, spec.dtype), **told
         )
+    set_attention(spec.model, model, spec.attention)
     # A model without a file of these settings has those that follow from its configuration.
     with contextlib.suppress(OSError):
         path = locate(spec.model)

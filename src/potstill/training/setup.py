@@ -155,6 +155,7 @@ def _load_student(recipe: Recipe, world: World, given, tokenizer) -> LanguageMod
         init=spec.init,
         seed=recipe.train.seed,
         trust_remote_code=spec.trust_remote_code,
+        attention=spec.attention,
     )
     if spec.lora.rank is not None:
         if spec.lora.save == "adapter":

@@ -36,6 +36,11 @@ class StudentSpec(Section, role=Role.MODEL):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the trained weights. In bfloat16 small updates are rounded away, which is warned of;
     for its speed keep float32 and set train.compute_dtype."""
+    attention: Annotated[
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None, Role.ROUNDING
+    ] = None
+    """Implementation of attention; by default sdpa where the model has it. The flash ones take a
+    GPU, their package, and dtype = bfloat16."""
     dropout: bool = False
     """Train with the dropout that the model's configuration has. Without it the loss is of the same
     distribution that writes the student's completions and that is evaluated."""
@@ -64,6 +69,10 @@ class TeacherSpec(Section, role=Role.MODEL):
     teacher is not loaded."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the teacher's weights."""
+    attention: Annotated[
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None, Role.ROUNDING
+    ] = None
+    """As student.attention, for the teacher."""
     url: Annotated[Url | tuple[Url, ...] | None, Role.ROUNDING] = None
     """URL of a server that has the teacher's body, or several of the same: `potstill serve`, or a
     pooling server of vLLM (docs/teachers.md). Of teacher.model only the head is read here."""
