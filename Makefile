@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-numerics test-slow test-slurm test-real lint docs assets bench clean
+.PHONY: demo test test-gpu bench-gpu wheels test-numerics test-slow test-slurm test-real lint docs assets bench clean
 
 # Versions are pinned where there is no GPU; with one, your own torch is kept or the newest is taken.
 ifeq ($(shell command -v nvidia-smi),)
@@ -55,6 +55,20 @@ test-slow: $(VENV)/installed
 
 test-real: $(VENV)/installed-real
 	$(BIN)/pytest -m real
+
+# With no GPU, both say so and run nothing. Neither has run on one yet.
+test-gpu: $(VENV)/installed
+	$(BIN)/pytest -m gpu tests/gpu
+
+bench-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py
+
+# Whatever a machine without a network lacks, in a folder: make wheels DIR=wheels
+DIR ?= wheels
+wheels: $(VENV)/installed
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir $(DIR) .
+	$(BIN)/pip download --quiet --dest $(DIR) '.[dev]'
+	@echo "there: pip install --no-index --find-links $(DIR) 'potstill[dev]'"
 
 # Needs Slurm and munge from the system's packages (Debian: slurm-wlm, munge), and to be root.
 test-slurm: $(VENV)/installed

@@ -103,13 +103,13 @@ def _naive_parts(x: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return F.kl_div(student, teacher, reduction="sum", log_target=True), student, teacher
 
 
-def liger(x: Inputs) -> torch.Tensor:
+def liger(x: Inputs, compiled: bool = False) -> torch.Tensor:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled
     )
-    labels = torch.zeros(len(x.hidden), dtype=torch.long)
+    labels = torch.zeros(len(x.hidden), dtype=torch.long, device=x.hidden.device)
     return loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, labels) * len(x.hidden)
 
 

@@ -165,3 +165,16 @@ def student() -> LanguageModel:
 @pytest.fixture
 def teacher() -> LanguageModel:
     return make_model(hidden_size=24, seed=1)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The GPU that a test needs."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU is here")
+    return torch.device("cuda")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr == "gpu" and not torch.cuda.is_available():
+        terminalreporter.write_line("no GPU is here: 0 run")

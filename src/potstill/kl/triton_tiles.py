@@ -7,7 +7,7 @@ first import they run on a CPU, slowly, which is how they are tested.
 """
 
 # The bodies of kernels are Triton, which only looks like Python.
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 
 import functools
 import math
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from potstill.kl.tiles import STATE_SHAPE, Backend, Terms
 
-# Larger blocks spill registers.
-BLOCK = 4096
+# Elements of a block and warps of a program: 32 elements a thread. Above 128, registers spill.
+BLOCK, NUM_WARPS = 4096, 4
 
 
 @triton.jit
@@ -170,6 +170,7 @@ def triton_statistics(z_NV: Tensor, y_NV: Tensor | None, scratch=()) -> Tensor:
         num_columns,
         HAS_TEACHER=y_NV is not None,
         BLOCK=_block(num_columns),
+        num_warps=NUM_WARPS,
     )
     return state
 
@@ -182,7 +183,15 @@ def triton_mixture(
     parts, sums = z_NV.new_empty(3, num_rows), log_sums_2N.contiguous()
     logs = math.log(mixture_weight), math.log1p(-mixture_weight)
     _mixture_kernel[(num_rows,)](
-        z_NV, y_NV, sums, parts, num_rows, num_columns, *logs, BLOCK=_block(num_columns)
+        z_NV,
+        y_NV,
+        sums,
+        parts,
+        num_rows,
+        num_columns,
+        *logs,
+        BLOCK=_block(num_columns),
+        num_warps=NUM_WARPS,
     )
     return parts
 
@@ -217,6 +226,7 @@ def triton_gradient(
         HAS_MIXTURE=terms.mixture,
         HAS_SKEW=terms.skew,
         BLOCK=_block(num_columns),
+        num_warps=NUM_WARPS,
     )
     return value
 
