@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import transformers
@@ -27,6 +27,8 @@ from rich.table import Table
 
 from potstill.cache.build import build_cache
 from potstill.config import CacheOptions, Recipe, load_recipe
+from potstill.engines.native import NativeEngine
+from potstill.engines.protocol import Engine
 from potstill.models import distributed
 from potstill.models.language_model import find_folder
 from potstill.rollouts.prefixes import Writing, write_rollouts
@@ -124,12 +126,12 @@ def one_step(
     """Seconds and loss tokens of one step."""
     num = recipe.train.prompts_per_step
     prompts = [setup.prompts[(step * num + i) % len(setup.prompts)] for i in range(num)]
-    models: dict[Writer, Any] = {}
+    engines: dict[Writer, Engine] = {}
     if setup.teacher is not None and setup.teacher.decoder is not None:
-        models["teacher"] = setup.teacher.decoder
+        engines["teacher"] = NativeEngine(setup.teacher.decoder)
     writing = Writing(
         objective=recipe.objective,
-        models=models,
+        engines=engines,
         window=recipe.window.tokens,
         end_ids=setup.ends.stop_ids,
         sampling=recipe.sampling,

@@ -10,6 +10,7 @@ import pytest
 
 from potstill.cli.app import main
 from potstill.config import Evaluation, Objective, Sampling
+from potstill.engines.native import NativeEngine
 from potstill.evaluation.responses import write_responses
 from potstill.evaluation.scores import prepare_problems
 from potstill.rollouts.prefixes import Writing, write_rollouts
@@ -113,11 +114,11 @@ def test_writers_ask_for_each_stream_once(asked, student, teacher, prefix_mix):
     prompts = [
         Prompt(example=Example(id=str(i), prompt="prompt"), token_ids=(1, 5 + i)) for i in range(8)
     ]
-    models = {"student": student.model, "teacher": teacher.model}
+    engines = {"student": NativeEngine(student.model), "teacher": NativeEngine(teacher.model)}
     objective = Objective(prefix="mixed", prefix_mix=prefix_mix, handoff_tokens=(2, 5))
     writing = Writing(
         objective=objective,
-        models=models,
+        engines=engines,
         window=12,
         end_ids=(2,),
         sampling=Sampling(),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from potstill.config import (
         CacheOptions,
         Data,
+        EngineSpec,
         Evaluation,
         Objective,
         Recipe,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 # Imported on first use, so that `potstill --help` does not wait for torch.
 _HOMES = {
     "CacheOptions": "potstill.config",
+    "EngineSpec": "potstill.config",
     "Evaluation": "potstill.config",
     "Objective": "potstill.config",
     "Sampling": "potstill.config",
@@ -84,6 +86,7 @@ _HOMES = {
 __all__ = [
     "CacheOptions",
     "Data",
+    "EngineSpec",
     "Evaluation",
     "Example",
     "Grade",

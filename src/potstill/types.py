@@ -91,8 +91,8 @@ class Completion:
     """The tokens that a model wrote after a prompt, its stop token included.
 
     `log_probs` and `entropies` (nats, one a token) are those of the distribution that each token
-    was drawn from; `models` says which of the models that write by turns it was, 0 where there is
-    one.
+    was drawn from; an engine in another process tells no entropies. `models` says which of the
+    models that write by turns it was, 0 where there is one.
     """
 
     token_ids: tuple[int, ...]
@@ -119,7 +119,8 @@ class Rollout:
     no loss token.
 
     `log_probs` are the student's of its loss tokens when the rollout was new, None while it is;
-    `credit` is there where responses are scored.
+    `credit` is there where responses are scored. `engine_log_probs` are those of all tokens as an
+    engine in another process told them; None where this process wrote.
     """
 
     prompt: Prompt
@@ -129,3 +130,4 @@ class Rollout:
     stop: Stop
     log_probs: tuple[float, ...] | None = None
     credit: Credit | None = None
+    engine_log_probs: tuple[float, ...] | None = None

@@ -480,7 +480,7 @@ FIELDS_WITH = {
     Role.WARM_UP: {"train.warmup_steps"},
     Role.BUDGET: {"train.flops"},
     Role.CACHE: {"teacher.cache"},
-    Role.BACKEND: {"train.loss_backend"},
+    Role.BACKEND: {"train.loss_backend", "rollouts.engine", "engine.args"},
     Role.ROUNDING: {
         "train.tokens_per_batch",
         "sampling.batch_size",
@@ -489,7 +489,12 @@ FIELDS_WITH = {
         "teacher.placement",
         "teacher.url",
     },
-    Role.SPEED: {"train.loss_memory", "train.activation_checkpointing"},
+    Role.SPEED: {
+        "train.loss_memory",
+        "train.activation_checkpointing",
+        *("engine.python", "engine.url", "engine.timeout"),
+        *("engine.warn_above", "engine.stop_above"),
+    },
     Role.OUTPUT: {
         "out",
         "train.checkpoint_every",

@@ -9,7 +9,8 @@ from conftest import make_model
 from potstill.cli.app import main
 from potstill.cli.show import gave_up
 from potstill.config import Evaluation, RecipeError
-from potstill.evaluation import responses, scores
+from potstill.engines import native
+from potstill.evaluation import scores
 from potstill.evaluation.scores import evaluate, summarize_responses
 from potstill.files import write_rows
 from potstill.models.character_tokenizer import build_tokenizer
@@ -101,7 +102,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
         evaluate("potstill:base", settings, responses=tmp_path / "whole", quiet=True)
     )
     assert whole == without_times(evaluate("potstill:base", settings, quiet=True))
-    real, calls = responses.sample, []
+    real, calls = native.sample, []
 
     def killed(*args, **options):
         calls.append(len(args[1]))
@@ -109,7 +110,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(responses, "sample", killed)
+    monkeypatch.setattr(native, "sample", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)
     (file,) = (tmp_path / "killed").glob("*.jsonl")
@@ -117,7 +118,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
     # As if it had died in the middle of writing a batch.
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:12]) + lines[12][:30])
-    monkeypatch.setattr(responses, "sample", real)
+    monkeypatch.setattr(native, "sample", real)
     again = without_times(
         evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)
     )
@@ -128,14 +129,14 @@ def test_a_killed_evaluation_goes_on_with_the_same_responses(tmp_path, monkeypat
     ]
     assert files[0] == files[1] and len(files[0]) == 2
     # Responses that are there are not sampled again, and other settings are another file.
-    monkeypatch.setattr(responses, "sample", None)
+    monkeypatch.setattr(native, "sample", None)
     assert (
         without_times(
             evaluate("potstill:base", settings, responses=tmp_path / "killed", quiet=True)
         )
         == whole
     )
-    monkeypatch.setattr(responses, "sample", real)
+    monkeypatch.setattr(native, "sample", real)
     evaluate(
         "potstill:base",
         settings.model_copy(update={"seed": 3}),
@@ -180,7 +181,7 @@ def test_two_evaluations_cannot_write_one_file(tmp_path, forks):
     """One process is in the middle of it; the other is told so, and both results are right in the
     end."""
     whole = without_times(evaluate("potstill:base", ONE, quiet=True))
-    real, refused = responses.sample, []
+    real, refused = native.sample, []
 
     def meanwhile(*args, **options):
         if not refused:
@@ -188,7 +189,7 @@ def test_two_evaluations_cannot_write_one_file(tmp_path, forks):
         return real(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(responses, "sample", meanwhile)
+        patch.setattr(native, "sample", meanwhile)
         assert (
             without_times(evaluate("potstill:base", ONE, responses=tmp_path, quiet=True)) == whole
         )
@@ -331,7 +332,7 @@ def test_end_tokens_say_what_ends_a_response(tmp_path):
 
 
 def test_unknown_end_tokens_are_refused_with_the_known_ones(capsys, monkeypatch):
-    monkeypatch.setattr(responses, "sample", None)
+    monkeypatch.setattr(native, "sample", None)
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "potstill:base", "--end-tokens", "<eos>", "<im_end>"])
     assert stopped.value.code == 2

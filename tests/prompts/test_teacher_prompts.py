@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import potstill
 from potstill.config import Objective, RecipeError, Sampling, make_recipe
+from potstill.engines.native import NativeEngine
 from potstill.models.sampling import sample
 from potstill.objectives.loss import Loss, teacher_signal
 from potstill.rollouts.batching import make_batches
@@ -72,11 +73,11 @@ def test_each_writer_reads_its_own_prompt(student, teacher, unit, share):
     prompts = [rollout.prompt for rollout in ROLLOUTS]
     seeds = [(7, 0, place) for place in range(len(prompts))]
     objective = Objective(prefix="mixed", prefix_mix=unit, student_share=share)
-    models = {"student": student.model, "teacher": teacher.model}
+    engines = {"student": NativeEngine(student.model), "teacher": NativeEngine(teacher.model)}
     rollouts = write_rollouts(
         Writing(
             objective=objective,
-            models=models,
+            engines=engines,
             window=10,
             end_ids=(2,),
             sampling=Sampling(),

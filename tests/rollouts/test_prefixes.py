@@ -8,6 +8,7 @@ import torch
 from conftest import interrupted_at, tiny_recipe
 
 from potstill.config import Objective, RecipeError, Sampling, make_recipe
+from potstill.engines.native import NativeEngine
 from potstill.models.sampling import sample
 from potstill.rollouts.prefixes import Writing, student_places, write_rollouts
 from potstill.runs import run_folder
@@ -22,10 +23,10 @@ PROMPTS = [
 
 
 def write(student, teacher, num_rounds=1, prompts=PROMPTS, **objective):
-    models = {"student": student.model, "teacher": teacher.model}
+    engines = {"student": NativeEngine(student.model), "teacher": NativeEngine(teacher.model)}
     writing = Writing(
         objective=Objective(prefix="mixed", **objective),
-        models=models,
+        engines=engines,
         window=WINDOW,
         end_ids=(2,),
         sampling=Sampling(),

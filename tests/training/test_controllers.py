@@ -12,6 +12,7 @@ from sampled import some
 
 import potstill
 from potstill.config import RecipeError, WeightSchedule, Window, make_recipe
+from potstill.engines.native import NativeEngine
 from potstill.rollouts.text import is_loop
 from potstill.runs import run_folder
 from potstill.training import probing
@@ -345,7 +346,8 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
 
     world = distributed.start()
     setup = prepare(recipe, world)
-    decoders = {"student": setup.student.model, "teacher": setup.teacher.model}
+    decoder = setup.student.model
+    engines = {"student": NativeEngine(decoder), "teacher": NativeEngine(setup.teacher.model)}
     real, seen, entropies = probing.from_one, [], []
     ids = setup.student.tokenizer.encode("#12.", add_special_tokens=False)
     real_statistics = probing.fused_statistics
@@ -382,7 +384,13 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
         monkeypatch.setattr(probing, "from_one", answered(tail))
         entropies.clear()
         probe, _ = probing.probe_window(
-            recipe, setup, decoders, WindowState(tokens=64, teacher_truncation=0.0), 0, world
+            recipe,
+            setup,
+            engines,
+            decoder=decoder,
+            state=WindowState(tokens=64, teacher_truncation=0.0),
+            step=0,
+            world=world,
         )
         seen.append((probe.entropy, sum(entropies) / len(entropies)))
     (plain, all_plain), (looped, all_looped) = seen

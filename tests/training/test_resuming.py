@@ -15,7 +15,8 @@ import potstill
 from potstill import files
 from potstill.cli.app import main
 from potstill.config import load_recipe, to_toml
-from potstill.evaluation import responses, scores
+from potstill.engines import native
+from potstill.evaluation import scores
 from potstill.models.language_model import ModelError, load_model
 from potstill.runs import run_folder
 from potstill.runs.results import EVAL_COLUMNS, read_entry
@@ -350,7 +351,7 @@ def test_ctrl_c_in_an_evaluation_that_saves_nothing_says_so(monkeypatch, capsys)
     def interrupted(*given, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(responses, "sample", interrupted)
+    monkeypatch.setattr(native, "sample", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "potstill:base"])
     said = "potstill: stopped; nothing was saved: with --responses FOLDER an evaluation can go on\n"

@@ -82,7 +82,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, own):
     (rollouts,) = json.loads((path / "state.json").read_text())["rollouts"]
     assert len(rollouts) == 8
     assert any(credit["advantage"] for *_, credit in rollouts)
-    for completion_ids, trained, _, _, log_probs, _ in rollouts:
+    for completion_ids, trained, _, _, _, log_probs, _ in rollouts:
         assert len(log_probs) == sum(trained) == len(completion_ids)
     potstill.train(recipe_of(stopped, **sections), quiet=True)
     assert_same_run(stopped, whole)

@@ -11,10 +11,13 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from potstill.cache.make_shard import make_shard, save_whole
 from potstill.config import CacheOptions, Recipe, RecipeError, Validation, check_recipe
 from potstill.console.progress import CacheDisplay
+from potstill.engines.make import make_engine
+from potstill.engines.protocol import Engine
 from potstill.files import file_digest, write_atomically
 from potstill.models import distributed
 from potstill.models.distributed import World
@@ -83,8 +86,11 @@ def build_cache(
             distributed.wait_for_all(world)
             cache = Cache(out)
             refuse_other_cache(cache, wanted)
+            place: dict[str, Any] = {"folder": out / ".engine", "max_tokens": setup.longest}
+            engine = make_engine(recipe, setup.teacher.model, "teacher", world=world, **place)
+            stack.callback(engine.close)
             display = stack.enter_context(CacheDisplay(quiet or not world.is_main))
-            return _fill(cache, recipe, setup, setup.teacher, options, world, display)
+            return _fill(cache, recipe, setup, setup.teacher, engine, options, world, display)
     except Timeout:
         raise CacheError(
             f"cache {str(out)!r} is being built by another process; wait for it or stop it"
@@ -219,6 +225,7 @@ def _fill(
     recipe: Recipe,
     setup: Setup,
     teacher: LanguageModel,
+    engine: Engine,
     options: CacheOptions,
     world: World,
     display: CacheDisplay,
@@ -242,7 +249,7 @@ def _fill(
         record = (
             None
             if mine is None
-            else make_shard(mine, recipe, setup, teacher, manifest.settings, out)
+            else make_shard(mine, recipe, setup, teacher, engine, manifest.settings, out)
         )
         new = tuple(each for each in distributed.gather(record, world) if each is not None)
         manifest = dataclasses.replace(manifest, shards=manifest.shards + new)

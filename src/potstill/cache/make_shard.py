@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from potstill.config import Recipe
+from potstill.engines.protocol import Engine
 from potstill.files import file_digest, flush
 from potstill.kl.fused import close_kl, fused_statistics
 from potstill.kl.topk import top_k_of
@@ -44,11 +45,13 @@ def make_shard(
     recipe: Recipe,
     setup: Setup,
     teacher: LanguageModel,
+    engine: Engine,
     settings: Settings,
     out: Path,
 ) -> ShardRecord:
-    """Write the completions of some entries, score them, and store both."""
-    rollouts = _write(entries, recipe, setup, teacher, settings)
+    """Let the engine write the teacher's completions of some entries, score them, and store
+    both."""
+    rollouts = _write(entries, recipe, setup, engine, settings)
     signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
     kls: list[float] = []
     if settings.payload != "completions":
@@ -76,13 +79,13 @@ def _write(
     entries: Sequence[CacheEntry],
     recipe: Recipe,
     setup: Setup,
-    teacher: LanguageModel,
+    engine: Engine,
     settings: Settings,
 ) -> list[Rollout]:
     """The completions of some entries, each from its own seed."""
     writing = Writing(
         objective=recipe.objective,
-        models={"teacher": teacher.model},
+        engines={"teacher": engine},
         window=settings.window,
         end_ids=setup.ends.stop_ids,
         sampling=recipe.sampling,

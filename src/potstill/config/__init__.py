@@ -8,6 +8,7 @@ from potstill.config.roles import ALIKE, CHANGE_NOTHING, CHANGE_ROUNDING, NAMED,
 from potstill.config.section import RecipeError, Section, field_names, roles_of, validate
 from potstill.config.sections.cache import CacheOptions
 from potstill.config.sections.data import Data, DataSource
+from potstill.config.sections.engine import EngineSpec
 from potstill.config.sections.evaluation import Evaluation
 from potstill.config.sections.models import Lora, StudentSpec, TeacherSpec
 from potstill.config.sections.objective import Objective, Reward, WeightSchedule
@@ -52,6 +53,7 @@ __all__ = [
     "CacheOptions",
     "Data",
     "DataSource",
+    "EngineSpec",
     "Evaluation",
     "Goal",
     "Lora",

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from potstill.config.roles import Place, Role
 from potstill.config.section import Section
 from potstill.config.sections.data import Data
+from potstill.config.sections.engine import EngineSpec
 from potstill.config.sections.evaluation import Evaluation
 from potstill.config.sections.models import StudentSpec, TeacherSpec
 from potstill.config.sections.objective import Objective, Reward, WeightSchedule
@@ -30,6 +31,7 @@ class RecipeFields(Section):
     reward: Reward = Reward()
     sampling: Sampling = Sampling()
     rollouts: Rollouts = Rollouts()
+    engine: EngineSpec = EngineSpec()
     window: Window = Window()
     train: Train = Train()
     validation: Validation = Validation()
@@ -40,6 +42,16 @@ class RecipeFields(Section):
         """Whether a student that writes draws from the distribution that the loss is about."""
         drawn = (self.sampling.temperature, self.sampling.top_p, self.sampling.top_k)
         return drawn == (self.objective.temperature, 1.0, 0)
+
+    @property
+    def rewards_tokens(self) -> bool:
+        """Whether the gradient is that of drawn tokens' probabilities, at least in part."""
+        objective, weights = self.objective, self.objective.weights
+        if objective.signal == "sampled" or self.reward.weight or objective.gamma:
+            return True
+        if weights is None:
+            return False
+        return weights not in WEIGHTINGS or WEIGHTINGS[weights].is_reward
 
     @property
     def own_sources(self) -> tuple[str | tuple[str, ...] | None, ...]:

@@ -35,6 +35,8 @@ def refuse_misfits(recipe: RecipeFields) -> None:
     _check_schedules(recipe)
     _check_extensions(recipe)
     _check_lora(recipe.student)
+    if recipe.rollouts.engine != "native":
+        _check_engine(recipe)
     if recipe.teacher.cache is not None and recipe.objective.prefix in ("student", "mixed"):
         raise ValueError(
             f'teacher.cache is set and objective.prefix is "{recipe.objective.prefix}": a '
@@ -96,6 +98,35 @@ def _check_lora(student: StudentSpec) -> None:
             "student.lora.targets is empty, so there is nothing to learn; name ends of names of "
             'linear layers, or use "all-linear"'
         )
+
+
+def _check_engine(recipe: RecipeFields) -> None:
+    """Refuse what an engine in another process cannot write."""
+    objective, engine = recipe.objective, recipe.engine
+    refuse_any(
+        f'rollouts.engine is "{recipe.rollouts.engine}"',
+        'engine = "native"',
+        (
+            objective.prefix == "mixed" and objective.prefix_mix == "token",
+            'objective.prefix_mix is "token", which draws from both models at each token; use '
+            '"sequence" or "handoff"',
+        ),
+        (
+            engine.url is not None and objective.prefix != "student",
+            f'engine.url is set and objective.prefix is "{objective.prefix}", of which a server '
+            "that holds the student writes no or only a part; remove engine.url",
+        ),
+        (
+            recipe.teacher.model == "self" and objective.prefix in ("teacher", "mixed"),
+            f'teacher.model is "self" and objective.prefix is "{objective.prefix}": there is no '
+            "model of its own to serve; use another teacher",
+        ),
+        (
+            engine.importance_cap is not None and not recipe.draws_exactly,
+            "engine.importance_cap is set and tokens are not drawn exactly from the student; set "
+            "sampling.temperature = objective.temperature, top_p = 1 and top_k = 0",
+        ),
+    )
 
 
 def _check_sampled_signal(recipe: RecipeFields) -> None:

@@ -24,8 +24,8 @@ class Role(Enum):
     SEED = "what tells repetitions of one run apart"
     CACHE = "a store of what the teacher would say"
     BACKEND = (
-        "the code that computes the loss; results differ by rounding, and it is part of "
-        "what a run is"
+        "the code that computes the loss, and that draws; results differ by rounding or by random "
+        "numbers, and it is part of what a run is"
     )
     ROUNDING = "how work is sliced; results differ by rounding"
     SPEED = "memory for time; no number depends on it"

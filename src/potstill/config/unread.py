@@ -35,12 +35,32 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
     unread |= _unread_of_student(recipe.student)
     if recipe.student.dtype != "bfloat16" or recipe.student.lora.rank is not None:
         unread["train.stochastic_rounding"] = "the weights that learn are in float32"
+    unread |= _unread_of_engine(recipe)
     unread |= _unread_of_teacher(recipe.teacher) | _unread_of_data(recipe.data)
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
     unread |= _unread_of_validation(recipe.validation)
     if recipe.evaluation.source is None:
         unread["evaluation"] = "evaluation.source is not set, so nothing is evaluated"
+    return unread
+
+
+def _unread_of_engine(recipe: RecipeFields) -> dict[str, str]:
+    if recipe.rollouts.engine == "native":
+        return {"engine": 'rollouts.engine is "native", which is this process'}
+    unread: dict[str, str] = {}
+    if recipe.engine.url is not None:
+        reason = "engine.url is set, so no server is started"
+        unread |= {"engine.python": reason, "engine.args": reason}
+    if recipe.objective.prefix not in ("student", "mixed"):
+        reason = f'objective.prefix is "{recipe.objective.prefix}", so the student writes nothing'
+        unread |= {
+            f"engine.{name}": reason for name in ("warn_above", "stop_above", "importance_cap")
+        }
+    elif not recipe.rewards_tokens:
+        unread["engine.importance_cap"] = (
+            "the gradient is that of whole distributions, which need no weights"
+        )
     return unread
 
 

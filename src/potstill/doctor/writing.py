@@ -4,10 +4,11 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from potstill.checks.finding import Written
 from potstill.config import Recipe
+from potstill.engines.native import NativeEngine
+from potstill.engines.protocol import Engine
 from potstill.objectives.reward import with_credit
 from potstill.prompts.mixture import step_places
 from potstill.rollouts.prefixes import Writing, from_one, write_rollouts
@@ -72,7 +73,7 @@ def write_first_step(
         texts = responses(step, setup.student.tokenizer)
         step = with_credit(step, texts, setup.grader, setup.loss.reward)
     alone: dict[Writer, list[Rollout]] = {"student": [], "teacher": []}
-    for who in writing.models:
+    for who in writing.engines:
         if recipe.objective.prefix == who:
             alone[who] = step
             continue
@@ -103,7 +104,7 @@ def _rows_and_pace(recipe: Recipe, setup: Setup, writing: Writing) -> tuple[int,
     for most in (ENOUGH, FEW):
         num = min(recipe.rollouts_per_step, most)
         given = _first_prompts(recipe, setup, num)
-        paces = [_pace(writing, who, *given) for who in writing.models]
+        paces = [_pace(writing, who, *given) for who in writing.engines]
         pace = max(paces, key=lambda each: each.seconds(writing.window))
         if pace.seconds(writing.window) <= WRITING_SECONDS:
             break
@@ -129,10 +130,10 @@ def _first_prompts(
 
 
 def _writing(recipe: Recipe, setup: Setup, window: int) -> Writing:
-    models: dict[Writer, Any] = {"student": setup.student.decoder}
+    engines: dict[Writer, Engine] = {"student": NativeEngine(setup.student.decoder)}
     if setup.teacher is not None and setup.teacher.decoder is not None:
-        models["teacher"] = setup.teacher.decoder
-    return writing_of(recipe, setup, models, window)
+        engines["teacher"] = NativeEngine(setup.teacher.decoder)
+    return writing_of(recipe, setup, engines, window)
 
 
 def _pace(

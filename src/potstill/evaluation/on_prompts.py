@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from potstill.config import Evaluation, Objective, Sampling, Train
+from potstill.engines.native import NativeEngine
+from potstill.engines.protocol import Engine
 from potstill.evaluation.quality import STUDENT, TEACHER, Pair, estimates, measure
 from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
@@ -78,12 +80,12 @@ def evaluate_on_prompts(
         end_class=end_class if len(end_class) > 1 else (),
         tokens_per_batch=Train().tokens_per_batch,
     )
-    models: dict[Writer, Any] = {"student": student.model}
+    engines: dict[Writer, Engine] = {"student": NativeEngine(student.model)}
     if teacher is not None:
-        models["teacher"] = teacher.model
+        engines["teacher"] = NativeEngine(teacher.model)
     writing = Writing(
         objective=Objective(),
-        models=models,
+        engines=engines,
         window=settings.max_tokens,
         end_ids=tuple(end_ids),
         sampling=Sampling(batch_size=settings.batch_size),

@@ -8,9 +8,11 @@ from typing import Any
 from potstill.answers.grading import Grade
 from potstill.config import Evaluation, Sampling
 from potstill.console.progress import token_bar
+from potstill.engines.entropies import with_entropies
+from potstill.engines.native import NativeEngine
+from potstill.engines.protocol import Engine
 from potstill.files import append, flush, json_digest, write_rows
 from potstill.models.language_model import LanguageModel
-from potstill.models.sampling import sample
 from potstill.rollouts.text import is_loop, num_tokens_to_answer, zlib_ratio
 from potstill.runs.run_folder import read_rows
 from potstill.seeds import Stream, stream_key
@@ -42,9 +44,11 @@ def write_responses(
     end_ids: Sequence[int],
     file: Path | None = None,
     quiet: bool = False,
+    engine: Engine | None = None,
 ) -> list[dict[str, Any]]:
     """Sample and grade all responses at one temperature, batch by batch; those of a file are not
-    sampled again."""
+    sampled again. An `engine` may write them with the model's weights."""
+    engine = engine or NativeEngine(model.model)
     places = [(i, j) for i in range(len(prompts)) for j in range(evaluation.num_responses)]
     size = evaluation.batch_size
     sampling = Sampling(
@@ -54,15 +58,19 @@ def write_responses(
     with token_bar(f"{model.name} at T={temperature:g}", len(places), len(rows), quiet) as advance:
         for start in range(len(rows), len(places), size):
             batch = places[start : start + size]
-            completions = sample(
-                model.model,
-                [prompts[i].token_ids for i, _ in batch],
+            asked = [prompts[i].token_ids for i, _ in batch]
+            drawn_from: dict[str, Any] = {
+                "sampling": sampling,
+                "vocab_size": num_named_rows(model),
+            }
+            completions = engine.write(
+                asked,
                 [stream_key((evaluation.seed, *place), Stream.EVALUATION) for place in batch],
                 max_tokens=evaluation.max_tokens,
                 end_ids=end_ids,
-                sampling=sampling,
-                vocab_size=num_named_rows(model),
+                **drawn_from,
             )
+            completions = with_entropies(model, asked, completions, **drawn_from)
             texts = model.tokenizer.batch_decode(
                 [list(c.token_ids) for c in completions], skip_special_tokens=True
             )
@@ -152,6 +160,7 @@ def file_name(
     temperature: float,
     end_ids: Sequence[int],
     prompts: Sequence[Prompt],
+    engine: Engine | None = None,
 ) -> str:
     """One file for each set of weights (their `fingerprint`), settings, temperature and streams:
     what would be sampled otherwise is never mixed."""
@@ -159,6 +168,8 @@ def file_name(
     # A template may write another date than yesterday's.
     asked = [prompt.token_ids for prompt in prompts]
     sampled = [weights, settings, temperature, list(end_ids), asked, Stream.EVALUATION]
+    if engine is not None and not engine.is_native:
+        sampled.append(type(engine).__name__)
     identity = json_digest(sampled)
     source = re.sub(r"[^\w.-]+", "-", str(evaluation.source))[:60]
     return f"{source}-T{temperature:g}-{identity}.jsonl"

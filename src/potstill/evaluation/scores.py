@@ -17,6 +17,7 @@ from potstill.config import (
     to_toml,
 )
 from potstill.console.printable import say
+from potstill.engines.protocol import Engine
 from potstill.evaluation.responses import ResponseRow, file_name, settings_of, write_responses
 from potstill.files import write_atomically
 from potstill.models.language_model import LanguageModel, fingerprint
@@ -42,6 +43,7 @@ def evaluate(
     responses: Path | None = None,
     quiet: bool = False,
     date: str | None = None,
+    engine: Engine | None = None,
 ) -> list[EvalRow]:
     """Evaluate a loaded model, a model folder, a hub id or a run folder; one row of results for
     each temperature.
@@ -51,9 +53,9 @@ def evaluate(
     With a folder for `responses` each response is written there as soon as it is graded, in one
     file for each model, set of settings and temperature; a call that was killed goes on after the
     last whole batch. What ends a response is `evaluation.end_tokens`, else `end_ids`, else what is
-    stored with the model. `date` is what chat templates are told, by default today. Raises
-    RecipeError, ModelError or DataError before anything is sampled, and RunError for a file of
-    responses that another process writes.
+    stored with the model. `date` is what chat templates are told, by default today. An `engine`
+    may write with the model's weights. Raises RecipeError, ModelError or DataError before anything
+    is sampled, and RunError for a file of responses that another process writes.
     """
     # Before the model is loaded, which can take long.
     problems = make_problems(evaluation)
@@ -71,11 +73,21 @@ def evaluate(
         started = time.perf_counter()
         file = None
         if responses is not None:
-            file = responses / file_name(weights, evaluation, temperature, end_ids, prompts)
+            asked = (temperature, end_ids, prompts, engine)
+            file = responses / file_name(weights, evaluation, *asked)
             file.parent.mkdir(parents=True, exist_ok=True)
         with nullcontext() if file is None else locked(file, "responses file"):
             found = write_responses(
-                model, evaluation, temperature, task, examples, prompts, end_ids, file, quiet
+                model,
+                evaluation,
+                temperature,
+                task,
+                examples,
+                prompts,
+                end_ids,
+                file,
+                quiet,
+                engine,
             )
         row: EvalRow = {
             "model": model.name,
@@ -238,7 +250,13 @@ def summarize_responses(rows: Sequence[ResponseRow], num_responses: int) -> Esti
     }
 
 
-def evaluate_run(recipe: Recipe, model: LanguageModel, step: int, quiet: bool = False) -> None:
+def evaluate_run(
+    recipe: Recipe,
+    model: LanguageModel,
+    step: int,
+    quiet: bool = False,
+    engine: Engine | None = None,
+) -> None:
     """Evaluate the model of a run after so many steps, if its recipe says how; the results are
     stored in its folder. Errors as `evaluate`."""
     folder = recipe.out
@@ -251,6 +269,7 @@ def evaluate_run(recipe: Recipe, model: LanguageModel, step: int, quiet: bool = 
         responses=folder / "responses",
         quiet=quiet,
         date=begun_on(folder),
+        engine=engine,
     )
     store_evals(folder, step, rows)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from potstill.config import Objective, Reward
+from potstill.engines.mismatch import importance_ratio
 from potstill.kl.fused import DEFAULT_BUDGET, fused_loss, fused_statistics
 from potstill.kl.head_share import head_share
 from potstill.kl.terms import LossTerms, TermsFunction, TokenStats
@@ -37,7 +38,7 @@ class Loss:
 
     `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one
     class in the divergence (`ends.find_ends`). `budget` (bytes) and `backend` are those of
-    `fused_loss` and change no result.
+    `fused_loss` and change no result. `importance_cap` is the engine's.
     """
 
     objective: Objective
@@ -49,6 +50,7 @@ class Loss:
     budget: int = DEFAULT_BUDGET
     backend: str = "auto"
     forward_weight: float | None = None
+    importance_cap: float | None = None
 
     def divisor(self, rollouts: list[Rollout]) -> int:
         """This rank's part of the step's one divisor: its loss tokens, or its sequences that have
@@ -115,6 +117,11 @@ class Loss:
             terms = replace(terms, cross_entropy=terms.cross_entropy + reward_N)
         if known.return_N is not None:
             terms = replace(terms, cross_entropy=terms.cross_entropy - known.return_N)
+        if self.importance_cap is not None and known.engine_log_prob_N is not None:
+            assert tokens.sampling_log_prob_N is not None
+            told_N, ours_N = known.engine_log_prob_N, tokens.sampling_log_prob_N
+            weight_N = importance_ratio(told_N, ours_N, self.importance_cap)
+            terms = replace(terms, cross_entropy=terms.cross_entropy * weight_N)
         return terms
 
 
@@ -179,7 +186,7 @@ def batch_loss(
     has_one_weight = loss.has_one_weight and return_N is None
     terms = loss.terms()
     if not has_one_weight:
-        known = known_before(batch, dtype, return_N)
+        known = known_before(batch, dtype, return_N, loss.end_class)
         if loss.objective.weights == "akl":
             share_N = _head_share(student, teacher, hidden_ND, signal, loss)
             known = replace(known, head_share_N=share_N)
@@ -191,7 +198,8 @@ def batch_loss(
         )
         return _weighted_sum(loss_N, weights_N, divisor), loss_N.detach(), stats
     # Log-probabilities of the written tokens cost a gather of head rows; few losses read them.
-    reads_labels = loss.objective.signal == "labels" or not has_one_weight
+    is_told = batch.rollouts[0].engine_log_probs is not None
+    reads_labels = loss.objective.signal == "labels" or not has_one_weight or is_told
     loss_sum, loss_N, stats = fused_loss(
         hidden_ND,
         student.head,

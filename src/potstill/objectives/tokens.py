@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from potstill.engines.mismatch import told_log_probs
 from potstill.kl.terms import LossTerms, TokenStats
 from potstill.models.batch import Batch
 
@@ -28,6 +29,7 @@ class KnownBefore:
     advantage_N: Tensor | None
     return_N: Tensor | None = None
     head_share_N: Tensor | None = None
+    engine_log_prob_N: Tensor | None = None
 
     def at(self, rows: slice) -> KnownBefore:
         """The same of some of the tokens."""
@@ -56,14 +58,22 @@ class Tokens(KnownBefore):
     `score_N` and `advantage_N` are those of the rollout and `group_score_N` the mean of its group;
     None where nothing scores. `return_N` is what later tokens cost (nats), None where that does not
     count. `head_share_N` is `kl.head_share`, None for all weightings but "akl".
+    `engine_log_prob_N` is the log-probability that an engine in another process told of the token,
+    NaN where it told none; None where this process wrote.
     """
 
     terms: LossTerms
     stats: TokenStats
 
 
-def known_before(batch: Batch, dtype: torch.dtype, return_N: Tensor | None = None) -> KnownBefore:
-    """All that a batch says of its loss tokens. Numbers are of `dtype`, that of the statistics."""
+def known_before(
+    batch: Batch,
+    dtype: torch.dtype,
+    return_N: Tensor | None = None,
+    merged_ids: Sequence[int] = (),
+) -> KnownBefore:
+    """All that a batch says of its loss tokens. Numbers are of `dtype`, that of the statistics;
+    `merged_ids` are one class in them."""
     device, rollouts = batch.loss_mask_BT.device, batch.rollouts
     counts = torch.tensor([sum(rollout.trained) for rollout in rollouts], device=device)
     rollout_N = torch.arange(len(rollouts), device=device).repeat_interleave(counts)
@@ -91,6 +101,9 @@ def known_before(batch: Batch, dtype: torch.dtype, return_N: Tensor | None = Non
         group_score_N=of_rollouts([each.group_score for each in credits]) if is_scored else None,
         advantage_N=of_rollouts([each.advantage for each in credits]) if is_scored else None,
         return_N=return_N,
+        engine_log_prob_N=told_log_probs(
+            rollouts, merged_ids, torch.empty(0, dtype=dtype, device=device)
+        ),
     )
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from potstill.config import DEFAULT_PROMPTS, PART, Recipe, steps_between
+from potstill.config import DEFAULT_PROMPTS, PART, Recipe, Window, steps_between
 from potstill.prompts.examples import load_examples, load_task
 from potstill.prompts.prepare import as_read
 from potstill.tasks import Task, is_table
@@ -268,3 +268,23 @@ def _problems(
         f"{source!r} has no {num} problems beside those of training and evaluation{reason}; lower "
         "validation.num_prompts, or name others in validation.source"
     )
+
+
+def hold_out(window: Window, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and the last ones, which the length gate probes with and which are
+    nowhere else.
+
+    Raises DataError when too few are left.
+    """
+    if window.schedule != "entropy-gated":
+        return prompts, []
+    num = window.num_probes
+    probes = prompts[-num:]
+    held_out = {prompt.token_ids for prompt in probes}
+    kept = [prompt for prompt in prompts[:-num] if prompt.token_ids not in held_out]
+    if not kept:
+        raise DataError(
+            f"window.num_probes is {num} and there are {len(prompts)} prompts: none is left to "
+            "train on; lower it or give more prompts"
+        )
+    return kept, probes

@@ -7,6 +7,7 @@ minimised, and the divergence at a state does not depend on how one got there. (
 gradient, which differentiates how states are reached.)
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from potstill.config import Objective, Sampling
+from potstill.engines.native import NativeEngine
+from potstill.engines.protocol import Engine
 from potstill.models.sampling import OtherWriter, sample
 from potstill.seeds import Key, Stream, stream_key
 from potstill.teachers.store import Cache
@@ -22,7 +25,7 @@ from potstill.types import Prompt, Rollout, Stop, Writer
 
 @dataclass(frozen=True, kw_only=True)
 class Writing:
-    """How completions are written: by which source, with which models, how far, until what, and
+    """How completions are written: by which source, with which engines, how far, until what, and
     how.
 
     `vocab_size` is that of the loss: what is drawn is drawn from the rows that both heads share.
@@ -31,7 +34,7 @@ class Writing:
     """
 
     objective: Objective
-    models: Mapping[Writer, Any]
+    engines: Mapping[Writer, Engine]
     window: int
     end_ids: tuple[int, ...]
     sampling: Sampling
@@ -45,8 +48,8 @@ def from_one(
     writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
 ) -> list[Rollout]:
     """Let one model write after each prompt, up to the window. Every token is a loss token."""
-    completions = sample(
-        writing.models[writer],
+    engine = writing.engines[writer]
+    completions = engine.write(
         [prompt.ids_of(writer) for prompt in prompts],
         seeds,
         max_tokens=writing.window,
@@ -55,12 +58,14 @@ def from_one(
         vocab_size=writing.vocab_size,
         on_token=writing.on_token,
     )
-    return [
-        written_rollout(
-            prompt, completion.token_ids, (writer,) * len(completion.token_ids), completion.stop
-        )
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    rollouts = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        writers = (writer,) * len(completion.token_ids)
+        rollout = written_rollout(prompt, completion.token_ids, writers, completion.stop)
+        if not engine.is_native:
+            rollout = dataclasses.replace(rollout, engine_log_probs=completion.log_probs)
+        rollouts.append(rollout)
+    return rollouts
 
 
 def from_teacher(
@@ -134,12 +139,11 @@ def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
     names = ("end_ids", "sampling", "vocab_size", "on_token")
     options: dict[str, Any] = {name: getattr(writing, name) for name in names}
     caps = [_handoff_place(seed, objective.handoff_tokens) for seed in seeds]
-    begun = sample(
-        writing.models[first], [p.ids_of(first) for p in prompts], seeds, max_tokens=caps, **options
+    begun = writing.engines[first].write(
+        [p.ids_of(first) for p in prompts], seeds, max_tokens=caps, **options
     )
     open_rows = [i for i, part in enumerate(begun) if part.stop == "length"]
-    ended = sample(
-        writing.models[second],
+    ended = writing.engines[second].write(
         [prompts[i].ids_of(second) + begun[i].token_ids for i in open_rows],
         [stream_key(seeds[i], Stream.SECOND_WRITER) for i in open_rows],
         max_tokens=[writing.window - caps[i] for i in open_rows],
@@ -150,11 +154,13 @@ def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
     for i, (prompt, part) in enumerate(zip(prompts, begun, strict=True)):
         tail = rest[i].token_ids if i in rest else ()
         writers = (first,) * len(part.token_ids) + (second,) * len(tail)
-        rollouts.append(
-            written_rollout(
-                prompt, part.token_ids + tail, writers, rest[i].stop if i in rest else part.stop
-            )
+        rollout = written_rollout(
+            prompt, part.token_ids + tail, writers, rest[i].stop if i in rest else part.stop
         )
+        if not writing.engines["student"].is_native:
+            log_probs = part.log_probs + (rest[i].log_probs if i in rest else ())
+            rollout = dataclasses.replace(rollout, engine_log_probs=log_probs)
+        rollouts.append(rollout)
     return rollouts
 
 
@@ -166,8 +172,12 @@ def _handoff_place(seed: Key, handoff_tokens: tuple[int, int]) -> int:
 
 def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) -> list[Rollout]:
     """Each token is drawn from the mixture of both models' distributions."""
+    student, teacher = writing.engines["student"], writing.engines["teacher"]
+    assert isinstance(student, NativeEngine) and isinstance(teacher, NativeEngine), (
+        "the recipe refuses other engines"
+    )
     completions = sample(
-        writing.models["teacher"],
+        teacher.model,
         [prompt.ids_of("teacher") for prompt in prompts],
         seeds,
         max_tokens=writing.window,
@@ -176,7 +186,7 @@ def by_token(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]) 
         vocab_size=writing.vocab_size,
         on_token=writing.on_token,
         other=OtherWriter(
-            model=writing.models["student"],
+            model=student.model,
             prompts=[prompt.ids_of("student") for prompt in prompts],
             share=writing.objective.student_share,
             seeds=[stream_key(seed, Stream.TURNS) for seed in seeds],

@@ -42,6 +42,7 @@ StepNumber = (
     ]
     | Literal["total_flops", "forward_weight", "seconds"]
     | Literal["reward", "groups_with_signal", "clipped", "start_kl"]
+    | Literal["engine_mismatch_mean_abs", "engine_mismatch_max"]
     | TokenMean
     | EntropyBeforeAnswer
     | TimedPart
@@ -167,6 +168,10 @@ class StepExtras(Rewards):
 
     forward_weight: NotRequired[float]
     """`kl = "mixed"`: the weight of the forward KL."""
+    engine_mismatch_mean_abs: NotRequired[float]
+    engine_mismatch_max: NotRequired[float]
+    """`rollouts.engine = "vllm"`, new rollouts: the difference of the engine's and the trainer's
+    log-probabilities of what the student wrote, in nats a token without sign; mean and largest."""
     end_habits: NotRequired[EndHabits]
     """Several end tokens: how likely each is to both models where completions end."""
 

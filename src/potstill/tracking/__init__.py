@@ -1,1 +1,1 @@
-"""Following a run while it goes on: its numbers in a tracker, and signs that something is wrong."""
+"""Following a run: trackers, and signs that something is wrong."""

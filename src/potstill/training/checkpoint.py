@@ -303,12 +303,12 @@ def load_rollouts(saved: Saved, prompts: Sequence[Prompt], numbers: Sequence[int
 def _without_prompt(rollout: Rollout) -> list[Any]:
     credit = None if rollout.credit is None else dataclasses.asdict(rollout.credit)
     written = [rollout.completion_ids, rollout.trained, rollout.writers, rollout.stop]
-    return [*written, rollout.log_probs, credit]
+    return [*written, rollout.engine_log_probs, rollout.log_probs, credit]
 
 
 def _with_prompt(prompt: Prompt, data: list[Any]) -> Rollout:
     """The inverse of `_without_prompt`."""
-    completion_ids, trained, writers, stop, log_probs, credit = data
+    completion_ids, trained, writers, stop, told, log_probs, credit = data
     return Rollout(
         prompt=prompt,
         completion_ids=tuple(completion_ids),
@@ -317,6 +317,7 @@ def _with_prompt(prompt: Prompt, data: list[Any]) -> Rollout:
         stop=stop,
         log_probs=None if log_probs is None else tuple(log_probs),
         credit=None if credit is None else Credit(**credit),
+        engine_log_probs=None if told is None else tuple(told),
     )
 
 

@@ -23,20 +23,18 @@ from potstill.models.distributed import World
 from potstill.models.given import GivenModel, GivenTokenizer, left_as_it_was, with_names
 from potstill.models.language_model import LanguageModel, ModelError, save_model
 from potstill.models.probe import ready
-from potstill.objectives.habits import disagreement
 from potstill.objectives.reward import with_log_probs
 from potstill.runs import run_folder
 from potstill.runs.card import write_card
 from potstill.runs.schema import MetricsRow, Sample, SampleRow, StepMetrics
 from potstill.tasks.own import own_files
 from potstill.teachers.protocol import Teacher
-from potstill.tracking.signs import SIGNS, Rows, Watch
 from potstill.tracking.trackers import refuse_missing, tracked
 from potstill.training import checkpoint
 from potstill.training.extension import extended
 from potstill.training.gradients import accumulate_gradients
 from potstill.training.metrics import Stopwatch, describe, timing
-from potstill.training.opening import opening, scores_at_start
+from potstill.training.opening import opening, scores_at_start, warner
 from potstill.training.rates import is_spent
 from potstill.training.setup import Setup, prepare
 from potstill.training.state import (
@@ -180,13 +178,22 @@ def _run(
     """Take the steps that are left, and write the student. All randomness follows from the seed and
     finished steps."""
     trainer = make_trainer(recipe, setup, world)
+    with contextlib.closing(trainer):
+        return _finish(trainer, _until_spent(trainer, quiet, notes, on_step), quiet)
+
+
+def _until_spent(
+    trainer: Trainer, quiet: bool, notes: Sequence[str], on_step: StepFunction | None
+) -> Run:
+    """Take the steps that are left, from where the newest checkpoint left them."""
+    recipe, setup, world = trainer.recipe, trainer.setup, trainer.world
     run, settings = begin(trainer), trainer.settings
     with (
         contextlib.ExitStack() as stack,
         StepDisplay(settings.steps, run.step, quiet, settings.flops) as display,
         stop_asked_for() as asked,
     ):
-        told = [_warner(trainer, display)] if world.is_main else []
+        told = [warner(trainer, display.note)] if world.is_main else []
         told += [] if on_step is None else [on_step]
         if world.is_main and recipe.train.tracker is not None:
             told.append(stack.enter_context(tracked(recipe)))
@@ -197,7 +204,7 @@ def _run(
         # Asked for while the last step was saved: what follows can take longer than all steps.
         if signal := distributed.max_over_ranks(asked(), world):
             raise stopped_after(run.step, signal)
-    return _finish(trainer, run, quiet)
+    return run
 
 
 def _take_steps(
@@ -237,7 +244,7 @@ def _take_steps(
                 num_samples=0 if has_dropout else num_samples,
                 is_reused=trainer.recipe.rollouts.reuse > 1,
             )
-        updated = update(trainer, run, plan, clock)
+        updated = update(trainer, run, plan, done.sums, clock)
         metrics = step_metrics(trainer, plan, done.sums, updated, cost)
         rollouts = with_log_probs(rollouts, done.log_probs)
         run = run.after(trainer.recipe, metrics, rollouts)
@@ -290,20 +297,6 @@ def _record(
     return row
 
 
-def _warner(trainer: Trainer, display: StepDisplay) -> StepFunction:
-    """A function that is told of each step and warns of each sign once, also of a run that is
-    resumed."""
-    ends, tokenizer = trainer.setup.ends, trainer.setup.student.tokenizer
-
-    def other_habits(first: Rows, recent: Rows) -> str | None:
-        habits = recent[-1].get("end_habits")
-        return None if habits is None else disagreement(habits, ends, tokenizer)
-
-    signs = SIGNS | {"ends": other_habits}
-    watch = Watch(signs, run_folder.read_metrics(trainer.folder))
-    return lambda row: display.note(*watch.after(row))
-
-
 def _tell(told: Sequence[StepFunction], row: MetricsRow) -> Exception | None:
     """Tell each function of a step; what one of them raises."""
     for function in told:
@@ -351,7 +344,7 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
     recipe, setup, folder = trainer.recipe, trainer.setup, trainer.folder
     student = setup.student
     decoder = trainer.decoders["student"]
-    distributed.refresh(decoder, student)
+    trainer.bring_up(run.step)
     weights = checkpoint.weights(student, decoder, recipe.student.lora)
     student.eval()
     if trainer.world.is_main:
@@ -361,7 +354,7 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
             merge_in_place(decoder)
         # The whole copy that decodes: the other ranks take no part.
         finished = student.around(decoder, student.name)
-        evaluate_run(recipe, finished, run.step, quiet)
+        evaluate_run(recipe, finished, run.step, quiet, trainer.engines["student"])
         write_card(folder)
         run_folder.mark_done(recipe)
     distributed.wait_for_rank_0(trainer.world)

@@ -1,21 +1,27 @@
-"""The lines a user should see before the first step."""
+"""The lines a user should see before the first step, and warnings after a step."""
+
+from collections.abc import Callable
 
 from potstill.checks.exploration import Start, measure_start
 from potstill.checks.finding import Subject
 from potstill.checks.run import faults_at_start
 from potstill.config import Recipe
+from potstill.engines.mismatch import describe_mismatch
 from potstill.models.adapters import describe_adapter, has_adapter
 from potstill.models.distributed import World
 from potstill.models.weights import cautions
-from potstill.objectives.habits import what_is_unknown
+from potstill.objectives.habits import disagreement, what_is_unknown
 from potstill.prompts.overview import first_prompt
 from potstill.runs import run_folder
+from potstill.runs.schema import MetricsRow, value_in
 from potstill.tasks.own import describe_files
 from potstill.teachers import vocabulary
 from potstill.teachers.ends import describe_ends
+from potstill.tracking.signs import SIGNS, Rows, Watch
 from potstill.training.controllers import first_window
 from potstill.training.rates import describe_lr, usual_lr, with_lr
 from potstill.training.setup import Setup
+from potstill.training.state import Trainer
 
 
 def subject_of(recipe: Recipe, setup: Setup, world: World) -> Subject:
@@ -64,6 +70,9 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
                 f"warning: the {name}'s operations (flops) are counted without attention, whose "
                 "sizes are unknown"
             )
+    if recipe.rollouts.engine != "native":
+        where = recipe.engine.url or f"{recipe.engine.python}, log in {recipe.out / 'engine'}"
+        lines.append(f"engine: {recipe.rollouts.engine} ({where})")
     if setup.cache is not None:
         lines += setup.cache.describe()
     lines += setup.notes
@@ -119,3 +128,26 @@ def scores_at_start(recipe: Recipe, setup: Setup) -> Start | None:
         end_ids=setup.ends.stop_ids,
         answer_end=setup.answer_end,
     )
+
+
+def warner(trainer: Trainer, tell: Callable[..., None]) -> Callable[[MetricsRow], None]:
+    """A function that is told of each step and warns of each sign once, also of a run that is
+    resumed."""
+    ends, tokenizer = trainer.setup.ends, trainer.setup.student.tokenizer
+
+    def other_habits(first: Rows, recent: Rows) -> str | None:
+        habits = recent[-1].get("end_habits")
+        return None if habits is None else disagreement(habits, ends, tokenizer)
+
+    computes_in = trainer.setup.loss.compute_dtype
+
+    def off_engine(first: Rows, recent: Rows) -> str | None:
+        mean = value_in(recent[-1], "engine_mismatch_mean_abs")
+        largest = value_in(recent[-1], "engine_mismatch_max")
+        if mean is None or largest is None:
+            return None
+        return describe_mismatch(trainer.recipe, computes_in, mean, largest)
+
+    signs = SIGNS | {"ends": other_habits, "engine": off_engine}
+    watch = Watch(signs, run_folder.read_metrics(trainer.folder))
+    return lambda row: tell(*watch.after(row))

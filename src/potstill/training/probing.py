@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from potstill.config import Recipe
+from potstill.engines.protocol import Engine
 from potstill.kl.fused import fused_statistics
 from potstill.models import distributed
 from potstill.models.distributed import World
@@ -27,7 +28,9 @@ from potstill.types import Prompt, Rollout, Writer
 def probe_window(
     recipe: Recipe,
     setup: Setup,
-    decoders: Mapping[Writer, Any],
+    engines: Mapping[Writer, Engine],
+    *,
+    decoder: Any,
     state: WindowState,
     step: int,
     world: World,
@@ -42,9 +45,9 @@ def probe_window(
     prompts = setup.probes[world.rank :: world.size]
     numbers = range(world.rank, len(setup.probes), world.size)
     seeds = [stream_key((recipe.train.seed, step, number), Stream.PROBE) for number in numbers]
-    writing = writing_of(recipe, setup, decoders, state.tokens)
+    writing = writing_of(recipe, setup, engines, state.tokens)
     # The whole copy that decodes: ranks do not take the same number of passes here.
-    student = setup.student.around(decoders["student"], "student")
+    student = setup.student.around(decoder, "student")
     rollouts = from_one("student", writing, prompts, seeds)
     flops: float = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
     texts = responses(rollouts, student.tokenizer)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.config import Recipe, RecipeError, Window, run_evaluation
+from potstill.config import Recipe, RecipeError, run_evaluation
+from potstill.engines.protocol import Engine
 from potstill.evaluation.quality import Scorer
 from potstill.evaluation.scores import prepare_problems
 from potstill.kl.fused import MIB
@@ -23,7 +24,7 @@ from potstill.models.templates import today
 from potstill.objectives.loss import Loss
 from potstill.objectives.trial import try_weighting
 from potstill.planning.work import compute_dtype_on
-from potstill.prompts.held_out import HeldOut, task_of_data, validation_prompts
+from potstill.prompts.held_out import HeldOut, hold_out, task_of_data, validation_prompts
 from potstill.prompts.mixture import Mixture, make_mixture
 from potstill.prompts.prepare import prepare_prompts
 from potstill.rollouts.prefixes import Writing
@@ -44,7 +45,8 @@ class Setup:
     """Everything a run needs, loaded and checked before anything is written.
 
     `start` is the student before the first step, where the loss has a KL to it; `grader` gives the
-    scores, where responses are scored.
+    scores, where responses are scored. `longest` is the number of tokens of the longest prompt with
+    its completion, of all that is written in the run.
     """
 
     student: LanguageModel
@@ -57,6 +59,7 @@ class Setup:
     ends: Ends
     loss: Loss
     start: LanguageModel | None
+    longest: int
     grader: Scorer | None
     answer_end: Callable[[str], int | None]
     student_flops: ModelFlops
@@ -71,11 +74,13 @@ class Setup:
         return self.teacher_flops if self.loss.objective.has_divergence else None
 
 
-def writing_of(recipe: Recipe, setup: Setup, models: Mapping[Writer, Any], window: int) -> Writing:
+def writing_of(
+    recipe: Recipe, setup: Setup, engines: Mapping[Writer, Engine], window: int
+) -> Writing:
     """How the models of a run write completions of at most `window` tokens."""
     return Writing(
         objective=recipe.objective,
-        models=models,
+        engines=engines,
         window=window,
         end_ids=setup.ends.stop_ids,
         sampling=recipe.sampling,
@@ -118,10 +123,12 @@ def prepare(
     sources = recipe.data.sources if prompts is None else ()
     weights, names = [each.weight for each in sources], [each.source for each in sources]
     mixture = make_mixture(divided.prompts, weights, names)
+    asked = [*divided.prompts, *divided.probes]
+    asked += [] if divided.held_out is None else divided.held_out.prompts
     if recipe.evaluation.source is not None:
         # Its prompts are made again when the run ends; here a bad one is refused before any work is
         # done.
-        prepare_problems(student, run_evaluation(recipe), date)
+        asked += prepare_problems(student, run_evaluation(recipe), date)[2]
     has_task = prompts is None and not is_table(recipe.data.origin)
     task = _task_of(recipe) if has_task else None
     return Setup(
@@ -135,6 +142,7 @@ def prepare(
         ends=ends,
         loss=loss,
         start=_start_of(recipe, student, world),
+        longest=_longest(recipe, asked),
         grader=_grader_of(recipe, task),
         answer_end=(lambda text: None) if task is None else task.answer_end,
         student_flops=student.flops,
@@ -192,6 +200,15 @@ def _grader_of(recipe: Recipe, task: Task | None) -> Scorer | None:
     return task
 
 
+def _longest(recipe: Recipe, prompts: list[Prompt]) -> int:
+    """The tokens of the longest prompt with the longest completion that may follow one."""
+    caps = [recipe.window.tokens, recipe.validation.cap(recipe.window.tokens)]
+    if recipe.evaluation.source is not None:
+        caps.append(recipe.evaluation.max_tokens)
+    lengths = [len(p.ids_of(who)) for p in prompts for who in ("student", "teacher")]
+    return max(lengths) + max(caps)
+
+
 def compute_dtype_of(recipe: Recipe, world: World, given: Any) -> str:
     """The autocast type of the student's passes: the recipe's, else its checkpoint's where the
     device is made for it. A student that is given as an object computes in float32."""
@@ -211,6 +228,7 @@ def _loss_of(recipe: Recipe, vocab_size: int | None, ends: Ends, *, compute_dtyp
         end_class=ends.class_ids,
         budget=recipe.train.loss_memory * MIB,
         backend=recipe.train.loss_backend,
+        importance_cap=recipe.engine.importance_cap,
     )
     try_weighting(loss, recipe.is_scored)
     return loss
@@ -377,23 +395,3 @@ def _cached_once(recipe: Recipe, cache: Cache, prompts: list[Prompt]) -> list[Pr
     for prompt in cache.attach(prompts):
         first.setdefault(prompt.token_ids, prompt)
     return list(first.values())
-
-
-def hold_out(window: Window, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, and the last ones, which the length gate probes with and which are
-    nowhere else.
-
-    Raises DataError when too few are left.
-    """
-    if window.schedule != "entropy-gated":
-        return prompts, []
-    num = window.num_probes
-    probes = prompts[-num:]
-    held_out = {prompt.token_ids for prompt in probes}
-    kept = [prompt for prompt in prompts[:-num] if prompt.token_ids not in held_out]
-    if not kept:
-        raise DataError(
-            f"window.num_probes is {num} and there are {len(prompts)} prompts: none is left to "
-            "train on; lower it or give more prompts"
-        )
-    return kept, probes

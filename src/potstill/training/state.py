@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from potstill.config import Recipe, Train
+from potstill.engines.make import make_engine
+from potstill.engines.native import NativeEngine
+from potstill.engines.protocol import Engine
 from potstill.models import distributed
 from potstill.models.adapters import has_adapter
 from potstill.models.distributed import World
@@ -35,8 +38,8 @@ class Trainer:
     """Everything that the steps of a run share. Its models and its optimiser change in place.
 
     `settings` are `recipe.train` with a learning rate. `decoders` are the models that write; the
-    student's is a whole copy where the trained one is sharded. `follower` is a teacher that becomes
-    the student every so many steps.
+    student's is a whole copy where the trained one is sharded. `engines` write with their weights.
+    `follower` is a teacher that becomes the student every so many steps.
     """
 
     recipe: Recipe
@@ -45,6 +48,7 @@ class Trainer:
     world: World
     optimizer: torch.optim.Optimizer
     decoders: Mapping[Writer, Any]
+    engines: Mapping[Writer, Engine]
     follower: LanguageModel | None
 
     @property
@@ -55,6 +59,17 @@ class Trainer:
     def split_by(self) -> tuple[Writer, ...]:
         """The writers by which metrics are split: two that write the same rollouts, or none."""
         return ("teacher", "student") if self.recipe.objective.prefix == "mixed" else ()
+
+    def bring_up(self, step: int) -> None:
+        """Give the student that writes the weights of the one that learns, after so many steps.
+        Every rank must call this."""
+        distributed.refresh(self.decoders["student"], self.setup.student)
+        self.engines["student"].update_weights(step)
+
+    def close(self) -> None:
+        """End what the engines have started."""
+        for engine in self.engines.values():
+            engine.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +136,7 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
         world=world,
         optimizer=optimizer,
         decoders=decoders,
+        engines=_engines(recipe, setup, decoders, world),
         follower=follower,
     )
 
@@ -136,6 +152,22 @@ def make_optimizer(student: LanguageModel, settings: Train) -> torch.optim.Optim
 
     kind: Any = AdamW8bit if settings.optimizer == "adamw-8bit" else _AdamW
     return kind(learning, **options, bf16_stochastic_round=settings.stochastic_rounding)
+
+
+def _engines(
+    recipe: Recipe, setup: Setup, decoders: Mapping[Writer, Any], world: World
+) -> dict[Writer, Engine]:
+    """An engine for each model that writes. A teacher that writes no prefixes does so here: of
+    validation's completions there are few."""
+    engines: dict[Writer, Engine] = {who: NativeEngine(model) for who, model in decoders.items()}
+    place: dict[str, Any] = {"folder": recipe.out / "engine", "max_tokens": setup.longest}
+    engines["student"] = make_engine(recipe, decoders["student"], "student", world=world, **place)
+    teacher_writes = recipe.objective.prefix in ("teacher", "mixed") and setup.cache is None
+    if teacher_writes and "teacher" in decoders:
+        engines["teacher"] = make_engine(
+            recipe, decoders["teacher"], "teacher", world=world, **place
+        )
+    return engines
 
 
 def begin(trainer: Trainer) -> Run:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from potstill import files
+from potstill.engines.mismatch import refuse_mismatch
 from potstill.models import distributed
 from potstill.models.flops import ModelFlops, rollout_flops, training_flops
 from potstill.models.lean.activations import layers_run_again
@@ -79,7 +80,7 @@ def begin_step(trainer: Trainer, run: Run) -> None:
         distributed.refresh(trainer.follower.model, student)
     student.eval()
     if run.step % recipe.rollouts.reuse == 0:
-        distributed.refresh(trainer.decoders["student"], student)
+        trainer.bring_up(run.step)
 
 
 def probe_if_due(
@@ -92,7 +93,13 @@ def probe_if_due(
         return run, 0
     with clock("probe_seconds"):
         probe, flops = probe_window(
-            recipe, trainer.setup, trainer.decoders, run.window, run.step, trainer.world
+            recipe,
+            trainer.setup,
+            trainer.engines,
+            decoder=trainer.decoders["student"],
+            state=run.window,
+            step=run.step,
+            world=trainer.world,
         )
     window, decision = decide(recipe.window, run.window, probe)
     tell(f"before step {run.step + 1}: {decision}")
@@ -117,7 +124,7 @@ def plan_step(trainer: Trainer, run: Run) -> StepPlan:
             recipe.weight_schedule, recipe.objective.forward_weight, step, num_steps
         )
     prompts, seeds = prompts_and_seeds(trainer, step)
-    writing = writing_of(recipe, setup, trainer.decoders, window)
+    writing = writing_of(recipe, setup, trainer.engines, window)
     loss = dataclasses.replace(setup.loss, forward_weight=weight)
     return StepPlan(step=step, age=age, prompts=prompts, seeds=seeds, writing=writing, loss=loss)
 
@@ -194,9 +201,13 @@ def lean_passes(trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def update(trainer: Trainer, run: Run, plan: StepPlan, clock: Stopwatch) -> Update:
+def update(
+    trainer: Trainer, run: Run, plan: StepPlan, sums: dict[str, float], clock: Stopwatch
+) -> Update:
     """Clip the gradient and take the optimiser's step; its norm before, and the rate. Refuses what
-    is not finite."""
+    is not finite, and rollouts of other weights than the student's."""
+    if sums.get("num_told"):
+        refuse_mismatch(trainer.recipe, sums["gap"] / sums["num_told"], plan.step)
     student, optimizer, settings = trainer.setup.student, trainer.optimizer, trainer.settings
     with clock("student_seconds"):
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
@@ -219,6 +230,9 @@ def step_metrics(
     """A row of `metrics.jsonl` but its timings."""
     recipe, setup = trainer.recipe, trainer.setup
     extras: StepExtras = {**reward_means(sums)}
+    if sums.get("num_told"):
+        extras["engine_mismatch_mean_abs"] = sums["gap"] / sums["num_told"]
+        extras["engine_mismatch_max"] = sums["largest_gap"]
     if recipe.objective.kl == "mixed":
         assert plan.loss.forward_weight is not None
         extras["forward_weight"] = plan.loss.forward_weight

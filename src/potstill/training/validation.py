@@ -60,7 +60,7 @@ def validate_if_due(trainer: Trainer, run: Run, display: StepDisplay) -> Run:
         return run
     recipe, student, world = trainer.recipe, trainer.setup.student, trainer.world
     student.eval()
-    distributed.refresh(trainer.decoders["student"], student)
+    trainer.bring_up(run.step)
     with naming_the_step(run.step - 1, held_out.prompts):
         mine = _measured(trainer, held_out)
         wait_for_passes(trainer.setup.teacher)
@@ -134,7 +134,7 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
         for place in range(world.rank, len(held_out.prompts), world.size)
     ]
     writing = writing_of(
-        recipe, setup, trainer.decoders, recipe.validation.cap(recipe.window.tokens)
+        recipe, setup, trainer.engines, recipe.validation.cap(recipe.window.tokens)
     )
     # As the models are, whatever training draws from them.
     sampling = Sampling(batch_size=recipe.sampling.batch_size)

@@ -24,6 +24,9 @@ class Sampling(Section, role=Role.OBJECTIVE):
 class Rollouts(Section, role=Role.OBJECTIVE):
     reuse: int = Field(default=1, ge=1)
     """Optimiser steps that each set of rollouts serves. Their age in steps is logged."""
+    engine: Annotated[Literal["native", "vllm"], Role.BACKEND] = "native"
+    """Who decodes. native: this process; vllm: a vLLM server beside it, with the fields of
+    `engine`. Each has random numbers of its own."""
     end_set: Literal["union", "student"] = "union"
     """Tokens that end a completion, in training, evaluation and the exported model. union: any end
     token of student or teacher; student: the student's own alone, which is how a mismatch of end

@@ -1,0 +1,55 @@
+"""The fields of an engine beside potstill: how it is started or found, and how far it may be
+off."""
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from potstill.config.roles import Role
+from potstill.config.section import Section
+
+# Arguments of vLLM's server that potstill gives, as other values would be another distribution, or
+# none at all.
+GIVEN_ARGUMENTS = ("--model", "--host", "--port", "--served-model-name", "--load-format")
+GIVEN_ARGUMENTS += ("--logprobs-mode", "--generation-config", "--skip-tokenizer-init")
+GIVEN_ARGUMENTS += ("--worker-extension-cls", "--logits-processors", "--runner")
+
+
+class EngineSpec(Section, role=Role.SPEED):
+    """A vLLM server in an environment of its own, where `rollouts.engine = "vllm"`
+    (docs/engines.md)."""
+
+    python: str = ".venv-vllm/bin/python"
+    """Interpreter of the environment that has vLLM; potstill starts its server and ends it."""
+    args: Annotated[tuple[str, ...], Role.BACKEND] = ()
+    """More arguments of vLLM's server, such as "--gpu-memory-utilization", "0.45"."""
+    url: str | None = None
+    """A server of this machine that runs already, which then is not started; only the student
+    writes there."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds that the server has to start, and to answer one request."""
+    warn_above: float | None = Field(default=None, gt=0)
+    """Mean difference of the engine's and the trainer's log-probabilities (nats a token, without
+    sign) that is warned of; by default 0.001 where both are float32, else 0.1."""
+    stop_above: float = Field(default=0.5, gt=0)
+    """The same that ends the run before the update."""
+    importance_cap: Annotated[float | None, Role.OBJECTIVE] = Field(default=None, gt=0)
+    """Where drawn tokens are rewarded or a KL is estimated from them: weigh each with the ratio of
+    the trainer's probability to the engine's, at most this (truncated importance sampling)."""
+
+    @field_validator("args")
+    @classmethod
+    def _leave_ours_alone(cls, args: tuple[str, ...]) -> tuple[str, ...]:
+        for each in args:
+            if each.partition("=")[0].replace("_", "-") in GIVEN_ARGUMENTS:
+                raise ValueError(f"{each!r} is what potstill itself says; leave it out")
+        return args
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_place(cls, url: str | None) -> str | None:
+        place = None if url is None else urlsplit(url)
+        if place is not None and (place.scheme not in ("http", "https") or not place.hostname):
+            raise ValueError("give a URL such as http://127.0.0.1:8000")
+        return url

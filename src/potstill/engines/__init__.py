@@ -1,0 +1,1 @@
+"""Decoding, here or elsewhere."""
