@@ -23,9 +23,10 @@ from potstill.console.printable import say
 from potstill.engines import shared
 from potstill.engines.protocol import EngineError
 from potstill.engines.server import Server
-from potstill.engines.wire import Unavailable, call_server, is_gone, is_healthy
+from potstill.engines.wire import call_server, is_gone, is_healthy
 from potstill.seeds import Key, step_seed
 from potstill.types import Completion, NonFiniteError
+from potstill.wire import Unavailable
 
 # How often a round is asked for before the engine is given up, and seconds between two looks at
 # the process.
