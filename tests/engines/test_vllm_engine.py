@@ -7,18 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import fake_vllm
 import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from fake_servers import as_program, by_model, calls, serving, told
 
 from potstill.config import EngineSpec, Sampling
-from potstill.engines import shared, vllm, wire
+from potstill.engines import calls as server_calls
+from potstill.engines import shared, vllm
 from potstill.engines.entropies import with_entropies
 from potstill.engines.native import NativeEngine
 from potstill.engines.protocol import EngineError
@@ -30,28 +30,9 @@ SEEDS = [(7, 0, place) for place in range(12)]
 HOW = {"max_tokens": 9, "end_ids": (2,), "sampling": Sampling(batch_size=4), "vocab_size": 23}
 
 
-def by_model(model):
-    """The logits of a model of ours with the weights that a server was given."""
-
-    def logits_of(weights):
-        model.load_state_dict({name: torch.from_numpy(each) for name, each in weights.items()})
-
-        def logits(ids):
-            with torch.no_grad():
-                return model(torch.tensor([ids])).logits[0, -1].numpy()
-
-        return logits
-
-    return logits_of
-
-
 @pytest.fixture
 def program(tmp_path):
-    """What stands for the interpreter of vLLM's environment."""
-    path = tmp_path / "python"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_vllm.__file__} "$@"\n')
-    path.chmod(0o755)
-    return str(path)
+    return as_program(tmp_path)
 
 
 @contextlib.contextmanager
@@ -61,28 +42,6 @@ def engine_of(model, folder, **spec):
         yield engine
     finally:
         engine.close()
-
-
-@contextlib.contextmanager
-def serving(folder: Path, logits_of=fake_vllm.by_last_token):
-    """A server in this process, by its URL."""
-    folder.mkdir(exist_ok=True)
-    server = fake_vllm.serve(fake_vllm.State(folder, logits_of), 0)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def told(folder: Path, **faults: int) -> None:
-    (folder / "faults.json").write_text(json.dumps(faults))
-
-
-def calls(folder: Path) -> list[str]:
-    return [json.loads(line)["call"] for line in (folder / "calls.jsonl").read_text().splitlines()]
 
 
 def test_what_is_drawn_is_drawn_from_the_model(student, tmp_path):
@@ -324,5 +283,5 @@ def test_weights_are_shared_in_memory_or_beside_the_log(student, tmp_path, monke
 def test_a_proxy_is_not_asked(monkeypatch, tmp_path):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     with serving(tmp_path) as url:
-        assert wire.is_healthy(url) and not wire.is_gone(url)
-    assert not wire.is_healthy(url) and wire.is_gone(url)
+        assert server_calls.is_healthy(url) and not server_calls.is_gone(url)
+    assert not server_calls.is_healthy(url) and server_calls.is_gone(url)

@@ -148,9 +148,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[: len(data) // 2] if cut else data)
 
 
+class Server(ThreadingHTTPServer):
+    # As many as are asked at once.
+    request_queue_size = 256
+
+
 def serve(state: State, port: int) -> ThreadingHTTPServer:
     """A server that is ready to serve."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), type("Of", (Handler,), {"state": state}))
+    server = Server(("127.0.0.1", port), type("Of", (Handler,), {"state": state}))
     server.daemon_threads = True
     return server
 

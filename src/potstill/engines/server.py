@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from potstill.engines.calls import is_healthy
 from potstill.engines.protocol import EngineError
-from potstill.engines.wire import is_healthy
 
 LOOK_SECONDS = 0.1
 # Seconds that a server has to end by itself.

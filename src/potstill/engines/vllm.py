@@ -21,9 +21,9 @@ import torch
 from potstill.config import EngineSpec, Sampling
 from potstill.console.printable import say
 from potstill.engines import shared
+from potstill.engines.calls import call_server, is_gone, is_healthy
 from potstill.engines.protocol import EngineError
 from potstill.engines.server import Server
-from potstill.engines.wire import call_server, is_gone, is_healthy
 from potstill.seeds import Key, step_seed
 from potstill.types import Completion, NonFiniteError
 from potstill.wire import Unavailable
@@ -32,7 +32,7 @@ from potstill.wire import Unavailable
 # the process.
 ATTEMPTS, WATCH_SECONDS = 3, 0.5
 # Seconds between two looks for a server that is not ours, at most.
-LONGEST_PAUSE = 30.0
+LONGEST_WAIT = 30.0
 SERVED_NAME = "potstill"
 WORKER = "potstill_worker"
 ENVIRONMENT = {
@@ -81,7 +81,7 @@ class VllmEngine:
             for place, (prompt, seed, cap) in enumerate(zip(prompts, seeds, caps, strict=True))
         }
         read = functools.partial(
-            completion_of, end_ids=frozenset(end_ids), vocab_size=vocab_size, sampling=sampling
+            read_completion, end_ids=frozenset(end_ids), vocab_size=vocab_size, sampling=sampling
         )
         found: dict[int, Completion] = {}
         trouble = ""
@@ -201,7 +201,7 @@ class VllmEngine:
         pause = 2.0**attempt / 4
         while not is_healthy(self.url) and time.monotonic() < deadline:
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, LONGEST_WAIT)
 
     def _given_up(self, trouble: str) -> str:
         log = "" if self.server is None else f"; {self.server.end_of_log()}"
@@ -273,7 +273,7 @@ def request_of(
     }
 
 
-def completion_of(
+def read_completion(
     answer: Any,
     cap: int,
     *,

@@ -1,9 +1,10 @@
 """The gradient of one step: batch by batch, with one division by a count over all ranks."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from potstill.engines.mismatch import gaps, told_log_probs
@@ -67,13 +68,14 @@ def accumulate_gradients(
     groups = _even_groups(rollouts, tokens_per_batch, world)
     batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
     (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
-    expect(setup.teacher if loss.objective.has_divergence else None, batches)
+    if loss.objective.has_divergence:
+        expect(setup.teacher, batches)
     texts = responses(rollouts, student.tokenizer)
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by) | reward_sums(rollouts))
     returns = _returns(setup, loss, batches, world, clock)
     samples: dict[int, Sample] = {}
     log_probs: dict[int, tuple[float, ...]] = {}
-    largest_gap = 0.0
+    gap_values: list[float] = []
     for number, (places, batch) in enumerate(zip(groups, batches, strict=True), 1):
         return_N, of_all = returns[number - 1], f"batch {number} of {len(batches)}"
         clock.doing(f"teacher, {of_all}")
@@ -88,9 +90,8 @@ def accumulate_gradients(
                 loss_sum, loss_N, stats = batch_loss(*given)
                 to_start, its_sums = _start_kl(setup, loss, batch, hidden_ND, divisor)
             habits = _habits(setup, loss, batch, stats, hidden_ND, signal)
-            gaps_N = _engine_gaps(setup, loss, batch, stats, hidden_ND)
-            sums.update(its_sums | habits | _clipped(batch, stats, loss) | _gap_sums(gaps_N))
-            largest_gap = max([largest_gap, *([] if gaps_N is None else gaps_N.tolist())])
+            sums.update(its_sums | habits | _clipped(batch, stats, loss))
+            gap_values += _engine_gaps(setup, loss, batch, stats, hidden_ND)
             if is_reused:
                 log_probs |= _log_probs(batch, stats, places)
         if min(places) < num_samples:
@@ -106,11 +107,9 @@ def accumulate_gradients(
         before_answer_N = before_answer(batch, written, student.tokenizer, setup.answer_end)
         of_tokens = token_sums(stats, before_answer_N, batch.rollouts, split_by)
         sums.update(of_tokens | {"loss": loss_sum.item()})
-    totals = dict(zip(sums, distributed.sum_over_ranks(list(sums.values()), world), strict=True))
-    if totals.get("num_told"):
-        totals["largest_gap"] = max(distributed.gather(largest_gap, world))
+    sums.update({"gap": sum(gap_values), "num_told": float(len(gap_values))})
     return Accumulated(
-        sums=totals,
+        sums=_over_ranks(sums, max(gap_values, default=0.0), world),
         samples=[samples[place] for place in sorted(samples)],
         log_probs=log_probs,
     )
@@ -136,32 +135,33 @@ def _clipped(batch: Batch, stats: TokenStats, loss: Loss) -> dict[str, float]:
     return {"num_clipped": float(num_clipped(tokens, loss.reward))}
 
 
+def _over_ranks(sums: Mapping[str, float], largest_gap: float, world: World) -> dict[str, float]:
+    """The sums over all ranks, and the largest of the differences that `_engine_gaps` finds."""
+    totals = distributed.sum_over_ranks(list(sums.values()), world)
+    found = dict(zip(sums, totals, strict=True))
+    if found["num_told"]:
+        found["largest_gap"] = max(distributed.gather(largest_gap, world))
+    return found
+
+
 def _engine_gaps(
     setup: Setup, loss: Loss, batch: Batch, stats: TokenStats, hidden_ND: Tensor
-) -> Tensor | None:
+) -> list[float]:
     """How far the engine's log-probabilities of new rollouts are from the student's, of the tokens
-    that both know; None where this process wrote."""
-    if batch.rollouts[0].log_probs is not None:
-        return None
+    that both know; nothing where this process wrote."""
     told_N = told_log_probs(batch.rollouts, loss.end_class, stats.student_entropy_N)
-    if told_N is None:
-        return None
+    if told_N is None or batch.rollouts[0].log_probs is not None:
+        return []
     ours_N = stats.student_log_prob_N
     if ours_N is None:
         # The teacher's likeliest tokens alone say nothing of the written one.
         labels_N = batch.target_ids_BT[batch.loss_mask_BT]
-        ours_N = fused_statistics(
-            hidden_ND.detach(), setup.student.head, labels_N=labels_N, **loss.shared_options()
-        ).student_log_prob_N
+        with torch.no_grad():
+            ours_N = fused_statistics(
+                hidden_ND, setup.student.head, labels_N=labels_N, **loss.shared_options()
+            ).student_log_prob_N
     assert ours_N is not None
-    return gaps(told_N, ours_N)
-
-
-def _gap_sums(gaps_N: Tensor | None) -> dict[str, float]:
-    """The sum of these differences, and how many there are."""
-    if gaps_N is None:
-        return {}
-    return {"gap": float(gaps_N.double().sum()), "num_told": float(len(gaps_N))}
+    return gaps(told_N, ours_N).tolist()
 
 
 def _log_probs(

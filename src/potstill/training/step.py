@@ -206,7 +206,7 @@ def update(
 ) -> Update:
     """Clip the gradient and take the optimiser's step; its norm before, and the rate. Refuses what
     is not finite, and rollouts of other weights than the student's."""
-    if sums.get("num_told"):
+    if sums["num_told"]:
         refuse_mismatch(trainer.recipe, sums["gap"] / sums["num_told"], plan.step)
     student, optimizer, settings = trainer.setup.student, trainer.optimizer, trainer.settings
     with clock("student_seconds"):
@@ -230,7 +230,7 @@ def step_metrics(
     """A row of `metrics.jsonl` but its timings."""
     recipe, setup = trainer.recipe, trainer.setup
     extras: StepExtras = {**reward_means(sums)}
-    if sums.get("num_told"):
+    if sums["num_told"]:
         extras["engine_mismatch_mean_abs"] = sums["gap"] / sums["num_told"]
         extras["engine_mismatch_max"] = sums["largest_gap"]
     if recipe.objective.kl == "mixed":

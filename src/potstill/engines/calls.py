@@ -1,4 +1,4 @@
-"""JSON of an engine's server, and whether it lives."""
+"""Calls of an engine's server, and whether it serves at all."""
 
 from typing import Any
 
@@ -9,11 +9,8 @@ HEALTH_SECONDS = 2.0
 
 
 def call_server(url: str, path: str, body: Any = None, *, seconds: float) -> Any:
-    """POST a body as JSON, or GET without one; the answer's JSON, None where it is empty.
-
-    Raises Unavailable for no connection, a time-out, a cut body and an error of the server, and
-    EngineError where the server refuses the request.
-    """
+    """The answer's JSON, None where it is empty. Raises Unavailable as `request`, and EngineError
+    where the server refuses the request."""
     answer = request(url, path, body, seconds=seconds)
     if answer.status >= 400:
         raise EngineError(f"the engine refuses {path} (status {answer.status}): {answer.text}")
@@ -23,16 +20,15 @@ def call_server(url: str, path: str, body: Any = None, *, seconds: float) -> Any
 def is_healthy(url: str) -> bool:
     """Whether a server says that it can serve."""
     try:
-        call_server(url, "/health", seconds=HEALTH_SECONDS)
-    except (Unavailable, EngineError):
+        return request(url, "/health", seconds=HEALTH_SECONDS).status == 200
+    except Unavailable:
         return False
-    return True
 
 
 def is_gone(url: str) -> bool:
     """Whether a server serves no longer, or says so; one that is busy answers late."""
     try:
-        call_server(url, "/health", seconds=HEALTH_SECONDS)
+        request(url, "/health", seconds=HEALTH_SECONDS)
     except Late:
         return False
     except Unavailable:

@@ -1,0 +1,213 @@
+"""vLLM's CPU build as an engine. `make test-vllm` installs it and runs these.
+
+Prompts have 256 ids and more, so that a block of the prefix cache (128 ids on a CPU) is whole.
+"""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from padded_heads import with_wide_heads
+
+from potstill import load_model, train
+from potstill.config import EngineSpec, Sampling, make_recipe
+from potstill.engines.entropies import with_entropies
+from potstill.engines.vllm import VllmEngine
+from potstill.runs import run_folder
+
+pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).parents[2]
+PYTHON = os.environ.get("POTSTILL_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
+BLOCKS = 256
+SHARED = tuple(3 + (7 * place) % 17 for place in range(BLOCKS))
+PROMPTS = [(*SHARED, *(3 + (place + i) % 17 for i in range(place % 9))) for place in range(48)]
+SEEDS = [(7, 0, place) for place in range(48)]
+HOW = {"max_tokens": 24, "end_ids": (2,), "sampling": Sampling(), "vocab_size": 23}
+
+
+@pytest.fixture(scope="module")
+def student():
+    model = load_model("potstill:base")
+    return model.around(with_wide_heads(model.model), "wide")
+
+
+@pytest.fixture(scope="module")
+def engine(student, tmp_path_factory):
+    folder, spec = tmp_path_factory.mktemp("engine"), EngineSpec(python=PYTHON)
+    engine = VllmEngine(student.model, spec, folder, dtype="float32", max_tokens=512)
+    yield engine
+    engine.close()
+
+
+def gap(student, written):
+    """The largest difference to the log-probabilities of the student as it is now."""
+    gaps = []
+    for prompt, completion in zip(PROMPTS, written, strict=True):
+        ids = torch.tensor([prompt + completion.token_ids])
+        with torch.no_grad():
+            log_probs = student.model(ids).logits[0, len(prompt) - 1 : -1, :23].log_softmax(-1)
+        drawn_N = log_probs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        gaps.append((drawn_N - torch.tensor(completion.log_probs)).abs().max().item())
+    return max(gaps)
+
+
+def change(student, factor=1.15):
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.mul_(factor)
+
+
+def core_of(engine) -> int:
+    """The process that computes: not the one that serves HTTP."""
+    group = str(engine.server.process.pid)
+    pids = subprocess.run(["pgrep", "-g", group], capture_output=True, text=True).stdout.split()
+    (core,) = [p for p in pids if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return int(core)
+
+
+def test_wide_heads_change_no_number(student):
+    narrow, ids = load_model("potstill:base").model, torch.tensor([SHARED])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            student.model(ids).logits, narrow(ids).logits, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_new_weights_write_and_seeds_repeat(student, engine, monkeypatch):
+    first = engine.write(PROMPTS, SEEDS, **HOW)
+    assert gap(student, first) < 1e-4
+    assert engine.write(PROMPTS, SEEDS, **HOW) == first
+    assert engine.write(PROMPTS[::2], SEEDS[::2], **HOW) == first[::2]
+    change(student)
+    # The negative control: without the reset the old cache is read.
+    answer = VllmEngine._answer
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            VllmEngine,
+            "_answer",
+            lambda self, path, body: None if "cache" in path else answer(self, path, body),
+        )
+        engine.update_weights(1)
+        stale = engine.write(PROMPTS, SEEDS, **HOW)
+    engine.update_weights(2)
+    fresh = engine.write(PROMPTS, SEEDS, **HOW)
+    print(f"largest gap: {gap(student, fresh):.2g} fresh, {gap(student, stale):.2g} without reset")
+    assert gap(student, fresh) < 1e-4 and gap(student, stale) > 1e-2
+
+
+def test_draws_are_exact(student, engine):
+    """log p of what was drawn plus the entropy there has the mean 0, whatever was drawn before."""
+    engine.update_weights(3)
+    prompts, seeds = PROMPTS * 20, [(8, 1, place) for place in range(48 * 20)]
+    written = engine.write(prompts, seeds, **HOW)
+    told = with_entropies(student, prompts, written, sampling=Sampling(), vocab_size=23)
+    sums = [sum(each.log_probs) + sum(each.entropies) for each in told]
+    error = statistics.stdev(sums) / len(sums) ** 0.5
+    assert abs(statistics.fmean(sums)) < 4 * error
+    few = engine.write(PROMPTS, SEEDS, **(HOW | {"vocab_size": 9}))
+    assert max(max(each.token_ids) for each in few) < 9
+
+
+@pytest.mark.parametrize("when", ["idle", "writing"])
+def test_a_killed_core_changes_no_completion(engine, when):
+    prompts, seeds = PROMPTS * 8, [(9, 1, place) for place in range(48 * 8)]
+    wanted = engine.write(prompts, seeds, **HOW)
+    core, noticed = core_of(engine), []
+
+    def kill():
+        os.kill(core, signal.SIGKILL)
+        noticed.append(time.monotonic())
+
+    def on_token(place, token_id):
+        if when == "writing" and not noticed:
+            kill()
+
+    recover = engine._recover
+    engine._recover = lambda *given: (noticed.append(time.monotonic()), recover(*given))
+    if when == "idle":
+        kill()
+    assert engine.write(prompts, seeds, **HOW, on_token=on_token) == wanted
+    del engine._recover
+    print(f"noticed after {noticed[1] - noticed[0]:.1f} s")
+    assert noticed[1] - noticed[0] < 5
+
+
+def test_a_killed_trainer_leaves_no_process(tmp_path):
+    code = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+from test_real_vllm import *
+model = load_model("potstill:base")
+engine = VllmEngine(
+    with_wide_heads(model.model), EngineSpec(python=PYTHON), Path({str(tmp_path)!r}),
+    dtype="float32", max_tokens=512,
+)
+engine.write(PROMPTS, SEEDS, **HOW)
+print(engine.server.process.pid, flush=True)
+time.sleep(600)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    group = trainer.stdout.readline().strip()
+    listed = ["pgrep", "-g", group]
+    assert len(subprocess.run(listed, capture_output=True, text=True).stdout.split()) > 1
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    ends = time.monotonic() + 10
+    while subprocess.run(listed, capture_output=True).stdout:
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+
+
+def test_a_run_is_as_one_of_the_native_engine(student, tmp_path, capsys):
+    """20 steps on policy: means of the last 10 against those of other seeds of the native engine,
+    with the engine killed half-way."""
+    base = load_model("potstill:base")
+    wide = base.around(with_wide_heads(base.model), "wide")
+    wide.model.save_pretrained(tmp_path / "wide")
+    wide.tokenizer.save_pretrained(tmp_path / "wide")
+    names = ("reverse_kl", "forward_kl", "student_entropy", "length", "truncation")
+
+    def means_of(out, seed, engine, on_step=None):
+        recipe = {
+            "out": str(tmp_path / out),
+            "student": {"model": str(tmp_path / "wide")},
+            "objective": {"prefix": "student", "kl": "reverse"},
+            "data": {"num_prompts": 512},
+            "window": {"tokens": 64},
+            "train": {"steps": 20, "prompts_per_step": 32, "lr": 1e-3, "seed": seed},
+            "validation": {"num_prompts": 0},
+            "rollouts": {"engine": engine},
+        }
+        recipe |= {"engine": {"python": PYTHON}} if engine == "vllm" else {}
+        train(make_recipe(recipe), on_step=on_step, quiet=True)
+        rows = run_folder.read_metrics(tmp_path / out)
+        return {name: statistics.fmean(row[name] for row in rows[10:]) for name in names}, rows
+
+    native = [means_of(f"native-{seed}", seed, "native")[0] for seed in range(1, 7)]
+
+    def kill_half_way(row):
+        if row["step"] == 10:
+            listed = subprocess.run(["pgrep", "-f", "^VLLM::EngineCore"], capture_output=True)
+            parents = {
+                int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in listed.stdout.split()
+            }
+            (core,) = [pid for pid, found in parents.items() if str(tmp_path).encode() in found]
+            os.kill(core, signal.SIGKILL)
+
+    found, rows = means_of("vllm", 0, "vllm", kill_half_way)
+    assert "the engine has died" in capsys.readouterr().err
+    assert max(row["engine_mismatch_max"] for row in rows) < 1e-3
+    for name in names:
+        others = [each[name] for each in native]
+        mean, spread = statistics.fmean(others), statistics.stdev(others)
+        print(f"{name}: vllm {found[name]:.4f}, native {mean:.4f} ± {spread:.4f}")
+        # A new draw of a normal distribution whose spread is known from six.
+        assert abs(found[name] - mean) < 5 * spread * (1 + 1 / len(others)) ** 0.5
