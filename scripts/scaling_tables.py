@@ -42,6 +42,7 @@ class Size(NamedTuple):
     tokens_per_batch: int
     rows: int
     teacher: str = "live"
+    recomputes: bool = False
 
     @property
     def place(self) -> TeacherPlace:
@@ -55,11 +56,12 @@ SMALL = (
     Size(64, 4096, 16384, 32, "remote"),
 )
 LARGE = (
-    Size(64, 1024, 4352, 16, "sharded"),
+    Size(64, 1024, 4352, 16, "sharded", True),
     Size(64, 1024, 4352, 16, "remote"),
-    Size(128, 2048, 4352, 16, "remote"),
-    Size(512, 8192, 4352, 16, "sharded"),
-    Size(512, 8192, 4352, 16, "remote"),
+    Size(64, 1024, 4352, 16, "remote", True),
+    Size(128, 2048, 4352, 16, "remote", True),
+    Size(512, 8192, 4352, 16, "sharded", True),
+    Size(512, 8192, 4352, 16, "remote", True),
 )
 
 
@@ -72,6 +74,7 @@ def recipe_of(student: str, teacher: str, size: Size, prefix: str = "student") -
         "train": {
             "prompts_per_step": size.prompts_per_step,
             "tokens_per_batch": size.tokens_per_batch,
+            "activation_checkpointing": size.recomputes,
         },
         "sampling": {"batch_size": size.rows},
     }
@@ -121,7 +124,7 @@ def sizes_table(student: str, teacher: str, sizes: Sequence[Size]) -> str:
         cells = (
             str(size.num_devices),
             f"{size.prompts_per_step:,}",
-            size.teacher,
+            size.teacher + (", again" if size.recomputes else ""),
             f"{shown_bytes(memory.peak)} ({memory.fullest}){fits}",
             shown_bytes(memory.peak - copy),
             shown_seconds(by_part["rollouts"]),

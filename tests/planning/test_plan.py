@@ -36,7 +36,7 @@ from potstill.planning.sizes import (
     planned_student,
     without_weights,
 )
-from potstill.planning.work import compute_dtype_on, work_of
+from potstill.planning.work import compute_dtype_on, with_field, work_of
 from potstill.types import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -232,6 +232,16 @@ def test_memory_is_what_a_process_takes(name):
     script = runpy.run_path(str(ROOT / "benchmarks/plan.py"))
     found = script["in_a_process"](name, "freed")
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.15)
+
+
+def test_layers_that_are_run_again_take_less_memory_and_more_operations():
+    pair, once = shipped_pair(), make_recipe({"objective": {"prefix": "student"}})
+    again = with_field(once, "train.activation_checkpointing", True)
+    asked = Circumstances(device=DEVICES["H200"], prompt_tokens=8)
+    saving, usual = (needs_of(recipe, pair, "live", asked) for recipe in (again, once))
+    assert saving.memory.peak < usual.memory.peak
+    extra = sum(saving.operations.values()) - sum(usual.operations.values())
+    assert extra == usual.operations["student_forward"]
 
 
 def test_traffic_by_hand():

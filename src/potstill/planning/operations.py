@@ -18,8 +18,9 @@ from potstill.types import Writer
 def operations_of(
     recipe: Recipe, pair: Outlines, work: Work, place: TeacherPlace
 ) -> dict[str, float]:
-    """The operations of one device in a step, by the parts of `runs.schema.FLOPS_PARTS`, and
-    `again`: those of the loss that its memory makes it do twice.
+    """The operations of one device in a step, by the parts of `runs.schema.FLOPS_PARTS`, and those
+    that memory makes it do twice, which a run does not log: of the loss (`again`) and of the
+    student's layers (`layers_again`).
 
     A cached or remote teacher's own passes are not among them, as they are done elsewhere.
     """
@@ -39,6 +40,8 @@ def operations_of(
     )
     parts["rollout"] = work.num_rollouts * written / recipe.rollouts.reuse
     parts["again"] = work.num_batches * computed_again(recipe, pair, work)
+    is_run_again = recipe.train.activation_checkpointing
+    parts["layers_again"] = parts["student_forward"] if is_run_again else 0.0
     return parts
 
 

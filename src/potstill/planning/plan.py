@@ -13,6 +13,9 @@ from potstill.planning.seconds import Traffic, seconds_of, traffic_of
 from potstill.planning.sizes import outline_of, planned_student, without_weights
 from potstill.planning.work import Work, compute_dtype_on, with_field, work_of
 
+# The share of a peak that a change must take away to be worth a line.
+LEAST_HELP = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class Circumstances:
@@ -195,7 +198,7 @@ def _next_change(
         else:
             changed = with_field(recipe, field, value)
         smaller = needs_of(changed, pair, other, asked)
-        if smaller.memory.peak < needs.memory.peak:
+        if smaller.memory.peak < (1 - LEAST_HELP) * needs.memory.peak:
             return (field, value), changed, other, smaller
     return None
 

@@ -96,6 +96,7 @@ def seconds_of(
     sending = device.near if num_devices <= DEVICES_PER_MACHINE else device.far
     starting = work.num_batches * device.a_layer
     forward, backward = operations["student_forward"], operations["student_backward"]
+    backward += operations["layers_again"]
     return {
         "rollouts": _writing_seconds(recipe, pair, work, place, device),
         "teacher": max(
