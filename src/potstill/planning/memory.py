@@ -240,19 +240,18 @@ def _learning(
         num = 2 * student.outside_layers + 3 * student.largest_layer
         whole["unsharded"] = item * num
     # Gradients of earlier batches are there; the head's is made with the loss. Where it is the
-    # embedding as well, both gradients are whole before they are added, except where the embedding
-    # adds its rows to the head's (`lean.embedding`).
+    # embedding as well, it waits for the embedding's, except where that adds its rows to it
+    # (`lean.embedding`).
     is_added = recipe.student.dtype == "float32" and num_devices == 1
     earlier = trained if work.num_batches > 1 else 0
     head = student.head_weights * item if student.trains_head else 0
-    rows_tied = student.rows_tied if student.trains_head else 0
-    tied = 0 if is_added else rows_tied * item
-    last = max(earlier, trained if rows_tied else trained - head)
+    waits = student.rows_tied and student.trains_head and not is_added
+    last = max(earlier, trained - head, 0) + 2 * head if waits else trained
     gradients, states = earlier + head, 2 * FLOAT32 * work.loss_tokens * student.width
     return {
         "loss": whole
         | loss
         | {"hidden states": states, "activations": passes.saved, "gradients": gradients},
         "backward": whole | {"activations": passes.backward, "gradients": gradients},
-        "end of backward": whole | {"gradients": last + head + tied},
+        "end of backward": whole | {"gradients": last},
     }
