@@ -79,7 +79,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, own):
         potstill.train(recipe_of(stopped, **sections), quiet=True)
     path = checkpoint.latest(stopped)
     assert path is not None and checkpoint.step_of(path) == 3
-    (rollouts,) = json.loads((path / "state.json").read_text())["rollouts"]
+    rollouts = json.loads((path / "state.json").read_text())["rollouts"]
     assert len(rollouts) == 8
     assert any(credit["advantage"] for *_, credit in rollouts)
     for completion_ids, trained, _, _, _, log_probs, _ in rollouts:

@@ -166,18 +166,16 @@ def check_identity(teacher: RemoteTeacher) -> None:
     alone = [teacher.states([row], place)[0] for place in range(len(teacher.urls)) for row in ids]
     many = [teacher.pool.submit(teacher.states, ids, place) for place in range(2 * IN_FLIGHT)]
     found = [row for future in many for row in future.result()]
-    log_probs = [_log_probs(teacher, row_TE) for row_TE in (*alone, *found)]
+    log_probs = [
+        teacher.head(row_TE.to(teacher.device)).log_softmax(-1) for row_TE in (*alone, *found)
+    ]
+    likely = [first_TV.topk(NUM_LIKELY, dim=-1).indices for first_TV in log_probs[: len(ids)]]
     rounding = WIRE_ROUNDING[teacher.spec.wire_dtype]
-    for place, log_probs_T5 in enumerate(log_probs):
-        gap = float((log_probs_T5 - log_probs[place % len(ids)]).abs().max())
+    for place, log_probs_TV in enumerate(log_probs):
+        first_TV, likely_T5 = log_probs[place % len(ids)], likely[place % len(ids)]
+        gap = float((log_probs_TV - first_TV).gather(-1, likely_T5).abs().max())
         if gap > rounding:
             raise ModelError(
                 f"the teacher at {', '.join(teacher.urls)} disagrees with itself: the same ids had "
                 f"log-probabilities that differ by {gap:.3g} nats, and rounding is {rounding:g}"
             )
-
-
-def _log_probs(teacher: RemoteTeacher, row_TE: Tensor) -> Tensor:
-    """Log-probabilities [T, 5] of the tokens that the first row finds likeliest."""
-    log_probs_TV = teacher.head(row_TE.to(teacher.device)).log_softmax(-1)
-    return log_probs_TV.topk(NUM_LIKELY, dim=-1).values
