@@ -193,8 +193,10 @@ def _differences(times: list[float]) -> list[float]:
 
 def measure(name: str, *given: Any) -> dict:
     """Runs in a process of its own: one run of one method, its times and its peak memory."""
+    from potstill.models.language_model import without_progress_bars
+
     torch.set_num_threads(1)
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(None), without_progress_bars():
         found = of_trl(*given) if name == "TRL" else of_potstill(given[0], name, *given[1:])
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

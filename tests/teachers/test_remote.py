@@ -149,7 +149,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_is_not_what_it_should_be(fault, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.05)
     changed, error, says = FAULTS[fault]
     options = {"width": WIDTH} | changed
     with (
@@ -161,7 +161,7 @@ def test_a_server_that_is_not_what_it_should_be(fault, monkeypatch):
 
 
 def test_a_server_that_hangs_is_given_up(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.05)
     monkeypatch.setattr(remote, "REQUEST_SECONDS", 0.2)
     hangs = threading.Event()
 
@@ -192,7 +192,7 @@ def test_a_server_that_disagrees_with_itself_is_refused():
 
 def test_faults_on_the_way_are_asked_again_and_change_nothing(monkeypatch, teacher, url):
     """Of two servers one is broken half of the time, and answers with half of a body at others."""
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     numbers = iter(range(10**6))
 
     def sometimes(asked):

@@ -32,7 +32,7 @@ from potstill.wire import Unavailable
 # the process.
 ATTEMPTS, WATCH_SECONDS = 3, 0.5
 # Seconds between two looks for a server that is not ours, at most.
-LONGEST_WAIT = 30.0
+RETRY_SECONDS = 30.0
 SERVED_NAME = "potstill"
 WORKER = "potstill_worker"
 ENVIRONMENT = {
@@ -201,7 +201,7 @@ class VllmEngine:
         pause = 2.0**attempt / 4
         while not is_healthy(self.url) and time.monotonic() < deadline:
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_WAIT)
+            pause = min(2 * pause, RETRY_SECONDS)
 
     def _given_up(self, trouble: str) -> str:
         log = "" if self.server is None else f"; {self.server.end_of_log()}"

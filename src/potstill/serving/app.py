@@ -104,7 +104,7 @@ def make_app(model: LanguageModel, fingerprint: str, token: str | None = None) -
     def _answer_completion(asked: CompletionAsked) -> dict[str, Any]:
         _refuse_ids(model, [asked.prompt], limit - asked.max_tokens)
         with one_at_a_time:
-            return completion_of(model, asked)
+            return drawn_completion(model, asked)
 
     app.add_exception_handler(Refused, _say(400))
     app.add_exception_handler(NonFiniteError, _say(500))
@@ -144,7 +144,7 @@ def hidden_states(model: LanguageModel, rows: list[list[int]]) -> list[torch.Ten
     return [states_BTE[b, : len(row)] for b, row in enumerate(rows)]
 
 
-def completion_of(model: LanguageModel, asked: CompletionAsked) -> dict[str, Any]:
+def drawn_completion(model: LanguageModel, asked: CompletionAsked) -> dict[str, Any]:
     """One completion with its log-probabilities, as vLLM's server words it."""
     settings = {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k}
     (written,) = sample(

@@ -27,7 +27,7 @@ ROWS_A_REQUEST = 8
 # Requests under way at once, a server.
 IN_FLIGHT = 4
 # Seconds between two attempts, at first and at most.
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
+FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0
 # Seconds until a request is given up and asked again.
 REQUEST_SECONDS = 120.0
 # Ids of the checks at the start: both rows hold each other's beginning.
@@ -92,7 +92,7 @@ class RemoteTeacher:
     def states(self, ids: Sequence[Sequence[int]], first: int = 0) -> list[Tensor]:
         """The states [T, E] of some rows of ids, from whichever server answers; `first` says which
         is asked first. Raises ModelError when none does for `teacher.patience` seconds."""
-        deadline, pause = time.monotonic() + self.spec.patience, FIRST_PAUSE
+        deadline, pause = time.monotonic() + self.spec.patience, FIRST_WAIT
         place = first % len(self.urls)
         while True:
             url, (model, _) = self.urls[place], self.served[place]
@@ -110,7 +110,7 @@ class RemoteTeacher:
                     ) from None
             # Not all at once, when a server is back.
             time.sleep(pause * random.uniform(0.5, 1.0))
-            place, pause = (place + 1) % len(self.urls), min(2 * pause, LONGEST_PAUSE)
+            place, pause = (place + 1) % len(self.urls), min(2 * pause, LONGEST_WAIT)
 
 
 def expect(teacher: Teacher | None, batches: Sequence[Batch]) -> None:

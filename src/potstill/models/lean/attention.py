@@ -17,7 +17,8 @@ def set_attention(name: str, model, attention: str | None) -> None:
     try:
         model.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
+        why = error_text(error).rstrip(".")
         raise ModelError(
-            f"attention = {attention!r} cannot be had for model {name!r}: {error_text(error)}; "
-            "install it, or choose sdpa or eager"
+            f"attention = {attention!r} cannot be had for model {name!r}: {why}; install it, or "
+            "choose sdpa or eager"
         ) from None
