@@ -12,6 +12,7 @@ import torch
 
 from potstill import (
     LossTerms,
+    NativeEngine,
     Objective,
     Sampling,
     Writing,
@@ -41,10 +42,9 @@ examples = load_examples("multiplication", num_examples=16)
 prompts = make_prompts(
     examples, student.tokenizer, template="raw", max_completion=64, context_length=512
 )
-models = {"student": student.model, "teacher": teacher.model}
 writing = Writing(
     objective=Objective(prefix="student"),
-    models=models,
+    engines={"student": NativeEngine(student.model)},
     window=64,
     end_ids=end_ids,
     sampling=Sampling(),

@@ -35,7 +35,7 @@ prompts = potstill.make_prompts(
 # Who writes: the student as it is now. "teacher" gives SFT or offline RL, "mixed" all between.
 writing = potstill.Writing(
     objective=potstill.Objective(prefix="student"),
-    models={"student": student.model, "teacher": teacher.model},
+    engines={"student": potstill.NativeEngine(student.model)},
     window=window,
     end_ids=end_ids,
     sampling=potstill.Sampling(),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Window,
         load_recipe,
     )
+    from potstill.engines.native import NativeEngine
     from potstill.evaluation.scores import evaluate
     from potstill.kl.definition import token_divergence
     from potstill.kl.fused import fused_loss, fused_statistics
@@ -74,6 +75,7 @@ _HOMES = {
     "LanguageModel": "potstill.models.language_model",
     "load_model": "potstill.models.language_model",
     "save_model": "potstill.models.language_model",
+    "NativeEngine": "potstill.engines.native",
     "Writing": "potstill.rollouts.prefixes",
     "write_rollouts": "potstill.rollouts.prefixes",
     "Task": "potstill.tasks",
@@ -93,6 +95,7 @@ __all__ = [
     "Head",
     "LanguageModel",
     "LossTerms",
+    "NativeEngine",
     "Objective",
     "Recipe",
     "Reward",
