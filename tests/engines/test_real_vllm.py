@@ -65,10 +65,13 @@ def change(student, factor=1.15):
 
 def core_of(engine) -> int:
     """The process that computes: not the one that serves HTTP."""
-    group = str(engine.server.process.pid)
-    pids = subprocess.run(["pgrep", "-g", group], capture_output=True, text=True).stdout.split()
-    (core,) = [p for p in pids if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    return int(core)
+    (core,) = pids("-g", str(engine.server.process.pid), "-f", "EngineCore")
+    return core
+
+
+def pids(*options: str) -> list[int]:
+    listed = subprocess.run(["pgrep", *options], capture_output=True, text=True).stdout
+    return [int(pid) for pid in listed.split()]
 
 
 def test_wide_heads_change_no_number(student):
@@ -155,13 +158,12 @@ time.sleep(600)
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     group = trainer.stdout.readline().strip()
-    listed = ["pgrep", "-g", group]
-    assert len(subprocess.run(listed, capture_output=True, text=True).stdout.split()) > 1
+    assert len(pids("-g", group)) > 3
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
-    ends = time.monotonic() + 10
-    while subprocess.run(listed, capture_output=True).stdout:
+    ends = time.monotonic() + 15
+    while pids("-g", group):
         assert time.monotonic() < ends
         time.sleep(0.1)
 
@@ -195,11 +197,8 @@ def test_a_run_is_as_one_of_the_native_engine(student, tmp_path, capsys):
 
     def kill_half_way(row):
         if row["step"] == 10:
-            listed = subprocess.run(["pgrep", "-f", "^VLLM::EngineCore"], capture_output=True)
-            parents = {
-                int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in listed.stdout.split()
-            }
-            (core,) = [pid for pid, found in parents.items() if str(tmp_path).encode() in found]
+            (guard,) = pids("-P", str(os.getpid()), "-f", f"{tmp_path / 'vllm'}")
+            (core,) = pids("-g", str(guard), "-f", "EngineCore")
             os.kill(core, signal.SIGKILL)
 
     found, rows = means_of("vllm", 0, "vllm", kill_half_way)

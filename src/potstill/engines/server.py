@@ -1,11 +1,11 @@
 """A server in a process of its own: started, watched and ended. It ends with this process, however
 that ends."""
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,9 +19,7 @@ LOOK_SECONDS = 0.1
 END_SECONDS = 10.0
 # Characters of the log that an error quotes.
 QUOTED = 600
-# Linux's name for: send me this signal when my parent ends.
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+GUARD = str(Path(__file__).with_name("guard.py"))
 # Variables by which torchrun's processes find each other, and not the server's.
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 OF_RANKS += ("MASTER_ADDR", "MASTER_PORT", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
@@ -45,7 +43,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.command, "--port", str(port)],
+                [sys.executable, "-I", GUARD, str(os.getpid()), *self.command, "--port", str(port)],
                 env=kept | self.environment,
                 # Python looks for modules where it is started, first of all.
                 cwd=self.log.parent,
@@ -53,7 +51,6 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
             )
         deadline = time.monotonic() + seconds
         while not is_healthy(self.url):
@@ -93,9 +90,3 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-def _end_with_parent() -> None:
-    """In the child: ask the system to be ended with the thread that started it; on Linux alone."""
-    if LIBC is not None and hasattr(LIBC, "prctl"):
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
