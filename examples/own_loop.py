@@ -35,7 +35,10 @@ prompts = potstill.make_prompts(
 # Who writes: the student as it is now. "teacher" gives SFT or offline RL, "mixed" all between.
 writing = potstill.Writing(
     objective=potstill.Objective(prefix="student"),
-    engines={"student": potstill.NativeEngine(student.model)},
+    engines={
+        "student": potstill.NativeEngine(student.model),
+        "teacher": potstill.NativeEngine(teacher.model),
+    },
     window=window,
     end_ids=end_ids,
     sampling=potstill.Sampling(),
