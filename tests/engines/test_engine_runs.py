@@ -198,3 +198,12 @@ def test_recipes_that_do_not_fit_are_refused(sections, message):
     with pytest.raises(RecipeError) as error:
         make_recipe(sections)
     assert message in str(error.value)
+
+
+def test_a_program_that_is_not_there_is_refused_before_any_work(tmp_path):
+    recipe = recipe_of(tmp_path / "run", None, engine={"python": "nowhere/python"})
+    with pytest.raises(EngineError, match=r"'nowhere/python', which is no program here"):
+        train(recipe, quiet=True)
+    with pytest.raises(EngineError, match="no program here"):
+        build_cache(recipe, tmp_path / "cache", quiet=True)
+    assert list(tmp_path.iterdir()) == []

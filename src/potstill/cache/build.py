@@ -16,7 +16,7 @@ from typing import Any
 from potstill.cache.make_shard import make_shard, save_whole
 from potstill.config import CacheOptions, Recipe, RecipeError, Validation, check_recipe
 from potstill.console.progress import CacheDisplay
-from potstill.engines.make import make_engine
+from potstill.engines.make import make_engine, refuse_missing_program
 from potstill.engines.protocol import Engine
 from potstill.files import file_digest, write_atomically
 from potstill.models import distributed
@@ -61,6 +61,7 @@ def build_cache(
     from filelock import FileLock, Timeout
 
     check_recipe(recipe)
+    refuse_missing_program(recipe)
     options, out = options or CacheOptions(), Path(out)
     recipe = _as_written(recipe, options)
     _check_folder(out)

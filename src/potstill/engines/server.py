@@ -2,6 +2,7 @@
 that ends."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,8 @@ LOOK_SECONDS = 0.1
 # Seconds that a server has to end by itself.
 END_SECONDS = 10.0
 # Characters of the log that an error quotes.
-QUOTED = 600
+QUOTED = 300
+ERROR = re.compile(r"(?:^|\] )(\w*Error: .+)")
 GUARD = str(Path(__file__).with_name("guard.py"))
 # Variables by which torchrun's processes find each other, and not the server's.
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
@@ -31,7 +33,7 @@ class Server:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
         self.command, self.environment, self.log = list(command), dict(environment), log
         self.process: subprocess.Popen[bytes] | None = None
-        self.url = ""
+        self.url, self.log_start = "", 0
 
     def start(self, seconds: float) -> None:
         """Start the command with a free port, and wait until it serves. Raises EngineError with the
@@ -42,6 +44,7 @@ class Server:
         kept = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self.log_start = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-I", GUARD, str(os.getpid()), *self.command, "--port", str(port)],
                 env=kept | self.environment,
@@ -81,9 +84,13 @@ class Server:
         group.wait()
 
     def end_of_log(self) -> str:
-        """The end of the log, on one line with its place."""
-        text = " ".join(self.log.read_text(errors="replace").split()) if self.log.exists() else ""
-        return f"the log {str(self.log)!r} ends: {text[-QUOTED:]}"
+        """The first error that the server has logged, and its log's place and end, on one line."""
+        data = self.log.read_bytes()[self.log_start :] if self.log.exists() else b""
+        lines = data.decode(errors="replace").splitlines()
+        error = next((found[1] for line in lines if (found := ERROR.search(line))), None)
+        end = " ".join(" ".join(lines).split())[-QUOTED:]
+        said = "" if error is None else f" says first: {error[:QUOTED]}; it"
+        return f"the log {str(self.log)!r}{said} ends: {end}"
 
 
 def _free_port() -> int:

@@ -217,14 +217,9 @@ def server_command(
     """vLLM's server for a model whose configuration is in a folder, without weights at first."""
     # A seeded draw that a cut prompt throws away ends the CPU's engine: it reads prompts whole.
     whole = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(max_tokens, 2048)))
-    python = shutil.which(spec.python)
-    if python is None:
-        raise EngineError(
-            f"engine.python is {spec.python!r}, which is no program here; name the interpreter of "
-            "an environment that has vLLM (docs/engines.md says how to make one)"
-        )
+    python = Path(shutil.which(spec.python) or spec.python).absolute()
     return [
-        *(str(Path(python).absolute()), "-m", "vllm.entrypoints.openai.api_server"),
+        *(str(python), "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(folder.resolve()), "--load-format", "dummy", "--skip-tokenizer-init"),
         *("--served-model-name", SERVED_NAME, "--host", "127.0.0.1", "--dtype", dtype),
         *("--max-model-len", str(max_tokens)),
