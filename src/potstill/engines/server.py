@@ -20,7 +20,7 @@ LOOK_SECONDS = 0.1
 END_SECONDS = 10.0
 # Characters of the log that an error quotes.
 QUOTED = 300
-ERROR = re.compile(r"(?:^|\] )(\w*Error: .+)")
+ERROR = re.compile(r"(?:^| ERROR .*\] )(\w*Error: .+)")
 GUARD = str(Path(__file__).with_name("guard.py"))
 # Variables by which torchrun's processes find each other, and not the server's.
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
