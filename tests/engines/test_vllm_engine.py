@@ -161,16 +161,13 @@ def test_an_engine_that_dies_again_and_again_is_given_up(student, tmp_path, prog
 
 def test_an_engine_that_cannot_start_shows_its_log(student, tmp_path):
     path = tmp_path / "python"
-    path.write_text(
-        "#!/bin/sh\necho '`OSError: x'\necho '[a] KeyError: no vllm'\necho bye\nexit 1\n"
-    )
+    said = ["W [a] OSError: x", "an ERROR [a] KeyError: no vllm", "bye"]
+    path.write_text("".join(["#!/bin/sh\n", *(f"echo '{line}'\n" for line in said), "exit 1\n"]))
     path.chmod(0o755)
+    wanted = r"before it served; .* says first: KeyError: no vllm; it ends: .*bye"
     with (
         engine_of(student.model, tmp_path / "engine", python=str(path)) as engine,
-        pytest.raises(
-            EngineError,
-            match=r"before it served; .* first: KeyError: no vllm; it ends: .*bye",
-        ),
+        pytest.raises(EngineError, match=wanted),
     ):
         engine.write(PROMPTS, SEEDS, **HOW)
     path.write_text("#!/bin/sh\nsleep 60\n")
