@@ -33,12 +33,10 @@ prompts = potstill.make_prompts(
 )
 
 # Who writes: the student as it is now. "teacher" gives SFT or offline RL, "mixed" all between.
+native = potstill.NativeEngine
 writing = potstill.Writing(
     objective=potstill.Objective(prefix="student"),
-    engines={
-        "student": potstill.NativeEngine(student.model),
-        "teacher": potstill.NativeEngine(teacher.model),
-    },
+    engines={"student": native(student.model), "teacher": native(teacher.model)},
     window=window,
     end_ids=end_ids,
     sampling=potstill.Sampling(),
