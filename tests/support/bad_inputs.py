@@ -97,7 +97,7 @@ RECIPES = [
     ("[reward]\nweight = 1", "a policy gradient is of what the student wrote itself"),
     ("[reward]\ngroup_size = 4", "is set but not read"),
     ("[teacher]\nurl = 'http://127.0.0.1:9'", "such a teacher does not write"),
-    ("[teacher]\nurl = 'my-server:80'", "is no address; give one as http://host:8000"),
+    ("[teacher]\nurl = 'my-server:80'", "give a URL such as http://127.0.0.1:8000"),
     ("[teacher]\npatience = 5", "teacher.url is not set"),
     ("[teacher]\nplacement = 'sharded'", "such a teacher does not write"),
     (

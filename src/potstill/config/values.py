@@ -62,7 +62,7 @@ Filled = Annotated[str, AfterValidator(_fillable)]
 def _reachable(url: str) -> str:
     place = urlsplit(url)
     if place.scheme not in ("http", "https") or not place.hostname or place.query:
-        raise ValueError(f"{url!r} is no address; give one as http://host:8000")
+        raise ValueError("give a URL such as http://127.0.0.1:8000")
     return url
 
 

@@ -2,12 +2,12 @@
 off."""
 
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from potstill.config.roles import Role
 from potstill.config.section import Section
+from potstill.config.values import Url
 
 # Arguments of vLLM's server that potstill gives, as other values would be another distribution, or
 # none at all.
@@ -24,7 +24,7 @@ class EngineSpec(Section, role=Role.SPEED):
     """Interpreter of the environment that has vLLM; potstill starts its server and ends it."""
     args: Annotated[tuple[str, ...], Role.BACKEND] = ()
     """More arguments of vLLM's server, such as "--gpu-memory-utilization", "0.45"."""
-    url: str | None = None
+    url: Url | None = None
     """A server of this machine that runs already, which then is not started; only the student
     writes there."""
     timeout: float = Field(default=600.0, gt=0)
@@ -45,11 +45,3 @@ class EngineSpec(Section, role=Role.SPEED):
             if each.partition("=")[0].replace("_", "-") in GIVEN_ARGUMENTS:
                 raise ValueError(f"{each!r} is what potstill itself says; leave it out")
         return args
-
-    @field_validator("url")
-    @classmethod
-    def _is_a_place(cls, url: str | None) -> str | None:
-        place = None if url is None else urlsplit(url)
-        if place is not None and (place.scheme not in ("http", "https") or not place.hostname):
-            raise ValueError("give a URL such as http://127.0.0.1:8000")
-        return url
