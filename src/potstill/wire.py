@@ -1,11 +1,14 @@
 """HTTP requests to a server that may be gone, late or broken."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
+
+from potstill.types import ModelError
 
 
 class Unavailable(Exception):
@@ -35,6 +38,20 @@ class Answer:
             return json.loads(self.body)
         except ValueError:
             raise Unavailable(f"no JSON: {self.text}") from None
+
+
+def token_in(variable: str | None) -> str | None:
+    """The token in an environment variable; None without one. Raises ModelError where it is not
+    set."""
+    if variable is None:
+        return None
+    token = os.environ.get(variable)
+    if not token:
+        raise ModelError(
+            f"the environment variable {variable!r}, which has the token, is not set; export it "
+            "first"
+        )
+    return token
 
 
 def request(

@@ -2,6 +2,7 @@
 is not what it should be is refused or asked again."""
 
 import asyncio
+import dataclasses
 import json
 import math
 import os
@@ -90,6 +91,21 @@ def test_in_bfloat16_the_mean_kl_is_near(teacher, url, kl):
     assert 0 < abs(float(here.mean() - there.mean())) < 1e-3
 
 
+def test_batches_of_chats_are_asked_for_ahead(teacher, url):
+    """Their messages are dictionaries, which have no hash; nothing is asked for twice."""
+    there, chat = reach(spec(url), CPU), ({"role": "user", "content": "hello"},)
+    rollouts = []
+    for rollout in ROLLOUTS:
+        example = dataclasses.replace(rollout.prompt.example, prompt=chat)
+        prompt = dataclasses.replace(rollout.prompt, example=example)
+        rollouts.append(dataclasses.replace(rollout, prompt=prompt))
+    batches = make_batches(rollouts, tokens_per_batch=24)
+    there.expect(batches)
+    there._begin = None
+    for batch in batches:
+        torch.testing.assert_close(there.signal_at(batch), teacher.signal_at(batch))
+
+
 def test_it_is_the_model_in_all_else(teacher, url):
     there = reach(spec((url, url)), CPU)
     for name in ("name", "end_ids", "vocab_size", "context_length"):
@@ -140,6 +156,11 @@ FAULTS = {
         "its activation is on",
     ),
     "rows are missing": ({"num_rows": -1}, ModelError, "rows for"),
+    "metadata of another kind": (
+        {"headers": {"metadata": '{"data": [{"index": 0}]}'}},
+        ModelError,
+        "without the header",
+    ),
     "no metadata": ({"headers": {"metadata": "no"}}, ModelError, "without the header"),
     "refused": ({"status": 404}, ModelError, "status 404"),
     "broken": ({"status": 500}, ModelError, "has not answered for teacher.patience"),
@@ -221,6 +242,8 @@ def test_a_token_is_wanted(monkeypatch, teacher):
         for given in ({}, {"token_variable": "ANOTHER"}):
             with pytest.raises(ModelError, match="wants a token"):
                 reach(spec(url, **given), CPU)
+        with pytest.raises(ModelError, match=r"NOT_THERE.*is not set; export it first"):
+            reach(spec(url, token_variable="NOT_THERE"), CPU)
         assert served.answers(url)
 
 
@@ -300,6 +323,8 @@ def test_completions_are_exact_and_pure(teacher, url):
     body = {"prompt": [1, 5, 6], "seed": 7, "max_tokens": 12, "stop_token_ids": [2]}
     first, second = (request(url, "/v1/completions", body, seconds=30).json() for _ in range(2))
     assert first == second
+    refused = request(url, "/v1/completions", body | {"max_tokens": 5000}, seconds=30)
+    assert refused.status == 400 and "3 ids and max_tokens is 5000" in refused.text
     (choice,) = first["choices"]
     ids = choice["token_ids"]
     hidden = teacher(torch.tensor([[1, 5, 6, *ids[:-1]]]))[0, 2:]

@@ -102,7 +102,7 @@ def make_app(model: LanguageModel, fingerprint: str, token: str | None = None) -
         return Response(b"".join(parts), headers=headers, media_type="application/octet-stream")
 
     def _answer_completion(asked: CompletionAsked) -> dict[str, Any]:
-        _refuse_ids(model, [asked.prompt], limit - asked.max_tokens)
+        _refuse_ids(model, [asked.prompt], limit, asked.max_tokens)
         with one_at_a_time:
             return drawn_completion(model, asked)
 
@@ -125,12 +125,15 @@ def _say(status: int):
     return handler
 
 
-def _refuse_ids(model: LanguageModel, rows: list[list[int]], limit: int) -> None:
+def _refuse_ids(
+    model: LanguageModel, rows: list[list[int]], limit: int, max_tokens: int = 0
+) -> None:
     largest, longest = max(map(max, rows)), max(map(len, rows))
     if largest >= model.vocab_size:
         raise Refused(f"an id is {largest} and the model has {model.vocab_size} tokens")
-    if longest > limit:
-        raise Refused(f"a row has {longest} ids and {limit} are the most that fit")
+    if longest + max_tokens > limit:
+        more = f" and max_tokens is {max_tokens}" if max_tokens else ""
+        raise Refused(f"a row has {longest} ids{more}; {limit} tokens are the most that fit")
 
 
 @torch.inference_mode()

@@ -1,7 +1,6 @@
 """`potstill serve`: a model, an address, and a server around it."""
 
 import ipaddress
-import os
 
 import torch
 
@@ -9,6 +8,7 @@ from potstill.config import RecipeError
 from potstill.console.printable import say
 from potstill.models.language_model import fingerprint
 from potstill.models.probe import ready
+from potstill.wire import token_in
 
 
 def serve(
@@ -30,7 +30,7 @@ def serve(
         raise RecipeError(
             "fastapi and uvicorn are not installed; pip install 'potstill[serve]'"
         ) from None
-    token = _token(token_variable)
+    token = token_in(token_variable)
     if token is None and not _is_this_machine(host):
         raise RecipeError(
             f"--host is {host!r}, which other machines reach, and --token-variable names no token: "
@@ -42,15 +42,6 @@ def serve(
     app = make_app(model, fingerprint(model), token)
     say(f"serving {name} ({dtype}, {model.num_weights:,} weights) at http://{host}:{port}")
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
-
-
-def _token(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    token = os.environ.get(variable)
-    if not token:
-        raise RecipeError(f"--token-variable is {variable!r}, which is not set; export it first")
-    return token
 
 
 def _is_this_machine(host: str) -> bool:

@@ -45,18 +45,21 @@ def read_states(
             f"the teacher at {url} refuses {PATH} (status {answer.status}): {answer.text}"
         )
     item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    rows = sorted(_places(answer, url), key=lambda row: row["index"])
-    if len(rows) != len(lengths):
-        raise ModelError(f"the teacher at {url} gave {len(rows)} rows for {len(lengths)}")
+    places = _places(answer, url)
+    if len(places) != len(lengths):
+        raise ModelError(
+            f"the teacher at {url} gave {len(places)} rows for {len(lengths)}; start it as "
+            "docs/teachers.md says"
+        )
     states = []
-    for row, length in zip(rows, lengths, strict=True):
-        if row["shape"] != [length, width]:
+    for (_, start, end, shape), length in zip(places, lengths, strict=True):
+        if shape != [length, width]:
             raise ModelError(
-                f"the teacher at {url} gave states of shape {row['shape']} for {length} ids, and "
+                f"the teacher at {url} gave states of shape {shape} for {length} ids, and "
                 f"the head of teacher.model takes [{length}, {width}]; name the model that the "
                 "server has"
             )
-        data = answer.body[row["start"] : row["end"]]
+        data = answer.body[start:end]
         if len(data) != length * width * item:
             raise Unavailable(f"{PATH}: a row has {len(data)} bytes of {length * width * item}")
         row_TE = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype))
@@ -65,9 +68,13 @@ def read_states(
     return states
 
 
-def _places(answer: Answer, url: str) -> list[dict[str, Any]]:
+def _places(answer: Answer, url: str) -> list[tuple[int, int, int, list[int]]]:
+    """Number, first byte, last byte and shape of each row, in the order of the numbers."""
     try:
-        return json.loads(answer.headers["metadata"])["data"]
+        rows = json.loads(answer.headers["metadata"])["data"]
+        return sorted(
+            (int(row["index"]), int(row["start"]), int(row["end"]), row["shape"]) for row in rows
+        )
     except (KeyError, TypeError, ValueError):
         raise ModelError(
             f"the teacher at {url} answers {PATH} without the header `metadata`, which says where "

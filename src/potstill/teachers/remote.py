@@ -4,7 +4,6 @@ So the divergence is exact in every direction, at E numbers a token. Requests ar
 fails is asked again, of the same server or another, until it is given up.
 """
 
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from potstill.models.flops import ModelFlops, head_flops
 from potstill.teachers.pooling import PATH, read_states, states_request
 from potstill.teachers.protocol import Teacher
 from potstill.teachers.skeleton import head_of, skeleton_of
-from potstill.types import ModelError, Rollout
-from potstill.wire import Answer, Unavailable, request
+from potstill.types import ModelError
+from potstill.wire import Answer, Unavailable, request, token_in
 
 # Rows of a request: their places are in one header, whose size servers limit.
 ROWS_A_REQUEST = 8
@@ -35,6 +34,9 @@ CHECKED = ((1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 3, 4))
 # Nats, in log-probabilities of likely tokens.
 WIRE_ROUNDING = {"float32": 1e-3, "bfloat16": 0.5}
 NUM_LIKELY = 5
+
+# Token ids of each row of a batch.
+IdRows = tuple[tuple[int, ...], ...]
 
 
 class RemoteTeacher:
@@ -51,9 +53,9 @@ class RemoteTeacher:
         self.head = head_of(skeleton, device)
         self.vocab_size, self.width = self.head.weight_VD.shape
         self.urls = (spec.url,) if isinstance(spec.url, str) else tuple(spec.url or ())
-        self.token = None if spec.token_variable is None else os.environ.get(spec.token_variable)
+        self.token = token_in(spec.token_variable)
         self.pool = ThreadPoolExecutor(IN_FLIGHT * len(self.urls), "teacher")
-        self.expected: dict[tuple[Rollout, ...], list[Future[list[Tensor]]]] = {}
+        self.expected: dict[IdRows, list[Future[list[Tensor]]]] = {}
         self.served = [served_by(url, self) for url in self.urls]
 
     @property
@@ -66,10 +68,12 @@ class RemoteTeacher:
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Begin to ask for what `signal_at` will be asked for."""
-        self.expected = {batch.rollouts: self._begin(batch.rollouts) for batch in batches}
+        rows = map(_rows_of, batches)
+        self.expected = {ids: self._begin(ids) for ids in rows}
 
     def signal_at(self, batch: Batch) -> Tensor:
-        asked = self.expected.pop(batch.rollouts, None) or self._begin(batch.rollouts)
+        ids = _rows_of(batch)
+        asked = self.expected.pop(ids, None) or self._begin(ids)
         states = [row_TE for future in asked for row_TE in future.result()]
         rows = []
         for rollout, row_TE in zip(batch.rollouts, states, strict=True):
@@ -78,15 +82,10 @@ class RemoteTeacher:
             rows.append(of_completion[torch.tensor(rollout.trained)])
         return torch.cat(rows).to(self.device)
 
-    def _begin(self, rollouts: Sequence[Rollout]) -> list[Future[list[Tensor]]]:
+    def _begin(self, ids: IdRows) -> list[Future[list[Tensor]]]:
         """Requests for all rows of a batch, under way."""
-        ids = [
-            (*rollout.prompt.ids_of("teacher"), *rollout.completion_ids)[:-1]
-            for rollout in rollouts
-        ]
-        parts = [
-            ids[first : first + ROWS_A_REQUEST] for first in range(0, len(ids), ROWS_A_REQUEST)
-        ]
+        starts = range(0, len(ids), ROWS_A_REQUEST)
+        parts = [ids[start : start + ROWS_A_REQUEST] for start in starts]
         return [self.pool.submit(self.states, part, first) for first, part in enumerate(parts)]
 
     def states(self, ids: Sequence[Sequence[int]], first: int = 0) -> list[Tensor]:
@@ -111,6 +110,14 @@ class RemoteTeacher:
             # Not all at once, when a server is back.
             time.sleep(pause * random.uniform(0.5, 1.0))
             place, pause = (place + 1) % len(self.urls), min(2 * pause, LONGEST_WAIT)
+
+
+def _rows_of(batch: Batch) -> IdRows:
+    """The ids that the teacher reads: all but the last, which predicts nothing."""
+    return tuple(
+        (*rollout.prompt.ids_of("teacher"), *rollout.completion_ids)[:-1]
+        for rollout in batch.rollouts
+    )
 
 
 def expect(teacher: Teacher | None, batches: Sequence[Batch]) -> None:
