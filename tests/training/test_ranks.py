@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import served
 import torch
 import torch.distributed as dist
 import transformers
@@ -15,9 +16,11 @@ from forked import name_of
 
 from potstill.config import TeacherSpec, to_toml
 from potstill.models import distributed
-from potstill.models.language_model import load_model, load_tokenizer
+from potstill.models.language_model import fingerprint, load_model, load_tokenizer
+from potstill.models.probe import ready
 from potstill.rollouts.batching import make_batch
 from potstill.runs import run_folder
+from potstill.serving.app import make_app
 from potstill.teachers.sharded import load_sharded
 
 NUMBERS = ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", "length")
@@ -48,14 +51,15 @@ CELLS = {
 }
 
 
-def write_recipe(folder, name, cell):
+def write_recipe(folder, name, cell, **of_teacher):
     sections = {"objective": CELLS[cell], "train": TRAIN, "window": {"tokens": 48}, **PAIR}
+    sections["teacher"] = sections["teacher"] | of_teacher
     (folder / f"{name}.toml").write_text(to_toml(tiny_recipe(folder / name, **sections).resolved()))
 
 
-def train(forks, folder, name, num_ranks, cell, *more):
+def train(forks, folder, name, num_ranks, cell, *more, **of_teacher):
     """A run in `folder/name` by so many ranks."""
-    write_recipe(folder, name, cell)
+    write_recipe(folder, name, cell, **of_teacher)
     argv = ["train", f"{name}.toml", "--out", name, *more]
     ended = forks.run_ranks(folder, argv, num_ranks)
     assert ended.code == 0, ended.err
@@ -92,6 +96,18 @@ def test_ranks_with_a_cache_equal_one(tmp_path, forks, cell):
     alone, *others = (train(forks, tmp_path, f"on-{num}", num, *given) for num in (1, 2, 4))
     for found in others:
         assert_same(alone, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["dagger", "opd"])
+def test_ranks_with_a_teacher_behind_a_url_equal_one(tmp_path, forks, cell):
+    """Each rank asks the server for its own rows; one process that has the teacher is the peer."""
+    here = train(forks, tmp_path, "here", 1, cell)
+    teacher = ready(PAIR["teacher"]["model"]).requires_grad_(False)
+    with served.in_a_thread(make_app(teacher, fingerprint(teacher))) as url:
+        for num_ranks in (1, 2, 4):
+            found = train(forks, tmp_path, f"there-{num_ranks}", num_ranks, cell, url=url)
+            assert_same(here, found)
 
 
 @pytest.mark.slow
