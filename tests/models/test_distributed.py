@@ -160,6 +160,28 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path, forks):
 
 
 @pytest.mark.slow
+def test_a_rank_that_fails_says_why_and_ends_the_other_in_seconds(tmp_path, forks):
+    """Its own function for the scores raises in the second step; the other rank would wait for ten
+    minutes."""
+    (tmp_path / "my_reward.py").write_text(
+        "import os\n"
+        "calls = []\n"
+        "def fails_once(examples, responses):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
+        "        raise ValueError('no score for you')\n"
+        "    return [float(len(text) % 2) for text in responses]\n"
+    )
+    reward = {"weight": 1.0, "group_size": 2, "source": "my_reward.py:fails_once"}
+    train = {"steps": 3, "prompts_per_step": 4, "normalize": "sequence"}
+    write_recipe(tmp_path, objective={"prefix": "student"}, reward=reward, train=train)
+    ended = forks.run_ranks(tmp_path, ["train", "recipe.toml", "--out", "run"], num_ranks=2)
+    assert ended.code != 0 and ended.seconds < 60
+    assert "no score for you" in ended.err and "potstill: rank 0" in ended.err, ended.err
+    assert len(run_folder.read_rows(tmp_path / "run/metrics.jsonl")) == 1
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_limit(tmp_path):
     """The other says so in a line of its own and ends; nothing hangs for half an hour."""
     write_recipe(tmp_path, train={"steps": 5000})
