@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import one_node_slurm
 import pytest
@@ -19,7 +20,7 @@ from potstill.cli.app import main
 from potstill.config import RecipeError
 from potstill.runs.run_folder import RunError
 from potstill.study import cluster
-from potstill.study.cluster import Cluster, read_options
+from potstill.study.cluster import Cluster, ClusterJob, read_options
 from potstill.study.file import read_study_file
 from potstill.study.run import run_study
 
@@ -49,6 +50,19 @@ def write_study(folder: Path, steps: int = 2, methods=("sft", "opd")) -> Path:
     file = folder / "study.toml"
     file.write_text(STUDY.format(out=folder / "out", steps=steps, methods=list(methods)))
     return file
+
+
+def test_a_lost_job_says_so_in_its_log(monkeypatch, tmp_path):
+    """Twice Slurm has no such job, and there is no result: the job's log says where to look."""
+    monkeypatch.setattr(cluster, "is_queued", lambda job_id: False)
+    monkeypatch.setattr(cluster, "CHECK_SECONDS", 0)
+    paths = SimpleNamespace(result_pickle=tmp_path / "7.pkl", stderr=tmp_path / "7_log.err")
+    job = SimpleNamespace(job_id="7", paths=paths)
+    log = tmp_path / "run.log"
+    waiting = ClusterJob(job=job, log=log, is_slurm=True)
+    assert (waiting.exitcode, waiting.exitcode) == (None, 1)
+    said = f"Slurm has no job 7 any more, and it left no result; {paths.stderr} may say why\n"
+    assert log.read_text() == said
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ class ClusterJob:
     """A job that waits or runs. It goes on without us."""
 
     job: Any
+    log: Path
     is_slurm: bool
     last_check: float = field(default_factory=time.monotonic)
     num_missing: int = 0
@@ -77,7 +78,16 @@ class ClusterJob:
             return None
         self.last_check = time.monotonic()
         self.num_missing = 0 if is_queued(self.job.job_id) else self.num_missing + 1
-        return 1 if self.num_missing > 1 else None
+        return self._lose() if self.num_missing > 1 else None
+
+    def _lose(self) -> int:
+        with self.log.open("a") as log:
+            print(
+                f"Slurm has no job {self.job.job_id} any more, and it left no result; "
+                f"{self.job.paths.stderr} may say why",
+                file=log,
+            )
+        return 1
 
     def _result(self) -> int:
         return 0 if self.job.exception() is None else 1
@@ -128,12 +138,13 @@ def on_cluster(folder: Path, cluster: Cluster) -> Callable[[Job], ClusterJob]:
         if is_slurm and known.exists():
             job_id = json.loads(known.read_text())["job_id"]
             if is_queued(job_id):
-                return ClusterJob(job=executor.job_class(folder, job_id), is_slurm=is_slurm)
+                found = executor.job_class(folder, job_id)
+                return ClusterJob(job=found, log=job.log, is_slurm=is_slurm)
         # A name for people who look at the queue.
         executor.update_parameters(name=job.name[:60])
         submitted = executor.submit(Command(job.arguments, job.log.absolute()))
         write_atomically(known, json.dumps({"job_id": submitted.job_id}))
-        return ClusterJob(job=submitted, is_slurm=is_slurm)
+        return ClusterJob(job=submitted, log=job.log, is_slurm=is_slurm)
 
     return start
 
