@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from potstill.models.language_model import LanguageModel
+from potstill.models.lean.activations import layers_of
 
 # How long a rank waits for another in a step before it says so and ends; a checkpoint is written in
 # less.
@@ -89,10 +90,8 @@ def shard_layers(model: LanguageModel) -> None:
     rest."""
     from torch.distributed.fsdp import fully_shard
 
-    layer_types = set(model.model._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in layer_types:
-            fully_shard(module)
+    for layer in layers_of(model.model):
+        fully_shard(layer)
     fully_shard(model)
 
 

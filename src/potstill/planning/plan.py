@@ -78,7 +78,7 @@ class RunPlan:
 
 
 def make_plan_of(recipe: Recipe, asked: Circumstances) -> RunPlan:
-    """RunPlan a recipe from configurations alone. Raises ModelError or DataError."""
+    """Plan a recipe from configurations alone. Raises ModelError or DataError."""
     pair = pair_of(recipe)
     needs = needs_of(recipe, pair, place_of(recipe), asked)
     token = None

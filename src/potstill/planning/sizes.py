@@ -11,6 +11,7 @@ from potstill.console.printable import error_text
 from potstill.models.adapters import attach, has_adapter, is_of_adapter
 from potstill.models.flops import ModelFlops, active_share, expert_weights
 from potstill.models.language_model import LanguageModel, load_config
+from potstill.models.lean.activations import layers_of
 from potstill.types import ModelError
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -127,11 +128,8 @@ def model_sizes(model: LanguageModel) -> Sizes:
     config = model.model.config.get_text_config()
     head = model.head.weight_VD
     embedding = model.model.get_input_embeddings()
-    layer_types = set(model.model._no_split_modules or ())
     layers = [
-        sum(weight.numel() for weight in module.parameters())
-        for module in model.backbone.modules()
-        if type(module).__name__.removeprefix("FSDP") in layer_types
+        sum(weight.numel() for weight in layer.parameters()) for layer in layers_of(model.backbone)
     ]
     depth = int(getattr(config, "num_hidden_layers", 0) or len(layers) or 1)
     named = [*model.model.named_parameters()]

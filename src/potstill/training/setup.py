@@ -18,7 +18,7 @@ from potstill.models.base_alone import as_it_is
 from potstill.models.distributed import World
 from potstill.models.flops import ModelFlops
 from potstill.models.language_model import LanguageModel, load_config
-from potstill.models.lean.activations import layers_of
+from potstill.models.lean.activations import checkpointed_layers
 from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.objectives.loss import Loss
@@ -106,7 +106,7 @@ def prepare(
     """
     given, student = student, _load_student(recipe, world, student, tokenizer)
     if recipe.train.activation_checkpointing:
-        layers_of(student.model)
+        checkpointed_layers(student.model)
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
     vocab_size = vocabulary.shared_vocab_size(student, teacher) if teacher is not None else None

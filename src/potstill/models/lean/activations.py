@@ -13,15 +13,19 @@ from potstill.types import ModelError
 
 
 def layers_of(model) -> list[nn.Module]:
-    """The layers of a model, by the types that it names as those not to be split. Raises ModelError
-    where it names none."""
+    """The layers of a model, by the types that it names as those not to be split."""
     named = set(model._no_split_modules or ())
     # A layer that is sharded has a type that is made from its own.
-    layers = [
+    return [
         module
         for module in model.modules()
         if any(kind.__name__ in named for kind in type(module).__mro__)
     ]
+
+
+def checkpointed_layers(model) -> list[nn.Module]:
+    """The layers that can run again. Raises ModelError for a model that does not name them."""
+    layers = layers_of(model)
     if not layers:
         raise ModelError(
             f"train.activation_checkpointing is on, and {type(model).__name__} does not name its "
@@ -37,7 +41,7 @@ def layers_run_again(model) -> Iterator[None]:
 
     It needs no training mode, which would turn a model's dropout on.
     """
-    layers = layers_of(model)
+    layers = checkpointed_layers(model)
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = functools.partial(_run, layer.forward)
