@@ -387,7 +387,6 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
             recipe,
             setup,
             engines,
-            decoder=decoder,
             state=WindowState(tokens=64, teacher_truncation=0.0),
             step=0,
             world=world,

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from potstill.config import Sampling
-from potstill.models.drawing import truncate
+from potstill.models.drawing import scaled
 from potstill.models.language_model import LanguageModel
 from potstill.types import Completion
 
@@ -47,13 +46,6 @@ def _with(
     hidden_ND = model(ids_1T[:, :-1])[0, len(prompt) - 1 :]
     parts = []
     for rows_ND in hidden_ND.split(LOGIT_ROWS):
-        parts += _entropies(model.head(rows_ND, vocab_size), sampling).tolist()
+        probs_RV = scaled(model.head(rows_ND, vocab_size), sampling).softmax(-1)
+        parts += torch.special.entr(probs_RV).sum(-1).tolist()
     return dataclasses.replace(completion, entropies=tuple(parts))
-
-
-def _entropies(logits_RV: Tensor, sampling: Sampling) -> Tensor:
-    """Entropies [R] of the distributions that `draw` draws from, in nats."""
-    scaled_RV = logits_RV.float() / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1:
-        scaled_RV = truncate(scaled_RV, sampling.top_k, sampling.top_p)
-    return torch.special.entr(scaled_RV.softmax(-1)).sum(-1)

@@ -38,6 +38,7 @@ def write_responses(
     model: LanguageModel,
     evaluation: Evaluation,
     temperature: float,
+    *,
     task: Task,
     examples: Sequence[Example],
     prompts: Sequence[Prompt],

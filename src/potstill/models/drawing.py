@@ -27,11 +27,7 @@ def draw(
         ids_R = logits_RV.argmax(-1)
         zeros_R = torch.zeros(len(ids_R), device=logits_RV.device)
         return ids_R, zeros_R, zeros_R
-    scaled_RV = logits_RV.float()
-    if sampling.temperature != 1:
-        scaled_RV = scaled_RV / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1:
-        scaled_RV = truncate(scaled_RV, sampling.top_k, sampling.top_p)
+    scaled_RV = scaled(logits_RV, sampling)
     num_rows, vocab_size = scaled_RV.shape
     length = math.isqrt(vocab_size - 1) + 1
     num_chunks = -(-vocab_size // length)
@@ -47,6 +43,16 @@ def draw(
     log_probs_R = shifted_RV.gather(-1, ids_R1).squeeze(-1) - log_total_R
     entropies_R = log_total_R - shifted_RV.mul_(weights_RV).sum(-1) / total_R
     return ids_R1.squeeze(-1), log_probs_R.float(), entropies_R.float()
+
+
+def scaled(logits_RV: Tensor, sampling: Sampling) -> Tensor:
+    """The logits of the distribution that is drawn from, in float32."""
+    scaled_RV = logits_RV.float()
+    if sampling.temperature != 1:
+        scaled_RV = scaled_RV / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1:
+        scaled_RV = truncate(scaled_RV, sampling.top_k, sampling.top_p)
+    return scaled_RV
 
 
 def _invert(weights_RCL: Tensor, uniforms_R1: Tensor) -> tuple[Tensor, Tensor]:

@@ -345,7 +345,7 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
     """Write the student, evaluate it, and mark the run as done."""
     recipe, setup, folder = trainer.recipe, trainer.setup, trainer.folder
     student = setup.student
-    decoder = trainer.decoders["student"]
+    decoder = trainer.decoder
     trainer.bring_up(run.step)
     weights = checkpoint.weights(student, decoder, recipe.student.lora)
     student.eval()

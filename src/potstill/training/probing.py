@@ -30,7 +30,6 @@ def probe_window(
     setup: Setup,
     engines: Mapping[Writer, Engine],
     *,
-    decoder: Any,
     state: WindowState,
     step: int,
     world: World,
@@ -47,7 +46,7 @@ def probe_window(
     seeds = [stream_key((recipe.train.seed, step, number), Stream.PROBE) for number in numbers]
     writing = writing_of(recipe, setup, engines, state.tokens)
     # The whole copy that decodes: ranks do not take the same number of passes here.
-    student = setup.student.around(decoder, "student")
+    student = setup.student.around(engines["student"].model, "student")
     rollouts = from_one("student", writing, prompts, seeds)
     flops: float = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
     texts = responses(rollouts, student.tokenizer)

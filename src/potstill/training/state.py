@@ -37,9 +37,9 @@ from potstill.types import Prompt, Rollout, Writer
 class Trainer:
     """Everything that the steps of a run share. Its models and its optimiser change in place.
 
-    `settings` are `recipe.train` with a learning rate. `decoders` are the models that write; the
-    student's is a whole copy where the trained one is sharded. `engines` write with their weights.
-    `follower` is a teacher that becomes the student every so many steps.
+    `settings` are `recipe.train` with a learning rate. `engines` are those of the models that
+    write; the student's writes with a whole copy where the trained one is sharded. `follower` is a
+    teacher that becomes the student every so many steps.
     """
 
     recipe: Recipe
@@ -47,13 +47,17 @@ class Trainer:
     setup: Setup
     world: World
     optimizer: torch.optim.Optimizer
-    decoders: Mapping[Writer, Any]
     engines: Mapping[Writer, Engine]
     follower: LanguageModel | None
 
     @property
     def folder(self) -> Path:
         return self.recipe.out
+
+    @property
+    def decoder(self) -> Any:
+        """The student's model that writes, whole on this rank."""
+        return self.engines["student"].model
 
     @property
     def split_by(self) -> tuple[Writer, ...]:
@@ -63,7 +67,7 @@ class Trainer:
     def bring_up(self, step: int) -> None:
         """Give the student that writes the weights of the one that learns, after so many steps.
         Every rank must call this."""
-        distributed.refresh(self.decoders["student"], self.setup.student)
+        distributed.refresh(self.decoder, self.setup.student)
         self.engines["student"].update_weights(step)
 
     def close(self) -> None:
@@ -121,10 +125,8 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
     """Shard the student over the ranks and give it an optimiser."""
     student, teacher = setup.student, setup.teacher
     settings = with_lr(recipe.train, student.num_weights, has_adapter(student.model))
-    decoders: dict[Writer, Any] = {"student": distributed.shard(student, world)}
+    engines = _engines(recipe, setup, world)
     follower = None
-    if teacher is not None and teacher.decoder is not None:
-        decoders["teacher"] = teacher.decoder
     if teacher is not None and teacher.name == "self" and recipe.teacher.refresh_steps:
         assert isinstance(teacher, LanguageModel), "load_teacher copies the student"
         follower = teacher
@@ -135,8 +137,7 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
         setup=setup,
         world=world,
         optimizer=optimizer,
-        decoders=decoders,
-        engines=_engines(recipe, setup, decoders, world),
+        engines=engines,
         follower=follower,
     )
 
@@ -154,19 +155,21 @@ def make_optimizer(student: LanguageModel, settings: Train) -> torch.optim.Optim
     return kind(learning, **options, bf16_stochastic_round=settings.stochastic_rounding)
 
 
-def _engines(
-    recipe: Recipe, setup: Setup, decoders: Mapping[Writer, Any], world: World
-) -> dict[Writer, Engine]:
-    """An engine for each model that writes. A teacher that writes no prefixes does so here: of
-    validation's completions there are few."""
-    engines: dict[Writer, Engine] = {who: NativeEngine(model) for who, model in decoders.items()}
+def _engines(recipe: Recipe, setup: Setup, world: World) -> dict[Writer, Engine]:
+    """An engine for each model that writes, once the student is sharded."""
     place: dict[str, Any] = {"folder": recipe.out / "engine", "max_tokens": setup.longest}
-    engines["student"] = make_engine(recipe, decoders["student"], "student", world=world, **place)
-    teacher_writes = recipe.objective.prefix in ("teacher", "mixed") and setup.cache is None
-    if teacher_writes and "teacher" in decoders:
-        engines["teacher"] = make_engine(
-            recipe, decoders["teacher"], "teacher", world=world, **place
-        )
+    decoder = distributed.shard(setup.student, world)
+    engines: dict[Writer, Engine] = {
+        "student": make_engine(recipe, decoder, "student", world=world, **place)
+    }
+    writes = None if setup.teacher is None else setup.teacher.decoder
+    if writes is None:
+        return engines
+    if recipe.objective.prefix in ("teacher", "mixed") and setup.cache is None:
+        engines["teacher"] = make_engine(recipe, writes, "teacher", world=world, **place)
+    else:
+        # Validation asks for few completions.
+        engines["teacher"] = NativeEngine(writes)
     return engines
 
 

@@ -96,7 +96,6 @@ def probe_if_due(
             recipe,
             trainer.setup,
             trainer.engines,
-            decoder=trainer.decoders["student"],
             state=run.window,
             step=run.step,
             world=trainer.world,

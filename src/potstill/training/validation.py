@@ -88,8 +88,8 @@ def _with_best(trainer: Trainer, run: Run, row: dict[str, Any]) -> Run:
     best = next_best(goal, run.best, run.step, row[goal][0])
     if best.step == run.step:
         setup = trainer.setup
-        decoder, lora = trainer.decoders["student"], trainer.recipe.student.lora
-        weights = checkpoint.weights(setup.student, decoder, lora)
+        lora = trainer.recipe.student.lora
+        weights = checkpoint.weights(setup.student, trainer.decoder, lora)
         if trainer.world.is_main:
             checkpoint.stage_best(
                 trainer.folder, run.step, setup.student, weights, setup.ends.stop_ids, row
@@ -143,7 +143,7 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
     def pair(teacher) -> Pair:
         return Pair(
             # The whole copy that decodes: ranks do not take the same number of passes here.
-            student=setup.student.around(trainer.decoders["student"], "student"),
+            student=setup.student.around(trainer.decoder, "student"),
             teacher=teacher,
             vocab_size=setup.loss.vocab_size,
             end_class=setup.loss.end_class,
@@ -189,7 +189,7 @@ def _of_teacher(
     teacher, world = trainer.setup.teacher, trainer.world
     if teacher is not None and not teacher.can_score:
         return [] if writing.cache is None else from_teacher(writing, prompts, keys)
-    if "teacher" not in trainer.decoders:
+    if "teacher" not in trainer.engines:
         return []
     path = trainer.folder / TEACHERS_FILE
     asked = files.json_digest(
