@@ -37,7 +37,7 @@ MISTAKES = [
         "train demo --student.model gpt2",
         ["'gpt2' is no folder here", "a hub id has an owner", "openai-community/gpt2"],
     ),
-    ("train nothing", ["'nothing' does not exist", "one of demo, qwen3, rl, smollm2"]),
+    ("train nothing", ["'nothing' does not exist", "one of demo, opsd, qwen3, rl, sdft, smollm2"]),
     ("train mien.toml", ["'mien.toml' does not exist", "the nearest is 'mine.toml'"]),
     (
         "train demo --data.source a.jsonl,b.jsonl",

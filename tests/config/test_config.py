@@ -216,7 +216,7 @@ def test_missing_and_broken_files(tmp_path):
         load_recipe(tmp_path / "broken.toml")
     with pytest.raises(
         RecipeError,
-        match=r"is a folder; give a TOML file or one of demo, qwen3, rl, smollm2$",
+        match=r"is a folder; give a TOML file or one of demo, opsd, qwen3, rl, sdft, smollm2$",
     ):
         load_recipe(tmp_path)
 
@@ -343,6 +343,8 @@ RATES = {
     "teacher-small": (4e-3, 20, 800),
     "demo": (3e-3, 10, 120),
     "rl": (5e-4, 0, 40),
+    "opsd": (1e-3, 10, 100),
+    "sdft": (1e-3, 10, 100),
     "qwen3": (5e-7, 0, 1000),
     "smollm2": (2e-4, 0, 5),
 }
@@ -362,6 +364,7 @@ STUDY_RATES = {
     "paper-mini-full": ({7.5e-4, 1.5e-3, 3e-3, 6e-3}, {5e-4}),
     "paper-qwen3": ({2e-7, 5e-7, 2e-6}, {1e-6}),
     "quick": ({3e-3}, set()),
+    "self-distillation": ({1e-3}, set()),
 }
 
 

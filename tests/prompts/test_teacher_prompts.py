@@ -157,6 +157,39 @@ def test_a_teacher_that_follows_the_student_resumes(tmp_path, stop_at):
         assert not torch.equal(copied[name], dict(whole.student.named_parameters())[name])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_teacher_that_follows_as_a_moving_average(tmp_path, dtype):
+    """By its definition in float64, from the students of all steps; in bfloat16 steps this small
+    would be lost. A run that was stopped ends in the same bits."""
+    data = write_data(tmp_path / "rows.jsonl")
+
+    def recipe(name):
+        train = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 9, "lr": 1e-3}
+        teacher = {"model": "self", "prompt_column": "hint", "ema": 0.9}
+        sections = {"teacher": teacher, "train": train, "student": {"dtype": dtype}}
+        return tiny_recipe(tmp_path / name, data=data, objective={"kl": "reverse"}, **sections)
+
+    def weights(name, step):
+        return load_file(tmp_path / f"whole/checkpoint/step-{step:06d}/{name}.safetensors")
+
+    potstill.train(recipe("whole"), quiet=True)
+    expected = {name: value.double() for name, value in weights("teacher", 1).items()}
+    for step in (1, 2, 3):
+        for name, value in weights("model", step).items():
+            expected[name].mul_(0.9).add_(value.double(), alpha=0.1)
+    last = weights("teacher", 4)
+    for name, value in last.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-7)
+    first = weights("teacher", 1)
+    assert any(not torch.equal(last[name], first[name]) for name in last)
+    with interrupted_at(3):
+        potstill.train(recipe("stopped"), quiet=True)
+    potstill.train(recipe("stopped"), quiet=True)
+    path = tmp_path / "stopped/checkpoint/step-000004/teacher.safetensors"
+    assert all(torch.equal(value, last[name]) for name, value in load_file(path).items())
+
+
 def test_bad_columns_and_settings(tmp_path):
     data = write_data(tmp_path / "rows.jsonl")
     with pytest.raises(

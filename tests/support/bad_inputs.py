@@ -163,6 +163,8 @@ RECIPES = [
     ),
     ('[evaluation]\nsource = "multiplication"\nmax_tokens = 0', "evaluation.max_tokens is 0"),
     ("[teacher]\nrefresh_steps = 3", "is set but not read"),
+    ("[teacher]\nema = 0.9", "is set but not read"),
+    ("[teacher]\nmodel = 'self'\nema = 1", "teacher.ema"),
     ('[teacher]\nmodel = "self"\ncache = "c"', 'teacher.model is "self"'),
     ('[student]\ndtype = "float16"', "student.dtype is 'float16'"),
     ("[student]\ntrust_remote_code = 1", "student.trust_remote_code is 1"),
@@ -190,7 +192,8 @@ COMMANDS = [
     ("train demo extra", "unrecognized options: extra"),
     (
         "train nothing",
-        "recipe 'nothing' does not exist; give a TOML file or one of demo, qwen3, rl, smollm2",
+        "recipe 'nothing' does not exist; give a TOML file or one of demo, opsd, qwen3, rl, sdft, "
+        "smollm2",
     ),
     ("train full", "recipe 'full' is a folder; give a TOML file"),
     ("train a-file", "is not valid TOML"),

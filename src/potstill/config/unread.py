@@ -210,9 +210,8 @@ def _unread_of_teacher(teacher: TeacherSpec) -> dict[str, str]:
         }
         unread["rollouts.end_set"] = 'teacher.model is "self", which ends as the student does'
     else:
-        unread["teacher.refresh_steps"] = (
-            f'teacher.model is {model!r} and only "self" can follow the student'
-        )
+        reason = f'teacher.model is {model!r} and only "self" can follow the student'
+        unread |= {f"teacher.{name}": reason for name in ("refresh_steps", "ema")}
     if teacher.url is None:
         reason = "teacher.url is not set, and the teacher is here"
         unread |= {

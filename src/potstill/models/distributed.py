@@ -106,14 +106,14 @@ def copy_buffers(source: nn.Module | None, target: nn.Module) -> None:
 
 
 @torch.no_grad()
-def refresh(decoder: nn.Module, model: LanguageModel) -> None:
-    """Copy the student's weights into a whole copy of it, if it is one. Every rank must call
-    this."""
-    if decoder is model.model:
+def refresh(copied: nn.Module, model: LanguageModel, kept: float = 0.0) -> None:
+    """Bring a whole copy of the student, if it is one, up to its weights; of its own it keeps a
+    share. Every rank must call this."""
+    if copied is model.model:
         return
-    for mine, sharded in zip(decoder.parameters(), model.model.parameters(), strict=True):
+    for mine, sharded in zip(copied.parameters(), model.model.parameters(), strict=True):
         if sharded.requires_grad:
-            mine.copy_(whole(sharded))
+            mine.lerp_(whole(sharded).to(mine.dtype), 1 - kept)
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:

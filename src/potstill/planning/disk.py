@@ -29,9 +29,12 @@ def disk_of(recipe: Recipe, student: Sizes) -> Disk:
     learns, whole = student.trained_bytes(dtype), student.weight_bytes(dtype)
     weights = learns if student.num_adapter else whole
     merged = whole - student.num_adapter * BYTES["float32"]
-    follows = recipe.teacher.model == "self" and recipe.teacher.refresh_steps
+    teacher = 0
+    if recipe.teacher.follows_every is not None:
+        learning = student.num_adapter or student.num_weights
+        teacher = learning * BYTES["float32"] if recipe.teacher.ema is not None else weights
     return Disk(
-        checkpoint=(1 + bool(follows)) * weights + moment_bytes(recipe, student),
+        checkpoint=weights + teacher + moment_bytes(recipe, student),
         # A new checkpoint is whole before an old one goes.
         num_checkpoints=(recipe.train.keep_checkpoints or 1) + 1,
         student=learns if recipe.student.lora.save == "adapter" else merged,

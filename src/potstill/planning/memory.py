@@ -105,6 +105,8 @@ def memory_of(
 
 def teacher_dtype(recipe: Recipe) -> str:
     """The type of the teacher's weights, which are the student's where it is the student."""
+    if recipe.teacher.ema is not None:
+        return "float32"
     return recipe.student.dtype if recipe.teacher.model == "self" else recipe.teacher.dtype
 
 
@@ -149,7 +151,8 @@ def _teacher_bytes(recipe: Recipe, pair: Outlines, place: TeacherPlace, num_devi
     if pair.teacher is None or place == "none":
         return 0
     teacher, item = pair.teacher.sizes, BYTES[teacher_dtype(recipe)]
-    if recipe.teacher.model == "self" and shares_base(recipe, num_devices):
+    follows = recipe.teacher.follows_every is not None
+    if recipe.teacher.model == "self" and shares_base(recipe, num_devices) and not follows:
         return 0
     if place != "live":
         # The head of a teacher elsewhere is here, which the loss applies to its states.

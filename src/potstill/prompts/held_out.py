@@ -95,7 +95,7 @@ def _why_not(recipe: Recipe, teacher) -> str | None:
         return "there is no teacher, and the scores of each step are in the log"
     if teacher is None or not teacher.can_score or teacher.decoder is None:
         return "no live teacher scores what the student writes"
-    if recipe.teacher.refresh_steps is not None:
+    if recipe.teacher.follows_every is not None:
         return "the teacher follows the student"
     if every_steps(recipe, recipe.train.steps) is None:
         return "the run is so short that it would take more than a twentieth of it"

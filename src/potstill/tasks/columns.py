@@ -48,6 +48,7 @@ SETTINGS = {
     "plain": {"_": 1.0},
     "hidden-convention": {"_": 0.65, "|": 0.35},
     "even-convention": {"_": 0.5, "|": 0.5},
+    "certain-convention": {"|": 1.0},
     "hidden-style": {"~": 0.5, "?": 0.5},
     "both-hidden": {"~": 0.325, "?": 0.325, "|": 0.35},
     "two-algorithms": {":": 1.0},

@@ -2,7 +2,7 @@
 
 import copy
 
-from potstill.config import Recipe
+from potstill.config import Recipe, TeacherSpec
 from potstill.models.base_alone import BaseAlone, as_it_is
 from potstill.models.distributed import World
 from potstill.models.given import share_weights
@@ -46,10 +46,7 @@ def load_teacher(
         cache.check_recipe(recipe, teacher)
         return CachedTeacher(cache, world.device, spec.trust_remote_code)
     if teacher is None and spec.model == "self":
-        # On a resume the student's weights come from the checkpoint, and these stay what they were.
-        follows = spec.refresh_steps is not None
-        copied = student.around(copy.deepcopy(student.model), "self") if follows else None
-        teacher = copied or as_it_is(student, "self", world.size)
+        teacher = _own_teacher(spec, student, world)
     elif teacher is None and spec.url is not None:
         return reach(spec, world.device)
     elif teacher is None and spec.placement == "sharded" and world.size > 1:
@@ -69,3 +66,13 @@ def load_teacher(
     if share_weights(teacher, student):
         teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
     return teacher.eval().requires_grad_(False)
+
+
+def _own_teacher(spec: TeacherSpec, student: LanguageModel, world: World) -> LanguageModel:
+    """The student as it is now, or a copy that is to follow it."""
+    # On a resume the student's weights come from the checkpoint, and these stay what they were.
+    if spec.follows_every is None:
+        return as_it_is(student, "self", world.size)
+    copied = copy.deepcopy(student.model)
+    # A moving average takes smaller steps than bfloat16 has.
+    return student.around(copied if spec.ema is None else copied.float(), "self")

@@ -127,7 +127,7 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
     settings = with_lr(recipe.train, student.num_weights, has_adapter(student.model))
     engines = _engines(recipe, setup, world)
     follower = None
-    if teacher is not None and teacher.name == "self" and recipe.teacher.refresh_steps:
+    if teacher is not None and teacher.name == "self" and recipe.teacher.follows_every:
         assert isinstance(teacher, LanguageModel), "load_teacher copies the student"
         follower = teacher
     optimizer = make_optimizer(student, settings)

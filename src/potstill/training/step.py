@@ -71,13 +71,10 @@ class StepFlops:
 def begin_step(trainer: Trainer, run: Run) -> None:
     """Seed the step, and bring every copy of the student that is due up to its present weights."""
     recipe, student = trainer.recipe, trainer.setup.student
+    follower, every = trainer.follower, recipe.teacher.follows_every
     torch.manual_seed(step_seed("step", trainer.settings.seed, run.step, trainer.world.rank))
-    if (
-        trainer.follower is not None
-        and run.step > 0
-        and run.step % (recipe.teacher.refresh_steps or 1) == 0
-    ):
-        distributed.refresh(trainer.follower.model, student)
+    if follower is not None and every is not None and run.step > 0 and run.step % every == 0:
+        distributed.refresh(follower.model, student, kept=recipe.teacher.ema or 0.0)
     student.eval()
     if run.step % recipe.rollouts.reuse == 0:
         trainer.bring_up(run.step)

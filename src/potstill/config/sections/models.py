@@ -54,8 +54,11 @@ class TeacherSpec(Section, role=Role.MODEL):
     """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is
     the student as it was before the first step, or at the last refresh."""
     refresh_steps: int | None = Field(default=None, ge=1)
-    """model = self: copy the student's weights into the teacher every so many steps; never by
-    default."""
+    """model = self: bring the teacher up to the student every so many steps; by default never, or
+    after each one with teacher.ema."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """model = self: share of its own weights that the teacher keeps when it is brought up, in
+    float32, so that it follows as a moving average; by default it becomes the student."""
     template: Literal["chat", "raw"] | None = None
     """Render the teacher's prompts with its own chat template, or take them as they are; by default
     it reads the student's prompts."""
@@ -89,3 +92,11 @@ class TeacherSpec(Section, role=Role.MODEL):
     sharded: a share on each, gathered layer by layer (FSDP2). A sharded teacher does not write."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings."""
+
+    @property
+    def follows_every(self) -> int | None:
+        """After how many steps each the teacher is brought up to the student; None where it never
+        is."""
+        if self.ema is not None and self.refresh_steps is None:
+            return 1
+        return self.refresh_steps
