@@ -483,7 +483,7 @@ FIELDS_WITH = {
     Role.WARM_UP: {"train.warmup_steps"},
     Role.BUDGET: {"train.flops"},
     Role.CACHE: {"teacher.cache"},
-    Role.BACKEND: {"train.loss_backend", "rollouts.engine", "engine.args"},
+    Role.BACKEND: {"train.loss_backend", "rollouts.dtype", "rollouts.engine", "engine.args"},
     Role.ROUNDING: {
         "train.tokens_per_batch",
         "sampling.batch_size",

@@ -346,8 +346,8 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
 
     world = distributed.start()
     setup = prepare(recipe, world)
-    decoder = setup.student.model
-    engines = {"student": NativeEngine(decoder), "teacher": NativeEngine(setup.teacher.model)}
+    models = {"student": setup.student, "teacher": setup.teacher}
+    engines = {who: NativeEngine(each.model) for who, each in models.items()}
     real, seen, entropies = probing.from_one, [], []
     ids = setup.student.tokenizer.encode("#12.", add_special_tokens=False)
     real_statistics = probing.fused_statistics
@@ -387,6 +387,7 @@ def test_a_loop_after_the_answer_changes_the_entropy_of_all_tokens_but_not_the_g
             recipe,
             setup,
             engines,
+            student=setup.student,
             state=WindowState(tokens=64, teacher_truncation=0.0),
             step=0,
             world=world,

@@ -26,15 +26,16 @@ def memory(subject: Subject) -> Finding:
     """Whether gradients, optimiser and one batch fit beside the weights that are loaded."""
     parts = memory_needed(subject)
     free = free_memory(subject.device)
-    sure = parts["gradients"] + parts["optimiser"]
+    sure = parts["gradients"] + parts["optimiser"] + parts["copy"]
     at_work = max(parts["decoding"], parts["activations"] + parts["logits"])
     need = sure + at_work
     measured = {f"{name}_bytes": size for name, size in parts.items()} | {"free_bytes": free}
     if free is None:
         says = f"{shown_bytes(need)} are needed beside the weights; how much is free is not known"
         return Finding(check="memory", level="skipped", says=says, measured=measured)
+    stays = "gradients, AdamW and a copy that writes" if parts["copy"] else "gradients and AdamW"
     says = (
-        f"{shown_bytes(need)} are needed beside the weights (gradients and AdamW "
+        f"{shown_bytes(need)} are needed beside the weights ({stays} "
         f"{shown_bytes(sure)}, a batch about {shown_bytes(at_work)}), and "
         f"{shown_bytes(free)} are free"
     )
@@ -75,6 +76,7 @@ def memory_needed(subject: Subject) -> dict[str, int]:
         "activations": activations,
         "logits": memory.kept.get("loss tiles", 0) + rest,
         "decoding": sum(memory.phases["rollouts"].values()),
+        "copy": memory.kept.get("decoding copy", 0),
     }
 
 

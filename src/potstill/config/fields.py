@@ -43,6 +43,13 @@ class RecipeFields(Section):
         drawn = (self.sampling.temperature, self.sampling.top_p, self.sampling.top_k)
         return drawn == (self.objective.temperature, 1.0, 0)
 
+    def writes_in(self, compute_dtype: str) -> str:
+        """The type of the weights that write the student's completions, whose passes compute in
+        `compute_dtype`. A student with an adapter writes as it is."""
+        if self.student.lora.rank is not None or self.student.dtype != "float32":
+            return self.student.dtype
+        return self.rollouts.dtype or compute_dtype
+
     @property
     def rewards_tokens(self) -> bool:
         """Whether the gradient is that of drawn tokens' probabilities, at least in part."""

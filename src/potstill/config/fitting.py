@@ -37,6 +37,11 @@ def refuse_misfits(recipe: RecipeFields) -> None:
     _check_lora(recipe.student)
     if recipe.rollouts.engine != "native":
         _check_engine(recipe)
+    if recipe.engine.importance_cap is not None and not recipe.draws_exactly:
+        raise ValueError(
+            "engine.importance_cap is set and tokens are not drawn exactly from the student; set "
+            "sampling.temperature = objective.temperature, top_p = 1 and top_k = 0"
+        )
     if recipe.teacher.cache is not None and recipe.objective.prefix in ("student", "mixed"):
         raise ValueError(
             f'teacher.cache is set and objective.prefix is "{recipe.objective.prefix}": a '
@@ -120,11 +125,6 @@ def _check_engine(recipe: RecipeFields) -> None:
             recipe.teacher.model == "self" and objective.prefix in ("teacher", "mixed"),
             f'teacher.model is "self" and objective.prefix is "{objective.prefix}": there is no '
             "model of its own to serve; use another teacher",
-        ),
-        (
-            engine.importance_cap is not None and not recipe.draws_exactly,
-            "engine.importance_cap is set and tokens are not drawn exactly from the student; set "
-            "sampling.temperature = objective.temperature, top_p = 1 and top_k = 0",
         ),
     )
 

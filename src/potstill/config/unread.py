@@ -33,6 +33,8 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
             f'objective.prefix is "{objective.prefix}", whose completions are not the data\'s'
         )
     unread |= _unread_of_student(recipe.student)
+    if recipe.student.dtype != "float32" or recipe.student.lora.rank is not None:
+        unread["rollouts.dtype"] = "the student writes with its own weights, in student.dtype"
     if recipe.student.dtype != "bfloat16" or recipe.student.lora.rank is not None:
         unread["train.stochastic_rounding"] = "the weights that learn are in float32"
     unread |= _unread_of_engine(recipe)
@@ -46,10 +48,13 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
 
 
 def _unread_of_engine(recipe: RecipeFields) -> dict[str, str]:
-    if recipe.rollouts.engine == "native":
-        return {"engine": 'rollouts.engine is "native", which is this process'}
     unread: dict[str, str] = {}
-    if recipe.engine.url is not None:
+    if recipe.rollouts.engine == "native":
+        reason = 'rollouts.engine is "native", which is this process'
+        if recipe.writes_in(recipe.train.compute_dtype or "float32") == recipe.student.dtype:
+            return {"engine": f'{reason}, and rollouts.dtype is not "bfloat16"'}
+        unread |= {f"engine.{name}": reason for name in ("python", "args", "url", "timeout")}
+    elif recipe.engine.url is not None:
         reason = "engine.url is set, so no server is started"
         unread |= {"engine.python": reason, "engine.args": reason}
     if recipe.objective.prefix not in ("student", "mixed"):

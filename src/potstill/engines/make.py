@@ -11,12 +11,20 @@ from potstill.types import Writer
 
 
 def make_engine(
-    recipe: Recipe, model, writer: Writer, *, folder: Path, max_tokens: int, world: World
+    recipe: Recipe,
+    model,
+    writer: Writer,
+    *,
+    folder: Path,
+    max_tokens: int,
+    world: World,
+    is_another: bool = False,
 ) -> Engine:
-    """The engine of one writer. A server of vLLM begins with its first completion; each rank has
-    one of its own. `max_tokens` are those of the longest prompt with its completion."""
+    """The engine of one writer, whose model may be a copy in another type. A server of vLLM begins
+    with its first completion; each rank has one of its own. `max_tokens` are those of the longest
+    prompt with its completion."""
     if recipe.rollouts.engine == "native":
-        return NativeEngine(model)
+        return NativeEngine(model, is_another)
     from potstill.engines.vllm import VllmEngine
 
     name = writer if world.size == 1 else f"{writer}-{world.rank}"

@@ -53,7 +53,8 @@ def warned_above(recipe: Recipe, compute_dtype: str) -> float:
     """The mean difference that is warned of, where the student computes in a type."""
     if recipe.engine.warn_above is not None:
         return recipe.engine.warn_above
-    return FINE_GAP if recipe.student.dtype == compute_dtype == "float32" else COARSE_GAP
+    types = {recipe.student.dtype, compute_dtype, recipe.writes_in(compute_dtype)}
+    return FINE_GAP if types == {"float32"} else COARSE_GAP
 
 
 def refuse_mismatch(recipe: Recipe, mean: float, step: int) -> None:
@@ -63,7 +64,7 @@ def refuse_mismatch(recipe: Recipe, mean: float, step: int) -> None:
             f"step {step + 1}: the engine's log-probabilities are {mean:.3g} nats a token from the "
             f"trainer's, above engine.stop_above = {recipe.engine.stop_above:g}; nothing was "
             "updated. Compare the engine's dtype and arguments with the student's, or use "
-            'rollouts.engine = "native"'
+            'rollouts.engine = "native" with rollouts.dtype = "float32"'
         )
 
 

@@ -11,9 +11,13 @@ from potstill.types import Completion
 
 @dataclass(frozen=True)
 class NativeEngine:
-    """Decoding with the module itself, whose weights are new by themselves."""
+    """Decoding with the module itself, whose weights are new by themselves.
+
+    `is_another` where the module is a copy of the student in another type.
+    """
 
     model: Any
+    is_another: bool = False
     is_native = True
 
     def write(

@@ -25,6 +25,12 @@ class Engine(Protocol):
         """Whether this process decodes."""
         ...
 
+    @property
+    def is_another(self) -> bool:
+        """Whether it draws from a slightly other distribution than the trainer's model has, with
+        which it is compared."""
+        ...
+
     def write(
         self,
         prompts: Sequence[tuple[int, ...]],

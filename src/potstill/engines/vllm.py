@@ -50,6 +50,7 @@ class VllmEngine:
     completion. `folder` keeps its log and its configuration."""
 
     is_native = False
+    is_another = True
 
     def __init__(self, model, spec: EngineSpec, folder: Path, *, dtype: str, max_tokens: int):
         self.model, self.spec, self.folder = model, spec, folder

@@ -63,18 +63,20 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shard(model: LanguageModel, world: World) -> nn.Module:
+def shard(model: LanguageModel, world: World, *, in_bfloat16: bool = False) -> nn.Module:
     """Shard the student over all ranks; returns the whole copy that decodes on this rank.
 
     Decoding with sharded weights would gather every layer for every token, so each rank keeps a
-    whole copy in the student's own type and refreshes it once a step (`refresh`). Alone, the
-    student decodes itself.
+    whole copy in the student's own type or in bfloat16, and refreshes it once a step (`refresh`).
+    Alone, the student decodes itself, unless its weights are in another type.
     """
-    if world.size == 1:
+    if world.size == 1 and not in_bfloat16:
         return model.model
+    decoder = _copy(model.model, in_bfloat16)
+    if world.size == 1:
+        return decoder
     from torch.distributed.fsdp import FSDPModule
 
-    decoder = copy.deepcopy(model.model)
     shard_layers(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -83,6 +85,17 @@ def shard(model: LanguageModel, world: World) -> nn.Module:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return decoder
+
+
+def _copy(model: nn.Module, in_bfloat16: bool) -> nn.Module:
+    """A copy of a model, whose weights may be in bfloat16; buffers stay what they are."""
+    known = {}
+    if in_bfloat16:
+        known = {
+            id(weight): nn.Parameter(weight.detach().bfloat16(), weight.requires_grad)
+            for weight in model.parameters()
+        }
+    return copy.deepcopy(model, known)
 
 
 def shard_layers(model: LanguageModel) -> None:
@@ -113,7 +126,8 @@ def refresh(copied: nn.Module, model: LanguageModel, kept: float = 0.0) -> None:
         return
     for mine, sharded in zip(copied.parameters(), model.model.parameters(), strict=True):
         if sharded.requires_grad:
-            mine.lerp_(whole(sharded).to(mine.dtype), 1 - kept)
+            # In the copy's type before the ranks exchange it.
+            mine.lerp_(whole(sharded.to(mine.dtype)), 1 - kept)
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:

@@ -79,7 +79,8 @@ def memory_of(
     computing = compute_dtype_on(recipe, pair.student.config, on_cpu=on_cpu)
     again = recipe.train.activation_checkpointing
     passes = count(pair.student, shape, dtype, computing, again)
-    kept = _kept(recipe, pair, place, num_devices)
+    writing = writes_in(recipe, pair, on_cpu=on_cpu)
+    kept = _kept(recipe, pair, place, num_devices, writing)
     loss = _loss_bytes(recipe, pair, work)
     if on_cpu:
         # The tiles between the passes stay for the next batch; a GPU's allocator lends them on.
@@ -94,7 +95,7 @@ def memory_of(
             scoring["unsharded"] = 2 * pair.teacher.sizes.largest_layer * item
     gradients = pair.student.sizes.trained_bytes(dtype)
     phases = {
-        "rollouts": _decoding(recipe, pair, work, place),
+        "rollouts": _decoding(recipe, pair, work, place, writing),
         "teacher": scoring,
         **_learning(recipe, pair, work, loss | _states(recipe, pair, work), passes, num_devices),
         # The fused update has no tensors of its own.
@@ -108,6 +109,11 @@ def teacher_dtype(recipe: Recipe) -> str:
     if recipe.teacher.ema is not None:
         return "float32"
     return recipe.student.dtype if recipe.teacher.model == "self" else recipe.teacher.dtype
+
+
+def writes_in(recipe: Recipe, pair: Outlines, *, on_cpu: bool) -> str:
+    """The type of the weights that write the student's completions."""
+    return recipe.writes_in(compute_dtype_on(recipe, pair.student.config, on_cpu=on_cpu))
 
 
 def cache_bytes(sizes, rows: int, num_tokens: int, dtype: str) -> int:
@@ -132,7 +138,9 @@ def moment_bytes(recipe: Recipe, student: Sizes) -> int:
     return MOMENTS * student.trained_bytes(recipe.student.dtype)
 
 
-def _kept(recipe: Recipe, pair: Outlines, place: TeacherPlace, num_devices: int) -> dict[str, int]:
+def _kept(
+    recipe: Recipe, pair: Outlines, place: TeacherPlace, num_devices: int, writing: str
+) -> dict[str, int]:
     student, dtype = pair.student.sizes, recipe.student.dtype
     whole = student.weight_bytes(dtype)
     parts = {
@@ -142,8 +150,8 @@ def _kept(recipe: Recipe, pair: Outlines, place: TeacherPlace, num_devices: int)
     }
     if recipe.reward.start_kl and not shares_base(recipe, num_devices):
         parts["start"] = whole
-    if num_devices > 1:
-        parts["decoding copy"] = whole
+    if num_devices > 1 or writing != dtype:
+        parts["decoding copy"] = student.weight_bytes(writing)
     return parts
 
 
@@ -188,14 +196,16 @@ def loss_plan(recipe: Recipe, pair: Outlines, num_rows: int) -> Plan:
     return make_plan(num_rows, student.vocab_size, budget, one_group=sums_apart)
 
 
-def _decoding(recipe: Recipe, pair: Outlines, work: Work, place: TeacherPlace) -> dict[str, int]:
+def _decoding(
+    recipe: Recipe, pair: Outlines, work: Work, place: TeacherPlace, writing: str
+) -> dict[str, int]:
     """Keys, values and logits of the rows that one model decodes together, the larger of the
     two."""
     prefix, longest = recipe.objective.prefix, work.prompt_tokens + work.completion_tokens
     rows = min(recipe.sampling.batch_size, work.num_rollouts)
     writers = []
     if prefix in ("student", "mixed"):
-        writers.append((pair.student.sizes, recipe.student.dtype))
+        writers.append((pair.student.sizes, writing))
     if prefix in ("teacher", "mixed") and place == "live" and pair.teacher is not None:
         writers.append((pair.teacher.sizes, teacher_dtype(recipe)))
     both = [

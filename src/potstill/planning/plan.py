@@ -143,7 +143,7 @@ def needs_of(recipe: Recipe, pair: Outlines, place: TeacherPlace, asked: Circums
             num_devices=num_devices,
             operations=operations,
         ),
-        traffic=traffic_of(recipe, pair, work, place, num_devices),
+        traffic=traffic_of(recipe, pair, work, place, num_devices, on_cpu=device.is_cpu),
     )
 
 

@@ -16,6 +16,7 @@ from potstill.planning.memory import (
     drawing_bytes,
     is_spread,
     teacher_dtype,
+    writes_in,
 )
 from potstill.planning.operations import teacher_elsewhere
 from potstill.planning.sizes import BYTES, Outline, Sizes
@@ -47,7 +48,13 @@ class Traffic:
 
 
 def traffic_of(
-    recipe: Recipe, pair: Outlines, work: Work, place: TeacherPlace, num_devices: int
+    recipe: Recipe,
+    pair: Outlines,
+    work: Work,
+    place: TeacherPlace,
+    num_devices: int,
+    *,
+    on_cpu: bool = False,
 ) -> Traffic:
     """The traffic of FSDP2 as `distributed.shard` sets it up: layers are gathered for each batch's
     forward and backward pass, what is outside of them once, and gradients are scattered."""
@@ -65,7 +72,7 @@ def traffic_of(
         states = num_tokens * pair.teacher.sizes.width * BYTES[recipe.teacher.wire_dtype]
     return Traffic(
         shards=others * work.num_batches * (gathered + student.trained_bytes(dtype)),
-        copy=others * student.trained_bytes(dtype) / reuse,
+        copy=others * student.trained_bytes(writes_in(recipe, pair, on_cpu=on_cpu)) / reuse,
         teacher=of_teacher,
         states=states,
         push=student.num_weights * BYTES["bfloat16"] / reuse,
@@ -89,7 +96,7 @@ def seconds_of(
     trained, scoring = "bfloat16" if is_half else "float32", teacher_dtype(recipe)
     student = pair.student.sizes
     elsewhere = teacher_elsewhere(recipe, pair, work, place)
-    traffic = traffic_of(recipe, pair, work, place, num_devices)
+    traffic = traffic_of(recipe, pair, work, place, num_devices, on_cpu=device.is_cpu)
     share = {name: 1.0 if device.is_measured else value for name, value in EFFICIENCY.items()}
     touched = UPDATE_TOUCHES * student.trained_bytes(recipe.student.dtype) / num_devices
     of_student, of_teacher = _heads(recipe, pair, operations)
@@ -150,9 +157,8 @@ def _writing_seconds(
         student_share = teacher_share = 1.0
     total = 0.0
     if student_share:
-        total += student_share * decoding_seconds(
-            recipe, pair.student.sizes, work, device, recipe.student.dtype
-        )
+        dtype = writes_in(recipe, pair, on_cpu=device.is_cpu)
+        total += student_share * decoding_seconds(recipe, pair.student.sizes, work, device, dtype)
     if teacher_share and place == "live" and pair.teacher is not None:
         total += teacher_share * decoding_seconds(
             recipe, pair.teacher.sizes, work, device, teacher_dtype(recipe)

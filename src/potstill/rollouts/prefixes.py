@@ -43,6 +43,11 @@ class Writing:
     cache: Cache | None = None
     on_token: Callable[[int, int], None] = lambda place, token_id: None
 
+    @property
+    def keeps_log_probs(self) -> bool:
+        """Whether rollouts are to say from which log-probabilities they were drawn."""
+        return any(engine.is_another for engine in self.engines.values())
+
 
 def from_one(
     writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
@@ -62,7 +67,7 @@ def from_one(
     for prompt, completion in zip(prompts, completions, strict=True):
         writers = (writer,) * len(completion.token_ids)
         rollout = written_rollout(prompt, completion.token_ids, writers, completion.stop)
-        if not engine.is_native:
+        if writing.keeps_log_probs:
             rollout = dataclasses.replace(rollout, engine_log_probs=completion.log_probs)
         rollouts.append(rollout)
     return rollouts
@@ -157,7 +162,7 @@ def by_handoff(writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
         rollout = written_rollout(
             prompt, part.token_ids + tail, writers, rest[i].stop if i in rest else part.stop
         )
-        if not writing.engines["student"].is_native:
+        if writing.keeps_log_probs:
             log_probs = part.log_probs + (rest[i].log_probs if i in rest else ())
             rollout = dataclasses.replace(rollout, engine_log_probs=log_probs)
         rollouts.append(rollout)

@@ -354,9 +354,10 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
         if has_adapter(decoder):
             # Evaluated is what is saved, to the bit.
             merge_in_place(decoder)
-        # The whole copy that decodes: the other ranks take no part.
-        finished = student.around(decoder, student.name)
-        evaluate_run(recipe, finished, run.step, quiet, trainer.engines["student"])
+        engine = trainer.engines["student"]
+        # The other ranks take no part.
+        own = None if engine.is_native else engine
+        evaluate_run(recipe, trainer.measured, run.step, quiet, own)
         write_card(folder)
         run_folder.mark_done(recipe)
     distributed.wait_for_rank_0(trainer.world)

@@ -30,12 +30,13 @@ def probe_window(
     setup: Setup,
     engines: Mapping[Writer, Engine],
     *,
+    student: LanguageModel,
     state: WindowState,
     step: int,
     world: World,
 ) -> tuple[Probe, float]:
-    """Let the student write to the held-out prompts, measure it, and count the operations of this
-    rank.
+    """Let the student write to the held-out prompts, measure it as `student`, and count the
+    operations of this rank.
 
     Entropies are those of the models themselves, at temperature 1 and without truncation. The
     teacher's share of cut responses is measured once a window: by letting it write, or from the
@@ -45,8 +46,6 @@ def probe_window(
     numbers = range(world.rank, len(setup.probes), world.size)
     seeds = [stream_key((recipe.train.seed, step, number), Stream.PROBE) for number in numbers]
     writing = writing_of(recipe, setup, engines, state.tokens)
-    # The whole copy that decodes: ranks do not take the same number of passes here.
-    student = setup.student.around(engines["student"].model, "student")
     rollouts = from_one("student", writing, prompts, seeds)
     flops: float = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
     texts = responses(rollouts, student.tokenizer)

@@ -38,8 +38,8 @@ class Trainer:
     """Everything that the steps of a run share. Its models and its optimiser change in place.
 
     `settings` are `recipe.train` with a learning rate. `engines` are those of the models that
-    write; the student's writes with a whole copy where the trained one is sharded. `follower` is a
-    teacher that becomes the student every so many steps.
+    write; the student's writes with a whole copy where the trained one is sharded, or writes in
+    another type. `follower` is a teacher that becomes the student every so many steps.
     """
 
     recipe: Recipe
@@ -49,6 +49,15 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     engines: Mapping[Writer, Engine]
     follower: LanguageModel | None
+
+    @property
+    def measured(self) -> LanguageModel:
+        """The student as it is measured: itself, or its whole copy where ranks, which share it,
+        would have to take as many passes."""
+        student = self.setup.student
+        if self.world.size == 1:
+            return student
+        return student.around(self.decoder, "student")
 
     @property
     def folder(self) -> Path:
@@ -158,9 +167,13 @@ def make_optimizer(student: LanguageModel, settings: Train) -> torch.optim.Optim
 def _engines(recipe: Recipe, setup: Setup, world: World) -> dict[Writer, Engine]:
     """An engine for each model that writes, once the student is sharded."""
     place: dict[str, Any] = {"folder": recipe.out / "engine", "max_tokens": setup.longest}
-    decoder = distributed.shard(setup.student, world)
+    writes_in = recipe.writes_in(setup.loss.compute_dtype)
+    is_another = writes_in == "bfloat16" and setup.student.model.dtype == torch.float32
+    decoder = distributed.shard(setup.student, world, in_bfloat16=is_another)
     engines: dict[Writer, Engine] = {
-        "student": make_engine(recipe, decoder, "student", world=world, **place)
+        "student": make_engine(
+            recipe, decoder, "student", world=world, is_another=is_another, **place
+        )
     }
     writes = None if setup.teacher is None else setup.teacher.decoder
     if writes is None:

@@ -93,6 +93,7 @@ def probe_if_due(
             recipe,
             trainer.setup,
             trainer.engines,
+            student=trainer.measured,
             state=run.window,
             step=run.step,
             world=trainer.world,

@@ -142,8 +142,7 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
 
     def pair(teacher) -> Pair:
         return Pair(
-            # The whole copy that decodes: ranks do not take the same number of passes here.
-            student=setup.student.around(trainer.decoder, "student"),
+            student=trainer.measured,
             teacher=teacher,
             vocab_size=setup.loss.vocab_size,
             end_class=setup.loss.end_class,

@@ -27,6 +27,10 @@ class Rollouts(Section, role=Role.OBJECTIVE):
     engine: Annotated[Literal["native", "vllm"], Role.BACKEND] = "native"
     """Who decodes. native: this process; vllm: a vLLM server beside it, with the fields of
     `engine`. Each has random numbers of its own."""
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, Role.BACKEND] = None
+    """Type of the weights that write the student's completions. bfloat16: a copy of the student's,
+    renewed after each update, half as many bytes a token; its log-probabilities are compared with
+    the trainer's. By default that of the student's passes (train.compute_dtype)."""
     end_set: Literal["union", "student"] = "union"
     """Tokens that end a completion, in training, evaluation and the exported model. union: any end
     token of student or teacher; student: the student's own alone, which is how a mismatch of end
