@@ -11,7 +11,7 @@ from fake_servers import as_program, by_model, calls, serving, told
 
 from potstill import load_model, train
 from potstill.cache.build import build_cache
-from potstill.config import CacheOptions, RecipeError, make_recipe
+from potstill.config import CacheOptions, RecipeError, make_recipe, to_toml
 from potstill.engines import mismatch
 from potstill.engines.protocol import EngineError
 from potstill.runs import run_folder
@@ -59,6 +59,70 @@ def test_a_run_has_each_steps_weights_and_says_how_far_it_is_off(tmp_path, url):
     (found,) = (tmp_path / "run" / "responses").glob("*.jsonl")
     responses = [json.loads(line) for line in found.read_text().splitlines()]
     assert len(responses) == 4 and all(row["entropy"] > 0 for row in responses)
+
+
+def test_an_adapter_goes_over_merged(tmp_path, url):
+    """The server has the student's own module, which takes no weights of another name."""
+    validation = {"num_prompts": 0}
+    student = {"lora": {"rank": 4, "save": "adapter"}}
+    recipe = recipe_of(tmp_path / "run", url, student=student, validation=validation)
+    train(recipe, quiet=True)
+    rows = run_folder.read_metrics(tmp_path / "run")
+    assert len({row["engine_mismatch_max"] for row in rows}) == 4
+    assert max(row["engine_mismatch_max"] for row in rows) < 1e-4
+    assert calls(tmp_path / "fake").count("potstill_reload") == 4
+
+
+NUMBERS = ("loss", "reverse_kl", "student_entropy", "grad_norm", "length")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["started", "url"])
+def test_two_ranks_write_what_one_does(tmp_path, forks, program, where):
+    """A server that is started is one rank's; the weights go once to one at a URL. Of validation's
+    prompts one rank has none."""
+    evaluation = {"source": "multiplication", "num_problems": 2, "temperatures": [1.0]}
+    evaluation |= {"max_tokens": 16, "num_responses": 1}
+    found = {}
+    with serving(tmp_path / "fake", by_model(load_model("potstill:base").model)) as url:
+        for num_ranks in (1, 2):
+            out = tmp_path / f"on-{num_ranks}"
+            engine = {"url": url} if where == "url" else {"python": program, "stop_above": 1e3}
+            recipe = recipe_of(
+                out,
+                url,
+                engine={"url": None} | engine,
+                # So small that the next step's rollouts are the same to the last token.
+                train={"lr": 1e-6},
+                validation={"num_prompts": 1, "every": 4},
+                evaluation=evaluation,
+            )
+            (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
+            argv = ["train", "recipe.toml", "--out", str(out)]
+            ended = forks.run_ranks(tmp_path, argv, num_ranks)
+            assert ended.code == 0, ended.err
+            found[num_ranks] = run_folder.read_metrics(out)
+            assert len(run_folder.read_rows(out / "evals.jsonl")) == 1
+    for one, other in zip(found[1], found[2], strict=True):
+        assert {name: one[name] for name in NUMBERS} == pytest.approx(
+            {name: other[name] for name in NUMBERS}, rel=1e-4
+        )
+    if where == "url":
+        # One for each step of both runs, and one for what is written after the last.
+        assert calls(tmp_path / "fake").count("potstill_reload") == 2 * (4 + 1)
+        assert max(row["engine_mismatch_max"] for row in found[2]) < 1e-4
+    else:
+        logs = sorted((tmp_path / "on-2" / "engine").glob("*/vllm.log"))
+        assert [log.parent.name for log in logs] == ["student-0", "student-1"]
+
+
+@pytest.mark.slow
+def test_an_error_of_the_engine_ends_all_ranks(tmp_path, forks, url):
+    recipe = recipe_of(tmp_path / "run", url, validation={"num_prompts": 0})
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
+    told(tmp_path / "fake", width=10**6)
+    ended = forks.run_ranks(tmp_path, ["train", "recipe.toml", "--out", "run"], 2)
+    assert ended.code == 2 and "as many log-probabilities as tokens" in ended.last_line
 
 
 def test_a_run_that_is_resumed_is_the_same(tmp_path, url):

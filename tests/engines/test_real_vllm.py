@@ -3,6 +3,7 @@
 Prompts have 256 ids and more, so that a block of the prefix cache (128 ids on a CPU) is whole.
 """
 
+import copy
 import os
 import signal
 import statistics
@@ -16,9 +17,10 @@ import torch
 from padded_heads import with_wide_heads
 
 from potstill import load_model, train
-from potstill.config import EngineSpec, Sampling, make_recipe
+from potstill.config import EngineSpec, Lora, Sampling, make_recipe
 from potstill.engines.entropies import with_entropies
 from potstill.engines.vllm import VllmEngine
+from potstill.models.adapters import attach
 from potstill.runs import run_folder
 
 pytestmark = pytest.mark.vllm
@@ -115,6 +117,23 @@ def test_draws_are_exact(student, engine):
     assert abs(statistics.fmean(sums)) < 4 * error
     few = engine.write(PROMPTS, SEEDS, **(HOW | {"vocab_size": 9}))
     assert max(max(each.token_ids) for each in few) < 9
+
+
+def test_an_adapter_writes(student, engine, monkeypatch):
+    """The weights that go over are merged."""
+    adapted = student.around(copy.deepcopy(student.model), "adapted")
+    attach(adapted.model, Lora(rank=4), seed=0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "model", adapted.model)
+        engine.update_weights(4)
+        written = engine.write(PROMPTS, SEEDS, **HOW)
+    engine.update_weights(5)
+    print(f"largest gap: {gap(adapted, written):.2g} adapted, {gap(student, written):.2g} base")
+    assert gap(adapted, written) < 1e-4 and gap(student, written) > 1e-2
 
 
 @pytest.mark.parametrize("when", ["idle", "writing"])

@@ -32,15 +32,23 @@ def written(model, fallback: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=FOLDERS, dir=place))
     try:
         with FileLock(folder / ".lock", timeout=0):
-            if has_adapter(model):
-                save_file(merged_weights(model), folder / "model.safetensors")
-            else:
-                with without_progress_bars():
-                    model.save_pretrained(folder)
+            _save(model, folder)
             _add_tied_head(model, folder)
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(model, folder: Path) -> None:
+    """Write the weights by their names in checkpoints, an adapter's merged."""
+    weights = merged_weights(model) if has_adapter(model) else None
+    # By itself transformers writes on rank 0 alone, and each rank has a server of its own.
+    model.should_save_on_this_rank = lambda is_main_process: True
+    try:
+        with without_progress_bars():
+            model.save_pretrained(folder, state_dict=weights)
+    finally:
+        del model.should_save_on_this_rank
 
 
 def _add_tied_head(model, folder: Path) -> None:

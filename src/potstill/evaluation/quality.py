@@ -17,7 +17,7 @@ from potstill.answers.grading import Grade
 from potstill.kl.fused import fused_statistics
 from potstill.models.language_model import LanguageModel
 from potstill.rollouts.batching import batch_places, make_batch
-from potstill.rollouts.text import is_loop, num_tokens_to_answer
+from potstill.rollouts.text import is_loop, num_tokens_to_answer, responses
 from potstill.statistics import Estimate, ratio_over_problems
 from potstill.teachers.protocol import Teacher
 from potstill.types import Example, Rollout
@@ -103,10 +103,7 @@ def measure(
 
     Raises NonFiniteError for logits that are not finite.
     """
-    tokenizer = pair.student.tokenizer
-    texts = tokenizer.batch_decode(
-        [list(r.completion_ids) for r in rollouts], skip_special_tokens=True
-    )
+    texts = responses(rollouts, pair.student.tokenizer)
     sums: list[Sums] = [{} for _ in rollouts]
     for places in batch_places(rollouts, pair.tokens_per_batch):
         for place, found in zip(

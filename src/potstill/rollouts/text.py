@@ -12,7 +12,8 @@ LOOP_CHARACTERS, LOOP_RATIO = 10_000, 10.0
 def responses(rollouts: Sequence[Rollout], tokenizer) -> list[str]:
     """The completions as texts, without special tokens."""
     ids = [list(rollout.completion_ids) for rollout in rollouts]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    # From no ids at all transformers makes one empty text.
+    return tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
 
 
 def zlib_ratio(text: str) -> float:

@@ -16,7 +16,7 @@ from potstill.config import Recipe, Role, check_recipe
 from potstill.console.boundary import saying_when_stopped, stop_asked_for, stopped_after
 from potstill.console.printable import say
 from potstill.console.progress import StepDisplay
-from potstill.engines.make import refuse_missing_program
+from potstill.engines.make import engine_of_rank_0, refuse_missing_program
 from potstill.evaluation.scores import evaluate_anew, evaluate_run
 from potstill.models import distributed
 from potstill.models.adapters import has_adapter, merge_in_place
@@ -356,7 +356,7 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
             merge_in_place(decoder)
         engine = trainer.engines["student"]
         # The other ranks take no part.
-        own = None if engine.is_native else engine
+        own = None if engine.is_native else engine_of_rank_0(engine)
         evaluate_run(recipe, trainer.measured, run.step, quiet, own)
         write_card(folder)
         run_folder.mark_done(recipe)

@@ -157,7 +157,8 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
     if written:
         for mine, found in zip(sums, measure(pair(setup.teacher), TEACHER, written), strict=True):
             mine |= found
-    rollouts = from_one(STUDENT, writing, prompts, keys) if prompts else []
+    # Also where this rank has no prompts: an engine may be all ranks'.
+    rollouts = from_one(STUDENT, writing, prompts, keys)
     # A task may know the problems that it made; a function of the user's own scores all alike.
     scorer = held_out.task if recipe.reward.source is None else setup.grader
     for mine, found in zip(
