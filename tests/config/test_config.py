@@ -490,6 +490,7 @@ FIELDS_WITH = {
         "student.attention",
         "teacher.attention",
         "teacher.placement",
+        "teacher.device",
         "teacher.url",
     },
     Role.SPEED: {

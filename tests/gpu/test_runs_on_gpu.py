@@ -52,6 +52,17 @@ def test_each_cell_is_that_of_the_cpu(tmp_path, cuda, monkeypatch, prefix, kl):
         assert rows["gpu"][0][key] == pytest.approx(rows["cpu"][0][key], rel=1e-3), key
 
 
+@pytest.mark.parametrize("where", [{"placement": "offloaded"}, {"device": "cpu"}])
+def test_a_teacher_that_is_elsewhere_gives_the_same_loss(tmp_path, cuda, where):
+    for name, teacher in (("here", {}), ("there", where)):
+        recipe = {"objective": {"prefix": "student"}, "train": {"steps": 1, "lr": 1e-6}}
+        potstill.train(tiny_recipe(tmp_path / name, teacher=teacher, **recipe), quiet=True)
+    here, there = (
+        run_folder.read_rows(tmp_path / name / "metrics.jsonl")[0] for name in ("here", "there")
+    )
+    assert there["loss"] == pytest.approx(here["loss"], rel=1e-3)
+
+
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, cuda):
     train = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 9}
     potstill.train(tiny_recipe(tmp_path / "whole", train=train), quiet=True)

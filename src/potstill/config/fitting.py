@@ -71,8 +71,22 @@ def _check_placement(recipe: RecipeFields) -> None:
     teacher, prefix = recipe.teacher, recipe.objective.prefix
     where = {
         f"teacher.url is {teacher.url!r}": teacher.url is not None,
-        'teacher.placement is "sharded"': teacher.placement == "sharded",
+        f'teacher.placement is "{teacher.placement}"': teacher.placement != "replicated",
     }
+    if teacher.device is not None:
+        refuse_any(
+            f"teacher.device is {teacher.device!r}",
+            "leave it out",
+            (
+                teacher.placement != "replicated",
+                f'teacher.placement is "{teacher.placement}", which says where it is',
+            ),
+            (
+                prefix == "mixed" and recipe.objective.prefix_mix == "token",
+                'objective.prefix_mix is "token", which draws from both models on one device',
+            ),
+            (teacher.model == "self", 'teacher.model is "self", the student; name a model'),
+        )
     for says in (says for says, is_so in where.items() if is_so):
         refuse_any(
             says,

@@ -224,7 +224,7 @@ def _unread_of_teacher(teacher: TeacherSpec) -> dict[str, str]:
         }
     else:
         reason = "teacher.url is set, and the teacher is there"
-        unread |= {"teacher.placement": reason, "teacher.attention": reason}
+        unread |= {f"teacher.{name}": reason for name in ("placement", "device", "attention")}
     return unread
 
 

@@ -2,6 +2,7 @@
 a value."""
 
 import math
+import re
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -67,6 +68,15 @@ def _reachable(url: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(_reachable)]
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"cpu|cuda:\d+", name):
+        raise ValueError('give "cpu", or a GPU by its number such as "cuda:1"')
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_device)]
 
 
 def items_of(value: Any) -> list[Any]:

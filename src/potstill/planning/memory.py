@@ -86,13 +86,16 @@ def memory_of(
         # The tiles between the passes stay for the next batch; a GPU's allocator lends them on.
         kept["loss tiles"] = loss.pop("loss tiles")
     scoring = _states(recipe, pair, work)
-    if place == "live" and scoring and pair.teacher is not None:
+    if is_here(recipe, place) and scoring and pair.teacher is not None:
         of_teacher = count(pair.teacher, shape, teacher_dtype(recipe), "float32")
         scoring["activations"] = of_teacher.forward
+        sizes, item = pair.teacher.sizes, BYTES[teacher_dtype(recipe)]
         if is_spread(recipe, place, num_devices):
             # The layer that works, and the next one.
-            item = BYTES[teacher_dtype(recipe)]
-            scoring["unsharded"] = 2 * pair.teacher.sizes.largest_layer * item
+            scoring["unsharded"] = 2 * sizes.largest_layer * item
+        if recipe.teacher.placement == "offloaded":
+            # A layer, or the embedding, which is as large as the head.
+            scoring["brought in"] = max(sizes.largest_layer, sizes.head_weights) * item
     gradients = pair.student.sizes.trained_bytes(dtype)
     phases = {
         "rollouts": _decoding(recipe, pair, work, place, writing),
@@ -124,6 +127,11 @@ def cache_bytes(sizes, rows: int, num_tokens: int, dtype: str) -> int:
 def shares_base(recipe: Recipe, num_devices: int) -> bool:
     """Whether what the student was at first is its base with the adapter off, and no copy."""
     return recipe.student.lora.rank is not None and num_devices == 1
+
+
+def is_here(recipe: Recipe, place: TeacherPlace) -> bool:
+    """Whether the teacher computes on the device of the student."""
+    return place == "live" and recipe.teacher.device is None
 
 
 def is_spread(recipe: Recipe, place: TeacherPlace, num_devices: int) -> bool:
@@ -162,7 +170,7 @@ def _teacher_bytes(recipe: Recipe, pair: Outlines, place: TeacherPlace, num_devi
     follows = recipe.teacher.follows_every is not None
     if recipe.teacher.model == "self" and shares_base(recipe, num_devices) and not follows:
         return 0
-    if place != "live":
+    if not is_here(recipe, place) or recipe.teacher.placement == "offloaded":
         # The head of a teacher elsewhere is here, which the loss applies to its states.
         return teacher.head_weights * item
     if is_spread(recipe, place, num_devices):

@@ -225,10 +225,13 @@ def _smaller_fields(
         candidates.append(("train.compute_dtype", "bfloat16"))
     if asked.num_devices == 1 and not train.needs_torchao:
         candidates.append(("train.optimizer", "adamw-8bit"))
-    is_spread_already = recipe.teacher.placement == "sharded"
+    is_placed = recipe.teacher.placement != "replicated" or recipe.teacher.device is not None
     writes = recipe.objective.prefix in ("teacher", "mixed")
-    if place == "live" and asked.num_devices > 1 and not (is_spread_already or writes):
-        candidates.append(("teacher.placement", "sharded"))
+    if place == "live" and not (is_placed or writes or recipe.teacher.model == "self"):
+        if asked.num_devices > 1:
+            candidates.append(("teacher.placement", "sharded"))
+        elif not asked.device.is_cpu:
+            candidates.append(("teacher.placement", "offloaded"))
     if place == "live" and recipe.objective.prefix in ("teacher", "dataset"):
         candidates.append(("teacher.cache", "FOLDER"))
     return candidates

@@ -25,6 +25,8 @@ from potstill.planning.work import Work, compute_dtype_on
 # Numbers that an update reads and writes for a weight: it reads weight, gradient and both moments,
 # and writes all but the gradient.
 UPDATE_TOUCHES = 4 + 3
+# Bytes a second from a machine's memory to a GPU: four fifths of 16 lanes of PCI Express 4.
+HOST_LINK = 25e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,7 @@ def seconds_of(
         "rollouts": _writing_seconds(recipe, pair, work, place, device),
         "teacher": max(
             (operations["teacher"] + elsewhere) / _products(device, scoring),
+            _seconds_to_bring(recipe, pair, work, place),
             0.0 if place in ("cached", "none") else starting * _layers(pair.teacher),
         ),
         "student forward": max(forward / _products(device, trained), starting * student.num_layers),
@@ -119,6 +122,13 @@ def seconds_of(
         "optimiser": touched / (device.reading * share["reading"]),
         "sending": traffic.total / (sending * share["sending"]),
     }
+
+
+def _seconds_to_bring(recipe: Recipe, pair: Outlines, work: Work, place: TeacherPlace) -> float:
+    """Seconds to bring an offloaded teacher's weights to the device, for each batch."""
+    if pair.teacher is None or place != "live" or recipe.teacher.placement != "offloaded":
+        return 0.0
+    return work.num_batches * pair.teacher.sizes.weight_bytes(teacher_dtype(recipe)) / HOST_LINK
 
 
 def _layers(model: Outline | None) -> int:

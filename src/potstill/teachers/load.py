@@ -9,6 +9,7 @@ from potstill.models.given import share_weights
 from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
 from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.placed import loading_device, placed
 from potstill.teachers.protocol import Teacher
 from potstill.teachers.remote import reach
 from potstill.teachers.sharded import load_sharded
@@ -38,7 +39,7 @@ def load_teacher(
         teacher = (
             None
             if given is None
-            else ready(given, tokenizer, world.device, attention=spec.attention)
+            else ready(given, tokenizer, loading_device(spec, world), attention=spec.attention)
         )
     if cache is not None and (
         cache.manifest.settings.payload != "completions" or objective.signal == "labels"
@@ -54,7 +55,7 @@ def load_teacher(
     elif teacher is None:
         teacher = ready(
             spec.model,
-            device=world.device,
+            device=loading_device(spec, world),
             dtype=spec.dtype,
             trust_remote_code=spec.trust_remote_code,
             attention=spec.attention,
@@ -65,7 +66,7 @@ def load_teacher(
         return teacher
     if share_weights(teacher, student):
         teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
-    return teacher.eval().requires_grad_(False)
+    return placed(teacher.eval().requires_grad_(False), spec, world)
 
 
 def _own_teacher(spec: TeacherSpec, student: LanguageModel, world: World) -> LanguageModel:

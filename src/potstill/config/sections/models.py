@@ -6,7 +6,7 @@ from pydantic import Field
 
 from potstill.config.roles import Place, Role
 from potstill.config.section import Section
-from potstill.config.values import MANY_AT_ONCE, Filled, Url
+from potstill.config.values import MANY_AT_ONCE, DeviceName, Filled, Url
 
 
 class Lora(Section, role=Role.MODEL):
@@ -87,9 +87,14 @@ class TeacherSpec(Section, role=Role.MODEL):
     patience: Annotated[float, Role.OUTPUT] = Field(default=600, gt=0, le=86_400)
     """Seconds for which a server that does not answer is asked again; then the run ends, and can go
     on."""
-    placement: Annotated[Literal["replicated", "sharded"], Role.ROUNDING] = "replicated"
-    """Where the weights are when several ranks train. replicated: all of them on each rank;
-    sharded: a share on each, gathered layer by layer (FSDP2). A sharded teacher does not write."""
+    placement: Annotated[Literal["replicated", "sharded", "offloaded"], Role.ROUNDING] = (
+        "replicated"
+    )
+    """Where the weights are. replicated: all of them on the device of each rank; sharded: a share
+    on each rank, gathered layer by layer (FSDP2); offloaded: in the machine's memory, brought to
+    the GPU layer by layer. A teacher that is sharded or offloaded does not write."""
+    device: Annotated[DeviceName | None, Role.ROUNDING] = None
+    """Device of the teacher's own, such as "cuda:1" or "cpu"; by default the student's."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings."""
 
