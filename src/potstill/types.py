@@ -120,7 +120,8 @@ class Rollout:
 
     `log_probs` are the student's of its loss tokens when the rollout was new, None while it is;
     `credit` is there where responses are scored. `engine_log_probs` are those of all tokens as an
-    engine in another process told them; None where this process wrote.
+    engine in another process told them, or the cache of an older student; None where this student
+    wrote in this process.
     """
 
     prompt: Prompt

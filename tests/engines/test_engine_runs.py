@@ -214,6 +214,11 @@ def test_both_writers_of_a_mixture_have_an_engine(tmp_path, program):
     manifest = build_cache(recipe, tmp_path / "cache", CacheOptions(), quiet=True)
     assert manifest.total("num_rollouts") == 64
     assert "completion" in calls(tmp_path / "cache" / ".engine" / "teacher")
+    # Scored by the teacher here, whoever wrote.
+    by_student = CacheOptions(writer="student")
+    manifest = build_cache(recipe, tmp_path / "older", by_student, quiet=True)
+    assert manifest.student is not None and manifest.total("num_rollouts") == 64
+    assert "completion" in calls(tmp_path / "older" / ".engine" / "student")
 
 
 def test_merged_ends_and_the_teachers_tokens_are_not_compared():
@@ -226,7 +231,7 @@ def test_merged_ends_and_the_teachers_tokens_are_not_compared():
     told_N = mismatch.told_log_probs([rollout], (2, 3), like)
     assert told_N[0] == -1 and told_N[1].isnan()
     ours_N = torch.tensor([-0.5, -9.0])
-    assert mismatch.gaps(told_N, ours_N).tolist() == [0.5]
+    assert mismatch.gaps(told_N, ours_N).tolist() == [-0.5]
     ratio_N = mismatch.importance_ratio(told_N, ours_N, 1.5)
     assert ratio_N.tolist() == [1.5, 1.0]
     by_teacher = dataclasses.replace(rollout, writers=("teacher",) * 3)

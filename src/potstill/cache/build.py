@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from potstill.cache.make_shard import make_shard, save_whole
-from potstill.config import CacheOptions, Recipe, RecipeError, Validation, check_recipe
+from potstill.cache.writer import load_writer
+from potstill.config import CacheOptions, Lora, Recipe, RecipeError, Validation, check_recipe
 from potstill.console.progress import CacheDisplay
 from potstill.engines.make import make_engine, refuse_missing_program
+from potstill.engines.native import NativeEngine
 from potstill.engines.protocol import Engine
 from potstill.files import file_digest, write_atomically
 from potstill.models import distributed
@@ -28,10 +30,15 @@ from potstill.teachers.manifest import (
     Manifest,
     Settings,
     ShardRecord,
+    StudentIdentity,
+    TeacherIdentity,
     identify,
+    identify_folder,
     read_manifest,
     sampling_settings,
 )
+from potstill.teachers.protocol import Teacher
+from potstill.teachers.remote import RemoteTeacher
 from potstill.teachers.shards import key_of
 from potstill.teachers.store import Cache
 from potstill.training.setup import Setup, prepare
@@ -49,14 +56,13 @@ def build_cache(
     prompts: Sequence[str | dict | Example] | None = None,
     quiet: bool = False,
 ) -> Manifest:
-    """Write the completions and the signal of a recipe's teacher to the folder `out`, or what is
-    missing of them there.
+    """Write completions and the signal of a recipe's teacher on them to the folder `out`, or what
+    is missing of them there.
 
-    With `objective.prefix = "dataset"` the completions are the data's, with any other the teacher
-    writes them. A cache that is there is added to: more prompts, more completions of each. Objects
-    take the place of names as in `train`. Raises CacheError for a folder with anything else in it,
-    for a cache of another teacher or of other settings, and for a full disk; what was finished
-    stays.
+    `options` say who writes the completions. A cache that is there is added to: more prompts, more
+    completions of each. Objects take the place of names as in `train`. Raises CacheError for a
+    folder with anything else in it, for a cache of another teacher or writer or of other settings,
+    and for a full disk; what was finished stays.
     """
     from filelock import FileLock, Timeout
 
@@ -66,6 +72,10 @@ def build_cache(
     recipe = _as_written(recipe, options)
     _check_folder(out)
     world = distributed.start()
+    _refuse_ranks(recipe, world)
+    identity = None
+    if recipe.objective.prefix == "student":
+        student, identity = load_writer(recipe, world, student, tokenizer)
     date = read_manifest(out).date if (out / "manifest.json").exists() else None
     setup = prepare(
         recipe,
@@ -76,8 +86,8 @@ def build_cache(
         prompts=prompts,
         date=date,
     )
-    assert isinstance(setup.teacher, LanguageModel), "the recipe asks for a live teacher's signal"
-    wanted = _manifest(recipe, setup, setup.teacher, options)
+    assert setup.teacher is not None, "the recipe asks for a teacher's signal"
+    wanted = _manifest(recipe, setup, setup.teacher, options, identity)
     try:
         with contextlib.ExitStack() as stack:
             if world.is_main:
@@ -87,8 +97,7 @@ def build_cache(
             distributed.wait_for_all(world)
             cache = Cache(out)
             refuse_other_cache(cache, wanted)
-            place: dict[str, Any] = {"folder": out / ".engine", "max_tokens": setup.longest}
-            engine = make_engine(recipe, setup.teacher.model, "teacher", world=world, **place)
+            engine = _engine(recipe, setup, out, world)
             stack.callback(engine.close)
             display = stack.enter_context(CacheDisplay(quiet or not world.is_main))
             return _fill(cache, recipe, setup, setup.teacher, engine, options, world, display)
@@ -104,7 +113,7 @@ def build_cache(
 
 
 def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
-    """The recipe of what is stored: a live teacher's signal on its own completions, or on the
+    """The recipe of what is stored: a teacher's signal on its own completions, a student's, or the
     data's."""
     if recipe.teacher.model == "self":
         raise RecipeError(
@@ -117,10 +126,24 @@ def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
             f"--completions is {options.completions} and --rollouts-per-shard "
             f"{options.rollouts_per_shard}; both must be at least 1"
         )
-    writer = "dataset" if recipe.objective.prefix == "dataset" else "teacher"
+    by_default = "dataset" if recipe.objective.prefix == "dataset" else "teacher"
+    writer, spec = options.writer or by_default, recipe.student
+    if options.model is not None:
+        if writer != "student":
+            raise RecipeError(
+                f"--model is {options.model!r} and the writer is the {writer}; it names a student "
+                "that writes: set --writer student, or leave it out"
+            )
+        fields = {"model": options.model, "init": "pretrained", "lora": Lora()}
+        spec = spec.model_copy(update=fields)
+    if writer == "teacher" and recipe.teacher.url is not None:
+        raise RecipeError(
+            f"teacher.url is {recipe.teacher.url!r}, where a teacher scores and does not write; "
+            "use --writer student or dataset, or a teacher that is here"
+        )
     if writer == "dataset" and (options.payload == "completions" or options.completions > 1):
         raise RecipeError(
-            'objective.prefix is "dataset", whose completions are there already, one a prompt; '
+            'the writer is "dataset", whose completions are there already, one a prompt; '
             "use --payload hidden or topk and --completions 1"
         )
     signal = "topk" if options.payload == "topk" else "full"
@@ -128,9 +151,40 @@ def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
     teacher = recipe.teacher.model_copy(update={"cache": None})
     # A cache has all prompts, whichever a run then holds out.
     validation = Validation(num_prompts=0)
-    return recipe.model_copy(
-        update={"objective": objective, "teacher": teacher, "validation": validation}
-    )
+    update = {"objective": objective, "teacher": teacher, "student": spec}
+    return recipe.model_copy(update=update | {"validation": validation})
+
+
+def _refuse_ranks(recipe: Recipe, world: World) -> None:
+    """Raise RecipeError for a teacher that all ranks must pass through together: a build gives each
+    its own shards."""
+    if recipe.teacher.placement == "sharded" and world.size > 1:
+        raise RecipeError(
+            f'teacher.placement is "sharded" and there are {world.size} ranks, which make shards '
+            'of a cache by themselves; use "replicated", or build on one rank'
+        )
+
+
+def _engine(recipe: Recipe, setup: Setup, out: Path, world: World) -> Engine:
+    """The engine of whoever writes."""
+    writer: Any = recipe.objective.prefix
+    if writer == "dataset":
+        return NativeEngine(None)
+    model = setup.student if writer == "student" else setup.teacher
+    assert isinstance(model, LanguageModel), "a teacher elsewhere does not write"
+    place: dict[str, Any] = {"folder": out / ".engine", "max_tokens": setup.longest}
+    return make_engine(recipe, model.model, writer, world=world, **place)
+
+
+def _identity(teacher: Teacher) -> TeacherIdentity:
+    """The identity of a teacher here, or of one elsewhere: its server's fingerprint where it tells
+    one, and none of files, of which only the head's need be here."""
+    if isinstance(teacher, LanguageModel):
+        return identify(teacher)
+    assert isinstance(teacher, RemoteTeacher), "other teachers are refused"
+    known = identify_folder(teacher.spec)
+    assert known is not None, "its configuration was read here"
+    return dataclasses.replace(known, parameters=teacher.weights_digest(), files=None)
 
 
 def _check_folder(out: Path) -> None:
@@ -151,15 +205,20 @@ def _check_folder(out: Path) -> None:
 
 
 def _manifest(
-    recipe: Recipe, setup: Setup, teacher: LanguageModel, options: CacheOptions
+    recipe: Recipe,
+    setup: Setup,
+    teacher: Teacher,
+    options: CacheOptions,
+    student: StudentIdentity | None,
 ) -> Manifest:
     """The cache's manifest before any shard is made."""
     is_hidden, is_topk = options.payload == "hidden", options.payload == "topk"
-    writes = recipe.objective.prefix == "teacher"
+    writer: Any = recipe.objective.prefix
+    writes = writer != "dataset"
     settings = Settings(
         payload=options.payload,
         dtype=options.dtype if is_hidden else None,
-        writer="teacher" if writes else "dataset",
+        writer=writer,
         window=recipe.window.tokens,
         end_ids=setup.ends.stop_ids,
         sampling=sampling_settings(recipe) if writes else None,
@@ -171,8 +230,10 @@ def _manifest(
         rollouts_per_shard=options.rollouts_per_shard,
     )
     head = teacher.head
+    assert head is not None, "only a cache has none"
     return Manifest(
-        teacher=identify(teacher),
+        teacher=_identity(teacher),
+        student=student,
         teacher_end_ids=teacher.end_ids,
         teacher_vocab_size=teacher.vocab_size,
         hidden_size=head.weight_VD.shape[1],
@@ -184,14 +245,16 @@ def _manifest(
     )
 
 
-def _begin(out: Path, wanted: Manifest, teacher: LanguageModel) -> None:
+def _begin(out: Path, wanted: Manifest, teacher: Teacher) -> None:
     """Write what does not change, and remove what a killed build left that no manifest lists."""
     (out / "shards").mkdir(exist_ok=True)
     if not (out / "manifest.json").exists():
         teacher.tokenizer.save_pretrained(out / "tokenizer")
         sha256 = None
         if wanted.settings.payload == "hidden":
-            tensors = {"weight": teacher.head.weight_VD.detach(), "bias": teacher.head.bias_V}
+            head = teacher.head
+            assert head is not None, "only a cache has none"
+            tensors = {"weight": head.weight_VD.detach(), "bias": head.bias_V}
             save_whole(
                 {name: t for name, t in tensors.items() if t is not None}, out / "head.safetensors"
             )
@@ -219,13 +282,16 @@ def refuse_other_cache(cache: Cache, wanted: Manifest) -> None:
                 cache.refuse_other(
                     field.name, getattr(mine, field.name), getattr(theirs, field.name)
                 )
+    mine, theirs = cache.manifest.student, wanted.student
+    if mine is not None and theirs is not None and mine.parameters != theirs.parameters:
+        cache.refuse_other("the student", mine.describe(), theirs.describe())
 
 
 def _fill(
     cache: Cache,
     recipe: Recipe,
     setup: Setup,
-    teacher: LanguageModel,
+    teacher: Teacher,
     engine: Engine,
     options: CacheOptions,
     world: World,

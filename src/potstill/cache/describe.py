@@ -36,6 +36,8 @@ def facts(manifest: Manifest) -> list[str]:
     if settings.sampling is not None:
         sampling = ", ".join(f"{name} {value:g}" for name, value in settings.sampling.items())
         written += f", {sampling}, seed {settings.seed}"
+    if manifest.student is not None:
+        written += f"; it is {manifest.student.describe()}, on {manifest.date}"
     lines = [
         f"teacher: {teacher.name} in {teacher.dtype}, weights {teacher.parameters}, files "
         f"{teacher.files}, configuration {teacher.config}, tokenizer {teacher.tokenizer}, chat "

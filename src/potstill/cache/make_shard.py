@@ -20,15 +20,16 @@ from potstill.files import file_digest, flush
 from potstill.kl.fused import close_kl, fused_statistics
 from potstill.kl.topk import top_k_of
 from potstill.models.batch import Batch
-from potstill.models.language_model import LanguageModel
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.prefixes import Writing, write_rollouts
 from potstill.teachers.manifest import Settings, ShardRecord, tensors_digest
+from potstill.teachers.protocol import Teacher
+from potstill.teachers.remote import expect
 from potstill.teachers.shards import (
     INDEX,
     KEY_BYTES,
     SIGNALS,
-    TEXT,
+    TEXTS,
     checksum,
     decode_rows,
     encode_rows,
@@ -44,12 +45,12 @@ def make_shard(
     entries: Sequence[CacheEntry],
     recipe: Recipe,
     setup: Setup,
-    teacher: LanguageModel,
+    teacher: Teacher,
     engine: Engine,
     settings: Settings,
     out: Path,
 ) -> ShardRecord:
-    """Let the engine write the teacher's completions of some entries, score them, and store
+    """Let the engine write completions of some entries, have the teacher score them, and store
     both."""
     rollouts = _write(entries, recipe, setup, engine, settings)
     signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
@@ -59,7 +60,8 @@ def make_shard(
         signals, kls = _signals_of(rollouts, groups, teacher, setup, settings)
     # Ids are most of what is stored beside the signal, where prompts are long.
     ids_type = torch.uint16 if teacher.vocab_size <= 2**16 else torch.int32
-    tensors = _tensors_of(entries, rollouts, signals, SIGNALS[settings.payload], ids_type)
+    columns = (TEXTS[settings.writer], SIGNALS[settings.payload])
+    tensors = _tensors_of(entries, rollouts, signals, columns, ids_type)
     named = repr([(key, number) for _, key, number in entries])
     name = hashlib.sha256(named.encode()).hexdigest()[:16]
     path = out / "shards" / f"{name}.safetensors"
@@ -85,12 +87,13 @@ def _write(
     """The completions of some entries, each from its own seed."""
     writing = Writing(
         objective=recipe.objective,
-        engines={"teacher": engine},
+        engines={settings.writer: engine},
         window=settings.window,
         end_ids=setup.ends.stop_ids,
         sampling=recipe.sampling,
         rollouts_per_step=len(entries),
         vocab_size=settings.vocab_size,
+        stores_log_probs=settings.writer == "student",
     )
     prompts = [prompt for prompt, _, _ in entries]
     seeds = [(recipe.train.seed, int.from_bytes(key), number) for _, key, number in entries]
@@ -105,20 +108,22 @@ def _tensors_of(
     entries: Sequence[CacheEntry],
     rollouts: Sequence[Rollout],
     signals: Sequence[dict[str, Tensor]],
-    of_signal: Sequence[str],
+    columns: tuple[Sequence[str], Sequence[str]],
     ids_type: torch.dtype,
 ) -> dict[str, Tensor]:
-    """A shard's file: texts, the columns `of_signal`, and the index."""
+    """A shard's file: the columns of the text and of the signal, and the index."""
+    of_text, of_signal = columns
     texts = [
         {
             "prompt_ids": torch.tensor(rollout.prompt.ids_of("teacher"), dtype=ids_type),
             "completion_ids": torch.tensor(rollout.completion_ids, dtype=ids_type),
+            "drawn_log_prob": torch.tensor(rollout.engine_log_probs or ()),
         }
         for rollout in rollouts
     ]
     rows = [text | signal for text, signal in zip(texts, signals, strict=True)]
     tensors = {
-        name: torch.cat([row[name] for row in rows]).contiguous() for name in (*TEXT, *of_signal)
+        name: torch.cat([row[name] for row in rows]).contiguous() for name in (*of_text, *of_signal)
     }
     keys = np.frombuffer(b"".join(key for _, key, _ in entries), np.uint8).reshape(-1, KEY_BYTES)
     return tensors | {
@@ -128,7 +133,7 @@ def _tensors_of(
         "completion_starts": _starts([len(row["completion_ids"]) for row in rows]),
         "ended": torch.tensor([rollout.stop == "end" for rollout in rollouts]),
         "checksums": torch.tensor(
-            [[checksum([row[n] for n in names]) for names in (TEXT, of_signal)] for row in rows]
+            [[checksum([row[n] for n in names]) for names in columns] for row in rows]
         ),
     }
 
@@ -136,7 +141,7 @@ def _tensors_of(
 def _signals_of(
     rollouts: Sequence[Rollout],
     groups: Sequence[Sequence[int]],
-    teacher: LanguageModel,
+    teacher: Teacher,
     setup: Setup,
     settings: Settings,
 ) -> tuple[list[dict[str, Tensor]], list[float]]:
@@ -144,8 +149,10 @@ def _signals_of(
     stored."""
     signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
     kls: list[float] = []
-    for places in groups:
-        batch = make_batch([rollouts[place] for place in places], setup.student.device)
+    device = setup.student.device
+    batches = [make_batch([rollouts[place] for place in places], device) for places in groups]
+    expect(teacher, batches)
+    for places, batch in zip(groups, batches, strict=True):
         columns, kl_N = _score(batch, teacher, setup, settings)
         kls += [] if kl_N is None else kl_N.tolist()
         lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
@@ -157,12 +164,12 @@ def _signals_of(
 
 @torch.no_grad()
 def _score(
-    batch: Batch, teacher: LanguageModel, setup: Setup, settings: Settings
+    batch: Batch, teacher: Teacher, setup: Setup, settings: Settings
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The values to store for each token [N, ...], and KL(teacher || stored) [N] where something is
     rounded."""
-    hidden_NE = teacher.signal_at(batch)
-    head = teacher.head
+    hidden_NE, head = teacher.signal_at(batch), teacher.head
+    assert isinstance(hidden_NE, Tensor) and head is not None, "only a cache has less"
     if settings.payload == "topk":
         assert settings.top_k is not None
         options = setup.loss.shared_options()

@@ -18,6 +18,8 @@ from potstill.models.probe import logits_error
 from potstill.objectives.habits import disagreement, habit_sums, step_habits
 from potstill.objectives.loss import student_rows
 from potstill.prompts.overview import marked
+from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.protocol import Teacher
 from potstill.types import Rollout
 
 # A KL(self || self) of this many nats a token is rounding, in float32; in lower types it may be
@@ -287,18 +289,24 @@ def _student_side(subject: Subject, batch) -> tuple[Tensor, Head]:
 def _teacher_side(subject: Subject, batch) -> tuple[Tensor, Head] | None:
     """The teacher's hidden states and head; None where they are not known."""
     teacher = subject.teacher
-    can_score = teacher is not None and (teacher.can_score or _is_cached(batch.rollouts))
+    can_score = teacher is not None and (teacher.can_score or _is_cached(teacher, batch.rollouts))
     if teacher is None or teacher.head is None or not can_score:
         return None
     signal = teacher.signal_at(batch)
     return (signal, teacher.head) if isinstance(signal, Tensor) else None
 
 
-def _is_cached(rollouts: Sequence[Rollout]) -> bool:
-    return all(
-        rollout.prompt.cached is not None and rollout.writers[0] == "teacher"
-        for rollout in rollouts
-    )
+def _is_cached(teacher: Teacher, rollouts: Sequence[Rollout]) -> bool:
+    """Whether the cache that is the teacher has these rollouts, and so their signal."""
+    if not isinstance(teacher, CachedTeacher):
+        return False
+    for rollout in rollouts:
+        if rollout.prompt.cached is None:
+            return False
+        there = teacher.cache.rollout(rollout.prompt, len(rollout.completion_ids))
+        if there.completion_ids != rollout.completion_ids:
+            return False
+    return True
 
 
 def _statistics(subject: Subject, mine, theirs, end_ids: Sequence[int]) -> TokenStats:

@@ -19,10 +19,11 @@ def build(
     out: Path,
     storage: OmitArgPrefixes[CacheOptions] = HIDDEN_STATES,
 ) -> None:
-    """Write a teacher's completions and signal to disk, or what is missing of them there.
+    """Write completions and a teacher's signal on them to disk, or what is missing of them there.
 
-    Training with teacher.cache then needs no teacher. The same command goes on after a kill; with
-    more prompts or completions it adds them. `--section.field VALUE` overrides the recipe's, as in
+    Training with teacher.cache then needs no teacher. With --writer student a student writes, such
+    as that of a run (--model RUN). The same command goes on after a kill; with more prompts or
+    completions it adds them. `--section.field VALUE` overrides the recipe's, as in
     `potstill train --help-all`.
 
     Args:
@@ -39,7 +40,8 @@ def build(
     distributed.stop()
     if world.is_main:
         say(*summary(manifest))
-        say(f"train from it with --teacher.cache {out}")
+        prefix = manifest.settings.writer
+        say(f"train from it with --objective.prefix {prefix} --teacher.cache {out}")
 
 
 def info(overrides: dict[str, Any], folder: Positional[Path]) -> None:

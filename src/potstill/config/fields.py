@@ -61,6 +61,11 @@ class RecipeFields(Section):
         return weights not in WEIGHTINGS or WEIGHTINGS[weights].is_reward
 
     @property
+    def has_older_prefixes(self) -> bool:
+        """Whether the prefixes are a student's that wrote them into a cache before."""
+        return self.objective.prefix == "student" and self.teacher.cache is not None
+
+    @property
     def own_sources(self) -> tuple[str | tuple[str, ...] | None, ...]:
         """Names of what may be in Python files of the user's own, beside the data."""
         return (self.evaluation.source, self.reward.source, self.objective.weights)

@@ -7,6 +7,7 @@ from potstill.config.fields import RecipeFields
 from potstill.config.sections.models import StudentSpec
 from potstill.config.sections.window import Window
 from potstill.config.values import refuse_any
+from potstill.config.weightings import WEIGHTINGS
 from potstill.tasks import is_table
 from potstill.tasks.own import own_task
 
@@ -40,19 +41,10 @@ def refuse_misfits(recipe: RecipeFields) -> None:
     if recipe.engine.importance_cap is not None and not recipe.draws_exactly:
         raise ValueError(
             "engine.importance_cap is set and tokens are not drawn exactly from the student; set "
-            "sampling.temperature = objective.temperature, top_p = 1 and top_k = 0"
+            "sampling.temperature = objective.temperature, top_p = 1 and top_k = 0, or remove it"
         )
-    if recipe.teacher.cache is not None and recipe.objective.prefix in ("student", "mixed"):
-        raise ValueError(
-            f'teacher.cache is set and objective.prefix is "{recipe.objective.prefix}": a '
-            "cache knows the teacher on completions that are written already, and a "
-            "student's are not; use teacher or dataset prefixes, or remove teacher.cache"
-        )
-    if recipe.teacher.cache is not None and recipe.teacher.model == "self":
-        raise ValueError(
-            'teacher.cache is set and teacher.model is "self"; name the model that the cache '
-            "was built with"
-        )
+    if recipe.teacher.cache is not None:
+        _check_cache(recipe)
     if recipe.validation.patience is not None and recipe.validation.keep_best is None:
         raise ValueError(
             f"validation.patience is {recipe.validation.patience} and validation.keep_best "
@@ -63,6 +55,55 @@ def refuse_misfits(recipe: RecipeFields) -> None:
             f"train.warmup_steps is {recipe.train.warmup_steps}, more than train.steps = "
             f"{recipe.train.steps}; lower it"
         )
+
+
+def _check_cache(recipe: RecipeFields) -> None:
+    """Refuse what a cache does not know, and what has another gradient where an older student
+    wrote."""
+    objective = recipe.objective
+    refuse_any(
+        "teacher.cache is set",
+        "remove teacher.cache",
+        (
+            recipe.teacher.model == "self",
+            'teacher.model is "self"; name the model that the cache was built with',
+        ),
+        (
+            objective.prefix == "mixed",
+            'objective.prefix is "mixed", and a cache has one writer; use "teacher", "student" or '
+            '"dataset", whichever wrote it',
+        ),
+    )
+    older = "and an older student wrote the cached prefixes"
+    weights = WEIGHTINGS.get(objective.weights or "")
+    is_reward = weights is not None and weights.is_reward
+    is_older = recipe.has_older_prefixes
+    refuse_any(
+        "teacher.cache is set",
+        "remove teacher.cache",
+        (
+            is_older and bool(recipe.reward.weight),
+            f"reward.weight is {recipe.reward.weight:g}, {older}: a policy gradient is of what the "
+            "student writes now",
+        ),
+        (
+            is_older and bool(objective.gamma),
+            f"objective.gamma is {objective.gamma:g}, {older}; use gamma = 0",
+        ),
+        (
+            is_older
+            and (objective.signal == "sampled" or is_reward)
+            and recipe.engine.importance_cap is None,
+            f'"{objective.weights if is_reward else objective.signal}" is a mean over drawn '
+            f"tokens, {older}; set engine.importance_cap, such as 2, which weighs each token with "
+            'the ratio of both probabilities, use signal = "full"',
+        ),
+        (
+            recipe.is_scored and recipe.reward.group_size > 1,
+            f"reward.group_size is {recipe.reward.group_size}, and a group would be one cached "
+            "response many times; use group_size = 1",
+        ),
+    )
 
 
 def _check_placement(recipe: RecipeFields) -> None:

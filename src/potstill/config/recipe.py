@@ -29,7 +29,8 @@ class Recipe(RecipeFields):
     @property
     def method(self) -> str:
         """The name of this cell of the grid, and of the reward beside it."""
-        parts = [self.objective.name]
+        older = " on an older student's prefixes" if self.has_older_prefixes else ""
+        parts = [self.objective.name + older]
         if self.reward.weight and self.objective.kl != "none":
             parts.append(f"{self.reward.weight:g} reward")
         if self.reward.start_kl:

@@ -51,12 +51,17 @@ def _unread_of_engine(recipe: RecipeFields) -> dict[str, str]:
     unread: dict[str, str] = {}
     if recipe.rollouts.engine == "native":
         reason = 'rollouts.engine is "native", which is this process'
-        if recipe.writes_in(recipe.train.compute_dtype or "float32") == recipe.student.dtype:
+        writes_in = recipe.writes_in(recipe.train.compute_dtype or "float32")
+        # An older student is off as an engine is.
+        if writes_in == recipe.student.dtype and not recipe.has_older_prefixes:
             return {"engine": f'{reason}, and rollouts.dtype is not "bfloat16"'}
         unread |= {f"engine.{name}": reason for name in ("python", "args", "url", "timeout")}
     elif recipe.engine.url is not None:
         reason = "engine.url is set, so no server is started"
         unread |= {"engine.python": reason, "engine.args": reason}
+    if recipe.has_older_prefixes:
+        reason = "teacher.cache is set, so no prefixes are written"
+        unread |= {f"engine.{name}": reason for name in ("warn_above", "stop_above")}
     if recipe.objective.prefix not in ("student", "mixed"):
         reason = f'objective.prefix is "{recipe.objective.prefix}", so the student writes nothing'
         unread |= {

@@ -1,5 +1,5 @@
-"""How far an engine's log-probabilities of drawn tokens are from the trainer's, and what follows
-from it."""
+"""How far the log-probabilities of whoever drew tokens are from the trainer's, and what follows
+from it: an engine in another process, or the student that wrote a cache."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ FINE_GAP, COARSE_GAP = 1e-3, 0.1
 def told_log_probs(
     rollouts: Sequence[Rollout], merged_ids: Sequence[int], like: Tensor
 ) -> Tensor | None:
-    """The engine's log-probability [N] of each loss token that the student wrote, else NaN; None
+    """The writer's log-probability [N] of each loss token that the student wrote, else NaN; None
     where it told none.
 
     `merged_ids` are one class in the loss, whose log-probability is not that of one of them.
@@ -37,13 +37,13 @@ def told_log_probs(
 
 
 def gaps(told_N: Tensor, ours_N: Tensor) -> Tensor:
-    """The differences without sign, of the tokens that both know."""
-    gaps_N = (told_N - ours_N).abs()
-    return gaps_N[~told_N.isnan()]
+    """The differences, of the tokens that both know: above 0 where whoever drew found it
+    likelier."""
+    return (told_N - ours_N)[~told_N.isnan()]
 
 
 def importance_ratio(told_N: Tensor, ours_N: Tensor, cap: float) -> Tensor:
-    """The ratio [N] of the trainer's probability to the engine's, at most `cap`; 1 where it is not
+    """The ratio [N] of the trainer's probability to the writer's, at most `cap`; 1 where it is not
     known."""
     ratio_N = (ours_N - told_N).exp().clamp(max=cap)
     return torch.where(told_N.isnan(), 1.0, ratio_N)

@@ -212,7 +212,7 @@ def _decoding(
     prefix, longest = recipe.objective.prefix, work.prompt_tokens + work.completion_tokens
     rows = min(recipe.sampling.batch_size, work.num_rollouts)
     writers = []
-    if prefix in ("student", "mixed"):
+    if prefix in ("student", "mixed") and place != "cached":
         writers.append((pair.student.sizes, writing))
     if prefix in ("teacher", "mixed") and place == "live" and pair.teacher is not None:
         writers.append((pair.teacher.sizes, teacher_dtype(recipe)))

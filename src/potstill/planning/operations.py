@@ -90,6 +90,8 @@ def _writing(
 ) -> list[tuple[Writer, float, Mapping[Writer, ModelFlops], bool]]:
     """Who writes here, which share of the rollouts, with which models, and whether by turns."""
     objective = recipe.objective
+    if place == "cached":
+        return []
     models: dict[Writer, ModelFlops] = {"student": pair.student.sizes.flops}
     if pair.teacher is not None and place == "live":
         models["teacher"] = pair.teacher.sizes.flops

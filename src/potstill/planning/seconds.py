@@ -166,7 +166,7 @@ def _writing_seconds(
     if objective.prefix == "mixed" and objective.prefix_mix == "token":
         student_share = teacher_share = 1.0
     total = 0.0
-    if student_share:
+    if student_share and place != "cached":
         dtype = writes_in(recipe, pair, on_cpu=device.is_cpu)
         total += student_share * decoding_seconds(recipe, pair.student.sizes, work, device, dtype)
     if teacher_share and place == "live" and pair.teacher is not None:

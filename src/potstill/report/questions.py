@@ -142,7 +142,12 @@ REVERSE, FORWARD, MIXED = (
 def _is_cell(key: str) -> Condition:
     method = METHODS[key]
     direction = FORWARD if method.kl == "forward" else REVERSE
-    return lambda recipe: recipe.objective.prefix == method.prefix and direction(recipe)
+    return lambda recipe: _writer(recipe) == method.prefix and direction(recipe)
+
+
+def _writer(recipe: Recipe) -> str:
+    """Who writes the prefixes: the student that learns is not an older one."""
+    return "older student" if recipe.has_older_prefixes else recipe.objective.prefix
 
 
 def _sides(first: Condition, second: Condition) -> Placement:
@@ -153,7 +158,7 @@ def _sides(first: Condition, second: Condition) -> Placement:
 def _prefixes(of: Condition) -> Placement:
     """Student against teacher prefixes, of one kind of run."""
     places = {"student": 1.0, "teacher": 0.0}
-    return lambda entry: places.get(_recipe(entry).objective.prefix) if of(_recipe(entry)) else None
+    return lambda entry: places.get(_writer(_recipe(entry))) if of(_recipe(entry)) else None
 
 
 def _cost(is_cached: bool) -> Placement:

@@ -29,8 +29,8 @@ class Writing:
     how.
 
     `vocab_size` is that of the loss: what is drawn is drawn from the rows that both heads share.
-    With a `cache` the teacher's are there already. `on_token` is told of each token that is drawn,
-    as `sample` does.
+    With a `cache` they are there already. With `stores_log_probs` rollouts are to be in one.
+    `on_token` is told of each token that is drawn, as `sample` does.
     """
 
     objective: Objective
@@ -41,12 +41,13 @@ class Writing:
     rollouts_per_step: int
     vocab_size: int | None = None
     cache: Cache | None = None
+    stores_log_probs: bool = False
     on_token: Callable[[int, int], None] = lambda place, token_id: None
 
     @property
     def keeps_log_probs(self) -> bool:
         """Whether rollouts are to say from which log-probabilities they were drawn."""
-        return any(engine.is_another for engine in self.engines.values())
+        return self.stores_log_probs or any(engine.is_another for engine in self.engines.values())
 
 
 def from_one(
@@ -73,12 +74,12 @@ def from_one(
     return rollouts
 
 
-def from_teacher(
-    writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
+def now_or_before(
+    writer: Writer, writing: Writing, prompts: Sequence[Prompt], seeds: Sequence[Key]
 ) -> list[Rollout]:
-    """Rollouts that the teacher writes now, or has written into the cache."""
+    """Rollouts that one model writes now, or has written into the cache."""
     if writing.cache is None:
-        return from_one("teacher", writing, prompts, seeds)
+        return from_one(writer, writing, prompts, seeds)
     return [writing.cache.rollout(prompt, writing.window) for prompt in prompts]
 
 
@@ -223,8 +224,8 @@ def written_rollout(
 
 
 SOURCES: dict[str, Callable[[Writing, Sequence[Prompt], Sequence[Key]], list[Rollout]]] = {
-    "teacher": from_teacher,
-    "student": lambda *given: from_one("student", *given),
+    "teacher": lambda *given: now_or_before("teacher", *given),
+    "student": lambda *given: now_or_before("student", *given),
     "dataset": from_dataset,
     "mixed/sequence": by_sequence,
     "mixed/handoff": by_handoff,

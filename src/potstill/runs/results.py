@@ -52,9 +52,12 @@ class Entry:
 
     @property
     def cell(self) -> str | None:
-        """The key of the grid's corner that this run is in; none of a run with a reward."""
+        """The key of the grid's corner that this run is in; none of a run with a reward, or
+        on an older student's prefixes."""
         recipe = self.recipe
         if recipe is None or recipe.objective.signal != "full" or not recipe.reward.is_off:
+            return None
+        if recipe.has_older_prefixes:
             return None
         here = (recipe.objective.prefix, recipe.objective.kl)
         return next(

@@ -163,7 +163,19 @@ class Rewards(TypedDict):
     """KL(student ‖ start) in nats a token, where it has a weight."""
 
 
-class StepExtras(Rewards):
+class OfWriter(TypedDict):
+    """Cached prefixes of a student: how far it is from the one that learns."""
+
+    writer_age: NotRequired[int]
+    """Steps since the student that wrote the cache; since the run's start where it is of no run
+    that led here."""
+    writer_log_ratio_mean: NotRequired[float]
+    writer_log_ratio_max: NotRequired[float]
+    """Its log-probability of what it wrote minus today's student's, in nats a token: the mean, an
+    estimate of KL(writer ‖ student), and the largest without sign."""
+
+
+class StepExtras(Rewards, OfWriter):
     """Numbers that only some objectives or models have."""
 
     forward_weight: NotRequired[float]

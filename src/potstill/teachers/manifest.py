@@ -12,15 +12,17 @@ import torch
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 
-from potstill.config import Recipe, TeacherSpec
+from potstill.config import Recipe, TeacherSpec, load_recipe
 from potstill.files import file_digest, json_digest, seal, unseal
 from potstill.models.language_model import (
     LanguageModel,
     find_folder,
     fingerprint,
+    is_run,
     load_config,
     load_tokenizer,
 )
+from potstill.runs.run_folder import last_row
 
 FORMAT = 2
 
@@ -61,6 +63,34 @@ class TeacherIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudentIdentity:
+    """The student that wrote a cache: its name, a hash of its weights, and the run (the identity of
+    its recipe) that it was in after `step` steps; None where it is no run's."""
+
+    name: str
+    parameters: str
+    run: str | None
+    step: int | None
+
+    def describe(self) -> str:
+        """The student in words."""
+        when = "" if self.step is None else f" after step {self.step:,}"
+        return f"{self.name}{when}, weights {self.parameters}"
+
+    def steps_before(self, recipe: Recipe) -> int | None:
+        """How many steps of training lie between it and the first step of a run; None where it is
+        not known to be of the run, nor of the run that made the run's student."""
+        if self.run is None or self.step is None:
+            return None
+        if self.run == recipe.identity():
+            return -self.step
+        folder = Path(recipe.student.model)
+        if not is_run(folder) or load_recipe(folder / "recipe.toml").identity() != self.run:
+            return None
+        return last_row(folder)["step"] - self.step
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a cache is written. `top_k`, `temperature` and `end_class` are those of payload topk.
 
@@ -70,7 +100,7 @@ class Settings:
 
     payload: Payload
     dtype: Literal["float32", "bfloat16", "int8"] | None
-    writer: Literal["teacher", "dataset"]
+    writer: Literal["teacher", "student", "dataset"]
     window: Count
     end_ids: tuple[int, ...]
     sampling: dict[str, int | float] | None
@@ -105,7 +135,8 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that is known of a cache but its numbers. `date` is what chat templates were told."""
+    """All that is known of a cache but its numbers. `date` is when its build began, which chat
+    templates were told; `student` is who wrote the completions, where a student did."""
 
     teacher: TeacherIdentity
     teacher_end_ids: tuple[int, ...]
@@ -116,6 +147,7 @@ class Manifest:
     head_sha256: str | None
     settings: Settings
     date: str
+    student: StudentIdentity | None = None
     shards: tuple[ShardRecord, ...] = ()
     format: int = FORMAT
 
@@ -170,6 +202,7 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     settings, files = manifest.settings, [record.file for record in manifest.shards]
     unset = [name for name in NEEDED[settings.payload] if getattr(settings, name) is None]
+    unset += ["student"] if settings.writer == "student" and manifest.student is None else []
     if unset or len(set(files)) < len(files):
         what = f"a {settings.payload} cache without {unset[0]}" if unset else "one shard twice"
         raise CacheError(

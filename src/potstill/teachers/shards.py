@@ -20,6 +20,8 @@ from potstill.types import Prompt
 KEY_BYTES = 16
 INDEX = ("keys", "completion_indices", "prompt_starts", "completion_starts", "ended", "checksums")
 TEXT = ("prompt_ids", "completion_ids")
+# A student's text has its log-probability of each token, when it drew it.
+TEXTS = {"teacher": TEXT, "dataset": TEXT, "student": (*TEXT, "drawn_log_prob")}
 SIGNALS = {
     "hidden": ("hidden", "scale", "log_sum_exp", "entropy", "log_prob"),
     "topk": ("top_ids", "top_log_probs", "end_log_prob", "tail_log_prob", "entropy"),
@@ -37,9 +39,11 @@ def checksum(tensors: Sequence[Tensor]) -> int:
 
 
 def key_of(prompt: Prompt, writer: str) -> bytes:
-    """The key of a rollout: a digest of what the teacher read, and of the completion where it comes
-    with the data."""
+    """The key of a rollout: a digest of what the teacher read, of what the student read where it
+    wrote, and of the completion where it comes with the data."""
     ids = [prompt.ids_of("teacher")]
+    if writer == "student":
+        ids.append(prompt.ids_of("student"))
     if writer == "dataset":
         assert prompt.completion_ids is not None, "make_prompts checks this"
         ids.append(prompt.completion_ids)

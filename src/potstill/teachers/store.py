@@ -40,7 +40,7 @@ from potstill.teachers.manifest import (
 )
 from potstill.teachers.shards import (
     SIGNALS,
-    TEXT,
+    TEXTS,
     checksum,
     decode_rows,
     key_of,
@@ -73,8 +73,10 @@ class Cache:
         self.indices = [read_index(self.folder, record) for record in self.manifest.shards]
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._checked: set[int] = set()
-        # A note on what `check_recipe` could not compare.
+        # A note on what `check_recipe` could not compare, and the steps of training from the
+        # student that wrote to the recipe's first, where they are known.
         self.note: str | None = None
+        self.steps_before: int | None = None
 
     def path(self, shard: int) -> Path:
         return self.folder / self.manifest.shards[shard].file
@@ -96,7 +98,7 @@ class Cache:
         the cache's."""
         settings, objective = self.manifest.settings, recipe.objective
         ours: dict[str, Any] = {"writer": objective.prefix}
-        if settings.writer == "teacher":
+        if settings.writer != "dataset":
             ours["sampling"] = sampling_settings(recipe)
         for name, value in ours.items():
             self.refuse_other(name, getattr(settings, name), value)
@@ -125,6 +127,8 @@ class Cache:
                 f"objective.top_k is {objective.top_k}; lower it or build another cache"
             )
         self.note = self.check_teacher(recipe.teacher, teacher)
+        if self.manifest.student is not None:
+            self.steps_before = self.manifest.student.steps_before(recipe)
 
     def check_teacher(self, spec: TeacherSpec, teacher: LanguageModel | None = None) -> str | None:
         """Refuse another teacher, naming both; returns a line when only the name or no weights
@@ -175,6 +179,12 @@ class Cache:
             f"{manifest.total('num_rollouts'):,} completions of {manifest.total('num_tokens'):,} "
             f"tokens, {manifest.settings.describe()}{kl}"
         ]
+        if manifest.student is not None:
+            age = "" if self.steps_before is None else f", {self.steps_before:,} steps before"
+            lines.append(
+                f"its prefixes are a student's: {manifest.student.describe()}, written on "
+                f"{manifest.date}{age}"
+            )
         return [*lines, f"warning: {self.note}"] if self.note else lines
 
     def check_fit(
@@ -250,23 +260,26 @@ class Cache:
         ]
 
     def rollout(self, prompt: Prompt, window: int) -> Rollout:
-        """The cached completion of a prompt, cut to the window."""
+        """The cached completion of a prompt, cut to the window; with what a student that wrote it
+        gave each token."""
         assert prompt.cached is not None, "attach gives each prompt its place"
-        shard, row = prompt.cached
-        _, ids = self._checked_rows(prompt.cached, TEXT, 0)
+        (shard, row), writer = prompt.cached, self.manifest.settings.writer
+        _, ids, *drawn = self._checked_rows(prompt.cached, TEXTS[writer], 0)
         stop: Stop = "end" if self.indices[shard].ended[row] and len(ids) <= window else "length"
         written = tuple(ids[:window].tolist())
         return Rollout(
             prompt=prompt,
             completion_ids=written,
             trained=(True,) * len(written),
-            writers=("teacher",) * len(written),
+            writers=(writer,) * len(written),
             stop=stop,
+            engine_log_probs=tuple(drawn[0][:window].tolist()) if drawn else None,
         )
 
     def stored_rollout(self, place: CachePlace) -> Rollout:
         """A whole rollout with what the teacher read, from the shard alone."""
-        prompt_ids, ids = (tensor.tolist() for tensor in self._checked_rows(place, TEXT, 0))
+        columns = self._checked_rows(place, TEXTS[self.manifest.settings.writer], 0)
+        prompt_ids, ids = (tensor.tolist() for tensor in columns[:2])
         prompt = Prompt(
             example=Example(id=f"{place}", prompt=""), token_ids=tuple(prompt_ids), cached=place
         )

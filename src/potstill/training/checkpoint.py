@@ -212,6 +212,15 @@ def load(
     )
 
 
+def load_weights(checkpoint: Path, student: LanguageModel) -> None:
+    """Restore the weights alone, for another use than to go on. Raises RunError."""
+    _read_state(checkpoint, [path.name for path in checkpoint.glob("*.safetensors")])
+    tensors = load_file(checkpoint / "model.safetensors")
+    if tensors.keys() != _saved_names(student.state_dict(), student):
+        raise _damaged(checkpoint / "model.safetensors", "has the weights of another model")
+    student.load_state_dict(tensors, strict=False)
+
+
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """The settings of an optimiser's group, without tensors."""
     return {

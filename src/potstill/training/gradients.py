@@ -107,9 +107,10 @@ def accumulate_gradients(
         before_answer_N = before_answer(batch, written, student.tokenizer, setup.answer_end)
         of_tokens = token_sums(stats, before_answer_N, batch.rollouts, split_by)
         sums.update(of_tokens | {"loss": loss_sum.item()})
-    sums.update({"gap": sum(gap_values), "num_told": float(len(gap_values))})
+    sizes = [abs(value) for value in gap_values]
+    sums.update({"gap": sum(sizes), "log_ratio": sum(gap_values), "num_told": float(len(sizes))})
     return Accumulated(
-        sums=_over_ranks(sums, max(gap_values, default=0.0), world),
+        sums=_over_ranks(sums, max(sizes, default=0.0), world),
         samples=[samples[place] for place in sorted(samples)],
         log_probs=log_probs,
     )
@@ -147,10 +148,11 @@ def _over_ranks(sums: Mapping[str, float], largest_gap: float, world: World) -> 
 def _engine_gaps(
     setup: Setup, loss: Loss, batch: Batch, stats: TokenStats, hidden_ND: Tensor
 ) -> list[float]:
-    """How far the engine's log-probabilities of new rollouts are from the student's, of the tokens
-    that both know; nothing where this process wrote."""
+    """How far the log-probabilities of an engine's new rollouts, or of the cache's, are from the
+    student's, of the tokens that both know; nothing where this process wrote."""
     told_N = told_log_probs(batch.rollouts, loss.end_class, stats.student_entropy_N)
-    if told_N is None or batch.rollouts[0].log_probs is not None:
+    is_known = setup.cache is None and batch.rollouts[0].log_probs is not None
+    if told_N is None or is_known:
         return []
     ours_N = stats.student_log_prob_N
     if ours_N is None:

@@ -104,7 +104,7 @@ def prepare(
 
     `date` is what chat templates are told; by default that of the cache, or today.
     """
-    given, student = student, _load_student(recipe, world, student, tokenizer)
+    given, student = student, load_student(recipe, world, student, tokenizer)
     if recipe.train.activation_checkpointing:
         checkpointed_layers(student.model)
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
@@ -153,7 +153,8 @@ def prepare(
     )
 
 
-def _load_student(recipe: Recipe, world: World, given, tokenizer) -> LanguageModel:
+def load_student(recipe: Recipe, world: World, given=None, tokenizer=None) -> LanguageModel:
+    """The student of a recipe before its first step, with its adapter where it has one."""
     spec = recipe.student
     student = ready(
         spec.model if given is None else given,
@@ -376,11 +377,11 @@ def _cached_once(recipe: Recipe, cache: Cache, prompts: list[Prompt]) -> list[Pr
     whole KLs."""
     settings, max_tokens = cache.manifest.settings, recipe.validation.max_tokens or 0
     if settings.writer != "teacher" or settings.payload != "hidden":
-        held = (
-            "the data's completions"
-            if settings.writer != "teacher"
-            else "the teacher's likeliest tokens alone"
-        )
+        held = {
+            "teacher": "the teacher's likeliest tokens alone",
+            "student": "a student's completions",
+            "dataset": "the data's completions",
+        }[settings.writer]
         raise RecipeError(
             f"validation is asked for and the cache {str(cache.folder)!r} holds {held}, of which "
             "no exact KL is known; build a cache of the teacher's completions with --payload "

@@ -22,6 +22,7 @@ from potstill.rollouts.text import responses
 from potstill.runs.schema import (
     FLOPS_PARTS,
     Flops,
+    OfWriter,
     Sample,
     StepExtras,
     StepMetrics,
@@ -132,9 +133,11 @@ def write_round(
     """This rank's rollouts of the step, and the operations that writing them took: none while they
     are used again."""
     setup, objective = trainer.setup, trainer.recipe.objective
-    flops: dict[Writer, ModelFlops] = {"student": setup.student_flops}
-    if setup.teacher_flops is not None and setup.cache is None:
-        flops["teacher"] = setup.teacher_flops
+    flops: dict[Writer, ModelFlops] = {}
+    if setup.cache is None:
+        flops["student"] = setup.student_flops
+        if setup.teacher_flops is not None:
+            flops["teacher"] = setup.teacher_flops
     if plan.age > 0:
         return run.rollouts, 0
     with clock("rollout_seconds"), naming_the_step(plan.step, plan.prompts):
@@ -203,7 +206,7 @@ def update(
 ) -> Update:
     """Clip the gradient and take the optimiser's step; its norm before, and the rate. Refuses what
     is not finite, and rollouts of other weights than the student's."""
-    if sums["num_told"]:
+    if sums["num_told"] and not trainer.recipe.has_older_prefixes:
         refuse_mismatch(trainer.recipe, sums["gap"] / sums["num_told"], plan.step)
     student, optimizer, settings = trainer.setup.student, trainer.optimizer, trainer.settings
     with clock("student_seconds"):
@@ -227,7 +230,9 @@ def step_metrics(
     """A row of `metrics.jsonl` but its timings."""
     recipe, setup = trainer.recipe, trainer.setup
     extras: StepExtras = {**reward_means(sums)}
-    if sums["num_told"]:
+    if recipe.has_older_prefixes:
+        extras = {**extras, **_of_writer(trainer, plan.step, sums)}
+    elif sums["num_told"]:
         extras["engine_mismatch_mean_abs"] = sums["gap"] / sums["num_told"]
         extras["engine_mismatch_max"] = sums["largest_gap"]
     if recipe.objective.kl == "mixed":
@@ -248,6 +253,17 @@ def step_metrics(
         "flops": cost.parts,
         "total_flops": cost.total,
     }
+
+
+def _of_writer(trainer: Trainer, step: int, sums: dict[str, float]) -> OfWriter:
+    """How old the cached prefixes are, and how far their writer is from the student by now."""
+    cache, is_alike = trainer.setup.cache, trainer.recipe.draws_exactly
+    row: OfWriter = {"writer_age": step + ((cache and cache.steps_before) or 0)}
+    # Where tokens are drawn from a colder or cut distribution, the difference says nothing.
+    if sums["num_told"] and is_alike:
+        row["writer_log_ratio_mean"] = sums["log_ratio"] / sums["num_told"]
+        row["writer_log_ratio_max"] = sums["largest_gap"]
+    return row
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from potstill.console.progress import StepDisplay
 from potstill.evaluation.quality import STUDENT, TEACHER, Pair, Sums, estimates, measure
 from potstill.models import distributed
 from potstill.prompts.held_out import HeldOut, every_steps
-from potstill.rollouts.prefixes import Writing, from_one, from_teacher, written_rollout
+from potstill.rollouts.prefixes import Writing, from_one, now_or_before, written_rollout
 from potstill.runs.run_folder import RunError, read_json
 from potstill.seeds import Key, Stream, stream_key
 from potstill.teachers.sharded import wait_for_passes
@@ -188,7 +188,7 @@ def _of_teacher(
     """
     teacher, world = trainer.setup.teacher, trainer.world
     if teacher is not None and not teacher.can_score:
-        return [] if writing.cache is None else from_teacher(writing, prompts, keys)
+        return [] if writing.cache is None else now_or_before(TEACHER, writing, prompts, keys)
     if "teacher" not in trainer.engines:
         return []
     path = trainer.folder / TEACHERS_FILE

@@ -6,9 +6,15 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """Contents of a cache: what it stores for each token, how many completions, and in what
+    """Contents of a cache: whose completions, how many, what it stores for each token, and in what
     portions."""
 
+    writer: Literal["teacher", "student", "dataset"] | None = None
+    """Who writes the completions. By default the data where objective.prefix is dataset, else the
+    teacher."""
+    model: str | None = None
+    """writer = student: a run, whose student writes as it is now; one of its checkpoints; or any
+    model. By default student.model."""
     payload: Literal["hidden", "topk", "completions"] = "hidden"
     """hidden: the teacher's last hidden states, exact for every KL; topk: its objective.top_k
     likeliest tokens; completions: the text alone, which the teacher scores live."""

@@ -36,7 +36,8 @@ class EngineSpec(Section, role=Role.SPEED):
     """The same that ends the run before the update."""
     importance_cap: Annotated[float | None, Role.OBJECTIVE] = Field(default=None, gt=0)
     """Where drawn tokens are rewarded or a KL is estimated from them: weigh each with the ratio of
-    the trainer's probability to the engine's, at most this (truncated importance sampling)."""
+    the trainer's probability to the engine's, or to that of the student that wrote a cache, at most
+    this (truncated importance sampling)."""
 
     @field_validator("args")
     @classmethod
