@@ -142,7 +142,17 @@ def test_an_evaluation_asks_for_streams_of_its_own(asked, student):
         source="multiplication", num_problems=3, num_responses=2, max_tokens=4, seed=7
     )
     task, examples, prompts = prepare_problems(student, settings)
-    write_responses(student, settings, 1.0, task, examples, prompts, end_ids=(2,), quiet=True)
+    write_responses(
+        student,
+        settings,
+        1.0,
+        task=task,
+        examples=examples,
+        prompts=prompts,
+        end_ids=(2,),
+        engine=NativeEngine(student.model),
+        quiet=True,
+    )
     numbers = itertools.product((7,), range(3), range(2))
     assert asked == Counter(states_of(Stream.EVALUATION, numbers))
 

@@ -11,7 +11,9 @@ from fake_servers import as_program, by_model, calls, serving, told
 
 from potstill import load_model, train
 from potstill.cache.build import build_cache
+from potstill.cli.app import main
 from potstill.config import CacheOptions, RecipeError, make_recipe, to_toml
+from potstill.doctor.examine import examine
 from potstill.engines import mismatch
 from potstill.engines.protocol import EngineError
 from potstill.runs import run_folder
@@ -71,6 +73,38 @@ def test_an_adapter_goes_over_merged(tmp_path, url):
     assert len({row["engine_mismatch_max"] for row in rows}) == 4
     assert max(row["engine_mismatch_max"] for row in rows) < 1e-4
     assert calls(tmp_path / "fake").count("potstill_reload") == 4
+
+
+def test_an_evaluation_has_a_server_for_as_long_as_it_lasts(tmp_path, program, url, capsys):
+    """Responses of each engine are in files of their own."""
+    settings = ["--num-problems", "2", "--num-responses", "2", "--max-tokens", "16"]
+    settings += ["--responses", str(tmp_path / "responses")]
+    command = ["evaluate", "potstill:base", *settings]
+    main([*command, "--engine", "vllm", "--engine.url", url])
+    main([*command, "--engine", "vllm", "--engine.python", program])
+    main(command)
+    # At two temperatures; the two servers are of one kind, and the second finds all responses.
+    assert len(list((tmp_path / "responses").glob("*.jsonl"))) == 4
+    assert calls(tmp_path / "fake").count("completion") == 8
+    with pytest.raises(SystemExit):
+        main([*command, "--engine.url", url])
+    assert "--engine.url is read with --engine vllm alone" in capsys.readouterr().err
+
+
+def test_prompts_without_a_task_are_written_to_by_servers(tmp_path, program, url):
+    (tmp_path / "prompts.txt").write_text("12*3=\n45*6=\n")
+    command = ["evaluate", "potstill:base", "--prompts", str(tmp_path / "prompts.txt")]
+    command += ["--max-tokens", "16", "--engine", "vllm"]
+    main([*command, "--engine.url", url, "--out", str(tmp_path / "found.json")])
+    (row,) = json.loads((tmp_path / "found.json").read_text())
+    assert row["num_prompts"] == 2 and calls(tmp_path / "fake").count("completion") == 2
+    main([*command, "--engine.python", program, "--teacher", "potstill:teacher"])
+
+
+def test_the_doctor_writes_as_the_run_would(tmp_path, url):
+    report = examine(recipe_of(tmp_path / "run", url, engine={"stop_above": 1e3}))
+    assert report.is_fit and "completion" in calls(tmp_path / "fake")
+    assert not (tmp_path / "run").exists()
 
 
 NUMBERS = ("loss", "reverse_kl", "student_entropy", "grad_norm", "length")

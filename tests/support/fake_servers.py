@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 
 import fake_vllm
@@ -48,7 +49,10 @@ def serving(folder: Path, logits_of=fake_vllm.by_last_token):
 
 
 def told(folder: Path, **faults: int) -> None:
-    (folder / "faults.json").write_text(json.dumps(faults))
+    """Have a server fail so often from now on, whatever is still under way there."""
+    data = json.dumps({"number": time.monotonic_ns(), "faults": faults})
+    (folder / "faults.new").write_text(data)
+    (folder / "faults.new").rename(folder / "faults.json")
 
 
 def calls(folder: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """A server that speaks as vLLM's does, with numbers of a small model, and fails as it is told.
 
 As a program it takes the arguments of vLLM's server. Faults are in the file `faults.json` of the
-model's folder: how often each is due. `calls.jsonl` there tells of every call.
+model's folder: how often each is due, with a number that tells one such file from the next.
+`calls.jsonl` there tells of every call.
 """
 
 import json
@@ -42,15 +43,19 @@ class State:
 
     def fault(self, *names: str) -> str | None:
         """The first of these faults that is due; it is due once less from now on."""
-        path = self.folder / "faults.json"
+        path, used_path = (self.folder / f"{name}.json" for name in ("faults", "used"))
         with self.lock:
-            faults = json.loads(path.read_text()) if path.exists() else {}
-            due = next((name for name in names if faults.get(name)), None)
+            told = json.loads(path.read_text()) if path.exists() else {"number": 0, "faults": {}}
+            used = json.loads(used_path.read_text()) if used_path.exists() else {}
+            if used.get("number") != told["number"]:
+                used = {"number": told["number"]}
+            left = {name: num - used.get(name, 0) for name, num in told["faults"].items()}
+            due = next((name for name in names if left.get(name, 0) > 0), None)
             if due is not None:
-                faults[due] -= 1
+                used[due] = used.get(due, 0) + 1
                 # Another thread may end this process in the middle of it.
-                path.with_suffix(".new").write_text(json.dumps(faults))
-                path.with_suffix(".new").rename(path)
+                used_path.with_suffix(".new").write_text(json.dumps(used))
+                used_path.with_suffix(".new").rename(used_path)
             return due
 
     def record(self, call: str) -> None:

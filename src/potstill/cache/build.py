@@ -17,7 +17,7 @@ from potstill.cache.make_shard import make_shard, save_whole
 from potstill.cache.writer import load_writer
 from potstill.config import CacheOptions, Lora, Recipe, RecipeError, Validation, check_recipe
 from potstill.console.progress import CacheDisplay
-from potstill.engines.make import make_engine, refuse_missing_program
+from potstill.engines.make import engine_spec, make_engine, refuse_missing_program
 from potstill.engines.native import NativeEngine
 from potstill.engines.protocol import Engine
 from potstill.files import file_digest, write_atomically
@@ -67,7 +67,7 @@ def build_cache(
     from filelock import FileLock, Timeout
 
     check_recipe(recipe)
-    refuse_missing_program(recipe)
+    refuse_missing_program(engine_spec(recipe))
     options, out = options or CacheOptions(), Path(out)
     recipe = _as_written(recipe, options)
     _check_folder(out)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from potstill.cli.overrides import refuse_overrides, template_arguments
+from potstill.cli.overrides import refuse_overrides, server_options, template_arguments
 from potstill.cli.usage import UsageError
 from potstill.config import Evaluation, RecipeError, Sampling
 from potstill.console.printable import say
@@ -28,6 +28,7 @@ def evaluate(
     num_prompts: int | None = None,
     teacher: str | None = None,
     judge: str | None = None,
+    engine: Literal["native", "vllm"] = "native",
 ) -> None:
     """Evaluate models or finished runs on held-out problems; compare each with the first.
 
@@ -47,17 +48,30 @@ def evaluate(
         judge: With --prompts: a function of yours that scores responses, as my_judge.py:helpful,
             whose code is run. It takes a list of potstill.Example and one of responses, and returns
             a number for each.
+        engine: Who decodes. native: this process; vllm: a vLLM server, with --engine.python,
+            --engine.args, --engine.url and --engine.timeout as in a recipe. Each has random
+            numbers of its own.
     """
     from potstill.cli.show import evaluate_and_store, evaluate_without_task
 
+    server = server_options(engine, overrides)
     settings = settings.model_copy(update=template_arguments(overrides))
     if not models:
         raise RecipeError("nothing to evaluate; give run folders, model folders, or potstill:base")
+    if server is not None and server.url is not None and teacher is not None:
+        raise UsageError("--engine.url is a server of one model, and --teacher writes too")
     if prompts is not None:
         _refuse_unread(settings, responses)
         _refuse_small(("num-prompts", 1 if num_prompts is None else num_prompts, 1))
         evaluate_without_task(
-            models, settings, prompts, num=num_prompts, teacher=teacher, judge=judge, out=out
+            models,
+            settings,
+            prompts,
+            num=num_prompts,
+            teacher=teacher,
+            judge=judge,
+            out=out,
+            engine=server,
         )
         return
     for name, value in (("num-prompts", num_prompts), ("teacher", teacher), ("judge", judge)):
@@ -68,7 +82,7 @@ def evaluate(
             f"--out takes the results of one model, and {len(models)} are given; leave it out, "
             "or evaluate each alone"
         )
-    evaluate_and_store(models, settings, out, responses)
+    evaluate_and_store(models, settings, out, responses, server)
 
 
 def _refuse_unread(settings: Evaluation, responses: Path | None) -> None:

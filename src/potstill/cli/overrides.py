@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from potstill.cli.usage import UsageError
 from potstill.config import (
     CacheOptions,
+    EngineSpec,
     Evaluation,
     RecipeError,
     RecipeFields,
@@ -83,6 +84,18 @@ def _literal(text: str) -> Any:
     # Also of integers of thousands of digits, and of brackets in brackets.
     except (ValueError, KeyError, RecursionError):
         return text
+
+
+def server_options(engine: str, overrides: dict[str, Any]) -> EngineSpec | None:
+    """The server that writes, from `--engine.FIELD VALUE`, which are taken out of the overrides;
+    None for the native engine."""
+    fields = [f"engine.{name}" for name in ("python", "args", "url", "timeout")]
+    given = {name: overrides.pop(name) for name in fields if name in overrides}
+    if engine != "native":
+        return EngineSpec(**{name.partition(".")[2]: value for name, value in given.items()})
+    if given:
+        raise UsageError(f"--{next(iter(given))} is read with --engine vllm alone; give it too")
+    return None
 
 
 def template_arguments(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:

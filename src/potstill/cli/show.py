@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from potstill.config import Evaluation, Sampling
+from potstill.config import EngineSpec, Evaluation, Sampling
 from potstill.console.boundary import STOPPED_AND_SAVED, saying_when_stopped
 from potstill.console.printable import plain, say
+from potstill.engines.make import refuse_missing_program
 from potstill.evaluation.on_prompts import OnPrompts, evaluate_on_prompts, read_prompts
 from potstill.evaluation.scores import evaluate, make_problems
 from potstill.files import write_json
@@ -41,12 +42,13 @@ def evaluate_and_store(
     evaluation: Evaluation,
     out: Path | None = None,
     responses: Path | None = None,
+    engine: EngineSpec | None = None,
 ) -> None:
     """Evaluate several models, print the comparison and its tests, and store each run's results in
     its folder.
 
     Responses go to each run's folder `responses`, and those of other models to the folder
-    `responses`, if given.
+    `responses`, if given. With an `engine` a server of it writes for each model.
     """
     for model in models:
         locate(model)
@@ -60,7 +62,7 @@ def evaluate_and_store(
         )
         saved = UNSAVED if folder is None else STOPPED_AND_SAVED
         with saying_when_stopped(lambda saved=saved: saved):
-            rows = evaluate(model, evaluation, responses=folder, date=date)
+            rows = evaluate(model, evaluation, responses=folder, date=date, engine=engine)
         if step is not None:
             store_evals(target, step, rows)
             write_card(target)
@@ -81,10 +83,12 @@ def evaluate_without_task(
     teacher: str | None = None,
     judge: str | None = None,
     out: Path | None = None,
+    engine: EngineSpec | None = None,
 ) -> None:
     """Measure several models on prompts of a file or data set, and print them beside each other."""
     for model in (*models, *([] if teacher is None else [teacher])):
         locate(model)
+    refuse_missing_program(engine)
     say(*describe_files(own_files(judge)), error=True)
     judging = None if judge is None else OwnJudge(judge)
     asked = OnPrompts(
@@ -93,6 +97,7 @@ def evaluate_without_task(
         settings=settings,
         teacher=None if teacher is None else ready(teacher).eval(),
         judge=judging,
+        engine=engine,
     )
     rows = []
     for model in models:

@@ -14,6 +14,7 @@ from potstill.checks.verifier import verifier
 from potstill.config import Recipe
 from potstill.doctor.speed import speed
 from potstill.doctor.writing import write_first_step
+from potstill.engines.make import engine_spec, refuse_missing_program
 from potstill.models import distributed
 from potstill.runs import run_folder
 from potstill.training.opening import subject_of
@@ -91,6 +92,7 @@ def examine(
     RecipeError, ModelError, DataError or RunError for what a run would refuse as well.
     """
     began = time.perf_counter()
+    refuse_missing_program(engine_spec(recipe))
     world = distributed.start()
     run_folder.check_folder(recipe)
     tell("loading models and prompts")

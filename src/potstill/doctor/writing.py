@@ -3,11 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from potstill.checks.finding import Written
 from potstill.config import Recipe
-from potstill.engines.native import NativeEngine
+from potstill.engines.make import engine_for, engine_spec
 from potstill.engines.protocol import Engine
 from potstill.objectives.reward import with_credit
 from potstill.prompts.mixture import step_places
@@ -55,9 +57,18 @@ class WritingTime:
 def write_first_step(
     recipe: Recipe, setup: Setup, tell: Callable[[str], None]
 ) -> tuple[Written, WritingTime]:
-    """The rollouts that the first step trains on, and those of each model by itself."""
-    per_step, window = recipe.rollouts_per_step, first_window(recipe.window).tokens
-    writing = _writing(recipe, setup, window)
+    """The rollouts that the first step trains on, and those of each model by itself, by the engines
+    of the recipe."""
+    with ExitStack() as stack:
+        engines = _engines(recipe, setup, stack)
+        window = first_window(recipe.window).tokens
+        return _write(recipe, setup, writing_of(recipe, setup, engines, window), tell)
+
+
+def _write(
+    recipe: Recipe, setup: Setup, writing: Writing, tell: Callable[[str], None]
+) -> tuple[Written, WritingTime]:
+    per_step, window = recipe.rollouts_per_step, writing.window
     tell("timing how fast the models write")
     num, pace = _rows_and_pace(recipe, setup, writing)
     if pace.seconds(window) * per_step / num <= WRITING_SECONDS:
@@ -129,11 +140,19 @@ def _first_prompts(
     return prompts, [(seed, 0, number) for number in range(num)]
 
 
-def _writing(recipe: Recipe, setup: Setup, window: int) -> Writing:
-    engines: dict[Writer, Engine] = {"student": NativeEngine(setup.student.decoder)}
+def _engines(recipe: Recipe, setup: Setup, stack: ExitStack) -> dict[Writer, Engine]:
+    """An engine for each model that writes, until the stack is closed; their logs do not stay."""
+    prefix = recipe.objective.prefix
+    models: dict[Writer, Any] = {"student": setup.student.decoder}
     if setup.teacher is not None and setup.teacher.decoder is not None:
-        engines["teacher"] = NativeEngine(setup.teacher.decoder)
-    return writing_of(recipe, setup, engines, window)
+        models["teacher"] = setup.teacher.decoder
+    engines: dict[Writer, Engine] = {}
+    for who, model in models.items():
+        # As in a run: what writes no prefixes writes here.
+        spec = engine_spec(recipe) if who == "student" or prefix in ("teacher", "mixed") else None
+        place: dict[str, Any] = {"folder": None, "max_tokens": setup.longest}
+        engines[who] = stack.enter_context(engine_for(spec, model, **place))
+    return engines
 
 
 def _pace(

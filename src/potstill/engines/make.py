@@ -1,9 +1,12 @@
 """The engine that a recipe asks for, around a model."""
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from potstill.config import Recipe
+from potstill.config import EngineSpec, Recipe
 from potstill.engines.native import NativeEngine
 from potstill.engines.of_ranks import EngineOfRanks
 from potstill.engines.protocol import Engine, EngineError
@@ -26,15 +29,35 @@ def make_engine(
     `max_tokens` are those of the longest prompt with its completion."""
     if recipe.rollouts.engine == "native":
         return NativeEngine(model, is_another)
-    from potstill.engines.vllm import VllmEngine
-
-    spec, is_shared = recipe.engine, recipe.engine.url is not None and world.size > 1
+    is_shared = recipe.engine.url is not None and world.size > 1
     if is_shared and not world.is_main:
         return EngineOfRanks(model, None, world)
     name = writer if world.size == 1 else f"{writer}-{world.rank}"
-    dtype = str(model.dtype).removeprefix("torch.")
-    engine = VllmEngine(model, spec, folder / name, dtype=dtype, max_tokens=max_tokens)
+    engine = _vllm(recipe.engine, model, folder / name, max_tokens)
     return EngineOfRanks(model, engine, world) if is_shared else engine
+
+
+def _vllm(spec: EngineSpec, model, folder: Path, max_tokens: int) -> Engine:
+    from potstill.engines.vllm import VllmEngine
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    return VllmEngine(model, spec, folder, dtype=dtype, max_tokens=max_tokens)
+
+
+@contextmanager
+def engine_for(
+    given: Engine | EngineSpec | None, model, *, folder: Path | None, max_tokens: int
+) -> Iterator[Engine]:
+    """The engine that is given, this process for None, or a server of vLLM for as long as this
+    lasts, with its log in a folder that may be a passing one."""
+    if not isinstance(given, EngineSpec):
+        yield given or NativeEngine(model)
+        return
+    with ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine = _vllm(given, model, place, max_tokens)
+        stack.callback(engine.close)
+        yield engine
 
 
 def engine_of_rank_0(engine: Engine) -> Engine:
@@ -45,12 +68,15 @@ def engine_of_rank_0(engine: Engine) -> Engine:
     return engine
 
 
-def refuse_missing_program(recipe: Recipe) -> None:
-    """Raise EngineError where the engine's program is not here."""
-    python = recipe.engine.python
-    is_started = recipe.rollouts.engine != "native" and recipe.engine.url is None
-    if is_started and shutil.which(python) is None:
+def engine_spec(recipe: Recipe) -> EngineSpec | None:
+    """The server that a recipe's completions come from; None where this process writes them."""
+    return None if recipe.rollouts.engine == "native" else recipe.engine
+
+
+def refuse_missing_program(spec: object) -> None:
+    """Raise EngineError for a server whose program is not here; anything else needs none."""
+    if isinstance(spec, EngineSpec) and spec.url is None and shutil.which(spec.python) is None:
         raise EngineError(
-            f"engine.python is {python!r}, which is no program here; name the interpreter of an "
-            "environment that has vLLM (docs/engines.md says how to make one)"
+            f"engine.python is {spec.python!r}, which is no program here; name the interpreter of "
+            "an environment that has vLLM (docs/engines.md says how to make one)"
         )

@@ -1,13 +1,13 @@
 """Models on prompts of any kind, without a task: what a run's validation measures, and a judge's
 score."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from potstill.config import Evaluation, Objective, Sampling, Train
-from potstill.engines.native import NativeEngine
-from potstill.engines.protocol import Engine
+from potstill.config import EngineSpec, Evaluation, Objective, Sampling, Train
+from potstill.engines.make import engine_for
 from potstill.evaluation.quality import STUDENT, TEACHER, Pair, estimates, measure
 from potstill.models.language_model import LanguageModel
 from potstill.models.probe import ready
@@ -23,7 +23,7 @@ from potstill.teachers.vocabulary import (
     refuse_unshared_ids,
     shared_vocab_size,
 )
-from potstill.types import DataError, Example, Prompt, Rollout, Writer
+from potstill.types import DataError, Example, Prompt, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class OnPrompts:
     """Prompts to measure models on, with how they write, what scores them, and what judges them.
 
     Of `settings` the lengths, the ends, the template, the seed and the size of batches are read.
+    With an `engine` servers of it write, else this process.
     """
 
     examples: list[Example]
@@ -38,6 +39,7 @@ class OnPrompts:
     settings: Evaluation
     teacher: LanguageModel | None = None
     judge: OwnJudge | None = None
+    engine: EngineSpec | None = None
     # Rollouts of the teacher, by how it was asked.
     written: dict[Any, list[Rollout]] = field(default_factory=dict)
 
@@ -80,24 +82,21 @@ def evaluate_on_prompts(
         end_class=end_class if len(end_class) > 1 else (),
         tokens_per_batch=Train().tokens_per_batch,
     )
-    engines: dict[Writer, Engine] = {"student": NativeEngine(student.model)}
-    if teacher is not None:
-        engines["teacher"] = NativeEngine(teacher.model)
     writing = Writing(
         objective=Objective(),
-        engines=engines,
+        engines={},
         window=settings.max_tokens,
         end_ids=tuple(end_ids),
         sampling=Sampling(batch_size=settings.batch_size),
         rollouts_per_step=len(prompts),
         vocab_size=vocab_size,
     )
-    written = _write(STUDENT, writing, prompts, settings.seed)
+    written = _write(STUDENT, student, writing, prompts, asked)
     sums = measure(pair, STUDENT, written, judge=asked.judge)
     if teacher is not None:
         key = (vocab_size, writing.end_ids, tuple(prompt.token_ids for prompt in prompts))
         if key not in asked.written:
-            asked.written[key] = _write(TEACHER, writing, prompts, settings.seed)
+            asked.written[key] = _write(TEACHER, teacher, writing, prompts, asked)
         teachers = measure(pair, TEACHER, asked.written[key])
         sums = [mine | theirs for mine, theirs in zip(sums, teachers, strict=True)]
     row = {
@@ -115,11 +114,17 @@ def evaluate_on_prompts(
 
 
 def _write(
-    who: Literal["teacher", "student"], writing: Writing, prompts: list[Prompt], seed: int
+    who: Literal["teacher", "student"],
+    model: LanguageModel,
+    writing: Writing,
+    prompts: list[Prompt],
+    asked: OnPrompts,
 ) -> list[Rollout]:
     """The rollouts of one of them; with seed 0 as in a run's validation."""
-    keys = [stream_key((0, seed, i), Stream.VALIDATION) for i in range(len(prompts))]
-    return from_one(who, writing, prompts, keys)
+    keys = [stream_key((0, asked.settings.seed, i), Stream.VALIDATION) for i in range(len(prompts))]
+    longest = max(len(prompt.ids_of(who)) for prompt in prompts) + writing.window
+    with engine_for(asked.engine, model.model, folder=None, max_tokens=longest) as engine:
+        return from_one(who, dataclasses.replace(writing, engines={who: engine}), prompts, keys)
 
 
 def _prompts(student: LanguageModel, asked: OnPrompts, date: str | None) -> list[Prompt]:

@@ -9,7 +9,6 @@ from potstill.answers.grading import Grade
 from potstill.config import Evaluation, Sampling
 from potstill.console.progress import token_bar
 from potstill.engines.entropies import with_entropies
-from potstill.engines.native import NativeEngine
 from potstill.engines.protocol import Engine
 from potstill.files import append, flush, json_digest, write_rows
 from potstill.models.language_model import LanguageModel
@@ -43,13 +42,12 @@ def write_responses(
     examples: Sequence[Example],
     prompts: Sequence[Prompt],
     end_ids: Sequence[int],
+    engine: Engine,
     file: Path | None = None,
     quiet: bool = False,
-    engine: Engine | None = None,
 ) -> list[dict[str, Any]]:
     """Sample and grade all responses at one temperature, batch by batch; those of a file are not
-    sampled again. An `engine` may write them with the model's weights."""
-    engine = engine or NativeEngine(model.model)
+    sampled again. The engine writes with the model's weights."""
     places = [(i, j) for i in range(len(prompts)) for j in range(evaluation.num_responses)]
     size = evaluation.batch_size
     sampling = Sampling(
@@ -161,7 +159,7 @@ def file_name(
     temperature: float,
     end_ids: Sequence[int],
     prompts: Sequence[Prompt],
-    engine: Engine | None = None,
+    engine: Engine,
 ) -> str:
     """One file for each set of weights (their `fingerprint`), settings, temperature and streams:
     what would be sampled otherwise is never mixed."""
@@ -169,7 +167,7 @@ def file_name(
     # A template may write another date than yesterday's.
     asked = [prompt.token_ids for prompt in prompts]
     sampled = [weights, settings, temperature, list(end_ids), asked, Stream.EVALUATION]
-    if engine is not None and not engine.is_native:
+    if not engine.is_native:
         sampled.append(type(engine).__name__)
     identity = json_digest(sampled)
     source = re.sub(r"[^\w.-]+", "-", str(evaluation.source))[:60]

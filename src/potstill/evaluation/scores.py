@@ -10,6 +10,7 @@ from typing import Any
 
 from potstill.answers.grading import Grade, majority
 from potstill.config import (
+    EngineSpec,
     Evaluation,
     Recipe,
     RecipeError,
@@ -17,6 +18,7 @@ from potstill.config import (
     to_toml,
 )
 from potstill.console.printable import say
+from potstill.engines.make import engine_for, engine_spec, refuse_missing_program
 from potstill.engines.protocol import Engine
 from potstill.evaluation.responses import ResponseRow, file_name, settings_of, write_responses
 from potstill.files import write_atomically
@@ -43,7 +45,7 @@ def evaluate(
     responses: Path | None = None,
     quiet: bool = False,
     date: str | None = None,
-    engine: Engine | None = None,
+    engine: Engine | EngineSpec | None = None,
 ) -> list[EvalRow]:
     """Evaluate a loaded model, a model folder, a hub id or a run folder; one row of results for
     each temperature.
@@ -54,10 +56,12 @@ def evaluate(
     file for each model, set of settings and temperature; a call that was killed goes on after the
     last whole batch. What ends a response is `evaluation.end_tokens`, else `end_ids`, else what is
     stored with the model. `date` is what chat templates are told, by default today. An `engine`
-    may write with the model's weights. Raises RecipeError, ModelError or DataError before anything
-    is sampled, and RunError for a file of responses that another process writes.
+    may write with the model's weights, or a server that an EngineSpec tells of. Raises RecipeError,
+    ModelError or DataError before anything is sampled, and RunError for a file of responses that
+    another process writes.
     """
     # Before the model is loaded, which can take long.
+    refuse_missing_program(engine)
     problems = make_problems(evaluation)
     model = ready(model)
     task, examples, prompts = prepare_problems(model, evaluation, date, problems)
@@ -69,34 +73,37 @@ def evaluate(
     model.eval()
     weights = "" if responses is None else fingerprint(model)
     rows: list[EvalRow] = []
-    for temperature in evaluation.temperatures:
-        started = time.perf_counter()
-        file = None
-        if responses is not None:
-            asked = (temperature, end_ids, prompts, engine)
-            file = responses / file_name(weights, evaluation, *asked)
-            file.parent.mkdir(parents=True, exist_ok=True)
-        with nullcontext() if file is None else locked(file, "responses file"):
-            found = write_responses(
-                model,
-                evaluation,
-                temperature,
-                task=task,
-                examples=examples,
-                prompts=prompts,
-                end_ids=end_ids,
-                file=file,
-                quiet=quiet,
-                engine=engine,
-            )
-        row: EvalRow = {
-            "model": model.name,
-            "temperature": temperature,
-            **_measures(found, evaluation.num_responses, {each.level for each in examples}),
-            "seconds": round(time.perf_counter() - started, 2),
-            "settings": settings_of(evaluation) | {"end_ids": list(end_ids)},
-        }
-        rows.append(row)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + evaluation.max_tokens
+    place = None if responses is None else responses / ".engine"
+    with engine_for(engine, model.model, folder=place, max_tokens=longest) as writer:
+        for temperature in evaluation.temperatures:
+            started = time.perf_counter()
+            file = None
+            if responses is not None:
+                asked = (temperature, end_ids, prompts, writer)
+                file = responses / file_name(weights, evaluation, *asked)
+                file.parent.mkdir(parents=True, exist_ok=True)
+            with nullcontext() if file is None else locked(file, "responses file"):
+                found = write_responses(
+                    model,
+                    evaluation,
+                    temperature,
+                    task=task,
+                    examples=examples,
+                    prompts=prompts,
+                    end_ids=end_ids,
+                    file=file,
+                    quiet=quiet,
+                    engine=writer,
+                )
+            row: EvalRow = {
+                "model": model.name,
+                "temperature": temperature,
+                **_measures(found, evaluation.num_responses, {each.level for each in examples}),
+                "seconds": round(time.perf_counter() - started, 2),
+                "settings": settings_of(evaluation) | {"end_ids": list(end_ids)},
+            }
+            rows.append(row)
     return rows
 
 
@@ -255,7 +262,7 @@ def evaluate_run(
     model: LanguageModel,
     step: int,
     quiet: bool = False,
-    engine: Engine | None = None,
+    engine: Engine | EngineSpec | None = None,
 ) -> None:
     """Evaluate the model of a run after so many steps, if its recipe says how; the results are
     stored in its folder. Errors as `evaluate`."""
@@ -283,6 +290,6 @@ def evaluate_anew(recipe: Recipe, model: LanguageModel, quiet: bool = False) -> 
     folder = recipe.out
     step = last_row(folder)["step"]
     with locked(folder, "run folder"):
-        evaluate_run(recipe, model, step, quiet)
+        evaluate_run(recipe, model, step, quiet, engine_spec(recipe))
         write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
         write_card(folder)

@@ -16,7 +16,7 @@ from potstill.config import Recipe, Role, check_recipe
 from potstill.console.boundary import saying_when_stopped, stop_asked_for, stopped_after
 from potstill.console.printable import say
 from potstill.console.progress import StepDisplay
-from potstill.engines.make import engine_of_rank_0, refuse_missing_program
+from potstill.engines.make import engine_of_rank_0, engine_spec, refuse_missing_program
 from potstill.evaluation.scores import evaluate_anew, evaluate_run
 from potstill.models import distributed
 from potstill.models.adapters import has_adapter, merge_in_place
@@ -107,7 +107,7 @@ def train(
         recipe, student=student, teacher=teacher, tokenizer=tokenizer
     )
     refuse_missing(recipe.train.tracker)
-    refuse_missing_program(recipe)
+    refuse_missing_program(engine_spec(recipe))
     world = distributed.start()
     may_change: tuple[Role, ...] = ()
     if extend_to is not None:
