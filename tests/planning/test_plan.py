@@ -259,6 +259,29 @@ def test_traffic_by_hand():
         work_of(recipe, 8, 16, 3)
 
 
+def test_an_engine_has_weights_and_keys_of_its_own(tmp_path, capsys):
+    """In place of what this process decodes with; a server that is there is not counted."""
+    pair, objective = shipped_pair(), {"prefix": "student"}
+    work = work_of(Recipe(), 20, 100, 1)
+    engine = {"rollouts": {"engine": "vllm"}, "objective": objective}
+    found = {
+        name: memory_of(tiny_recipe(tmp_path, **sections), pair, work, "live", on_cpu=True)
+        for name, sections in {
+            "native": {"objective": objective},
+            "vllm": engine,
+            "url": engine | {"engine": {"url": "http://127.0.0.1:8"}},
+        }.items()
+    }
+    weights = sum(w.nbytes for w in load_model("potstill:base").model.parameters())
+    started = found["vllm"].kept
+    assert started["engine's weights"] == weights
+    assert started["engine's KV cache"] == found["native"].phases["rollouts"]["KV cache"] > 0
+    assert found["vllm"].phases["rollouts"] == {} == found["url"].phases["rollouts"]
+    assert found["url"].kept == found["native"].kept
+    main(["plan", "demo", "--method", "opd", "--rollouts.engine", "vllm", "--device", "H100-SXM"])
+    assert "--gpu-memory-utilization 0.01" in capsys.readouterr().out
+
+
 def test_shards_are_smaller_and_the_copy_that_decodes_is_whole():
     pair, recipe = shipped_pair(), make_recipe({"train": {"prompts_per_step": 8}})
     one, four = (

@@ -81,6 +81,7 @@ def memory_of(
     passes = count(pair.student, shape, dtype, computing, again)
     writing = writes_in(recipe, pair, on_cpu=on_cpu)
     kept = _kept(recipe, pair, place, num_devices, writing)
+    kept |= engine_bytes(recipe, pair, work, place, on_cpu=on_cpu)
     loss = _loss_bytes(recipe, pair, work)
     if on_cpu:
         # The tiles between the passes stay for the next batch; a GPU's allocator lends them on.
@@ -209,21 +210,52 @@ def _decoding(
 ) -> dict[str, int]:
     """Keys, values and logits of the rows that one model decodes together, the larger of the
     two."""
-    prefix, longest = recipe.objective.prefix, work.prompt_tokens + work.completion_tokens
-    rows = min(recipe.sampling.batch_size, work.num_rollouts)
-    writers = []
-    if prefix in ("student", "mixed") and place != "cached":
-        writers.append((pair.student.sizes, writing))
-    if prefix in ("teacher", "mixed") and place == "live" and pair.teacher is not None:
-        writers.append((pair.teacher.sizes, teacher_dtype(recipe)))
+    if recipe.rollouts.engine != "native":
+        return {}
+    rows, longest = _rows_decoded(recipe, work)
     both = [
         {
             "KV cache": cache_bytes(sizes, rows, longest, dtype),
             "drawing": rows * sizes.vocab_size * _a_logit(recipe.sampling, dtype),
         }
-        for sizes, dtype in writers
+        for sizes, dtype in _writers(recipe, pair, place, writing)
     ]
     return max(both, key=lambda parts: sum(parts.values()), default={})
+
+
+def _rows_decoded(recipe: Recipe, work: Work) -> tuple[int, int]:
+    """How many rows are decoded together, and how long they may get."""
+    rows = min(recipe.sampling.batch_size, work.num_rollouts)
+    return rows, work.prompt_tokens + work.completion_tokens
+
+
+def _writers(
+    recipe: Recipe, pair: Outlines, place: TeacherPlace, writing: str
+) -> list[tuple[Sizes, str]]:
+    """The models that write prefixes here, and the types of their weights."""
+    prefix = recipe.objective.prefix
+    writers = []
+    if prefix in ("student", "mixed") and place != "cached":
+        writers.append((pair.student.sizes, writing))
+    if prefix in ("teacher", "mixed") and place == "live" and pair.teacher is not None:
+        writers.append((pair.teacher.sizes, teacher_dtype(recipe)))
+    return writers
+
+
+def engine_bytes(
+    recipe: Recipe, pair: Outlines, work: Work, place: TeacherPlace, *, on_cpu: bool
+) -> dict[str, int]:
+    """Weights, keys and values of the servers that are started to write on a device; nothing for a
+    server that is there."""
+    if recipe.rollouts.engine == "native" or recipe.engine.url is not None:
+        return {}
+    rows, longest = _rows_decoded(recipe, work)
+    writers = _writers(recipe, pair, place, writes_in(recipe, pair, on_cpu=on_cpu))
+    cached = [cache_bytes(sizes, rows, longest, dtype) for sizes, dtype in writers]
+    return {
+        "engine's weights": sum(sizes.weight_bytes(dtype) for sizes, dtype in writers),
+        "engine's KV cache": sum(cached),
+    }
 
 
 def _a_logit(sampling: Sampling, dtype: str) -> int:

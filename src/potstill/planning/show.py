@@ -1,6 +1,7 @@
 """A plan as tables of 100 columns, or as JSON."""
 
 import json
+import math
 from collections.abc import Sequence
 
 from potstill.console.printable import WIDTH, plain, say
@@ -107,6 +108,7 @@ def _last_lines(plan: RunPlan) -> list[str]:
             f"received by a device in a step: shards {shown_bytes(traffic.shards)}, the copy that "
             f"decodes {shown_bytes(traffic.copy)} (an engine would get {shown_bytes(traffic.push)})"
         )
+    lines += _engine_lines(plan)
     peak, memory = plan.needs.memory.peak, shown_bytes(device.memory)
     if plan.needs.fits(device):
         return [*lines, f"it fits: {shown_bytes(peak)} of {memory}"]
@@ -114,6 +116,26 @@ def _last_lines(plan: RunPlan) -> list[str]:
     lines += [f"  {c.field} = {c.value!r}: {shown_bytes(c.peak)}" for c in plan.changes]
     if not plan.changes or plan.changes[-1].peak > device.memory:
         lines.append("  and that is not enough: take more or larger devices, or smaller models")
+    return lines
+
+
+def _engine_lines(plan: RunPlan) -> list[str]:
+    """How an engine's memory and time are reckoned with."""
+    recipe, device = plan.recipe, plan.asked.device
+    if recipe.rollouts.engine == "native":
+        return []
+    timed = "rollouts are timed as those of the native engine"
+    if recipe.engine.url is not None:
+        return [f"the engine at {recipe.engine.url} is not counted; {timed}"]
+    kept = plan.needs.memory.kept
+    least = kept["engine's weights"] + kept["engine's KV cache"]
+    lines = [f"the engine is a process of its own and takes {shown_bytes(least)}; {timed}"]
+    if not device.is_cpu:
+        share = math.ceil(100 * least / device.memory) / 100
+        lines.append(
+            "  vLLM takes a fixed share of a GPU, most of it by default: give it at least "
+            f"--gpu-memory-utilization {share:g} in engine.args, and what this plan leaves"
+        )
     return lines
 
 
