@@ -11,8 +11,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
+from potstill.console.quiet import without_progress_bars
 from potstill.models.adapters import has_adapter, merged_weights
-from potstill.models.language_model import without_progress_bars
 
 SHARED_MEMORY, FOLDERS = Path("/dev/shm"), "potstill-weights-"
 

@@ -81,7 +81,11 @@ def _products_of(backbone: Any) -> list[tuple[int, bool, nn.Parameter]]:
         # All experts of a layer may be one tensor.
         num_axes = 2 if is_linear else 3 if is_expert else None
         own = [weight for weight in module.parameters(recurse=False) if weight.dim() == num_axes]
-        found += [(weight.numel(), is_expert, weight) for weight in own]
+        for weight in own:
+            # Quantised weights may be packed.
+            is_plain = not isinstance(module, nn.Linear)
+            num = weight.numel() if is_plain else module.in_features * module.out_features
+            found.append((num, is_expert, weight))
     return found
 
 

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from potstill.console.names import nearest
 from potstill.console.printable import error_text
+from potstill.console.quiet import without_progress_bars, without_warnings
 from potstill.hub import cache_first, cannot_be_had, is_reachable
 from potstill.kl.head import Head
 from potstill.models import adapters
 from potstill.models.batch import Batch
 from potstill.models.flops import ModelFlops, model_flops
 from potstill.models.lean.attention import set_attention
+from potstill.models.lean.quantized import is_quantized, plain_tensors, type_to_load
 from potstill.models.templates import ChatTemplate, TemplateError
 from potstill.models.weights import (
     refuse_foreign_files,
@@ -46,7 +48,9 @@ class LanguageModel(nn.Module):
     """A Hugging Face causal LM with its tokenizer and its own end tokens. `forward` gives the last
     hidden states.
 
-    `is_probed` says whether `probe.probe` has found that all this holds for the model.
+    `is_probed` says whether `probe.probe` has found that all this holds for the model. `digest` is
+    the hash of weights that do not stay as they were: a quantised model packs them anew at its
+    first pass.
     """
 
     def __init__(self, model, tokenizer, name: str):
@@ -56,12 +60,13 @@ class LanguageModel(nn.Module):
         self.name = name
         self.end_ids = find_end_ids(model, tokenizer)
         self.is_probed = False
+        self.digest = weights_fingerprint(plain_tensors(model)) if is_quantized(model) else None
         self.training = model.training
 
     def around(self, model, name: str) -> "LanguageModel":
         """The same for another copy of the model, which needs no probe of its own."""
         other = LanguageModel(model, self.tokenizer, name)
-        other.is_probed = self.is_probed
+        other.is_probed, other.digest = self.is_probed, self.digest
         return other
 
     @property
@@ -117,6 +122,9 @@ class LanguageModel(nn.Module):
 
     @property
     def num_weights(self) -> int:
+        if is_quantized(self.model):
+            # Several of them may be packed into one number.
+            return self.model.num_parameters()
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
@@ -159,14 +167,14 @@ def load_model(
             model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
             return _with_adapter(name, model, load_tokenizer(name, trust_remote_code))
     tokenizer = load_tokenizer(name, trust_remote_code)
+    config = load_config(name, trust_remote_code)
     shared: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
-        "dtype": getattr(torch, dtype),
+        "dtype": type_to_load(config, dtype),
     }
     auto = transformers.AutoModelForCausalLM
     with _readable(name):
         if init == "random":
-            config = load_config(name, trust_remote_code)
             torch.manual_seed(seed)
             model = auto.from_config(config, **shared)
             set_attention(name, model, attention)
@@ -300,7 +308,7 @@ def _readable(name: str):
     try:
         with (
             without_progress_bars(),
-            _without_warnings(),
+            without_warnings(),
             contextlib.nullcontext() if is_here else cache_first(),
         ):
             yield
@@ -314,33 +322,6 @@ def _readable(name: str):
             refuse_foreign_files(folder)
             refuse_unread_file(folder)
         raise ModelError(f"model {name!r} cannot be loaded: {error_text(error, 300)}") from None
-
-
-@contextlib.contextmanager
-def _without_warnings():
-    """Without what transformers logs of a model that we then load or refuse."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-@contextlib.contextmanager
-def without_progress_bars():
-    """Without transformers' own progress bars, which would tear ours."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 def save_model(
@@ -397,4 +378,4 @@ def find_end_ids(model, tokenizer) -> tuple[int, ...]:
 
 def fingerprint(model: LanguageModel) -> str:
     """A hash of the weights: the same for the same values, wherever they are stored."""
-    return weights_fingerprint(model.model.named_parameters())
+    return model.digest or weights_fingerprint(model.model.named_parameters())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from potstill.config import Sampling
 from potstill.models.language_model import LanguageModel, load_model
+from potstill.models.lean.quantized import is_quantized, plain_tensors
 from potstill.models.sampling import sample
 from potstill.models.weights import refuse_non_finite
 from potstill.seeds import Stream, stream_key
@@ -77,7 +78,7 @@ def probe(model: LanguageModel) -> None:
     if model.is_probed:
         return
     _refuse_rows(model)
-    refuse_non_finite(model.name, model.model.named_parameters())
+    refuse_non_finite(model.name, plain_tensors(model.model))
     with _evaluating(model), torch.no_grad():
         check_logits(model)
         _refuse_without_cache(model)
@@ -115,6 +116,12 @@ def _able(model: LanguageModel, to: str) -> Iterator[None]:
 def _refuse_rows(model: LanguageModel) -> None:
     with _able(model, "be taken apart into a backbone and a head"):
         num_rows = model.vocab_size
+    weight = model.model.get_output_embeddings().weight
+    if not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__"):
+        raise ModelError(
+            f"model {model.name!r}: its head is quantised ({type(weight).__name__}), and the loss "
+            "takes its own numbers; quantise the model without lm_head"
+        )
     if beyond := [i for i in model.end_ids if not 0 <= i < num_rows]:
         raise ModelError(
             f"model {model.name!r}: end id {beyond[0]} has no row in its head of {num_rows}; "
@@ -158,7 +165,8 @@ def _ids(model: LanguageModel, num: int) -> Tensor:
 
 
 def _allowed(model: LanguageModel, logits: Tensor, exact: float, rounded: float) -> float:
-    share = exact if model.head.weight_VD.dtype == torch.float32 else rounded
+    is_exact = model.head.weight_VD.dtype == torch.float32 and not is_quantized(model.model)
+    share = exact if is_exact else rounded
     return share * logits.abs().max().clamp(min=1).item()
 
 

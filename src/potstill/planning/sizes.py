@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from potstill.config import Lora
 from potstill.console.printable import error_text
@@ -12,6 +13,7 @@ from potstill.models.adapters import attach, has_adapter, is_of_adapter
 from potstill.models.flops import ModelFlops, active_share, expert_weights
 from potstill.models.language_model import LanguageModel, load_config
 from potstill.models.lean.activations import layers_of
+from potstill.models.lean.quantized import bits_a_weight
 from potstill.types import ModelError
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -27,8 +29,9 @@ class Sizes:
     `largest_layer` is one of those that FSDP2 shards each by itself, and `outside_layers` the
     weights that it shards as one beside them. `cached_numbers` are the keys and values that
     decoding keeps of a token. `rows_tied` are the head's weights where they are the embedding's as
-    well, else 0. `expert_weights` are those of all experts, of which a token passes through a
-    share.
+    well, else 0. Of a quantised model, `num_packed` weights take `packed_bits` each, beside scales
+    that are not counted. `expert_weights` are those of all experts, of which a token passes through
+    a share.
     """
 
     num_weights: int
@@ -45,6 +48,8 @@ class Sizes:
     expert_weights: int
     expert_share: float
     flops: ModelFlops
+    num_packed: int = 0
+    packed_bits: int = 0
 
     @property
     def head_weights(self) -> int:
@@ -52,8 +57,9 @@ class Sizes:
 
     def weight_bytes(self, dtype: str) -> int:
         """The bytes of all weights, the model's own in this type."""
-        own = self.num_weights - self.num_adapter
-        return own * BYTES[dtype] + self.num_adapter * BYTES["float32"]
+        whole = self.num_weights - self.num_adapter - self.num_packed
+        packed = self.num_packed * self.packed_bits // 8
+        return whole * BYTES[dtype] + packed + self.num_adapter * BYTES["float32"]
 
     def trained_bytes(self, dtype: str) -> int:
         """The bytes of those that may change, and so of their gradients."""
@@ -135,7 +141,10 @@ def model_sizes(model: LanguageModel) -> Sizes:
     named = [*model.model.named_parameters()]
     learning = [weight for _, weight in named if weight.requires_grad]
     adapter = [weight for name, weight in named if is_of_adapter(name)]
+    bits = bits_a_weight(model.model.config)
     return Sizes(
+        num_packed=_num_in_products(model.backbone) if bits else 0,
+        packed_bits=bits or 0,
         num_adapter=sum(w.numel() for w in adapter) if has_adapter(model.model) else 0,
         trains_head=head.requires_grad,
         num_weights=model.num_weights,
@@ -151,6 +160,12 @@ def model_sizes(model: LanguageModel) -> Sizes:
         expert_share=active_share(config),
         flops=model.flops,
     )
+
+
+def _num_in_products(backbone: nn.Module) -> int:
+    """The weights of a backbone's linear layers, which quantising packs."""
+    linear = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
+    return sum(layer.in_features * layer.out_features for layer in linear)
 
 
 def _key_width(config, width: int) -> int:

@@ -6,7 +6,8 @@ from potstill.config import Recipe, TeacherSpec
 from potstill.models.base_alone import BaseAlone, as_it_is
 from potstill.models.distributed import World
 from potstill.models.given import share_weights
-from potstill.models.language_model import LanguageModel
+from potstill.models.language_model import LanguageModel, load_config
+from potstill.models.lean.quantized import describe_quantized, is_quantized_by
 from potstill.models.probe import ready
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.placed import loading_device, placed
@@ -14,6 +15,7 @@ from potstill.teachers.protocol import Teacher
 from potstill.teachers.remote import reach
 from potstill.teachers.sharded import load_sharded
 from potstill.teachers.store import Cache
+from potstill.types import ModelError
 
 
 def load_teacher(
@@ -32,6 +34,8 @@ def load_teacher(
     objective, spec = recipe.objective, recipe.teacher
     if not objective.has_teacher:
         return None
+    if spec.placement != "replicated":
+        _refuse_quantized(spec)
     if given is not None and given in (student, student.model):
         # One object cannot both change and stay as it is.
         teacher = as_it_is(student, student.name, world.size)
@@ -67,6 +71,16 @@ def load_teacher(
     if share_weights(teacher, student):
         teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
     return placed(teacher.eval().requires_grad_(False), spec, world)
+
+
+def _refuse_quantized(spec: TeacherSpec) -> None:
+    """Raise ModelError for a quantised teacher that would have to be taken apart."""
+    config = load_config(spec.model, spec.trust_remote_code)
+    if is_quantized_by(config):
+        raise ModelError(
+            f"teacher {spec.model!r} is quantised ({describe_quantized(config)}) and "
+            f'teacher.placement is "{spec.placement}", which takes whole weights; leave it out'
+        )
 
 
 def _own_teacher(spec: TeacherSpec, student: LanguageModel, world: World) -> LanguageModel:

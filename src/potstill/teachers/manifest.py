@@ -22,6 +22,7 @@ from potstill.models.language_model import (
     load_config,
     load_tokenizer,
 )
+from potstill.models.lean.quantized import type_to_load
 from potstill.runs.run_folder import last_row
 
 FORMAT = 2
@@ -240,7 +241,7 @@ def identify_folder(spec: TeacherSpec) -> TeacherIdentity | None:
     tokenizer, chat_template = tokenizer_digests(load_tokenizer(spec.model, spec.trust_remote_code))
     return TeacherIdentity(
         name=spec.model,
-        dtype=spec.dtype,
+        dtype=str(type_to_load(config, spec.dtype)).removeprefix("torch."),
         parameters=None,
         files=_files_digest(folder),
         config=_config_digest(config),

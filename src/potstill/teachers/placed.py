@@ -21,7 +21,8 @@ class PlacedTeacher(LanguageModel):
 
     def __init__(self, teacher: LanguageModel, place: torch.device, home: torch.device):
         super().__init__(teacher.model, teacher.tokenizer, teacher.name)
-        self.place, self.home, self.is_probed = place, home, True
+        self.place, self.home = place, home
+        self.is_probed, self.digest = True, teacher.digest
         head = teacher.head
         bias_V = None if head.bias_V is None else head.bias_V.to(home)
         self.own_head = dataclasses.replace(head, weight_VD=head.weight_VD.to(home), bias_V=bias_V)
@@ -51,9 +52,6 @@ class OffloadedTeacher(PlacedTeacher):
     @property
     def decoder(self) -> None:
         return None
-
-    def weights_digest(self) -> str:
-        return self.digest
 
 
 def loading_device(spec: TeacherSpec, world: World) -> torch.device:

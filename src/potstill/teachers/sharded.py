@@ -28,7 +28,6 @@ class ShardedTeacher(LanguageModel):
     def __init__(self, model: nn.Module, tokenizer: Any, name: str, world: World):
         super().__init__(model, tokenizer, name)
         self.world = world
-        self.digest = ""
 
     def signal_at(self, batch: Batch) -> Tensor:
         self._num_that_pass(True)
@@ -45,9 +44,6 @@ class ShardedTeacher(LanguageModel):
     @property
     def decoder(self) -> None:
         return None
-
-    def weights_digest(self) -> str:
-        return self.digest
 
 
 def load_sharded(spec: TeacherSpec, world: World) -> ShardedTeacher:

@@ -9,6 +9,8 @@ from potstill.config import Recipe
 from potstill.engines.mismatch import describe_mismatch
 from potstill.models.adapters import describe_adapter, has_adapter
 from potstill.models.distributed import World
+from potstill.models.language_model import LanguageModel
+from potstill.models.lean.quantized import describe_quantized, is_quantized
 from potstill.models.weights import cautions
 from potstill.objectives.habits import disagreement, what_is_unknown
 from potstill.prompts.overview import first_prompt
@@ -52,6 +54,7 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     lines += recipe.notes
     if has_adapter(student.model):
         lines.append(describe_adapter(student.model))
+    lines += _about_quantized(setup)
     if recipe.train.compute_dtype is None and setup.loss.compute_dtype == "bfloat16":
         lines.append(
             "the student's passes compute in bfloat16, as its checkpoint is; its weights are in "
@@ -80,6 +83,19 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     return lines + first_prompt(
         setup.prompts, student.tokenizer, teacher_tokenizer, recipe.window.tokens
     )
+
+
+def _about_quantized(setup: Setup) -> list[str]:
+    """A line on each model that is quantised."""
+    lines = []
+    for role, model in (("student", setup.student), ("teacher", setup.teacher)):
+        if isinstance(model, LanguageModel) and is_quantized(model.model):
+            dtype = str(model.head.weight_VD.dtype).removeprefix("torch.")
+            lines.append(
+                f"the {role}'s weights are quantised ({describe_quantized(model.model.config)}); "
+                f"its others are in {dtype}, as in its files, and {role}.dtype is not read"
+            )
+    return lines
 
 
 def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:

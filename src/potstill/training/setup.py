@@ -19,6 +19,7 @@ from potstill.models.distributed import World
 from potstill.models.flops import ModelFlops
 from potstill.models.language_model import LanguageModel, load_config
 from potstill.models.lean.activations import checkpointed_layers
+from potstill.models.lean.quantized import refuse_to_train
 from potstill.models.probe import ready
 from potstill.models.templates import today
 from potstill.objectives.loss import Loss
@@ -166,6 +167,7 @@ def load_student(recipe: Recipe, world: World, given=None, tokenizer=None) -> La
         trust_remote_code=spec.trust_remote_code,
         attention=spec.attention,
     )
+    refuse_to_train(student.name, student.model)
     if spec.lora.rank is not None:
         if spec.lora.save == "adapter":
             # Refused here where it cannot be named.
