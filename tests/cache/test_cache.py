@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import interrupted_at, make_model, tiny_recipe
@@ -34,8 +36,10 @@ from potstill.objectives.loss import batch_loss, teacher_signal
 from potstill.prompts.examples import load_examples
 from potstill.rollouts.batching import make_batches
 from potstill.runs import run_folder
+from potstill.teachers import shards as shards_module
 from potstill.teachers import store as cache_module
-from potstill.teachers.manifest import CacheError, Manifest, read_manifest
+from potstill.teachers.manifest import CacheError, Manifest, arrays_digest, read_manifest
+from potstill.teachers.shards import INDEX, INDEX_OF_ALL, index_together, read_together
 from potstill.teachers.store import Cache
 from potstill.training.setup import prepare
 from potstill.types import NonFiniteError
@@ -305,7 +309,7 @@ def test_more_prompts_and_completions_are_added_once(tmp_path):
     assert all(
         tree(tmp_path / "cache")[name] == data
         for name, data in before.items()
-        if name != "manifest.json"
+        if name not in ("manifest.json", INDEX_OF_ALL)
     )
     # The task draws some problems twice.
     num_distinct = len(
@@ -559,14 +563,17 @@ def test_a_flipped_byte_is_found(copied, tmp_path, where):
     place = 20 if name is None else 8 + header_size + offsets[name]["data_offsets"][0] + 1
     data[place] ^= 4
     path.write_bytes(data)
+    if where in ("index", "keys"):
+        # A copy of these is used, where there is one.
+        (copied / INDEX_OF_ALL).unlink()
     with pytest.raises(CacheError, match=f"shard '{path}' (is damaged|cannot be read)"):
         train_from(copied, tmp_path / "run")
     # Nothing was trained on a batch with it.
     rows = run_folder.read_rows(tmp_path / "run/metrics.jsonl")
-    if where in ("prompt_ids", "completion_ids", "hidden", "log_sum_exp"):
-        assert len(rows) < 8
-    else:
+    if where in ("index", "keys"):
         assert not (tmp_path / "run").exists()
+    else:
+        assert len(rows) < 8
     verified = verify_cache(copied, quiet=True)
     assert len(verified.broken) == 1 and str(path) in verified.broken[0]
 
@@ -853,3 +860,112 @@ def test_info_and_help(built, capsys):
         and "hidden states in float32" in out
     )
     assert "at most 24 tokens, end set [2], temperature 1, top_p 1, top_k 0, seed 0" in out
+
+
+# -- many shards -----------------------------------------------------------------------------------
+
+
+def replicate(folder, num_shards, num_rollouts=0) -> None:
+    """Write a manifest of many shards, all like the first but for their keys, without an index of
+    all; with so many rollouts of four tokens each, if any."""
+    manifest = read_manifest(folder)
+    record, tensors = manifest.shards[0], load_file(first_shard(folder))
+    if num_rollouts:
+        starts = 4 * torch.arange(num_rollouts + 1)
+        for name, tensor in tensors.items():
+            first = tensor[: 1 if name in INDEX else 4]
+            tensors[name] = torch.cat([first] * num_rollouts)
+        tensors |= {"prompt_starts": starts, "completion_starts": starts.clone()}
+    records = []
+    for number in range(num_shards):
+        tensors["keys"] = torch.randint(0, 256, tensors["keys"].shape).to(torch.uint8)
+        path = folder / "shards" / f"{number:016x}.safetensors"
+        save_file(tensors, path)
+        arrays = {name: tensors[name].numpy() for name in INDEX}
+        records.append(
+            dataclasses.replace(
+                record,
+                file=f"shards/{path.name}",
+                num_rollouts=len(tensors["keys"]),
+                num_tokens=len(tensors["completion_ids"]),
+                num_bytes=path.stat().st_size,
+                index=arrays_digest(arrays, INDEX),
+            )
+        )
+    (folder / INDEX_OF_ALL).unlink(missing_ok=True)
+    text = dataclasses.replace(manifest, shards=tuple(records)).to_json()
+    (folder / "manifest.json").write_text(text)
+
+
+def index_all(folder) -> None:
+    cache = Cache(folder)
+    save_file(index_together(cache.manifest.shards, cache.indices), folder / INDEX_OF_ALL)
+
+
+def same_index(a, b) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in INDEX)
+
+
+def test_an_index_of_all_shards_opens_none_of_them(copied, monkeypatch):
+    replicate(copied, 40)
+    slow = Cache(copied)
+    index_all(copied)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards_module, "open_shard", None)
+        fast = Cache(copied)
+    assert all(map(same_index, slow.indices, fast.indices))
+    assert fast.entries() == slow.entries()
+
+
+def test_an_index_that_lacks_shards_leaves_them_to_themselves(copied):
+    """As a build leaves it that is killed between two writes of it."""
+    whole = Cache(copied)
+    some = index_together(whole.manifest.shards[1:3], whole.indices[1:3])
+    save_file(some, copied / INDEX_OF_ALL)
+    assert all(map(same_index, Cache(copied).indices, whole.indices))
+    build(tiny_recipe("unused"), copied, FLOAT32)
+    known = read_together(copied, whole.manifest.shards)
+    assert list(known) == [record.file for record in whole.manifest.shards]
+
+
+@pytest.mark.parametrize("damage", ["foreign", "flipped", "cut", "empty"])
+def test_a_foreign_or_damaged_index_is_found(copied, damage):
+    path = copied / INDEX_OF_ALL
+    tensors = load_file(path)
+    if damage == "foreign":
+        tensors["keys"] = tensors["keys"].roll(1, 0)
+        save_file(tensors, path)
+    elif damage == "flipped":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_bytes(b"")
+    for read in (Cache, lambda folder: verify_cache(folder, quiet=True)):
+        with pytest.raises(CacheError, match=r"is not the index of this cache's shards; remove it"):
+            read(copied)
+    path.unlink()
+    assert verify_cache(copied, quiet=True).broken == ()
+
+
+def test_a_missing_shard_is_found_though_the_index_has_it(copied):
+    first_shard(copied).unlink()
+    with pytest.raises(CacheError, match="is missing; restore it"):
+        Cache(copied)
+
+
+@pytest.mark.slow
+def test_four_thousand_shards_open_in_two_seconds(copied):
+    replicate(copied, 4000, 128)
+    seconds = []
+    for has_index in (False, True):
+        if has_index:
+            index_all(copied)
+        began = time.process_time()
+        cache = Cache(copied)
+        seconds.append(time.process_time() - began)
+    assert len(cache.indices) == 4000
+    print(f"{seconds[0]:.2f} s from the shards, {seconds[1]:.2f} s from one index")
+    assert seconds[1] < 2

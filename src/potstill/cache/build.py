@@ -39,10 +39,13 @@ from potstill.teachers.manifest import (
 )
 from potstill.teachers.protocol import Teacher
 from potstill.teachers.remote import RemoteTeacher
-from potstill.teachers.shards import key_of
+from potstill.teachers.shards import INDEX_OF_ALL, ShardIndex, index_together, key_of, read_index
 from potstill.teachers.store import Cache
 from potstill.training.setup import Setup, prepare
 from potstill.types import Example
+
+# The file with the indices of all shards is written after so many new ones.
+INDEX_EVERY = 256
 
 
 def build_cache(
@@ -171,9 +174,14 @@ def _engine(recipe: Recipe, setup: Setup, out: Path, world: World) -> Engine:
     if writer == "dataset":
         return NativeEngine(None)
     model = setup.student if writer == "student" else setup.teacher
-    assert isinstance(model, LanguageModel), "a teacher elsewhere does not write"
+    assert model is not None, "the recipe asks for a teacher's signal"
+    if model.decoder is None:
+        raise RecipeError(
+            f"the teacher {model.name!r} does not write where it is; use --writer student or "
+            'dataset, or teacher.placement = "replicated"'
+        )
     place: dict[str, Any] = {"folder": out / ".engine", "max_tokens": setup.longest}
-    return make_engine(recipe, model.model, writer, world=world, **place)
+    return make_engine(recipe, model.decoder, writer, world=world, **place)
 
 
 def _identity(teacher: Teacher) -> TeacherIdentity:
@@ -310,6 +318,9 @@ def _fill(
     ]
     size = options.rollouts_per_shard
     portions = [entries[start : start + size] for start in range(0, len(entries), size)]
+    indices = list(cache.indices)
+    if world.is_main and indices and not portions:
+        indices = _index(out, manifest, indices, is_last=True)
     display.begin(manifest.total("num_rollouts"), len(entries))
     for first in range(0, len(portions), world.size):
         mine = portions[first + world.rank] if first + world.rank < len(portions) else None
@@ -322,8 +333,22 @@ def _fill(
         manifest = dataclasses.replace(manifest, shards=manifest.shards + new)
         if world.is_main:
             write_atomically(out / "manifest.json", manifest.to_json())
+            indices = _index(out, manifest, indices, is_last=first + world.size >= len(portions))
         display.update(**sizes_of(new))
     return manifest
+
+
+def _index(
+    out: Path, manifest: Manifest, indices: list[ShardIndex], *, is_last: bool
+) -> list[ShardIndex]:
+    """Write the one file with the indices of all shards, now and then and at the end; the indices
+    that it has. A kill before leaves them to the shards themselves."""
+    new = manifest.shards[len(indices) :]
+    if not is_last and len(new) < INDEX_EVERY:
+        return indices
+    indices = indices + [read_index(out, record) for record in new]
+    save_whole(index_together(manifest.shards, indices), out / INDEX_OF_ALL)
+    return indices
 
 
 def sizes_of(records: Sequence[ShardRecord]) -> dict[str, int]:

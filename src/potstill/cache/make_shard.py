@@ -22,7 +22,7 @@ from potstill.kl.topk import top_k_of
 from potstill.models.batch import Batch
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.prefixes import Writing, write_rollouts
-from potstill.teachers.manifest import Settings, ShardRecord, tensors_digest
+from potstill.teachers.manifest import Settings, ShardRecord, arrays_digest
 from potstill.teachers.protocol import Teacher
 from potstill.teachers.remote import expect
 from potstill.teachers.shards import (
@@ -72,7 +72,7 @@ def make_shard(
         num_tokens=len(tensors["completion_ids"]),
         num_bytes=path.stat().st_size,
         sha256=file_digest(path),
-        index=tensors_digest(tensors, INDEX),
+        index=arrays_digest({name: tensors[name].numpy() for name in INDEX}, INDEX),
         kl=sum(kls) / len(kls) if kls else None,
     )
 

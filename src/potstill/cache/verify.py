@@ -19,6 +19,7 @@ from potstill.models.language_model import LanguageModel, find_folder
 from potstill.models.probe import ready
 from potstill.rollouts.batching import make_batch
 from potstill.teachers.manifest import CacheError, Manifest, ShardRecord, read_manifest
+from potstill.teachers.shards import read_index, read_together
 from potstill.teachers.store import Cache
 
 # `verify_cache` computes so many log-sum-exps of each shard again.
@@ -53,12 +54,13 @@ def verify_cache(
 
     `teacher` is where the teacher is now, if it is not where it was at the build; without one at
     either place that last check is left out, which `note` then says. With `drop_broken` damaged
-    shards are removed, so that a build makes them again. Raises CacheError for a damaged manifest
-    or head, and for another teacher.
+    shards are removed, so that a build makes them again. Raises CacheError for a damaged manifest,
+    head or index of all shards, and for another teacher.
     """
     folder, device = Path(folder), distributed.start().device
     manifest = read_manifest(folder)
-    whole = Cache(folder, dataclasses.replace(manifest, shards=()))
+    whole = Cache(folder, dataclasses.replace(manifest, shards=()), ())
+    read_together(folder, manifest.shards)
     head = whole.head(device) if manifest.settings.payload == "hidden" else None
     broken: dict[ShardRecord, str] = {}
     errors = [0.0]
@@ -66,7 +68,8 @@ def verify_cache(
         display.begin(0, manifest.total("num_rollouts"))
         for record in manifest.shards:
             try:
-                alone = Cache(folder, dataclasses.replace(manifest, shards=(record,)))
+                index = read_index(folder, record)
+                alone = Cache(folder, dataclasses.replace(manifest, shards=(record,)), (index,))
                 errors.append(alone.check_shard(0, head, VERIFIED_ROWS))
             except CacheError as error:
                 broken[record] = str(error)

@@ -3,21 +3,19 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
+import numpy as np
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
-from torch import Tensor
 
 from potstill.config import Recipe, TeacherSpec, load_recipe
 from potstill.files import file_digest, json_digest, seal, unseal
 from potstill.models.language_model import (
     LanguageModel,
     find_folder,
-    fingerprint,
     is_run,
     load_config,
     load_tokenizer,
@@ -223,7 +221,7 @@ def identify(model: LanguageModel) -> TeacherIdentity:
     return TeacherIdentity(
         name=model.name,
         dtype=dtype,
-        parameters=fingerprint(model),
+        parameters=model.weights_digest(),
         files=_files_digest(folder),
         config=_config_digest(model.model.config),
         tokenizer=tokenizer,
@@ -272,11 +270,11 @@ def tokenizer_digests(tokenizer) -> tuple[str, str]:
     return json_digest(words), json_digest(tokenizer.chat_template or "")
 
 
-def tensors_digest(tensors: dict[str, Tensor], names: Sequence[str]) -> str:
-    """A hash of the values of the named tensors."""
+def arrays_digest(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> str:
+    """A hash of the values of the named arrays."""
     digest = hashlib.sha256()
     for name in names:
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+        digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()[:16]
 
 

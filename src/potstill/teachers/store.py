@@ -6,6 +6,7 @@ The head is stored once, and the loss applies it as it would to a live teacher's
 cache is exact for every KL, every mixture and every student of the vocabulary.
 
     manifest.json           who wrote it and how, the shards with their checksums, and its own
+    index.safetensors       where the rollouts of all shards are, as each shard says too
     head.safetensors        the teacher's head (payload hidden)
     tokenizer/              the teacher's tokenizer
     shards/*.safetensors    rollouts one after the other, E or K numbers a token
@@ -14,7 +15,7 @@ Shapes: R rollouts of a shard, N their completion tokens, E teacher hidden, K ke
 """
 
 import dataclasses
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,14 @@ from potstill.teachers.manifest import (
 from potstill.teachers.shards import (
     SIGNALS,
     TEXTS,
+    CachePlace,
+    ShardIndex,
     checksum,
     decode_rows,
     key_of,
     open_shard,
-    read_index,
+    places_by_key,
+    read_indices,
 )
 from potstill.types import Example, Prompt, Rollout, Stop
 
@@ -56,7 +60,6 @@ NUM_CHECKED = 8
 # Relative error of a log-sum-exp: float32 sums over a vocabulary differ by less, and another head
 # would by more.
 HEAD_TOLERANCE = 1e-4
-CachePlace = tuple[int, int]
 
 
 class Cache:
@@ -67,10 +70,16 @@ class Cache:
     rollout's bytes, and once a shard some log-sum-exps. Raises CacheError that names the file.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest | None = None,
+        indices: Sequence[ShardIndex] | None = None,
+    ):
         self.folder = folder
         self.manifest = manifest or read_manifest(folder)
-        self.indices = [read_index(self.folder, record) for record in self.manifest.shards]
+        is_known = indices is not None
+        self.indices = indices if is_known else read_indices(folder, self.manifest.shards)
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._checked: set[int] = set()
         # A note on what `check_recipe` could not compare, and the steps of training from the
@@ -230,10 +239,7 @@ class Cache:
 
     def places(self) -> dict[bytes, list[CachePlace]]:
         """Where the completions of each key are, in the order of their numbers."""
-        found: dict[bytes, list[CachePlace]] = defaultdict(list)
-        for (key, _), place in sorted(self.entries().items()):
-            found[key].append(place)
-        return dict(found)
+        return places_by_key(self.indices)
 
     def attach(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Each prompt once for each of its cached completions, with where it is. Raises CacheError
