@@ -7,6 +7,10 @@ import pytest
 import torch
 from conftest import make_model, tiny_recipe
 from odd_models import make_tiny, make_tokenizer, write_folder
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 import potstill
 from potstill.config import CacheOptions, Evaluation, Sampling
@@ -15,7 +19,12 @@ from potstill.models.probe import ready
 from potstill.models.sampling import sample
 from potstill.runs import run_folder
 from potstill.teachers.manifest import CacheError
-from potstill.teachers.vocabulary import num_named_rows, shared_vocab_size, unshared_tokens
+from potstill.teachers.vocabulary import (
+    describe_difference,
+    num_named_rows,
+    shared_vocab_size,
+    unshared_tokens,
+)
 from potstill.types import DataError
 
 NUM_IDS, PADDING = 314, 40
@@ -130,6 +139,32 @@ def test_vocabularies_must_agree_on_what_they_share():
         ModelError, match=r"differ at 1 ids \(student / teacher: 23: '<mine>' / '<theirs>'\)"
     ):
         shared_vocab_size(student, teacher)
+
+
+def pair_merging(*merged: tuple[str, str]):
+    """A tokenizer of the letters a to d and the space, which joins these pairs."""
+    words = ["<s>", "</s>", "<pad>", *"abcd", "\u0120", *("".join(pair) for pair in merged)]
+    tok = Tokenizer(BPE({word: i for i, word in enumerate(words)}, list(merged)))
+    tok.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tok, **names)
+
+
+def test_the_refusal_says_how_far_two_tokenizers_are_apart():
+    """Counted by hand: of 9 and 9 tokens 8 are common, and `abc d` is cut alike in its last two
+    characters of five."""
+    mine, theirs = pair_merging(("a", "b")), pair_merging(("b", "c"))
+    assert describe_difference(mine, theirs, ["abc d"]) == (
+        "8 of the student's 9 tokens (89%) are among the teacher's 9, 40% of this run's texts are "
+        "cut alike ('ab|c' to the student is 'a|bc' to the teacher)"
+    )
+    assert describe_difference(mine, theirs, []).endswith("among the teacher's 9")
+    student, teacher = make_model(seed=0), make_model(seed=1)
+    student.tokenizer, teacher.tokenizer = mine, theirs
+    given = {"student": student, "teacher": teacher, "quiet": True}
+    message = r"differ at 1 ids .*, 70% of this run's texts .* signal = \"labels\"$"
+    with pytest.raises(ModelError, match=message):
+        potstill.train(tiny_recipe("unused"), prompts=["abc d", "cd da"], **given)
 
 
 def test_tokens_that_one_tokenizer_alone_has_are_cut_off(tok, tmp_path, capsys):

@@ -18,6 +18,9 @@ from potstill.tasks import is_table
 from potstill.tasks.tables import blank_lines, sources, with_own_ids
 from potstill.types import Example, Prompt
 
+# So many examples have their texts compared where two tokenizers differ.
+NUM_TEXTS = 200
+
 
 def prepare_prompts(
     recipe: Recipe,
@@ -36,20 +39,8 @@ def prepare_prompts(
     data = recipe.data
     # A teacher that is not there reads no prompts.
     spec = recipe.teacher if teacher is not None else TeacherSpec()
-    notes: list[str] = []
-    if given is None:
-        examples = _load(data, spec)
-        notes += _about_blank_lines(data.origin)
-    else:
-        rows = rows_of_objects(given, data.prompt_column)
-        asked = Asked(
-            column=data.prompt_column,
-            template=data.prompt_template,
-            teacher_column=spec.prompt_column,
-            teacher_template=spec.prompt_template,
-            train_on=data.train_on,
-        )
-        examples = make_examples(rows, asked)
+    examples = _examples(data, spec, given)
+    notes = _about_blank_lines(data.origin) if given is None else []
     closing_ids = end_ids if recipe.objective.prefix == "dataset" else None
     prompts = as_read(
         examples,
@@ -66,6 +57,35 @@ def prepare_prompts(
         len(examples), prompts, student.tokenizer, data.template, data.template_arguments
     )
     return prompts, notes
+
+
+def texts_of(recipe: Recipe, given: Sequence[Any] | None = None) -> list[str]:
+    """The texts of a run's first prompts and completions, as they are before any template."""
+    texts: list[str] = []
+    for example in _examples(recipe.data, recipe.teacher, given)[:NUM_TEXTS]:
+        for part in (example.prompt, example.completion or ()):
+            if isinstance(part, str):
+                texts.append(part)
+                continue
+            # Messages of a chat, or segments that are trained on or not.
+            contents = [it.get("content") if isinstance(it, dict) else it[0] for it in part]
+            texts += [content for content in contents if isinstance(content, str)]
+    return texts
+
+
+def _examples(data: Data, spec: TeacherSpec, given: Sequence[Any] | None) -> list[Example]:
+    """The examples of the data's source, or those that are given. Raises DataError."""
+    if given is None:
+        return _load(data, spec)
+    rows = rows_of_objects(given, data.prompt_column)
+    asked = Asked(
+        column=data.prompt_column,
+        template=data.prompt_template,
+        teacher_column=spec.prompt_column,
+        teacher_template=spec.prompt_template,
+        train_on=data.train_on,
+    )
+    return make_examples(rows, asked)
 
 
 def _load(data: Data, teacher: TeacherSpec) -> list[Example]:

@@ -1,22 +1,40 @@
 """The rows of two heads that one loss is over, and one draw: ids that both tokenizers agree on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+from potstill.config import Recipe
 from potstill.models.language_model import LanguageModel
+from potstill.prompts.prepare import texts_of
 from potstill.teachers.protocol import Teacher
 from potstill.types import DataError, ModelError, Prompt
 
 # So many tokens are shown of a list.
 NUM_SHOWN_TOKENS = 3
+# So many characters are shown at most of a text that two tokenizers cut in other places.
+MOST_SHOWN = 60
 
 
-def shared_vocab_size(student: LanguageModel, teacher: Teacher) -> int:
+def vocabulary_of_run(
+    recipe: Recipe, student: LanguageModel, teacher: Teacher | None, given=None
+) -> int | None:
+    """How many rows the two heads of a run share, None without a teacher; errors as of
+    `shared_vocab_size`. `given` takes the place of `data.source`."""
+    if teacher is None:
+        return None
+    return shared_vocab_size(student, teacher, lambda: texts_of(recipe, given))
+
+
+def shared_vocab_size(
+    student: LanguageModel,
+    teacher: Teacher,
+    texts: Callable[[], Sequence[str]] = lambda: (),
+) -> int:
     """How many rows the two heads share, which is what the loss is over and what is drawn from.
 
     Rows beyond the tokenizers' ids are padding, and the larger head is cut. Tokens that were added
     to one tokenizer alone, after all that they have in common, are cut off as well;
-    `unshared_tokens` names them. Raises ModelError that names the first ids which differ otherwise,
-    and for a model all of whose ends are cut off.
+    `unshared_tokens` names them. Raises ModelError for a model all of whose ends are cut off, and
+    where the tokenizers differ otherwise; it then says by how much, in their tokens and in `texts`.
     """
     tokens = [
         {i: token for token, i in each.tokenizer.get_vocab().items()} for each in (student, teacher)
@@ -31,8 +49,10 @@ def shared_vocab_size(student: LanguageModel, teacher: Teacher) -> int:
         )
         raise ModelError(
             f"the tokenizers of student {student.name!r} and teacher {teacher.name!r} differ at "
-            f"{len(differing)} ids (student / teacher: {shown}); a token-level KL needs one "
-            "vocabulary: choose models of one family"
+            f"{len(differing):,} ids (student / teacher: {shown}): "
+            f"{describe_difference(student.tokenizer, teacher.tokenizer, texts())}; a token-level "
+            "KL needs one vocabulary: choose models of one family, or let this teacher write texts "
+            'and train on them with objective.prefix = "dataset" and signal = "labels"'
         )
     size = min(student.vocab_size, teacher.vocab_size, *differing)
     if last_shared >= size:
@@ -50,6 +70,52 @@ def shared_vocab_size(student: LanguageModel, teacher: Teacher) -> int:
                 "one family"
             )
     return size
+
+
+def describe_difference(mine, theirs, texts: Sequence[str]) -> str:
+    """How far a teacher's tokenizer is from a student's: the share of tokens that both have, the
+    share of characters that both cut into the same tokens, and the first place where they do
+    not."""
+    words, others = set(mine.get_vocab()), set(theirs.get_vocab())
+    common = len(words & others)
+    parts = [
+        f"{common:,} of the student's {len(words):,} tokens ({common / len(words):.0%}) are among "
+        f"the teacher's {len(others):,}"
+    ]
+    if not texts or not (mine.is_fast and theirs.is_fast):
+        return parts[0]
+    num_alike = num_all = 0
+    first = None
+    for text in texts:
+        spans = [_spans(tokenizer, text) for tokenizer in (mine, theirs)]
+        num_alike += sum(end - start for start, end in set(spans[0]) & set(spans[1]))
+        num_all += sum(end - start for start, end in set(spans[0]))
+        first = first or _first_difference(text, *spans)
+    parts.append(f"{num_alike / max(num_all, 1):.0%} of this run's texts are cut alike")
+    return ", ".join(parts) + (f" ({first})" if first else "")
+
+
+def _spans(tokenizer, text: str) -> list[tuple[int, int]]:
+    """The characters of a text that each of its tokens covers."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [(start, end) for start, end in encoded["offset_mapping"] if start < end]
+
+
+def _first_difference(
+    text: str, mine: Sequence[tuple[int, int]], theirs: Sequence[tuple[int, int]]
+) -> str | None:
+    """The first stretch between two places where both cut a text that they do not cut alike in
+    between."""
+    start = 0
+    for end in sorted({end for _, end in mine} & {end for _, end in theirs}):
+        cuts = [
+            "|".join(text[a:b] for a, b in spans if start <= a and b <= end)
+            for spans in (mine, theirs)
+        ]
+        if cuts[0] != cuts[1] and len(text[start:end]) <= MOST_SHOWN:
+            return f"{cuts[0]!r} to the student is {cuts[1]!r} to the teacher"
+        start = end
+    return None
 
 
 def unshared_tokens(student: LanguageModel, teacher: Teacher) -> dict[int, str]:

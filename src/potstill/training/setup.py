@@ -110,7 +110,7 @@ def prepare(
         checkpointed_layers(student.model)
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
-    vocab_size = vocabulary.shared_vocab_size(student, teacher) if teacher is not None else None
+    vocab_size = vocabulary.vocabulary_of_run(recipe, student, teacher, prompts)
     ends = find_ends(recipe, student, teacher, vocab_size)
     loss = _loss_of(recipe, vocab_size, ends, compute_dtype=compute_dtype_of(recipe, world, given))
     _refuse_settings(recipe, loss, world)
