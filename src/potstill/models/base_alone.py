@@ -39,7 +39,7 @@ class BaseAlone(LanguageModel):
         return dataclasses.replace(flops, per_token=flops.per_token - of_adapter)
 
     def weights_digest(self) -> str:
-        return weights_fingerprint(base_weights(self.model))
+        return self.digest or weights_fingerprint(base_weights(self.model))
 
 
 class _Writer:
@@ -66,6 +66,8 @@ def as_it_is(student: LanguageModel, name: str, num_ranks: int) -> LanguageModel
     Where ranks share the student, every rank has a copy: they would have to compute together.
     """
     if has_adapter(student.model) and num_ranks == 1:
-        return BaseAlone(student.model, student.tokenizer, name)
+        alone = BaseAlone(student.model, student.tokenizer, name)
+        alone.digest = student.digest
+        return alone
     copied = student.around(copy.deepcopy(student.model), name)
     return copied.eval().requires_grad_(False)

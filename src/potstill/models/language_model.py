@@ -24,7 +24,13 @@ from potstill.models import adapters
 from potstill.models.batch import Batch
 from potstill.models.flops import ModelFlops, model_flops
 from potstill.models.lean.attention import set_attention
-from potstill.models.lean.quantized import is_quantized, plain_tensors, type_to_load
+from potstill.models.lean.quantized import (
+    is_quantized,
+    leave_as_stored,
+    make_whole,
+    plain_tensors,
+    type_to_load,
+)
 from potstill.models.templates import ChatTemplate, TemplateError
 from potstill.models.weights import (
     refuse_foreign_files,
@@ -184,6 +190,7 @@ def load_model(
         loaded: Any = auto.from_pretrained(path, output_loading_info=True, **shared)
         model, info = loaded
         refuse_wrong_weights(name, model, info)
+        leave_as_stored(model)
         set_attention(name, model, attention)
         if adapters.has_adapter(model):
             # A hub's, beside its base: transformers follows the name.
@@ -198,6 +205,7 @@ def _with_adapter(name: str, base: LanguageModel, tokenizer) -> LanguageModel:
 
     folder = Path(locate(name))
     with _readable(name):
+        make_whole(base.model)
         model = adapters.merge_from(folder, base.model)
         if (folder / "generation_config.json").exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -378,4 +386,8 @@ def find_end_ids(model, tokenizer) -> tuple[int, ...]:
 
 def fingerprint(model: LanguageModel) -> str:
     """A hash of the weights: the same for the same values, wherever they are stored."""
-    return model.digest or weights_fingerprint(model.model.named_parameters())
+    named = model.model.named_parameters()
+    if model.digest is None:
+        return weights_fingerprint(named)
+    beside = [(name, weight) for name, weight in named if adapters.is_of_adapter(name)]
+    return model.digest + (weights_fingerprint(beside) if beside else "")

@@ -164,7 +164,11 @@ def model_sizes(model: LanguageModel) -> Sizes:
 
 def _num_in_products(backbone: nn.Module) -> int:
     """The weights of a backbone's linear layers, which quantising packs."""
-    linear = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
+    linear = [
+        module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) and not is_of_adapter(name)
+    ]
     return sum(layer.in_features * layer.out_features for layer in linear)
 
 

@@ -23,6 +23,7 @@ from potstill.models.adapters import has_adapter, merge_in_place
 from potstill.models.distributed import World
 from potstill.models.given import GivenModel, GivenTokenizer, left_as_it_was, with_names
 from potstill.models.language_model import LanguageModel, ModelError, save_model
+from potstill.models.lean.quantized import is_quantized
 from potstill.models.probe import ready
 from potstill.objectives.reward import with_log_probs
 from potstill.runs import run_folder
@@ -351,7 +352,7 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
     student.eval()
     if trainer.world.is_main:
         save_model(student, weights, setup.ends.stop_ids, folder / "model")
-        if has_adapter(decoder):
+        if has_adapter(decoder) and not is_quantized(decoder):
             # Evaluated is what is saved, to the bit.
             merge_in_place(decoder)
         engine = trainer.engines["student"]

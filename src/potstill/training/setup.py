@@ -167,7 +167,7 @@ def load_student(recipe: Recipe, world: World, given=None, tokenizer=None) -> La
         trust_remote_code=spec.trust_remote_code,
         attention=spec.attention,
     )
-    refuse_to_train(student.name, student.model)
+    refuse_to_train(student.name, student.model, recipe, world.size)
     if spec.lora.rank is not None:
         if spec.lora.save == "adapter":
             # Refused here where it cannot be named.

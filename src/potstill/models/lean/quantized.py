@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from potstill.config import Recipe, RecipeError
 from potstill.types import ModelError
 
 # Names of torchao's settings, such as Int8WeightOnlyConfig, say how wide a weight is.
@@ -56,13 +57,60 @@ def _settings(config: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else found.to_dict()
 
 
-def refuse_to_train(name: str, model: Any) -> None:
-    """Raise ModelError for a model whose weights are codes, which no step can change."""
-    if is_quantized(model):
+def refuse_to_train(name: str, model: Any, recipe: Recipe, num_ranks: int) -> None:
+    """Raise for a quantised student without an adapter, and for what is not made of one that has
+    it."""
+    if not is_quantized(model):
+        return
+    lora = recipe.student.lora
+    says = f"student {name!r} is quantised ({describe_quantized(model.config)})"
+    if lora.rank is None:
         raise ModelError(
-            f"student {name!r} is quantised ({describe_quantized(model.config)}), and its weights "
-            "are codes that cannot learn; use the model that it was made of"
+            f"{says}, and its weights are codes that cannot learn; set student.lora.rank, so that "
+            "an adapter learns beside them"
         )
+    if lora.save == "merged":
+        raise RecipeError(
+            f'{says}, and student.lora.save is "merged", which codes cannot hold; use save = '
+            '"adapter" (potstill merge makes a whole model of it)'
+        )
+    if bits_a_weight(model.config) == 8 and "bitsandbytes" in says:
+        raise ModelError(
+            f"{says} by LLM.int8(), which loses its scales at its first pass, so that no "
+            "checkpoint could be written; use nf4, or int8 of torchao"
+        )
+    if num_ranks > 1 or recipe.rollouts.engine != "native":
+        raise RecipeError(
+            f'{says}, which is for one rank and rollouts.engine = "native"; there are '
+            f'{num_ranks}, and the engine is "{recipe.rollouts.engine}"'
+        )
+
+
+def leave_as_stored(model: Any) -> None:
+    """Have a quantised model compute from its codes as they are in its files."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On some CPUs bitsandbytes would pack its codes anew at the first pass, with scales in
+            # bfloat16, and back when they are saved, which loses bits.
+            module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def make_whole(model: Any) -> None:
+    """Give a quantised model the values that its codes stand for, in place."""
+    if not is_quantized(model):
+        return
+    # How files become codes, by which transformers would save them again.
+    vars(model).pop("_weight_conversions", None)
+    if model.hf_quantizer.quantization_config.quant_method != "torchao":
+        model.dequantize()
+        return
+    # Which transformers cannot do.
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if hasattr(weight, "__tensor_flatten__"):
+            module.weight = nn.Parameter(weight.dequantize())
+    del model.hf_quantizer, model.config.quantization_config
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
