@@ -96,7 +96,10 @@ RECIPES = [
     ("[objective]\nkl = 'none'\nprefix = 'student'", "there is nothing to learn from"),
     ("[reward]\nweight = 1", "a policy gradient is of what the student wrote itself"),
     ("[reward]\ngroup_size = 4", "is set but not read"),
-    ("[teacher]\nurl = 'http://127.0.0.1:9'", "such a teacher does not write"),
+    (
+        "[teacher]\nurl = 'http://a:9'\n[objective]\nprefix = 'mixed'\nprefix_mix = 'token'",
+        "for which both must be here",
+    ),
     ("[teacher]\nurl = 'my-server:80'", "give a URL such as http://127.0.0.1:8000"),
     ("[teacher]\npatience = 5", "teacher.url is not set"),
     ("[teacher]\nplacement = 'sharded'", "such a teacher does not write"),

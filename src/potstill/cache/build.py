@@ -139,11 +139,6 @@ def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
             )
         fields = {"model": options.model, "init": "pretrained", "lora": Lora()}
         spec = spec.model_copy(update=fields)
-    if writer == "teacher" and recipe.teacher.url is not None:
-        raise RecipeError(
-            f"teacher.url is {recipe.teacher.url!r}, where a teacher scores and does not write; "
-            "use --writer student or dataset, or a teacher that is here"
-        )
     if writer == "dataset" and (options.payload == "completions" or options.completions > 1):
         raise RecipeError(
             'the writer is "dataset", whose completions are there already, one a prompt; '

@@ -110,6 +110,7 @@ def _check_placement(recipe: RecipeFields) -> None:
     """Refuse a teacher that is not here, or not whole, where it would have to write, or to follow
     the student."""
     teacher, prefix = recipe.teacher, recipe.objective.prefix
+    by_token = prefix == "mixed" and recipe.objective.prefix_mix == "token"
     where = {
         f"teacher.url is {teacher.url!r}": teacher.url is not None,
         f'teacher.placement is "{teacher.placement}"': teacher.placement != "replicated",
@@ -123,7 +124,7 @@ def _check_placement(recipe: RecipeFields) -> None:
                 f'teacher.placement is "{teacher.placement}", which says where it is',
             ),
             (
-                prefix == "mixed" and recipe.objective.prefix_mix == "token",
+                by_token,
                 'objective.prefix_mix is "token", which draws from both models on one device',
             ),
             (teacher.model == "self", 'teacher.model is "self", the student; name a model'),
@@ -133,15 +134,16 @@ def _check_placement(recipe: RecipeFields) -> None:
             says,
             "leave it out",
             (
-                prefix in ("teacher", "mixed") and teacher.cache is None,
+                teacher.url is not None and by_token,
+                'objective.prefix_mix is "token", for which both must be here; use "handoff"',
+            ),
+            (
+                teacher.url is None and prefix in ("teacher", "mixed") and teacher.cache is None,
                 f'objective.prefix is "{prefix}", and such a teacher does not write; let it write '
                 "into a cache first (`potstill cache build`, with --payload completions if it is "
                 "to score live)",
             ),
-            (
-                teacher.model == "self",
-                'teacher.model is "self", the student; name a model',
-            ),
+            (teacher.model == "self", 'teacher.model is "self", the student; name a model'),
         )
 
 

@@ -10,7 +10,9 @@ from potstill.config import EngineSpec, Recipe
 from potstill.engines.native import NativeEngine
 from potstill.engines.of_ranks import EngineOfRanks
 from potstill.engines.protocol import Engine, EngineError
+from potstill.engines.remote import RemoteEngine
 from potstill.models.distributed import World
+from potstill.teachers.remote import RemoteDecoder
 from potstill.types import Writer
 
 
@@ -27,8 +29,8 @@ def make_engine(
     """The engine of one writer, whose model may be a copy in another type. A server of vLLM begins
     with its first completion; each rank has one of its own, and one at a URL is all ranks'.
     `max_tokens` are those of the longest prompt with its completion."""
-    if recipe.rollouts.engine == "native":
-        return NativeEngine(model, is_another)
+    if recipe.rollouts.engine == "native" or isinstance(model, RemoteDecoder):
+        return own_engine(model, is_another)
     is_shared = recipe.engine.url is not None and world.size > 1
     if is_shared and not world.is_main:
         return EngineOfRanks(model, None, world)
@@ -44,14 +46,21 @@ def _vllm(spec: EngineSpec, model, folder: Path, max_tokens: int) -> Engine:
     return VllmEngine(model, spec, folder, dtype=dtype, max_tokens=max_tokens)
 
 
+def own_engine(model, is_another: bool = False) -> Engine:
+    """The engine of a model where it is: this process, or the server that has it."""
+    if isinstance(model, RemoteDecoder):
+        return RemoteEngine(model)
+    return NativeEngine(model, is_another)
+
+
 @contextmanager
 def engine_for(
     given: Engine | EngineSpec | None, model, *, folder: Path | None, max_tokens: int
 ) -> Iterator[Engine]:
     """The engine that is given, this process for None, or a server of vLLM for as long as this
     lasts, with its log in a folder that may be a passing one."""
-    if not isinstance(given, EngineSpec):
-        yield given or NativeEngine(model)
+    if not isinstance(given, EngineSpec) or isinstance(model, RemoteDecoder):
+        yield given if given and not isinstance(given, EngineSpec) else own_engine(model)
         return
     with ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -6,7 +6,6 @@ docs/engines.md.
 """
 
 import functools
-import math
 import os
 import shutil
 import time
@@ -21,11 +20,12 @@ import torch
 from potstill.config import EngineSpec, Sampling
 from potstill.console.printable import say
 from potstill.engines import shared
+from potstill.engines.answers import choices_in, read_completion
 from potstill.engines.calls import call_server, is_gone, is_healthy
 from potstill.engines.protocol import EngineError
 from potstill.engines.server import Server
 from potstill.seeds import Key, step_seed
-from potstill.types import Completion, NonFiniteError
+from potstill.types import Completion
 from potstill.wire import Unavailable
 
 # How often a round is asked for before the engine is given up, and seconds between two looks at
@@ -91,7 +91,8 @@ class VllmEngine:
                 self._make_ready(vocab_size)
                 missing = {place: body for place, body in bodies.items() if place not in found}
                 for place, answer in self._answers("/v1/completions", missing, sampling.batch_size):
-                    found[place] = read(answer, caps[place])
+                    (choice,) = choices_in(answer, 1)
+                    found[place] = read(choice, caps[place])
                     for token_id in found[place].token_ids:
                         on_token(place, token_id)
                 self._check_version(vocab_size)
@@ -267,55 +268,3 @@ def request_of(
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
-
-
-def read_completion(
-    answer: Any,
-    cap: int,
-    *,
-    end_ids: frozenset[int],
-    vocab_size: int | None,
-    sampling: Sampling,
-) -> Completion:
-    """The completion in an answer. Raises EngineError for one that cannot be, and NonFiniteError
-    for numbers that are none."""
-    try:
-        (choice,) = answer["choices"]
-        token_ids = tuple(int(token_id) for token_id in choice["token_ids"])
-        log_probs = tuple(
-            math.nan if value is None else float(value)
-            for value in choice["logprobs"]["token_logprobs"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(
-            f"the engine's answer is none of vLLM's ({type(error).__name__}: {error}); name a "
-            "server of the version that docs/engines.md says"
-        ) from None
-    has_ended = bool(token_ids) and token_ids[-1] in end_ids
-    has_room = vocab_size is None or max(token_ids, default=0) < vocab_size
-    wrong = {
-        "as many log-probabilities as tokens": len(log_probs) != len(token_ids),
-        f"from 1 to {cap} tokens": not 1 <= len(token_ids) <= cap,
-        "no end token before the last": not end_ids.isdisjoint(token_ids[:-1]),
-        "an end token, or the cap's length": not has_ended and len(token_ids) != cap,
-        f"ids below {vocab_size}": not has_room,
-    }
-    for wanted, is_wrong in wrong.items():
-        if is_wrong:
-            raise EngineError(
-                f"the engine's completion has {len(token_ids)} tokens and {len(log_probs)} "
-                f"log-probabilities and should have {wanted}; its last ids are {token_ids[-4:]}"
-            )
-    if not all(map(math.isfinite, log_probs)):
-        raise NonFiniteError(
-            "the log-probabilities that the engine tells are not finite, so its model has no "
-            "distribution to draw from"
-        )
-    is_greedy = sampling.temperature == 0
-    return Completion(
-        token_ids=token_ids,
-        stop="end" if has_ended else "length",
-        log_probs=(0.0,) * len(token_ids) if is_greedy else log_probs,
-        entropies=(),
-        models=(0,) * len(token_ids),
-    )

@@ -169,7 +169,7 @@ def _writing_seconds(
     if student_share and place != "cached":
         dtype = writes_in(recipe, pair, on_cpu=device.is_cpu)
         total += student_share * decoding_seconds(recipe, pair.student.sizes, work, device, dtype)
-    if teacher_share and place == "live" and pair.teacher is not None:
+    if teacher_share and place in ("live", "remote") and pair.teacher is not None:
         total += teacher_share * decoding_seconds(
             recipe, pair.teacher.sizes, work, device, teacher_dtype(recipe)
         )

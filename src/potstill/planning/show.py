@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from potstill.console.printable import WIDTH, plain, say
-from potstill.planning.plan import PlannedCell, RunPlan, as_data
+from potstill.planning.plan import RunPlan, as_data
 from potstill.planning.units import shown_bytes, shown_count, shown_seconds
 
 
@@ -77,7 +77,7 @@ def _print_cells(plan: RunPlan) -> None:
         rows.append(
             (
                 cell.methods,
-                _where(cell),
+                cell.needs.place,
                 shown_bytes(needs.memory.peak) + fits,
                 shown_seconds(needs.step_seconds),
                 shown_bytes(needs.traffic.total),
@@ -86,13 +86,6 @@ def _print_cells(plan: RunPlan) -> None:
     names = ("method", "teacher", "memory", "a step", "received a step")
     if rows:
         _table("cells of the grid, and where the teacher is", names, rows)
-
-
-def _where(cell: PlannedCell) -> str:
-    """Where the teacher's signal comes from. One that is elsewhere writes nothing, so that its own
-    prefixes come from a cache."""
-    is_remote = cell.needs.place == "remote"
-    return "remote, text cached" if is_remote and cell.prefix == "teacher" else cell.needs.place
 
 
 def _last_lines(plan: RunPlan) -> list[str]:

@@ -3,6 +3,8 @@ completions."""
 
 import json
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,14 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from potstill.config import Sampling
 from potstill.models.language_model import LanguageModel
 from potstill.models.sampling import sample
+from potstill.seeds import Key
 from potstill.serving.limits import App, Limits
-from potstill.types import NonFiniteError
+from potstill.teachers.pooling import MAX_DRAWN, MAX_ROWS
+from potstill.types import Completion, NonFiniteError
 
-# Limits of a request: rows, ids of a row where the model has none, and bytes of its body.
-MAX_ROWS, MAX_IDS, MAX_BYTES = 64, 2**17, 2**24
+# Limits of a request: ids of a row where the model has none, and bytes of its body.
+MAX_IDS, MAX_BYTES = 2**17, 2**24
 # Seconds for each part of a body, and for a client to take each part of an answer.
 SECONDS = 30.0
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_IDS)]
+Cap = Annotated[int, Field(ge=1, le=MAX_IDS)]
+# The numbers that name a row's random stream; of a cached text they have 128 bits.
+SeedKey = Annotated[list[Annotated[int, Field(ge=0, lt=2**128)]], Field(min_length=1, max_length=8)]
 
 
 class StrictModel(BaseModel):
@@ -45,16 +52,26 @@ class StatesAsked(StrictModel):
 
 
 class CompletionAsked(StrictModel):
-    """A request for one completion of a prompt of ids, drawn exactly."""
+    """A request for completions, drawn exactly: one, of a prompt of ids, or one of each row of ids,
+    with lists of as many seeds and caps. The seed of a row is a list of numbers."""
 
-    prompt: Ids
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_IDS)] = 16
+    prompt: Ids | Annotated[list[Ids], Field(min_length=1, max_length=MAX_ROWS)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | list[SeedKey] = 0
+    max_tokens: Cap | list[Cap] = 16
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
     vocab_size: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedRow:
+    """A row to write to: its ids, the key of its random numbers, and its cap."""
+
+    prompt: tuple[int, ...]
+    key: Key
+    cap: int
 
 
 class Refused(Exception):
@@ -102,9 +119,11 @@ def make_app(model: LanguageModel, fingerprint: str, token: str | None = None) -
         return Response(b"".join(parts), headers=headers, media_type="application/octet-stream")
 
     def _answer_completion(asked: CompletionAsked) -> dict[str, Any]:
-        _refuse_ids(model, [asked.prompt], limit, asked.max_tokens)
+        rows = asked_rows(asked)
+        for row in rows:
+            _refuse_ids(model, [row.prompt], limit, row.cap)
         with one_at_a_time:
-            return drawn_completion(model, asked)
+            return drawn_completions(model, asked, rows)
 
     app.add_exception_handler(Refused, _say(400))
     app.add_exception_handler(NonFiniteError, _say(500))
@@ -125,8 +144,31 @@ def _say(status: int):
     return handler
 
 
+def asked_rows(asked: CompletionAsked) -> list[AskedRow]:
+    """The rows of a request. Raises Refused where the lists do not belong together, and where all
+    of it is too much at once."""
+    prompts = [row for row in asked.prompt if isinstance(row, list)]
+    if not prompts:
+        if isinstance(asked.seed, list) or isinstance(asked.max_tokens, list):
+            raise Refused("seed and max_tokens are lists, and prompt is no list of rows")
+        ids = tuple(each for each in asked.prompt if isinstance(each, int))
+        return [AskedRow(prompt=ids, key=(asked.seed,), cap=asked.max_tokens)]
+    num, caps = len(prompts), asked.max_tokens
+    caps = [caps] * num if isinstance(caps, int) else caps
+    if not isinstance(asked.seed, list) or not len(asked.seed) == len(caps) == num:
+        raise Refused(f"prompt has {num} rows; give as many seeds, each a list, and as many caps")
+    rows = [
+        AskedRow(prompt=tuple(prompt), key=tuple(key), cap=cap)
+        for prompt, key, cap in zip(prompts, asked.seed, caps, strict=True)
+    ]
+    longest = max(len(row.prompt) + row.cap for row in rows)
+    if num > 1 and num * longest > MAX_DRAWN:
+        raise Refused(f"{num} rows of up to {longest} tokens are more than {MAX_DRAWN} in all")
+    return rows
+
+
 def _refuse_ids(
-    model: LanguageModel, rows: list[list[int]], limit: int, max_tokens: int = 0
+    model: LanguageModel, rows: Sequence[Sequence[int]], limit: int, max_tokens: int = 0
 ) -> None:
     largest, longest = max(map(max, rows)), max(map(len, rows))
     if largest >= model.vocab_size:
@@ -147,24 +189,30 @@ def hidden_states(model: LanguageModel, rows: list[list[int]]) -> list[torch.Ten
     return [states_BTE[b, : len(row)] for b, row in enumerate(rows)]
 
 
-def drawn_completion(model: LanguageModel, asked: CompletionAsked) -> dict[str, Any]:
-    """One completion with its log-probabilities, as vLLM's server words it."""
+def drawn_completions(
+    model: LanguageModel, asked: CompletionAsked, rows: Sequence[AskedRow]
+) -> dict[str, Any]:
+    """Completions with their log-probabilities, as vLLM's server words them."""
     settings = {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k}
-    (written,) = sample(
+    written = sample(
         model.model,
-        [tuple(asked.prompt)],
-        [(asked.seed,)],
-        max_tokens=asked.max_tokens,
+        [row.prompt for row in rows],
+        [row.key for row in rows],
+        max_tokens=[row.cap for row in rows],
         end_ids=asked.stop_token_ids,
-        sampling=Sampling(**settings),
+        sampling=Sampling(**settings, batch_size=len(rows)),
         vocab_size=asked.vocab_size,
     )
-    reason = "stop" if written.stop == "end" else "length"
-    choice = {
-        "index": 0,
+    choices = [_choice(index, completion) for index, completion in enumerate(written)]
+    return {"object": "text_completion", "model": model.name, "choices": choices}
+
+
+def _choice(index: int, written: Completion) -> dict[str, Any]:
+    has_ended = written.stop == "end"
+    return {
+        "index": index,
         "token_ids": written.token_ids,
-        "finish_reason": reason,
-        "stop_reason": written.token_ids[-1] if reason == "stop" else None,
+        "finish_reason": "stop" if has_ended else "length",
+        "stop_reason": written.token_ids[-1] if has_ended else None,
         "logprobs": {"token_logprobs": written.log_probs},
     }
-    return {"object": "text_completion", "model": model.name, "choices": [choice]}

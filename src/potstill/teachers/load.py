@@ -53,7 +53,8 @@ def load_teacher(
     if teacher is None and spec.model == "self":
         teacher = _own_teacher(spec, student, world)
     elif teacher is None and spec.url is not None:
-        return reach(spec, world.device)
+        must_write = objective.prefix in ("teacher", "mixed") and cache is None
+        return reach(spec, world.device, must_write)
     elif teacher is None and spec.placement == "sharded" and world.size > 1:
         return load_sharded(spec, world)
     elif teacher is None:

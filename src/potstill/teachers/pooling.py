@@ -15,14 +15,17 @@ from potstill.types import ModelError, NonFiniteError
 from potstill.wire import Answer, Unavailable
 
 PATH = "/pooling"
+# Rows that our own server takes at once, and tokens that they may have with what it draws after
+# them.
+MAX_ROWS, MAX_DRAWN = 64, 2**18
 # The server scales rows to length 1 where it is not told to leave them.
 LENGTH_ONE = 1e-3
 
 
-def states_request(model: str, ids: Sequence[Sequence[int]], dtype: str) -> dict[str, Any]:
-    """The body of a request for the states of some rows of ids, of type `dtype` on the wire."""
+def states_request(ids: Sequence[Sequence[int]], dtype: str) -> dict[str, Any]:
+    """The body of a request for the states of some rows of ids, of type `dtype` on the wire, but
+    for the model's name."""
     return {
-        "model": model,
         "input": [list(row) for row in ids],
         "task": "token_embed",
         "use_activation": False,

@@ -1,13 +1,16 @@
 """A teacher elsewhere: its head is here, and its last hidden states come over HTTP.
 
-So the divergence is exact in every direction, at E numbers a token. Requests are pure: one that
-fails is asked again, of the same server or another, until it is given up.
+So the divergence is exact in every direction, at E numbers a token. Where its servers write
+completions, it writes too. Requests are pure: one that fails is asked again, of the same server or
+another, until it is given up.
 """
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ from potstill.teachers.skeleton import head_of, skeleton_of
 from potstill.types import ModelError
 from potstill.wire import Answer, Unavailable, request, token_in
 
+# Where completions are asked for.
+WRITING = "/v1/completions"
 # Rows of a request: their places are in one header, whose size servers limit.
 ROWS_A_REQUEST = 8
 # Requests under way at once, a server.
@@ -39,17 +44,30 @@ NUM_LIKELY = 5
 IdRows = tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RemoteDecoder:
+    """A model elsewhere that writes, for `engines.remote`: the body of a request in, its answer
+    out.
+
+    Several servers answer alike; the number says which is asked first. `config` is the model's.
+    """
+
+    ask: Callable[[dict[str, Any], int], Any]
+    num_servers: int
+    config: Any
+
+
 class RemoteTeacher:
-    """A teacher whose body is at `spec.url`. It scores and does not write."""
+    """A teacher whose body is at `spec.url`. It scores, and writes where its servers do."""
 
     can_score = True
-    decoder = None
+    decoder: RemoteDecoder | None = None
 
     def __init__(self, spec: TeacherSpec, device: torch.device):
         skeleton = skeleton_of(spec)
         self.spec, self.device, self.name = spec, device, spec.model
         self.tokenizer, self.end_ids = skeleton.tokenizer, skeleton.end_ids
-        self.context_length = skeleton.context_length
+        self.context_length, self.config = skeleton.context_length, skeleton.model.config
         self.head = head_of(skeleton, device)
         self.vocab_size, self.width = self.head.weight_VD.shape
         self.urls = (spec.url,) if isinstance(spec.url, str) else tuple(spec.url or ())
@@ -91,15 +109,33 @@ class RemoteTeacher:
     def states(self, ids: Sequence[Sequence[int]], first: int = 0) -> list[Tensor]:
         """The states [T, E] of some rows of ids, from whichever server answers; `first` says which
         is asked first. Raises ModelError when none does for `teacher.patience` seconds."""
+        lengths = [len(row) for row in ids]
+
+        def read(answer: Answer, url: str) -> list[Tensor]:
+            return read_states(answer, lengths, self.width, self.spec.wire_dtype, url)
+
+        body = states_request(ids, self.spec.wire_dtype)
+        return self._asked(PATH, body, read, first=first, seconds=REQUEST_SECONDS)
+
+    def _asked(
+        self,
+        path: str,
+        body: dict[str, Any],
+        read: Callable[[Answer, str], Any],
+        *,
+        first: int,
+        seconds: float,
+    ) -> Any:
+        """The answer to a pure question, from whichever server gives one within so many seconds;
+        `read` is told its URL."""
         deadline, pause = time.monotonic() + self.spec.patience, FIRST_WAIT
         place = first % len(self.urls)
         while True:
             url, (model, _) = self.urls[place], self.served[place]
-            body = states_request(model, ids, self.spec.wire_dtype)
             try:
-                answer = request(url, PATH, body, seconds=REQUEST_SECONDS, token=self.token)
-                lengths = [len(row) for row in ids]
-                return read_states(answer, lengths, self.width, self.spec.wire_dtype, url)
+                asked = {"model": model, **body}
+                answer = request(url, path, asked, seconds=seconds, token=self.token)
+                return read(answer, url)
             except Unavailable as error:
                 if time.monotonic() + pause > deadline:
                     raise ModelError(
@@ -110,6 +146,39 @@ class RemoteTeacher:
             # Not all at once, when a server is back.
             time.sleep(pause * random.uniform(0.5, 1.0))
             place, pause = (place + 1) % len(self.urls), min(2 * pause, LONGEST_WAIT)
+
+    def find_decoder(self, must_write: bool) -> None:
+        """Ask each server whether it writes. Raises ModelError for one that must and does not."""
+        body = {"prompt": [[1]], "seed": [[0]], "max_tokens": 1}
+        for url, (model, _) in zip(self.urls, self.served, strict=True):
+            asked = {"model": model, **body}
+            try:
+                answer = request(url, WRITING, asked, seconds=REQUEST_SECONDS, token=self.token)
+                trouble = None if answer.status == 200 else f"status {answer.status}: {answer.text}"
+            except Unavailable as error:
+                trouble = str(error)
+            if trouble is not None and must_write:
+                raise ModelError(
+                    f"the teacher at {url} writes no completions as `potstill serve` does "
+                    f"({trouble}); serve it so, or let it write into a cache first "
+                    "(`potstill cache build`)"
+                )
+            if trouble is not None:
+                return
+        self.decoder = RemoteDecoder(
+            ask=self._completions, num_servers=len(self.urls), config=self.config
+        )
+
+    def _completions(self, body: dict[str, Any], first: int) -> Any:
+        def read(answer: Answer, url: str) -> Any:
+            if answer.status != 200:
+                raise ModelError(
+                    f"the teacher at {url} refuses {WRITING} (status {answer.status}): "
+                    f"{answer.text}"
+                )
+            return answer.json()
+
+        return self._asked(WRITING, body, read, first=first, seconds=self.spec.patience)
 
 
 def _rows_of(batch: Batch) -> IdRows:
@@ -127,11 +196,18 @@ def expect(teacher: Teacher | None, batches: Sequence[Batch]) -> None:
         teacher.expect(batches)
 
 
-def reach(spec: TeacherSpec, device: torch.device) -> RemoteTeacher:
-    """The teacher of a recipe at its URL, checked. Raises ModelError."""
+def reach(spec: TeacherSpec, device: torch.device, must_write: bool = False) -> RemoteTeacher:
+    """The teacher of a recipe at its URL, checked. Raises ModelError, also where it must write and
+    does not."""
     teacher = RemoteTeacher(spec, device)
     check_identity(teacher)
+    teacher.find_decoder(must_write)
     return teacher
+
+
+def works_here(teacher: Teacher | None) -> bool:
+    """Whether what a teacher computes is computed by this process."""
+    return not isinstance(teacher, RemoteTeacher)
 
 
 def served_by(url: str, teacher: RemoteTeacher) -> tuple[str, str | None]:

@@ -10,13 +10,14 @@ from potstill.engines.protocol import Engine
 from potstill.kl.fused import fused_statistics
 from potstill.models import distributed
 from potstill.models.distributed import World
-from potstill.models.flops import rollout_flops, training_flops
+from potstill.models.flops import ModelFlops, rollout_flops, training_flops
 from potstill.models.language_model import LanguageModel
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.prefixes import Writing, from_one
 from potstill.rollouts.text import is_loop, responses
 from potstill.seeds import Key, Stream, stream_key
 from potstill.teachers.protocol import Teacher
+from potstill.teachers.remote import works_here
 from potstill.teachers.sharded import wait_for_passes
 from potstill.training.controllers import Probe, WindowState
 from potstill.training.metrics import before_answer
@@ -133,8 +134,10 @@ def _num_teachers_cut(
     if teacher is None or teacher.decoder is None or setup.teacher_flops is None:
         return 0.0, 0
     written = from_one("teacher", writing, prompts, seeds)
-    flops = rollout_flops(written, {"teacher": setup.teacher_flops}, by_token=False)
-    return _num_cut(written), flops
+    writers: dict[Writer, ModelFlops] = {}
+    if works_here(teacher):
+        writers["teacher"] = setup.teacher_flops
+    return _num_cut(written), rollout_flops(written, writers, by_token=False)
 
 
 def _num_cut(rollouts: list[Rollout]) -> float:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from potstill.config import Recipe, Train
-from potstill.engines.make import make_engine
-from potstill.engines.native import NativeEngine
+from potstill.engines.make import make_engine, own_engine
 from potstill.engines.protocol import Engine
 from potstill.models import distributed
 from potstill.models.adapters import has_adapter
@@ -182,7 +181,7 @@ def _engines(recipe: Recipe, setup: Setup, world: World) -> dict[Writer, Engine]
         engines["teacher"] = make_engine(recipe, writes, "teacher", world=world, **place)
     else:
         # Validation asks for few completions.
-        engines["teacher"] = NativeEngine(writes)
+        engines["teacher"] = own_engine(writes)
     return engines
 
 
