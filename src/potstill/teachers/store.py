@@ -256,8 +256,8 @@ class Cache:
         if missing:
             raise CacheError(
                 f"{len(missing)} of {len(prompts)} prompts are not in cache {str(self.folder)!r} "
-                f"(the first is {missing[0]!r}); `potstill cache build` with this recipe adds "
-                "them"
+                f"(the first is {missing[0]!r}); `potstill cache build` with this recipe"
+                f"{' and --writer student' if writer == 'student' else ''} adds them"
             )
         return [
             dataclasses.replace(prompt, cached=place)
