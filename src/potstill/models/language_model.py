@@ -24,6 +24,7 @@ from potstill.models import adapters
 from potstill.models.batch import Batch
 from potstill.models.flops import ModelFlops, model_flops
 from potstill.models.lean.attention import set_attention
+from potstill.models.lean.imports import auto_model
 from potstill.models.lean.quantized import (
     is_quantized,
     leave_as_stored,
@@ -163,8 +164,6 @@ def load_model(
     mode, and not probed (`probe.ready` does both). Raises ModelError when the model cannot be read,
     is not whole, or has its weights only as pickle files.
     """
-    import transformers
-
     path = locate(name)
     if Path(path).is_dir() and init == "pretrained":
         refuse_foreign_files(Path(path))
@@ -178,7 +177,7 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "dtype": type_to_load(config, dtype),
     }
-    auto = transformers.AutoModelForCausalLM
+    auto = auto_model()
     with _readable(name):
         if init == "random":
             torch.manual_seed(seed)
