@@ -486,6 +486,7 @@ FIELDS_WITH = {
     Role.BACKEND: {"train.loss_backend", "rollouts.dtype", "rollouts.engine", "engine.args"},
     Role.ROUNDING: {
         "train.tokens_per_batch",
+        "train.packing",
         "sampling.batch_size",
         "student.attention",
         "teacher.attention",

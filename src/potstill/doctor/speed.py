@@ -12,6 +12,7 @@ from potstill.models.distributed import World
 from potstill.training.gradients import accumulate_gradients
 from potstill.training.metrics import Stopwatch
 from potstill.training.setup import Setup
+from potstill.training.step import lean_passes
 from potstill.types import Rollout
 
 # Seconds for the rollouts that are learnt from.
@@ -57,15 +58,16 @@ def _learn(recipe: Recipe, setup: Setup, world: World, rollouts: Sequence[Rollou
     clock, student = Stopwatch(world.device), setup.student
     student.train(recipe.student.dropout)
     try:
-        accumulate_gradients(
-            setup,
-            setup.loss,
-            list(rollouts),
-            tokens_per_batch=recipe.train.tokens_per_batch,
-            step=0,
-            world=world,
-            clock=clock,
-        )
+        with lean_passes(setup, recipe.train):
+            accumulate_gradients(
+                setup,
+                setup.loss,
+                list(rollouts),
+                settings=recipe.train,
+                step=0,
+                world=world,
+                clock=clock,
+            )
     finally:
         student.zero_grad(set_to_none=True)
         student.eval()

@@ -20,9 +20,9 @@ class BaseAlone(LanguageModel):
     It is never put into another mode and its weights are never frozen, as they are the student's.
     """
 
-    def forward(self, input_ids_BT: Tensor) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         with adapter_off(self.model):
-            return super().forward(input_ids_BT)
+            return super().forward(input_ids_BT, positions_BT)
 
     @property
     def decoder(self) -> Any:

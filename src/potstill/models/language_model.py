@@ -84,14 +84,15 @@ class LanguageModel(nn.Module):
         # whole model back.
         return getattr(self.model, "model", found) if found is self.model else found
 
-    def forward(self, input_ids_BT: Tensor) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is
-        causal."""
-        return self.backbone(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        causal. Positions tell packed rows apart."""
+        packed = {} if positions_BT is None else {"position_ids": positions_BT}
+        return self.backbone(input_ids=input_ids_BT, use_cache=False, **packed).last_hidden_state
 
     def signal_at(self, batch: Batch) -> Tensor:
         """As a teacher: hidden states [N, E] at a batch's loss tokens."""
-        return self(batch.teacher_ids_BT)[batch.teacher_mask_BT]
+        return self(*batch.teacher_inputs)[batch.teacher_mask_BT]
 
     @property
     def can_score(self) -> bool:

@@ -256,7 +256,7 @@ def student_rows(student: LanguageModel, batch: Batch, loss: Loss) -> Tensor:
     with torch.autocast(
         batch.input_ids_BT.device.type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"
     ):
-        return student(batch.input_ids_BT)[batch.loss_mask_BT]
+        return student(*batch.student_inputs)[batch.loss_mask_BT]
 
 
 def kl_to_start(
@@ -297,8 +297,8 @@ def token_weights(batch: Batch, loss: Loss, dtype: torch.dtype) -> Tensor | None
     """The weight of each loss token [N] by which sequences count alike; None where tokens do."""
     if loss.normalize == "token":
         return None
-    num_tokens_B1 = batch.loss_mask_BT.sum(1, keepdim=True).expand_as(batch.loss_mask_BT)
-    return 1 / num_tokens_B1[batch.loss_mask_BT].to(dtype)
+    counts = torch.tensor([sum(each.trained) for each in batch.rollouts])
+    return 1 / counts.repeat_interleave(counts).to(batch.loss_mask_BT.device, dtype)
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
-"""Rollouts to batches. The only place that shifts or pads."""
+"""Rollouts to batches. The only place that shifts, pads or packs."""
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from potstill.models.batch import Batch
 from potstill.types import Rollout, Writer
@@ -20,10 +22,14 @@ def make_batches(
 
 
 def batch_places(
-    rollouts: Sequence[Rollout], tokens_per_batch: int, num_batches: int = 1
+    rollouts: Sequence[Rollout],
+    tokens_per_batch: int,
+    num_batches: int = 1,
+    *,
+    is_packed: bool = False,
 ) -> list[list[int]]:
     """The places in `rollouts` of each batch: longest first, at least `num_batches` of at most
-    `tokens_per_batch` padded tokens.
+    `tokens_per_batch` tokens, padding included.
 
     Ranks of a sharded model must take the same number of forward passes, which is what
     `num_batches` is for; it may not exceed the number of rollouts. A rollout that is longer than
@@ -32,8 +38,12 @@ def batch_places(
     lengths = [_num_inputs(rollout) for rollout in rollouts]
     ordered = sorted(range(len(rollouts)), key=lambda place: -lengths[place])
     groups: list[list[int]] = []
+
+    def num_tokens(group: list[int]) -> int:
+        return sum(lengths[i] for i in group) if is_packed else len(group) * lengths[group[0]]
+
     for i, place in enumerate(ordered):
-        full = not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > tokens_per_batch
+        full = not groups or num_tokens([*groups[-1], place]) > tokens_per_batch
         # Start a new batch as well when only as many rollouts are left as there are batches still
         # to be made.
         if full or len(ordered) - i <= num_batches - len(groups):
@@ -42,42 +52,51 @@ def batch_places(
     return groups
 
 
-def make_batch(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Batch:
-    """One batch, right-padded. Masks come from lengths, never from token ids: the padding id may be
-    a real token."""
-    input_ids_BT, target_ids_BT, loss_mask_BT = _lay_out(rollouts, "student", device)
+def make_batch(
+    rollouts: Sequence[Rollout], device: torch.device | str = "cpu", *, is_packed: bool = False
+) -> Batch:
+    """One batch, right-padded or packed. Masks come from lengths, never from token ids: the padding
+    id may be a real token."""
+    input_ids_BT, target_ids_BT, loss_mask_BT, positions_BT = _lay_out(
+        rollouts, "student", device, is_packed
+    )
     has_own = any(rollout.prompt.teacher_ids is not None for rollout in rollouts)
-    teacher_ids_BT, teacher_mask_BT = input_ids_BT, loss_mask_BT
+    teacher_ids_BT, teacher_mask_BT, teacher_positions_BT = input_ids_BT, loss_mask_BT, positions_BT
     if has_own:
-        teacher_ids_BT, _, teacher_mask_BT = _lay_out(rollouts, "teacher", device)
+        teacher_ids_BT, _, teacher_mask_BT, teacher_positions_BT = _lay_out(
+            rollouts, "teacher", device, is_packed
+        )
     return Batch(
         input_ids_BT=input_ids_BT,
         target_ids_BT=target_ids_BT,
         loss_mask_BT=loss_mask_BT,
+        positions_BT=positions_BT,
         teacher_ids_BT=teacher_ids_BT,
         teacher_mask_BT=teacher_mask_BT,
+        teacher_positions_BT=teacher_positions_BT,
         rollouts=tuple(rollouts),
     )
 
 
 def _lay_out(
-    rollouts: Sequence[Rollout], who: Writer, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs, targets and loss mask [B, T] of one model."""
-    num_positions = max(
-        len(rollout.prompt.ids_of(who)) + len(rollout.completion_ids) - 1 for rollout in rollouts
-    )
-    input_ids_BT = torch.zeros(len(rollouts), num_positions, dtype=torch.long)
-    target_ids_BT = torch.zeros_like(input_ids_BT)
-    loss_mask_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
-    for b, rollout in enumerate(rollouts):
+    rollouts: Sequence[Rollout], who: Writer, device: torch.device | str, is_packed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Inputs, targets and loss mask [B, T] of one model; positions where they are packed."""
+    inputs, targets, masks, positions = [], [], [], []
+    for rollout in rollouts:
         prompt_ids = rollout.prompt.ids_of(who)
         ids = torch.tensor(prompt_ids + rollout.completion_ids)
-        length, first = len(ids) - 1, len(prompt_ids) - 1
-        input_ids_BT[b, :length] = ids[:-1]
-        target_ids_BT[b, :length] = ids[1:]
-        loss_mask_BT[b, first:length] = torch.tensor(rollout.trained)
-    return input_ids_BT.to(device), target_ids_BT.to(device), loss_mask_BT.to(device)
+        mask = torch.zeros(len(ids) - 1, dtype=torch.bool)
+        mask[len(prompt_ids) - 1 :] = torch.tensor(rollout.trained)
+        inputs.append(ids[:-1])
+        targets.append(ids[1:])
+        masks.append(mask)
+        positions.append(torch.arange(len(mask)))
+    if is_packed:
+        packed = [torch.cat(rows)[None].to(device) for rows in (inputs, targets, masks, positions)]
+        return packed[0], packed[1], packed[2], packed[3]
+    padded = [pad_sequence(rows, batch_first=True).to(device) for rows in (inputs, targets, masks)]
+    return padded[0], padded[1], padded[2], None
 
 
 def _num_inputs(rollout: Rollout) -> int:

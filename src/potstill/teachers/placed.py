@@ -27,8 +27,12 @@ class PlacedTeacher(LanguageModel):
         bias_V = None if head.bias_V is None else head.bias_V.to(home)
         self.own_head = dataclasses.replace(head, weight_VD=head.weight_VD.to(home), bias_V=bias_V)
 
+    def forward(self, input_ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        positions_BT = None if positions_BT is None else positions_BT.to(self.place)
+        return super().forward(input_ids_BT.to(self.place), positions_BT)
+
     def signal_at(self, batch: Batch) -> Tensor:
-        states_BTE = self(batch.teacher_ids_BT.to(self.place))
+        states_BTE = self(*batch.teacher_inputs)
         return states_BTE[batch.teacher_mask_BT.to(self.place)].to(self.home)
 
     @property

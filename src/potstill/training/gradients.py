@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from potstill.config import Train
 from potstill.engines.mismatch import gaps, told_log_probs
 from potstill.kl.fused import fused_statistics, token_loss
 from potstill.kl.terms import TokenStats
@@ -54,7 +55,7 @@ def accumulate_gradients(
     loss: Loss,
     rollouts: list[Rollout],
     *,
-    tokens_per_batch: int,
+    settings: Train,
     step: int,
     world: World,
     clock: Stopwatch,
@@ -65,8 +66,11 @@ def accumulate_gradients(
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one
     count over all ranks. Of rollouts that are used again, log-probabilities are kept."""
     student = setup.student
-    groups = _even_groups(rollouts, tokens_per_batch, world)
-    batches = [make_batch([rollouts[place] for place in places], world.device) for places in groups]
+    groups = _even_groups(rollouts, settings, world)
+    batches = [
+        make_batch([rollouts[i] for i in places], world.device, is_packed=settings.packing)
+        for places in groups
+    ]
     (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
     if loss.objective.has_divergence:
         expect(setup.teacher, batches)
@@ -225,13 +229,12 @@ def _habits(
     return habit_sums(batch.rollouts, loss.objective, setup.ends, stats, mine, theirs)
 
 
-def _even_groups(rollouts: list[Rollout], tokens_per_batch: int, world: World) -> list[list[int]]:
+def _even_groups(rollouts: list[Rollout], settings: Train, world: World) -> list[list[int]]:
     """Places of the rollouts of each batch: as many batches on every rank, since sharded ones pass
     forward together."""
-    groups = batch_places(rollouts, tokens_per_batch)
+    tokens, is_packed = settings.tokens_per_batch, settings.packing
+    groups = batch_places(rollouts, tokens, is_packed=is_packed)
     num_batches = distributed.max_over_ranks(len(groups), world)
-    return (
-        groups
-        if len(groups) == num_batches
-        else batch_places(rollouts, tokens_per_batch, num_batches)
-    )
+    if len(groups) == num_batches:
+        return groups
+    return batch_places(rollouts, tokens, num_batches, is_packed=is_packed)

@@ -234,12 +234,12 @@ def _take_steps(
         if num_samples and has_dropout:
             samples = samples_without_dropout(trainer, plan, rollouts[:num_samples], clock)
         student.train(has_dropout)
-        with lean_passes(trainer):
+        with lean_passes(trainer.setup, settings):
             done = accumulate_gradients(
                 trainer.setup,
                 plan.loss,
                 rollouts,
-                tokens_per_batch=settings.tokens_per_batch,
+                settings=settings,
                 step=run.step,
                 world=world,
                 clock=clock,

@@ -19,6 +19,8 @@ from potstill.models.distributed import World
 from potstill.models.flops import ModelFlops
 from potstill.models.language_model import LanguageModel, load_config
 from potstill.models.lean.activations import checkpointed_layers
+from potstill.models.lean.optimizers import refuse_optimizer
+from potstill.models.lean.packing import refuse_unpackable
 from potstill.models.lean.quantized import refuse_to_train
 from potstill.models.probe import ready
 from potstill.models.templates import today
@@ -110,6 +112,8 @@ def prepare(
         checkpointed_layers(student.model)
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
+    if recipe.train.packing:
+        refuse_unpackable(student, teacher)
     vocab_size = vocabulary.vocabulary_of_run(recipe, student, teacher, prompts)
     ends = find_ends(recipe, student, teacher, vocab_size)
     loss = _loss_of(recipe, vocab_size, ends, compute_dtype=compute_dtype_of(recipe, world, given))
@@ -288,30 +292,13 @@ def _refuse_settings(recipe: Recipe, loss: Loss, world: World) -> None:
             find_backend(loss.backend, world.device)
         except ValueError as error:
             raise RecipeError(f"train.loss_backend is {loss.backend!r}: {error}") from None
-    if recipe.train.needs_torchao:
-        _refuse_torchao(world)
+    refuse_optimizer(recipe.train, world.size)
     per_step = recipe.train.prompts_per_step
     if per_step % world.size:
         raise DataError(
             f"train.prompts_per_step is {per_step}, which {world.size} ranks cannot share "
             f"evenly; use a multiple of {world.size}"
         )
-
-
-def _refuse_torchao(world: World) -> None:
-    """Raise RecipeError where torchao's optimisers are missing, or the student is in shards."""
-    if world.size > 1:
-        raise RecipeError(
-            'train.optimizer = "adamw-8bit" and train.stochastic_rounding are for one rank, and '
-            f"there are {world.size}; leave them out"
-        )
-    try:
-        import torchao.optim  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise RecipeError(
-            'train.optimizer = "adamw-8bit" and train.stochastic_rounding take torchao, which is '
-            "not installed; run `pip install 'potstill[torchao]'`"
-        ) from None
 
 
 def _refuse_prompts(

@@ -15,6 +15,7 @@ from potstill.models import distributed
 from potstill.models.adapters import has_adapter
 from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
+from potstill.models.lean.optimizers import make_optimizer
 from potstill.prompts.mixture import step_places
 from potstill.runs import run_folder
 from potstill.runs.schema import StepMetrics, value_in
@@ -148,19 +149,6 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
         engines=engines,
         follower=follower,
     )
-
-
-def make_optimizer(student: LanguageModel, settings: Train) -> torch.optim.Optimizer:
-    """AdamW of the weights that learn, at a rate of 0: each step sets it."""
-    learning = [weight for weight in student.parameters() if weight.requires_grad]
-    options: Any = {"lr": 0.0, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    if not settings.needs_torchao:
-        # Fused, the update needs no copy of the weights.
-        return torch.optim.AdamW(learning, **options, fused=True)
-    from torchao.optim import AdamW8bit, _AdamW  # pyright: ignore[reportMissingImports]
-
-    kind: Any = AdamW8bit if settings.optimizer == "adamw-8bit" else _AdamW
-    return kind(learning, **options, bf16_stochastic_round=settings.stochastic_rounding)
 
 
 def _engines(recipe: Recipe, setup: Setup, world: World) -> dict[Writer, Engine]:

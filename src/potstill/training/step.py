@@ -1,19 +1,22 @@
 """The parts of one step, in the order in which the loop takes them."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from potstill import files
+from potstill.config import Train
 from potstill.engines.mismatch import refuse_mismatch
 from potstill.models import distributed
 from potstill.models.flops import ModelFlops, rollout_flops, training_flops
 from potstill.models.lean.activations import layers_run_again
 from potstill.models.lean.embedding import embedding_added_late
+from potstill.models.lean.packing import rows_apart
 from potstill.objectives.habits import step_habits
 from potstill.objectives.loss import Loss
 from potstill.objectives.reward import with_credit
@@ -35,7 +38,7 @@ from potstill.training.metrics import Stopwatch, reward_means, step_means
 from potstill.training.probing import probe_window
 from potstill.training.rates import is_extended_at, is_spent, learning_rate, planned_steps
 from potstill.training.rollout_log import scored_samples
-from potstill.training.setup import writing_of
+from potstill.training.setup import Setup, writing_of
 from potstill.training.state import Run, Trainer, prompts_and_seeds
 from potstill.types import NonFiniteError, Prompt, Rollout, Writer
 
@@ -193,11 +196,16 @@ def samples_without_dropout(
 
 
 @contextmanager
-def lean_passes(trainer: Trainer) -> Iterator[None]:
-    """Within, the student's passes with gradients take as little memory as the recipe asks for."""
-    model = trainer.setup.student.model
-    is_checkpointed = trainer.settings.activation_checkpointing
-    with embedding_added_late(model), layers_run_again(model) if is_checkpointed else nullcontext():
+def lean_passes(setup: Setup, settings: Train) -> Iterator[None]:
+    """Within, the student's passes with gradients take as little memory as the recipe asks for, and
+    all models take packed batches if it asks for them."""
+    model = setup.student.model
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(embedding_added_late(model))
+        if settings.activation_checkpointing:
+            stack.enter_context(layers_run_again(model))
+        if settings.packing:
+            stack.enter_context(rows_apart(setup.student, setup.teacher, setup.start))
         yield
 
 

@@ -24,8 +24,11 @@ class Train(Section, role=Role.UPDATE):
     """Prompts of one update, over all ranks: each has one rollout, or reward.group_size of
     them."""
     tokens_per_batch: Annotated[int, Role.ROUNDING] = Field(default=4096, ge=1)
-    """Padded tokens of one forward-backward slice on one rank. Gradients depend on it by rounding
-    alone."""
+    """Tokens of one forward-backward slice on one rank, padding included. Gradients depend on it by
+    rounding alone."""
+    packing: Annotated[bool, Role.ROUNDING] = False
+    """Lay the rollouts of a slice one after the other, without padding. Gradients depend on it by
+    rounding alone."""
     lr: Annotated[float | None, Role.TUNED, Place.FIRST] = Field(
         default=None, gt=0, le=LARGEST_RATE
     )
