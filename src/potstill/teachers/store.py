@@ -78,8 +78,9 @@ class Cache:
     ):
         self.folder = folder
         self.manifest = manifest or read_manifest(folder)
-        is_known = indices is not None
-        self.indices = indices if is_known else read_indices(folder, self.manifest.shards)
+        if indices is None:
+            indices = read_indices(folder, self.manifest.shards)
+        self.indices = indices
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._checked: set[int] = set()
         # A note on what `check_recipe` could not compare, and the steps of training from the

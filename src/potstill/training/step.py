@@ -266,7 +266,8 @@ def step_metrics(
 def _of_writer(trainer: Trainer, step: int, sums: dict[str, float]) -> OfWriter:
     """How old the cached prefixes are, and how far their writer is from the student by now."""
     cache, is_alike = trainer.setup.cache, trainer.recipe.draws_exactly
-    row: OfWriter = {"writer_age": step + ((cache and cache.steps_before) or 0)}
+    assert cache is not None, "the prefixes are its"
+    row: OfWriter = {"writer_age": step + (cache.steps_before or 0)}
     # Where tokens are drawn from a colder or cut distribution, the difference says nothing.
     if sums["num_told"] and is_alike:
         row["writer_log_ratio_mean"] = sums["log_ratio"] / sums["num_told"]
