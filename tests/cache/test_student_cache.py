@@ -103,6 +103,12 @@ def test_a_step_is_that_with_a_live_teacher_without_writing(built, tmp_path):
     assert [row["writer_age"] for row in rows] == [0, 1, 2, 3]
     assert abs(rows[0]["writer_log_ratio_mean"]) < 1e-5
     assert rows[0]["writer_log_ratio_max"] < 1e-3 < rows[3]["writer_log_ratio_mean"]
+    # At first the student is the writer, so that the ratio of both is 1.
+    objective = STUDENT | {"weights": "prefix-ratio"}
+    weighed = potstill.train(from_cache(tmp_path / "w", built, objective=objective), quiet=True)
+    mine = run_folder.read_metrics(weighed.folder)
+    assert mine[0]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4)
+    assert mine[3]["loss"] != pytest.approx(rows[3]["loss"], rel=1e-4)
     for row in rows:
         assert row["flops"]["rollout"] == row["flops"]["teacher"] == 0
         assert "engine_mismatch_max" not in row
@@ -239,6 +245,10 @@ def test_a_teacher_elsewhere_scores(built, tmp_path):
         ({"objective": STUDENT | {"gamma": 1.0}}, "use gamma = 0"),
         ({"objective": STUDENT | {"signal": "sampled"}}, "set engine.importance_cap, such as 2"),
         ({"engine": {"importance_cap": 2.0}}, "importance_cap is set but not read"),
+        (
+            {"objective": STUDENT | {"weights": "prefix-ratio"}, "teacher": {}},
+            "set teacher.cache to a cache that an older student wrote",
+        ),
         (
             {"objective": STUDENT | {"prefix": "mixed"}},
             "a cache has one writer",

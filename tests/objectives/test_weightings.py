@@ -31,7 +31,12 @@ def credit(score: float, group_score: float) -> Credit:
 # writers.
 HANDOFF = make_rollout([1, 5], [6, 7, 8, 9, 4, 2])
 ROLLOUTS = [
-    dataclasses.replace(rollout, credit=credit(score, mean))
+    dataclasses.replace(
+        rollout,
+        credit=credit(score, mean),
+        # An older student's, on both sides of what the models here find.
+        engine_log_probs=tuple(-2.0 - (i % 3) for i in rollout.completion_ids),
+    )
     for rollout, score, mean in [
         (make_rollout([1, 5, 6], [9, 5, 2]), 1.0, 0.75),
         (make_rollout([1, 7], [4, 4, 8, 9, 6, 2], trained=[True, False, *[True] * 4]), 0.5, 0.25),
@@ -52,6 +57,7 @@ class Seen:
     labels: torch.Tensor
     positions: list[int]
     writers: list[str]
+    drawn: list[float]
     score: float
     group_score: float
 
@@ -72,6 +78,7 @@ def seen(student, teacher, rollout) -> Seen:
         labels=torch.tensor(ids[-len(rollout.completion_ids) :])[places],
         positions=places,
         writers=[rollout.writers[i] for i in places],
+        drawn=[rollout.engine_log_probs[i] for i in places],
         score=rollout.credit.score,
         group_score=rollout.credit.group_score,
     )
@@ -129,6 +136,12 @@ def importance(x: Seen, gamma):
     return mixed(x, [1 + gamma * (1 - sum(gaps[:i]) / sum(gaps)) for i in range(len(gaps))])
 
 
+def prefix_ratio(x: Seen, cap):
+    columns = zip(x.qy.tolist(), x.drawn, x.writers, strict=True)
+    ratios = [q / math.exp(told) if who == "student" else 1.0 for q, told, who in columns]
+    return mixed(x, [min(math.prod(ratios[:i]), cap) for i in range(len(ratios))])
+
+
 def least_likely(x: Seen, share, constant):
     order = sorted(range(len(x.qy)), key=lambda i: (x.qy[i].item(), i))
     chosen = order[: round(share * len(order))]
@@ -162,6 +175,7 @@ EXPECTED = {
     "split": (split, {"at": 3, "before": 0.5, "after": 2.0}),
     "position-decay": (position_decay, {"half_life": 2.5}),
     "importance": (importance, {"gamma": 0.7}),
+    "prefix-ratio": (prefix_ratio, {"cap": 1.3}),
     "least-likely": (least_likely, {"share": 0.4, "constant": 1.5}),
     "bounded-reward": (bounded_reward, {"power": 0.6}),
     "sign-gate": (sign_gate, {"agree": 1.5, "disagree": 0.25}),
@@ -426,7 +440,8 @@ def recipe_of(name, **objective):
         "weights_arguments": {"at": 3} if name == "split" else {},
     }
     reward = {"group_size": 2} if known.needs_scores else {}
-    return make_recipe({"objective": fitting | objective, "reward": reward})
+    teacher = {"cache": "somewhere"} if known.needs_older else {}
+    return make_recipe({"objective": fitting | objective, "reward": reward, "teacher": teacher})
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)

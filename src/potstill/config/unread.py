@@ -351,4 +351,9 @@ def check_weighting(recipe: RecipeFields) -> None:
             "weights_arguments has before = 0 and after = 0: no token has a weight; raise one "
             "of them",
         ),
+        (
+            weighting.needs_older and not recipe.has_older_prefixes,
+            "the student that learns writes the prefixes; set teacher.cache to a cache that an "
+            "older student wrote",
+        ),
     )

@@ -20,8 +20,8 @@ class Weighting(NamedTuple):
     `kls` are the divergences that it can weigh, all where it is empty. `needs_scores`: it reads the
     scores of responses; `needs_student`: it is about tokens that the student wrote;
     `needs_log_probs`: it reads how likely the written token is; `needs_head_share`: it reads where
-    both distributions differ; `is_reward`: it is a reward of the tokens that were drawn, in the
-    place of the divergence.
+    both distributions differ; `needs_older`: it is about an older student's tokens; `is_reward`: it
+    is a reward of the tokens that were drawn, in the place of the divergence.
     """
 
     about: str
@@ -32,6 +32,7 @@ class Weighting(NamedTuple):
     needs_student: bool = False
     needs_log_probs: bool = False
     needs_head_share: bool = False
+    needs_older: bool = False
     is_reward: bool = False
 
 
@@ -96,6 +97,15 @@ WEIGHTINGS: dict[str, Weighting] = {
         {"gamma": Argument(0.5, 0, MUCH)},
         needs_student=True,
         needs_log_probs=True,
+    ),
+    "prefix-ratio": Weighting(
+        "the loss times the student's probability of the rollout's tokens before t over that of "
+        "the older student that wrote them into a cache, at most `cap`",
+        "prefix importance weights as of REVO, arXiv 2609.37500, cut off above",
+        {"cap": Argument(2, 1e-3, MUCH)},
+        needs_student=True,
+        needs_log_probs=True,
+        needs_older=True,
     ),
     "least-likely": Weighting(
         "-`constant` as the reward of the `share` of a rollout's tokens that were least likely to "

@@ -81,6 +81,17 @@ def importance(tokens: Tokens, gamma: float) -> LossTerms:
     return tokens.terms.scaled(1 + gamma * (1 - share_N))
 
 
+def prefix_ratio(tokens: Tokens, cap: float) -> LossTerms:
+    """The terms times the probability of the rollout's tokens before t by the student over that by
+    whoever drew them, at most `cap`. Tokens of which that is not known, such as those of one end
+    class, count as alike."""
+    told_N, ours_N = tokens.engine_log_prob_N, tokens.stats.student_log_prob_N
+    assert told_N is not None and ours_N is not None
+    log_ratio_N = torch.where(told_N.isnan(), 0.0, ours_N - told_N)
+    before_N = _by_rollout(lambda ratios: ratios.cumsum(0) - ratios, log_ratio_N, tokens)
+    return tokens.terms.scaled(before_N.exp().clamp(max=cap))
+
+
 def least_likely(tokens: Tokens, share: float, constant: float) -> LossTerms:
     """-`constant` as the reward of the round(`share` T) tokens of a rollout of T that were least
     likely when they were written, of equals the first."""
@@ -132,13 +143,14 @@ WEIGHTING_FUNCTIONS: dict[str, Callable[..., LossTerms]] = {
     "split": split,
     "position-decay": position_decay,
     "importance": importance,
+    "prefix-ratio": prefix_ratio,
     "least-likely": least_likely,
     "bounded-reward": bounded_reward,
     "sign-gate": sign_gate,
     "forward-if-right": forward_if_right,
     "pass-rate": pass_rate,
 }
-TOGETHER = ("importance", "least-likely")
+TOGETHER = ("importance", "prefix-ratio", "least-likely")
 
 
 def make_weighting(objective: Objective) -> TokenWeighting | None:
