@@ -130,7 +130,8 @@ def tiny_recipe(out, **sections) -> Recipe:
     }
     data["train"]["lr"] = 3e-3
     for name, section in sections.items():
-        data[name] = {**data.get(name, {}), **section}
+        is_table = isinstance(section, dict)
+        data[name] = {**data.get(name, {}), **section} if is_table else section
     return Recipe.model_validate(data)
 
 

@@ -11,7 +11,8 @@ from trl_grpo import grpo_trainer, padded, trl_inputs, trl_loss
 
 from potstill.answers.grading import Grade
 from potstill.config import Objective, Reward
-from potstill.objectives.loss import Loss, batch_loss, kl_to_start
+from potstill.objectives.lessons import kl_to_start
+from potstill.objectives.loss import Loss, batch_loss
 from potstill.objectives.reward import with_credit
 from potstill.rollouts.batching import make_batches
 

@@ -10,7 +10,8 @@ from conftest import make_rollout
 from potstill.answers.grading import Grade
 from potstill.config import Objective, Reward
 from potstill.kl.definition import token_divergence
-from potstill.objectives.loss import Loss, batch_loss, kl_to_start, teacher_signal
+from potstill.objectives.lessons import kl_to_start
+from potstill.objectives.loss import Loss, batch_loss, teacher_signal
 from potstill.objectives.reward import credits_of, is_clipped, reward_sums, with_credit
 from potstill.rollouts.batching import make_batches
 from potstill.types import Credit

@@ -10,7 +10,13 @@ from potstill.config.sections.cache import CacheOptions
 from potstill.config.sections.data import Data, DataSource
 from potstill.config.sections.engine import EngineSpec
 from potstill.config.sections.evaluation import Evaluation
-from potstill.config.sections.models import Lora, StudentSpec, TeacherSpec
+from potstill.config.sections.models import (
+    FurtherTeacher,
+    Lora,
+    StudentSpec,
+    TeacherModel,
+    TeacherSpec,
+)
 from potstill.config.sections.objective import Objective, Reward, WeightSchedule
 from potstill.config.sections.train import Train
 from potstill.config.sections.validation import (
@@ -55,6 +61,7 @@ __all__ = [
     "DataSource",
     "EngineSpec",
     "Evaluation",
+    "FurtherTeacher",
     "Goal",
     "Lora",
     "Method",
@@ -69,6 +76,7 @@ __all__ = [
     "Section",
     "Selection",
     "StudentSpec",
+    "TeacherModel",
     "TeacherSpec",
     "Train",
     "Validation",

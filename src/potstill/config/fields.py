@@ -8,7 +8,7 @@ from potstill.config.section import Section
 from potstill.config.sections.data import Data
 from potstill.config.sections.engine import EngineSpec
 from potstill.config.sections.evaluation import Evaluation
-from potstill.config.sections.models import StudentSpec, TeacherSpec
+from potstill.config.sections.models import FurtherTeacher, StudentSpec, TeacherSpec
 from potstill.config.sections.objective import Objective, Reward, WeightSchedule
 from potstill.config.sections.train import Train
 from potstill.config.sections.validation import Validation
@@ -25,6 +25,9 @@ class RecipeFields(Section):
     """Run folder. A run that is already there and unfinished is resumed."""
     student: StudentSpec = StudentSpec()
     teacher: TeacherSpec = TeacherSpec()
+    teachers: Annotated[tuple[FurtherTeacher, ...], Role.MODEL] = ()
+    """Teachers beside the first one: tables [[teachers]] with `name`, `model`, `weight`, `only`,
+    and where they are, as in [teacher]."""
     data: Data = Data()
     objective: Objective = Objective()
     weight_schedule: WeightSchedule = WeightSchedule()

@@ -4,6 +4,7 @@ refused."""
 import itertools
 
 from potstill.config.fields import RecipeFields
+from potstill.config.fitting_teachers import refuse_misplaced_teachers
 from potstill.config.sections.models import StudentSpec
 from potstill.config.sections.window import Window
 from potstill.config.values import refuse_any
@@ -30,7 +31,7 @@ def refuse_misfits(recipe: RecipeFields) -> None:
             )
     if recipe.objective.signal == "sampled":
         _check_sampled_signal(recipe)
-    _check_placement(recipe)
+    refuse_misplaced_teachers(recipe)
     _check_reward(recipe)
     _check_returns(recipe)
     _check_schedules(recipe)
@@ -104,47 +105,6 @@ def _check_cache(recipe: RecipeFields) -> None:
             "response many times; use group_size = 1",
         ),
     )
-
-
-def _check_placement(recipe: RecipeFields) -> None:
-    """Refuse a teacher that is not here, or not whole, where it would have to write, or to follow
-    the student."""
-    teacher, prefix = recipe.teacher, recipe.objective.prefix
-    by_token = prefix == "mixed" and recipe.objective.prefix_mix == "token"
-    where = {
-        f"teacher.url is {teacher.url!r}": teacher.url is not None,
-        f'teacher.placement is "{teacher.placement}"': teacher.placement != "replicated",
-    }
-    if teacher.device is not None:
-        refuse_any(
-            f"teacher.device is {teacher.device!r}",
-            "leave it out",
-            (
-                teacher.placement != "replicated",
-                f'teacher.placement is "{teacher.placement}", which says where it is',
-            ),
-            (
-                by_token,
-                'objective.prefix_mix is "token", which draws from both models on one device',
-            ),
-            (teacher.model == "self", 'teacher.model is "self", the student; name a model'),
-        )
-    for says in (says for says, is_so in where.items() if is_so):
-        refuse_any(
-            says,
-            "leave it out",
-            (
-                teacher.url is not None and by_token,
-                'objective.prefix_mix is "token", for which both must be here; use "handoff"',
-            ),
-            (
-                teacher.url is None and prefix in ("teacher", "mixed") and teacher.cache is None,
-                f'objective.prefix is "{prefix}", and such a teacher does not write; let it write '
-                "into a cache first (`potstill cache build`, with --payload completions if it is "
-                "to score live)",
-            ),
-            (teacher.model == "self", 'teacher.model is "self", the student; name a model'),
-        )
 
 
 def _check_lora(student: StudentSpec) -> None:

@@ -39,6 +39,9 @@ def unread_fields(recipe: RecipeFields) -> dict[str, str]:
         unread["train.stochastic_rounding"] = "the weights that learn are in float32"
     unread |= _unread_of_engine(recipe)
     unread |= _unread_of_teacher(recipe.teacher) | _unread_of_data(recipe.data)
+    if not recipe.teachers:
+        reason = "there is one teacher; others are tables [[teachers]]"
+        unread |= {"teacher.weight": reason, "teacher.only": reason}
     if recipe.train.loss_backend == "plain":
         unread["train.loss_memory"] = 'train.loss_backend is "plain", which keeps all logits'
     unread |= _unread_of_validation(recipe.validation)

@@ -168,14 +168,15 @@ def _token_sums(
 
 
 def estimates(sums: Sequence[Sums]) -> dict[str, Estimate]:
-    """The quantities that are known of the prompts, each with a 95 % bootstrap interval over
-    them."""
+    """The quantities, each with a 95 % bootstrap interval over the prompts of which it is known, if
+    there are any."""
     found = {}
     for name, quantity in QUANTITIES.items():
-        if all(quantity.above in each and quantity.below in each for each in sums):
+        known = [each for each in sums if quantity.above in each and quantity.below in each]
+        if known:
             parts = (
-                [each[quantity.above] for each in sums],
-                [each[quantity.below] for each in sums],
+                [each[quantity.above] for each in known],
+                [each[quantity.below] for each in known],
             )
             ratio = ratio_over_problems(*parts)
             found[name] = _perplexity(ratio) if quantity.is_perplexity else ratio

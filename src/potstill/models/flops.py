@@ -140,14 +140,14 @@ def training_flops(
     student: ModelFlops,
     teacher: ModelFlops | None,
     looks_ahead: bool = False,
-    has_start: bool = False,
+    others: Sequence[ModelFlops] = (),
 ) -> Flops:
     """One forward and backward pass, which counts as two forward ones, or as one for weights that
     do not learn. `teacher` is None where none scores.
 
     With `looks_ahead` both models' forward passes and heads are computed once more, for what later
-    tokens cost. With `has_start` the student as it was at first passes forward too, as a second
-    teacher whose divergence takes a pass of the heads of its own.
+    tokens cost. `others` are further models that the student's prompts are read by, such as the
+    student as it was at first; the divergence from each takes a pass of the heads of its own.
 
     `head` is that of both models. A cached teacher has no body, so what it scores costs its head
     alone, or nothing.
@@ -179,7 +179,7 @@ def training_flops(
                 len(rollout.prompt.ids_of("teacher")) + num_written
             )
             parts["head"] += num_loss_tokens * (student.head + teacher.head)
-        if has_start:
-            parts["teacher"] += forward
-            parts["head"] += 4 * num_loss_tokens * student.head
+        for other in others:
+            parts["teacher"] += other.backbone(num_read)
+            parts["head"] += num_loss_tokens * (other.head + 3 * student.head)
     return parts

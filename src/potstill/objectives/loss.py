@@ -38,7 +38,8 @@ class Loss:
 
     `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one
     class in the divergence (`ends.find_ends`). `budget` (bytes) and `backend` are those of
-    `fused_loss` and change no result. `importance_cap` is the engine's.
+    `fused_loss` and change no result. `importance_cap` is the engine's. `teacher_weight` is that of
+    the teacher's divergence, beside those of other teachers.
     """
 
     objective: Objective
@@ -51,6 +52,7 @@ class Loss:
     backend: str = "auto"
     forward_weight: float | None = None
     importance_cap: float | None = None
+    teacher_weight: float = 1.0
 
     def divisor(self, rollouts: list[Rollout]) -> int:
         """This rank's part of the step's one divisor: its loss tokens, or its sequences that have
@@ -69,6 +71,9 @@ class Loss:
 
     def terms(self) -> LossTerms:
         """The weight of each term in a token's loss, before what single tokens count for."""
+        return self._of_one_teacher().scaled(self.teacher_weight)
+
+    def _of_one_teacher(self) -> LossTerms:
         objective = self.objective
         if objective.signal == "labels":
             return LossTerms(cross_entropy=1.0)
@@ -257,36 +262,6 @@ def student_rows(student: LanguageModel, batch: Batch, loss: Loss) -> Tensor:
         batch.input_ids_BT.device.type, torch.bfloat16, enabled=loss.compute_dtype == "bfloat16"
     ):
         return student(*batch.student_inputs)[batch.loss_mask_BT]
-
-
-def kl_to_start(
-    hidden_ND: Tensor,
-    student: LanguageModel,
-    start: LanguageModel,
-    batch: Batch,
-    loss: Loss,
-    divisor: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The weighted sum of KL(student || start) over the loss tokens of a batch, over `divisor`, and
-    the KL [N] of each (nats).
-
-    It takes a pass of its own. Only the first carries a gradient.
-    """
-    with torch.no_grad():
-        start_ND = student_rows(start, batch, loss)
-    loss_sum, _, stats = fused_loss(
-        hidden_ND,
-        student.head,
-        start_ND,
-        start.head,
-        LossTerms(reverse=loss.reward.start_kl),
-        weights_N=token_weights(batch, loss, torch.promote_types(hidden_ND.dtype, torch.float32)),
-        scale=1 / divisor,
-        budget=loss.budget,
-        **loss.shared_options(),
-    )
-    assert stats.reverse_kl_N is not None
-    return loss_sum, stats.reverse_kl_N
 
 
 def _weighted_sum(loss_N: Tensor, weights_N: Tensor | None, divisor: float) -> Tensor:

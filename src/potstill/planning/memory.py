@@ -28,10 +28,12 @@ FLOAT32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Outlines:
-    """Outlines of the models of a run; the teacher is None where the recipe has none."""
+    """Outlines of the models of a run: the teacher is None where the recipe has none, and further
+    ones are those of its `teachers`."""
 
     student: Outline
     teacher: Outline | None
+    further: tuple[Outline, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,10 @@ def _kept(
     }
     if recipe.reward.start_kl and not shares_base(recipe, num_devices):
         parts["start"] = whole
+    for spec, outline in zip(recipe.teachers, pair.further, strict=True):
+        here = outline.sizes.num_weights if spec.url is None else outline.sizes.head_weights
+        dtype_here = dtype if spec.model == "start" else spec.dtype
+        parts[f"teacher {spec.name}"] = here * BYTES[dtype_here]
     if num_devices > 1 or writing != dtype:
         parts["decoding copy"] = student.weight_bytes(writing)
     return parts

@@ -31,7 +31,7 @@ def operations_of(
         student,
         teacher,
         looks_ahead=recipe.objective.gamma > 0,
-        has_start=recipe.reward.start_kl > 0,
+        others=_others(recipe, pair),
     )
     parts = {part: float(work.num_rollouts * counted[part]) for part in FLOPS_PARTS}
     written = sum(
@@ -77,12 +77,25 @@ def computed_again(recipe: Recipe, pair: Outlines, work: Work) -> float:
     return total
 
 
+def _others(recipe: Recipe, pair: Outlines) -> list[ModelFlops]:
+    """Those of models beside the first teacher, each as if it taught every prompt."""
+    others = [pair.student.sizes.flops] if recipe.reward.start_kl else []
+    for spec, outline in zip(recipe.teachers, pair.further, strict=True):
+        flops = outline.sizes.flops
+        others.append(flops if spec.url is None else _of_head(flops))
+    return others
+
+
+def _of_head(flops: ModelFlops) -> ModelFlops:
+    return ModelFlops(per_token=0, per_pair=0, head=flops.head)
+
+
 def _flops_here(pair: Outlines, place: TeacherPlace) -> ModelFlops | None:
     """The teacher's operations on this device: all of a live one, the head of one elsewhere."""
     if pair.teacher is None or place == "none":
         return None
     flops = pair.teacher.sizes.flops
-    return flops if place == "live" else ModelFlops(per_token=0, per_pair=0, head=flops.head)
+    return flops if place == "live" else _of_head(flops)
 
 
 def _writing(

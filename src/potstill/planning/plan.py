@@ -4,13 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.config import METHODS, CacheOptions, Lora, Recipe
+from potstill.config import METHODS, CacheOptions, Lora, Recipe, TeacherModel
 from potstill.planning.devices import DeviceSpec
 from potstill.planning.disk import Disk, bytes_a_token, disk_of
 from potstill.planning.memory import Memory, Outlines, TeacherPlace, memory_of
 from potstill.planning.operations import operations_of
 from potstill.planning.seconds import Traffic, seconds_of, traffic_of
-from potstill.planning.sizes import outline_of, planned_student, without_weights
+from potstill.planning.sizes import Outline, outline_of, planned_student, without_weights
 from potstill.planning.work import Work, compute_dtype_on, with_field, work_of
 
 # The share of a peak that a change must take away to be worth a line.
@@ -103,11 +103,14 @@ def pair_of(recipe: Recipe) -> Outlines:
     student = planned_student(spec.model, spec.lora, spec.trust_remote_code)
     if not recipe.objective.has_teacher:
         return Outlines(student=student, teacher=None)
-    if recipe.teacher.model == "self":
-        base = planned_student(spec.model, Lora(), spec.trust_remote_code)
-        return Outlines(student=student, teacher=base)
-    teacher = without_weights(recipe.teacher.model, recipe.teacher.trust_remote_code)
-    return Outlines(student=student, teacher=outline_of(teacher))
+
+    def outline(teacher: TeacherModel) -> Outline:
+        if teacher.model in ("self", "start"):
+            return planned_student(spec.model, Lora(), spec.trust_remote_code)
+        return outline_of(without_weights(teacher.model, teacher.trust_remote_code))
+
+    further = tuple(outline(each) for each in recipe.teachers)
+    return Outlines(student=student, teacher=outline(recipe.teacher), further=further)
 
 
 def place_of(recipe: Recipe) -> TeacherPlace:

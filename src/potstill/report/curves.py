@@ -46,15 +46,26 @@ def thin(rows: Sequence[MetricsRow], num_points: int = MAX_POINTS) -> list[Metri
     return list(rows[::-every])[::-1] if every else []
 
 
-def shown_curves(runs: Sequence[Entry]) -> list[tuple[StepNumber, str]]:
-    """Name and title of the quantities that these runs logged, and of those that a controller moved
-    in any of them."""
-    shown = [
+def shown_curves(runs: Sequence[Entry]) -> list[tuple[str, str]]:
+    """Name and title of the quantities that these runs logged, of each of several teachers, and of
+    those that a controller moved in any of them."""
+    shown: list[tuple[str, str]] = [
         each
         for each in CURVES
         if any(value_in(run.metrics[0], each[0]) is not None for run in runs)
     ]
+    teachers = [name for run in runs for name in run.metrics[0].get("by_teacher", {})]
+    for name in dict.fromkeys(teachers):
+        shown.append((f"forward_kl/{name}", f"forward KL of {name} (nats a token)"))
+        shown.append((f"reverse_kl/{name}", f"reverse KL of {name} (nats a token)"))
     return shown + [each for each in CONTROLLED if any(_moves(run, each[0]) for run in runs)]
+
+
+def _logged(row: MetricsRow, name: str) -> float | None:
+    """A step's value of a shown quantity: its own, or after a slash that of one teacher."""
+    quantity, _, teacher = name.partition("/")
+    values: Any = row.get("by_teacher", {}).get(teacher, {}) if teacher else row
+    return values.get(quantity)
 
 
 def _moves(run: Entry, name: StepNumber) -> bool:
@@ -73,7 +84,7 @@ def training_curves(
     found = []
     for run in runs:
         rows = thin(run.metrics, num_points)
-        values = {name: [short(value_in(row, name)) for row in rows] for name, _ in shown}
+        values = {name: [short(_logged(row, name)) for row in rows] for name, _ in shown}
         known = {name: each for name, each in values.items() if any(x is not None for x in each)}
         about = about_run(run, labels, styles, link)
         found.append(about | {"steps": [row["step"] for row in rows], "values": known})

@@ -1,6 +1,7 @@
 """Rollouts to batches. The only place that shifts, pads or packs."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,23 +28,33 @@ def batch_places(
     num_batches: int = 1,
     *,
     is_packed: bool = False,
+    kinds: Sequence[Hashable] | None = None,
 ) -> list[list[int]]:
     """The places in `rollouts` of each batch: longest first, at least `num_batches` of at most
-    `tokens_per_batch` tokens, padding included.
+    `tokens_per_batch` tokens, padding included. With `kinds`, one of each rollout, a batch has one
+    kind.
 
     Ranks of a sharded model must take the same number of forward passes, which is what
     `num_batches` is for; it may not exceed the number of rollouts. A rollout that is longer than
     the budget gets a batch of its own: a budget for memory is no reason to drop data.
     """
     lengths = [_num_inputs(rollout) for rollout in rollouts]
-    ordered = sorted(range(len(rollouts)), key=lambda place: -lengths[place])
+    kinds = [None] * len(rollouts) if kinds is None else kinds
+    first_of = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    ordered = sorted(
+        range(len(rollouts)), key=lambda place: (first_of[kinds[place]], -lengths[place])
+    )
     groups: list[list[int]] = []
 
     def num_tokens(group: list[int]) -> int:
         return sum(lengths[i] for i in group) if is_packed else len(group) * lengths[group[0]]
 
     for i, place in enumerate(ordered):
-        full = not groups or num_tokens([*groups[-1], place]) > tokens_per_batch
+        full = (
+            not groups
+            or kinds[groups[-1][0]] != kinds[place]
+            or num_tokens([*groups[-1], place]) > tokens_per_batch
+        )
         # Start a new batch as well when only as many rollouts are left as there are batches still
         # to be made.
         if full or len(ordered) - i <= num_batches - len(groups):
@@ -75,6 +86,22 @@ def make_batch(
         teacher_mask_BT=teacher_mask_BT,
         teacher_positions_BT=teacher_positions_BT,
         rollouts=tuple(rollouts),
+    )
+
+
+def without_teacher_prompt(rollout: Rollout) -> Rollout:
+    """The rollout with one prompt for both models, the student's."""
+    return replace(rollout, prompt=replace(rollout.prompt, teacher_ids=None))
+
+
+def as_the_student_reads(batch: Batch) -> Batch:
+    """The batch for a teacher that reads the student's prompts."""
+    return replace(
+        batch,
+        rollouts=tuple(map(without_teacher_prompt, batch.rollouts)),
+        teacher_ids_BT=batch.input_ids_BT,
+        teacher_mask_BT=batch.loss_mask_BT,
+        teacher_positions_BT=batch.positions_BT,
     )
 
 

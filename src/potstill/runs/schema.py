@@ -103,6 +103,17 @@ class WriterMeans(TokenMeans):
     """As for the whole step; null where it wrote last in no rollout."""
 
 
+class TeacherMeans(TypedDict):
+    """`by_teacher`: means over the tokens that one of several teachers taught."""
+
+    num_loss_tokens: int
+    """How many loss tokens it taught."""
+    forward_kl: float | None
+    reverse_kl: float | None
+    """KL(teacher ‖ student) and KL(student ‖ teacher) in nats a token; null without such a
+    token."""
+
+
 class RolloutMeans(TypedDict):
     """Means over the rollouts of a step, and how many tokens they train."""
 
@@ -184,6 +195,8 @@ class StepExtras(Rewards, OfWriter):
     engine_mismatch_max: NotRequired[float]
     """`rollouts.engine = "vllm"`, new rollouts: the difference of the engine's and the trainer's
     log-probabilities of what the student wrote, in nats a token without sign; mean and largest."""
+    by_teacher: NotRequired[dict[str, TeacherMeans]]
+    """Several teachers: the means of the tokens that each taught."""
     end_habits: NotRequired[EndHabits]
     """Several end tokens: how likely each is to both models where completions end."""
 

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from potstill.config import Recipe, RecipeError
 from potstill.kl.topk import TopK
 from potstill.models.batch import Batch
 from potstill.models.flops import head_flops
 from potstill.models.language_model import ModelError, load_tokenizer
 from potstill.teachers.manifest import CacheError, tokenizer_digests
 from potstill.teachers.store import Cache
+from potstill.types import Prompt
 
 
 class CachedTeacher:
@@ -53,3 +55,29 @@ class CachedTeacher:
         if self.head is None:
             return self.cache.top_k_of(batch.rollouts, self.device)
         return self.cache.rows_of(batch.rollouts, self.head)
+
+
+def cached_once(recipe: Recipe, cache: Cache, prompts: list[Prompt]) -> list[Prompt]:
+    """Each prompt with the first of its cached completions. Raises RecipeError for a cache without
+    whole KLs."""
+    settings, max_tokens = cache.manifest.settings, recipe.validation.max_tokens or 0
+    if settings.writer != "teacher" or settings.payload != "hidden":
+        held = {
+            "teacher": "the teacher's likeliest tokens alone",
+            "student": "a student's completions",
+            "dataset": "the data's completions",
+        }[settings.writer]
+        raise RecipeError(
+            f"validation is asked for and the cache {str(cache.folder)!r} holds {held}, of which "
+            "no exact KL is known; build a cache of the teacher's completions with --payload "
+            "hidden, or set validation.num_prompts = 0"
+        )
+    if max_tokens > settings.window:
+        raise RecipeError(
+            f"validation.max_tokens is {max_tokens} and the cache {str(cache.folder)!r} has "
+            f"completions of at most {settings.window} tokens; lower it"
+        )
+    first: dict[tuple[int, ...], Prompt] = {}
+    for prompt in cache.attach(prompts):
+        first.setdefault(prompt.token_ids, prompt)
+    return list(first.values())

@@ -1,8 +1,9 @@
-"""The teacher of a run, wherever its model is."""
+"""The teachers of a run, wherever their models are."""
 
 import copy
+from collections.abc import Sequence
 
-from potstill.config import Recipe, TeacherSpec
+from potstill.config import FurtherTeacher, Recipe, TeacherModel, TeacherSpec
 from potstill.models.base_alone import BaseAlone, as_it_is
 from potstill.models.distributed import World
 from potstill.models.given import share_weights
@@ -11,11 +12,11 @@ from potstill.models.lean.quantized import describe_quantized, is_quantized_by
 from potstill.models.probe import ready
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.placed import loading_device, placed
-from potstill.teachers.protocol import Teacher
+from potstill.teachers.protocol import Teacher, Teaching
 from potstill.teachers.remote import reach
 from potstill.teachers.sharded import load_sharded
 from potstill.teachers.store import Cache
-from potstill.types import ModelError
+from potstill.types import DataError, ModelError, Prompt
 
 
 def load_teacher(
@@ -58,13 +59,7 @@ def load_teacher(
     elif teacher is None and spec.placement == "sharded" and world.size > 1:
         return load_sharded(spec, world)
     elif teacher is None:
-        teacher = ready(
-            spec.model,
-            device=loading_device(spec, world),
-            dtype=spec.dtype,
-            trust_remote_code=spec.trust_remote_code,
-            attention=spec.attention,
-        )
+        teacher = _loaded(spec, world)
     if cache is not None:
         cache.check_recipe(recipe, teacher)
     if isinstance(teacher, BaseAlone):
@@ -74,7 +69,7 @@ def load_teacher(
     return placed(teacher.eval().requires_grad_(False), spec, world)
 
 
-def _refuse_quantized(spec: TeacherSpec) -> None:
+def _refuse_quantized(spec: TeacherModel) -> None:
     """Raise ModelError for a quantised teacher that would have to be taken apart."""
     config = load_config(spec.model, spec.trust_remote_code)
     if is_quantized_by(config):
@@ -82,6 +77,55 @@ def _refuse_quantized(spec: TeacherSpec) -> None:
             f"teacher {spec.model!r} is quantised ({describe_quantized(config)}) and "
             f'teacher.placement is "{spec.placement}", which takes whole weights; leave it out'
         )
+
+
+def load_further(
+    recipe: Recipe, student: LanguageModel, first: Teacher | None, world: World
+) -> tuple[Teaching, ...]:
+    """All teachers of a recipe, the first one first; none where it has no divergence.
+
+    Raises ModelError for one whose end tokens the first one and the student do not know.
+    """
+    if first is None or not recipe.objective.has_divergence:
+        return ()
+    spec = recipe.teacher
+    found = [_teaching("teacher", first, spec)]
+    known = {*student.end_ids, *first.end_ids}
+    for each in recipe.teachers:
+        teacher = _further(each, student, world)
+        if others := sorted(set(teacher.end_ids) - known):
+            raise ModelError(
+                f"teacher {each.name!r} ends on {others}, which neither the student nor the first "
+                "teacher does; give its generation_config.json their eos_token_id"
+            )
+        found.append(_teaching(each.name, teacher, each))
+    return tuple(found)
+
+
+def _teaching(name: str, teacher: Teacher, spec: TeacherModel) -> Teaching:
+    return Teaching(
+        name=name, teacher=teacher, flops=teacher.flops, weight=spec.weight, only=spec.only
+    )
+
+
+def _further(spec: FurtherTeacher, student: LanguageModel, world: World) -> Teacher:
+    if spec.model == "start":
+        return as_it_is(student, "start", world.size)
+    if spec.url is not None:
+        return reach(spec, world.device)
+    if spec.placement != "replicated":
+        _refuse_quantized(spec)
+    return placed(_loaded(spec, world).eval().requires_grad_(False), spec, world)
+
+
+def _loaded(spec: TeacherModel, world: World) -> LanguageModel:
+    return ready(
+        spec.model,
+        device=loading_device(spec, world),
+        dtype=spec.dtype,
+        trust_remote_code=spec.trust_remote_code,
+        attention=spec.attention,
+    )
 
 
 def _own_teacher(spec: TeacherSpec, student: LanguageModel, world: World) -> LanguageModel:
@@ -92,3 +136,14 @@ def _own_teacher(spec: TeacherSpec, student: LanguageModel, world: World) -> Lan
     copied = copy.deepcopy(student.model)
     # A moving average takes smaller steps than bfloat16 has.
     return student.around(copied if spec.ema is None else copied.float(), "self")
+
+
+def refuse_untaught(prompts: Sequence[Prompt], teachings: Sequence[Teaching]) -> None:
+    """Raise DataError for a prompt whose completion no teacher would teach."""
+    for prompt in prompts if teachings else ():
+        if not any(each.is_for(prompt) for each in teachings):
+            named = "; ".join(f"{each.name}: {each.only}" for each in teachings)
+            raise DataError(
+                f"{prompt.example.name} has the level {prompt.example.level!r}, which is in `only` "
+                f"of no teacher ({named}); add it to one, or leave the prompt out"
+            )

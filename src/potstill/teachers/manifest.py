@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from potstill.config import Recipe, TeacherSpec, load_recipe
+from potstill.config import Recipe, TeacherModel, load_recipe
 from potstill.files import file_digest, json_digest, seal, unseal
 from potstill.models.language_model import (
     LanguageModel,
@@ -229,7 +229,7 @@ def identify(model: LanguageModel) -> TeacherIdentity:
     )
 
 
-def identify_folder(spec: TeacherSpec) -> TeacherIdentity | None:
+def identify_folder(spec: TeacherModel) -> TeacherIdentity | None:
     """The identity of a teacher that is on this machine, without loading its weights; None when it
     is not."""
     folder = find_folder(spec.model)

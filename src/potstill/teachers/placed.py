@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.config import TeacherSpec
+from potstill.config import TeacherModel
 from potstill.kl.head import Head
 from potstill.models.batch import Batch
 from potstill.models.distributed import World
@@ -58,7 +58,7 @@ class OffloadedTeacher(PlacedTeacher):
         return None
 
 
-def loading_device(spec: TeacherSpec, world: World) -> torch.device:
+def loading_device(spec: TeacherModel, world: World) -> torch.device:
     """The device that the weights of a teacher are loaded to. Raises ModelError where there is none
     such."""
     if spec.placement == "offloaded":
@@ -85,7 +85,7 @@ def loading_device(spec: TeacherSpec, world: World) -> torch.device:
     return place
 
 
-def placed(teacher: LanguageModel, spec: TeacherSpec, world: World) -> LanguageModel:
+def placed(teacher: LanguageModel, spec: TeacherModel, world: World) -> LanguageModel:
     """A frozen teacher that `loading_device` has had loaded, as the recipe asks for it."""
     if spec.placement == "offloaded":
         return OffloadedTeacher(teacher, world.device)

@@ -1,8 +1,9 @@
 """The protocol of a teacher: who it is, what it costs, its signal at the loss tokens, and whether
-it can write."""
+it can write; and its part among several."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -12,6 +13,23 @@ if TYPE_CHECKING:
     from potstill.kl.topk import TopK
     from potstill.models.batch import Batch
     from potstill.models.flops import ModelFlops
+    from potstill.types import Prompt
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Teaching:
+    """A teacher by its name in metrics, the operations that its signal takes of us, the weight of
+    its divergence, and the levels of the prompts that it teaches; None: all."""
+
+    name: str
+    teacher: Teacher
+    flops: ModelFlops
+    weight: float
+    only: tuple[str, ...] | None
+
+    def is_for(self, prompt: Prompt) -> bool:
+        """Whether it teaches the completion of this prompt."""
+        return self.only is None or prompt.example.level in self.only
 
 
 class Teacher(Protocol):

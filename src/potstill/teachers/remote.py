@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.config import TeacherSpec
+from potstill.config import TeacherModel
 from potstill.models.batch import Batch
 from potstill.models.flops import ModelFlops, head_flops
 from potstill.teachers.pooling import PATH, read_states, states_request
@@ -63,7 +63,7 @@ class RemoteTeacher:
     can_score = True
     decoder: RemoteDecoder | None = None
 
-    def __init__(self, spec: TeacherSpec, device: torch.device):
+    def __init__(self, spec: TeacherModel, device: torch.device):
         skeleton = skeleton_of(spec)
         self.spec, self.device, self.name = spec, device, spec.model
         self.tokenizer, self.end_ids = skeleton.tokenizer, skeleton.end_ids
@@ -196,7 +196,7 @@ def expect(teacher: Teacher | None, batches: Sequence[Batch]) -> None:
         teacher.expect(batches)
 
 
-def reach(spec: TeacherSpec, device: torch.device, must_write: bool = False) -> RemoteTeacher:
+def reach(spec: TeacherModel, device: torch.device, must_write: bool = False) -> RemoteTeacher:
     """The teacher of a recipe at its URL, checked. Raises ModelError, also where it must write and
     does not."""
     teacher = RemoteTeacher(spec, device)

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from potstill.config import TeacherSpec
+from potstill.config import TeacherModel
 from potstill.kl.head import Head
 from potstill.models.language_model import LanguageModel, load_config, load_tokenizer, locate
 from potstill.models.lean.attention import set_attention
@@ -20,7 +20,7 @@ from potstill.types import ModelError
 ONE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-def skeleton_of(spec: TeacherSpec) -> LanguageModel:
+def skeleton_of(spec: TeacherModel) -> LanguageModel:
     """The model with weights that have a shape and no values. Raises ModelError."""
     import transformers
 

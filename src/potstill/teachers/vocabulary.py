@@ -72,6 +72,15 @@ def shared_vocab_size(
     return size
 
 
+def shared_by_all(
+    recipe: Recipe, student: LanguageModel, teachers: Sequence[Teacher | None], given
+) -> int | None:
+    """The rows that the student's head shares with those of all teachers; arguments and errors are
+    those of `vocabulary_of_run`."""
+    sizes = [vocabulary_of_run(recipe, student, each, given) for each in teachers]
+    return min((size for size in sizes if size is not None), default=None)
+
+
 def describe_difference(mine, theirs, texts: Sequence[str]) -> str:
     """How far a teacher's tokenizer is from a student's: the share of tokens that both have, the
     share of characters that both cut into the same tokens, and the first place where they do

@@ -1,8 +1,11 @@
 """The gradient of one step: batch by batch, with one division by a count over all ranks."""
 
+import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +19,18 @@ from potstill.models import distributed
 from potstill.models.batch import Batch
 from potstill.models.distributed import World
 from potstill.objectives.habits import habit_sums
+from potstill.objectives.lessons import (
+    Lesson,
+    further_losses,
+    kinds_of,
+    kl_to_start,
+    lesson_of,
+    no_sums,
+    sums_of,
+)
 from potstill.objectives.loss import (
     Loss,
     batch_loss,
-    kl_to_start,
     known_of_teacher,
     later_costs,
     signal_of,
@@ -66,34 +77,36 @@ def accumulate_gradients(
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one
     count over all ranks. Of rollouts that are used again, log-probabilities are kept."""
     student = setup.student
-    groups = _even_groups(rollouts, settings, world)
+    kinds = kinds_of(setup.teachings, rollouts)
+    groups = _even_groups(rollouts, kinds, settings, world)
     batches = [
         make_batch([rollouts[i] for i in places], world.device, is_packed=settings.packing)
         for places in groups
     ]
     (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
-    if loss.objective.has_divergence:
-        expect(setup.teacher, batches)
+    lessons = [lesson_of(setup.teachings, setup.teacher, batch) for batch in batches]
+    _announce(setup, lessons)
     texts = responses(rollouts, student.tokenizer)
     sums: Counter[str] = Counter(rollout_sums(rollouts, texts, split_by) | reward_sums(rollouts))
+    sums.update(no_sums(setup.teachings))
     returns = _returns(setup, loss, batches, world, clock)
     samples: dict[int, Sample] = {}
     log_probs: dict[int, tuple[float, ...]] = {}
     gap_values: list[float] = []
     for number, (places, batch) in enumerate(zip(groups, batches, strict=True), 1):
         return_N, of_all = returns[number - 1], f"batch {number} of {len(batches)}"
+        lesson = lessons[number - 1]
         clock.doing(f"teacher, {of_all}")
         with clock("teacher_seconds"):
-            known = known_of_teacher(setup.teacher, batch, loss)
-            signal = signal_of(known, setup.teacher, loss)
+            known = known_of_teacher(lesson.teacher, lesson.heard, loss)
+            signal = signal_of(known, lesson.teacher, loss)
         clock.doing(f"student, {of_all}")
         with clock("student_seconds"):
             hidden_ND = student_rows(student, batch, loss)
-            given = (student, setup.teacher, signal, batch, loss, divisor, return_N, hidden_ND)
+            given = (signal, batch, loss, divisor, return_N, hidden_ND)
             with naming_the_step(step, [rollout.prompt for rollout in batch.rollouts]):
-                loss_sum, loss_N, stats = batch_loss(*given)
-                to_start, its_sums = _start_kl(setup, loss, batch, hidden_ND, divisor)
-            habits = _habits(setup, loss, batch, stats, hidden_ND, signal)
+                loss_sum, loss_N, stats, its_sums = _loss_of_all(setup, lesson, *given)
+            habits = _habits(setup, lesson, loss, stats, hidden_ND, signal)
             sums.update(its_sums | habits | _clipped(batch, stats, loss))
             gap_values += _engine_gaps(setup, loss, batch, stats, hidden_ND)
             if is_reused:
@@ -103,9 +116,8 @@ def accumulate_gradients(
             with clock("samples_seconds"):
                 own_N = loss_N if return_N is None else token_loss(loss.terms(), stats)
                 scored = Scored(hidden_ND=hidden_ND, known=known, loss_N=own_N, stats=stats)
-                samples |= _samples(setup, loss, batch, scored, places, num_samples)
+                samples |= _samples(setup, lesson, loss, scored, places, num_samples)
         with clock("student_seconds"):
-            loss_sum = loss_sum + to_start
             loss_sum.backward()
         written = [texts[place] for place in places]
         before_answer_N = before_answer(batch, written, student.tokenizer, setup.answer_end)
@@ -120,15 +132,35 @@ def accumulate_gradients(
     )
 
 
-def _start_kl(
-    setup: Setup, loss: Loss, batch: Batch, hidden_ND: Tensor, divisor: float
-) -> tuple[Tensor | float, dict[str, float]]:
-    """The part of the loss that is the KL to the start, and the sum of that KL; 0 and nothing where
-    the loss has none."""
-    if setup.start is None:
-        return 0.0, {}
-    loss_sum, kl_N = kl_to_start(hidden_ND, setup.student, setup.start, batch, loss, divisor)
-    return loss_sum, {"start_kl": float(kl_N.double().sum())}
+def _announce(setup: Setup, lessons: Sequence[Lesson]) -> None:
+    """Tell the teachers elsewhere which batches they will be asked for."""
+    for each in setup.teachings:
+        heard = [lesson.heard_by(each.teacher) for lesson in lessons]
+        expect(each.teacher, list(itertools.chain(*heard)))
+
+
+def _loss_of_all(
+    setup: Setup,
+    lesson: Lesson,
+    signal: Tensor | TopK | None,
+    batch: Batch,
+    loss: Loss,
+    divisor: float,
+    return_N: Tensor | None,
+    hidden_ND: Tensor,
+) -> tuple[Tensor, Tensor, TokenStats, dict[str, float]]:
+    """`batch_loss` of the first teacher with the losses of those beside it and the KL to the start,
+    and the sums of each that there is."""
+    student = setup.student
+    weighted = dataclasses.replace(loss, teacher_weight=lesson.weight)
+    given = (signal, batch, weighted, divisor, return_N, hidden_ND)
+    loss_sum, loss_N, stats = batch_loss(student, lesson.teacher, *given)
+    beside, sums = further_losses(lesson, student, hidden_ND, loss, divisor)
+    loss_sum, sums = loss_sum + beside, sums | sums_of(lesson.name, stats)
+    if setup.start is not None:
+        to_start, kl_N = kl_to_start(hidden_ND, student, setup.start, batch, loss, divisor)
+        loss_sum, sums = loss_sum + to_start, sums | {"start_kl": float(kl_N.double().sum())}
+    return loss_sum, loss_N, stats, sums
 
 
 def _clipped(batch: Batch, stats: TokenStats, loss: Loss) -> dict[str, float]:
@@ -196,45 +228,48 @@ def _returns(
 
 def _samples(
     setup: Setup,
+    lesson: Lesson,
     loss: Loss,
-    batch: Batch,
     scored: Scored,
     places: Sequence[int],
     num_samples: int,
 ) -> dict[int, Sample]:
     """A batch's rollouts among the step's first `num_samples`, as they are logged, by place."""
     found = {}
-    each = scored.each(batch.rollouts)
-    for place, rollout, one in zip(places, batch.rollouts, each, strict=True):
+    rollouts = lesson.heard.rollouts
+    for place, rollout, one in zip(places, rollouts, scored.each(rollouts), strict=True):
         if place < num_samples:
-            found[place] = logged_sample(setup.student, setup.teacher, rollout, one, loss)
+            found[place] = logged_sample(setup.student, lesson.teacher, rollout, one, loss)
     return found
 
 
 def _habits(
     setup: Setup,
+    lesson: Lesson,
     loss: Loss,
-    batch: Batch,
     stats: TokenStats,
     hidden_ND: Tensor,
     signal: Tensor | TopK | None,
 ) -> dict[str, float]:
     """End habits of a batch: of the student, and of the teacher where its hidden states are the
     signal."""
-    teacher_head = None if setup.teacher is None else setup.teacher.head
+    teacher_head = None if lesson.teacher is None else lesson.teacher.head
     theirs = None
     if isinstance(signal, Tensor) and teacher_head is not None:
         theirs = (signal, teacher_head)
     mine = (hidden_ND, setup.student.head)
-    return habit_sums(batch.rollouts, loss.objective, setup.ends, stats, mine, theirs)
+    return habit_sums(lesson.heard.rollouts, loss.objective, setup.ends, stats, mine, theirs)
 
 
-def _even_groups(rollouts: list[Rollout], settings: Train, world: World) -> list[list[int]]:
+def _even_groups(
+    rollouts: list[Rollout], kinds: Sequence[Hashable], settings: Train, world: World
+) -> list[list[int]]:
     """Places of the rollouts of each batch: as many batches on every rank, since sharded ones pass
     forward together."""
-    tokens, is_packed = settings.tokens_per_batch, settings.packing
-    groups = batch_places(rollouts, tokens, is_packed=is_packed)
+    tokens = settings.tokens_per_batch
+    options: Any = {"is_packed": settings.packing, "kinds": kinds}
+    groups = batch_places(rollouts, tokens, **options)
     num_batches = distributed.max_over_ranks(len(groups), world)
     if len(groups) == num_batches:
         return groups
-    return batch_places(rollouts, tokens, num_batches, is_packed=is_packed)
+    return batch_places(rollouts, tokens, num_batches, **options)

@@ -35,9 +35,10 @@ from potstill.seeds import step_seed
 from potstill.tasks import Task, is_table, make_task
 from potstill.tasks.own import OwnJudge, own_files
 from potstill.teachers import vocabulary
+from potstill.teachers.cached import cached_once
 from potstill.teachers.ends import Ends, find_ends
-from potstill.teachers.load import load_teacher
-from potstill.teachers.protocol import Teacher
+from potstill.teachers.load import load_further, load_teacher, refuse_untaught
+from potstill.teachers.protocol import Teacher, Teaching
 from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.store import Cache
 from potstill.types import DataError, Prompt, Writer
@@ -47,6 +48,7 @@ from potstill.types import DataError, Prompt, Writer
 class Setup:
     """Everything a run needs, loaded and checked before anything is written.
 
+    `teachings` are the teachers whose divergence the loss has, `teacher` the first of them.
     `start` is the student before the first step, where the loss has a KL to it; `grader` gives the
     scores, where responses are scored. `longest` is the number of tokens of the longest prompt with
     its completion, of all that is written in the run.
@@ -54,6 +56,7 @@ class Setup:
 
     student: LanguageModel
     teacher: Teacher | None
+    teachings: tuple[Teaching, ...]
     cache: Cache | None
     prompts: list[Prompt]
     mixture: Mixture | None
@@ -70,11 +73,6 @@ class Setup:
     task_files: dict[str, str]
     date: str
     notes: tuple[str, ...]
-
-    @property
-    def scoring_flops(self) -> ModelFlops | None:
-        """The teacher's, if it gives the signal and does not only write."""
-        return self.teacher_flops if self.loss.objective.has_divergence else None
 
 
 def writing_of(
@@ -112,9 +110,11 @@ def prepare(
         checkpointed_layers(student.model)
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
+    teachings = load_further(recipe, student, teacher, world)
+    teachers = [each.teacher for each in teachings] or [teacher]
     if recipe.train.packing:
-        refuse_unpackable(student, teacher)
-    vocab_size = vocabulary.vocabulary_of_run(recipe, student, teacher, prompts)
+        refuse_unpackable(student, *teachers)
+    vocab_size = vocabulary.shared_by_all(recipe, student, teachers, prompts)
     ends = find_ends(recipe, student, teacher, vocab_size)
     loss = _loss_of(recipe, vocab_size, ends, compute_dtype=compute_dtype_of(recipe, world, given))
     _refuse_settings(recipe, loss, world)
@@ -125,6 +125,7 @@ def prepare(
     divided = _divide_prompts(
         recipe, student, teacher, cache, ends=ends, loss=loss, given=prompts, date=date
     )
+    refuse_untaught(divided.prompts, teachings)
     sources = recipe.data.sources if prompts is None else ()
     weights, names = [each.weight for each in sources], [each.source for each in sources]
     mixture = make_mixture(divided.prompts, weights, names)
@@ -139,6 +140,7 @@ def prepare(
     return Setup(
         student=student,
         teacher=teacher,
+        teachings=teachings,
         cache=cache,
         prompts=divided.prompts,
         mixture=mixture,
@@ -334,7 +336,7 @@ def _check_held_out(
     if teacher is not None and not teacher.can_score:
         if cache is not None:
             held_out = dataclasses.replace(
-                held_out, prompts=_cached_once(recipe, cache, held_out.prompts)
+                held_out, prompts=cached_once(recipe, cache, held_out.prompts)
             )
         if goal is not None and (goal.startswith("student_prefix") or goal == "teacher_log_prob"):
             raise RecipeError(
@@ -359,29 +361,3 @@ def _check_held_out(
     window = ("validation.max_tokens", recipe.validation.cap(recipe.window.tokens))
     _refuse_prompts(student, teacher, held_out.prompts, vocab_size, window=window)
     return held_out
-
-
-def _cached_once(recipe: Recipe, cache: Cache, prompts: list[Prompt]) -> list[Prompt]:
-    """Each prompt with the first of its cached completions. Raises RecipeError for a cache without
-    whole KLs."""
-    settings, max_tokens = cache.manifest.settings, recipe.validation.max_tokens or 0
-    if settings.writer != "teacher" or settings.payload != "hidden":
-        held = {
-            "teacher": "the teacher's likeliest tokens alone",
-            "student": "a student's completions",
-            "dataset": "the data's completions",
-        }[settings.writer]
-        raise RecipeError(
-            f"validation is asked for and the cache {str(cache.folder)!r} holds {held}, of which "
-            "no exact KL is known; build a cache of the teacher's completions with --payload "
-            "hidden, or set validation.num_prompts = 0"
-        )
-    if max_tokens > settings.window:
-        raise RecipeError(
-            f"validation.max_tokens is {max_tokens} and the cache {str(cache.folder)!r} has "
-            f"completions of at most {settings.window} tokens; lower it"
-        )
-    first: dict[tuple[int, ...], Prompt] = {}
-    for prompt in cache.attach(prompts):
-        first.setdefault(prompt.token_ids, prompt)
-    return list(first.values())

@@ -13,11 +13,12 @@ from potstill import files
 from potstill.config import Train
 from potstill.engines.mismatch import refuse_mismatch
 from potstill.models import distributed
-from potstill.models.flops import ModelFlops, rollout_flops, training_flops
+from potstill.models.flops import ModelFlops, rollout_flops
 from potstill.models.lean.activations import layers_run_again
 from potstill.models.lean.embedding import embedding_added_late
 from potstill.models.lean.packing import rows_apart
 from potstill.objectives.habits import step_habits
+from potstill.objectives.lessons import lesson_flops, means_by_teacher
 from potstill.objectives.loss import Loss
 from potstill.objectives.reward import with_credit
 from potstill.rollouts.prefixes import Writing, write_rollouts
@@ -161,10 +162,10 @@ def count_flops(
     """The operations of the step over all ranks; this one spent `written` on rollouts and `probed`
     on the probe."""
     setup, looks_ahead = trainer.setup, trainer.recipe.objective.gamma > 0
-    parts = training_flops(
+    parts = lesson_flops(
+        setup.teachings,
         rollouts,
         setup.student_flops,
-        setup.scoring_flops,
         looks_ahead=looks_ahead,
         has_start=setup.start is not None,
     )
@@ -246,6 +247,8 @@ def step_metrics(
     if recipe.objective.kl == "mixed":
         assert plan.loss.forward_weight is not None
         extras["forward_weight"] = plan.loss.forward_weight
+    if by_teacher := means_by_teacher(sums, setup.teachings):
+        extras["by_teacher"] = by_teacher
     if setup.ends.compared_ids:
         extras["end_habits"] = step_habits(
             sums, recipe.objective, setup.ends, setup.student.tokenizer

@@ -24,7 +24,7 @@ from potstill.teachers.sharded import wait_for_passes
 from potstill.training import checkpoint
 from potstill.training.controllers import next_best
 from potstill.training.rates import is_extended_at, is_spent, planned_steps
-from potstill.training.setup import writing_of
+from potstill.training.setup import Setup, writing_of
 from potstill.training.state import Run, Trainer
 from potstill.training.step import naming_the_step
 from potstill.types import Prompt, Rollout, Stop
@@ -154,18 +154,28 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
     scoring = setup.teacher if setup.teacher is not None and setup.teacher.can_score else None
     sums: list[Sums] = [{} for _ in prompts]
     written = _of_teacher(trainer, writing, held_out.prompts, prompts, keys)
+    taught, others = _parted(setup, prompts)
     if written:
-        for mine, found in zip(sums, measure(pair(setup.teacher), TEACHER, written), strict=True):
-            mine |= found
+        theirs = [written[place] for place in taught]
+        for place, found in zip(taught, measure(pair(setup.teacher), TEACHER, theirs), strict=True):
+            sums[place] |= found
     # Also where this rank has no prompts: an engine may be all ranks'.
     rollouts = from_one(STUDENT, writing, prompts, keys)
     # A task may know the problems that it made; a function of the user's own scores all alike.
     scorer = held_out.task if recipe.reward.source is None else setup.grader
-    for mine, found in zip(
-        sums, measure(pair(scoring), STUDENT, rollouts, task=scorer), strict=True
-    ):
-        mine |= found
+    for places, by in ((taught, scoring), (others, None)):
+        mine = [rollouts[place] for place in places]
+        measured = measure(pair(by), STUDENT, mine, task=scorer)
+        for place, found in zip(places, measured, strict=True):
+            sums[place] |= found
     return sums
+
+
+def _parted(setup: Setup, prompts: Sequence[Prompt]) -> tuple[list[int], list[int]]:
+    """The places of prompts that the first teacher teaches, and of those that others do."""
+    first = setup.teachings[0] if setup.teachings else None
+    taught = [i for i, prompt in enumerate(prompts) if first is None or first.is_for(prompt)]
+    return taught, [i for i in range(len(prompts)) if i not in set(taught)]
 
 
 def _over_ranks(mine: list[Any], trainer: Trainer) -> list[Any]:

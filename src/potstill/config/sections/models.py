@@ -49,27 +49,17 @@ class StudentSpec(Section, role=Role.MODEL):
     lora: Lora = Lora()
 
 
-class TeacherSpec(Section, role=Role.MODEL):
-    model: Annotated[str, Place.FIRST] = "potstill:teacher"
-    """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is
-    the student as it was before the first step, or at the last refresh."""
-    refresh_steps: int | None = Field(default=None, ge=1)
-    """model = self: bring the teacher up to the student every so many steps; by default never, or
-    after each one with teacher.ema."""
-    ema: float | None = Field(default=None, gt=0, lt=1)
-    """model = self: share of its own weights that the teacher keeps when it is brought up, in
-    float32, so that it follows as a moving average; by default it becomes the student."""
-    template: Literal["chat", "raw"] | None = None
-    """Render the teacher's prompts with its own chat template, or take them as they are; by default
-    it reads the student's prompts."""
-    prompt_column: str | None = None
-    """Column of a file or hub data set with prompts for the teacher alone, such as the prompt and a
-    hint."""
-    prompt_template: Filled | None = None
-    """As data.prompt_template, for the teacher alone; in place of teacher.prompt_column."""
-    cache: Annotated[str | None, Role.CACHE] = None
-    """Folder that `potstill cache build` wrote: completions and signal come from it, and the
-    teacher is not loaded."""
+class TeacherModel(Section, role=Role.MODEL):
+    """A model that teaches, how much it counts, and where it is."""
+
+    model: Annotated[str, Place.FIRST]
+    """Folder or hub id of a Hugging Face causal LM; start is the student as it was before the first
+    step."""
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of its divergence in the loss, where there are several teachers."""
+    only: tuple[str, ...] | None = None
+    """Prompts that it teaches, where there are several teachers: values of the data's column
+    `level`; by default all. A token's loss is the weighted sum over the teachers of its prompt."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the teacher's weights."""
     attention: Annotated[
@@ -97,6 +87,38 @@ class TeacherSpec(Section, role=Role.MODEL):
     """Device of the teacher's own, such as "cuda:1" or "cpu"; by default the student's."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings."""
+
+
+class FurtherTeacher(TeacherModel, role=Role.MODEL):
+    """A teacher beside the first one. It reads the student's prompts, and writes nothing."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")
+    """Name in metrics and in the report."""
+
+
+class TeacherSpec(TeacherModel, role=Role.MODEL):
+    """The teacher, or the first of several: the one that writes, and that validation is about."""
+
+    model: Annotated[str, Place.FIRST] = "potstill:teacher"
+    """Folder or hub id of a Hugging Face causal LM; potstill:teacher is the shipped one; self is
+    the student as it was before the first step, or at the last refresh."""
+    refresh_steps: int | None = Field(default=None, ge=1)
+    """model = self: bring the teacher up to the student every so many steps; by default never, or
+    after each one with teacher.ema."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """model = self: share of its own weights that the teacher keeps when it is brought up, in
+    float32, so that it follows as a moving average; by default it becomes the student."""
+    template: Literal["chat", "raw"] | None = None
+    """Render the teacher's prompts with its own chat template, or take them as they are; by default
+    it reads the student's prompts."""
+    prompt_column: str | None = None
+    """Column of a file or hub data set with prompts for the teacher alone, such as the prompt and a
+    hint."""
+    prompt_template: Filled | None = None
+    """As data.prompt_template, for the teacher alone; in place of teacher.prompt_column."""
+    cache: Annotated[str | None, Role.CACHE] = None
+    """Folder that `potstill cache build` wrote: completions and signal come from it, and the
+    teacher is not loaded."""
 
     @property
     def follows_every(self) -> int | None:

@@ -1,0 +1,102 @@
+"""Fields of the teachers that must fit together."""
+
+from potstill.config.fields import RecipeFields
+from potstill.config.values import refuse_any
+
+
+def refuse_misplaced_teachers(recipe: RecipeFields) -> None:
+    """Raise ValueError for teachers that are not where they would have to be, or too many."""
+    _check_placement(recipe)
+    if recipe.teachers:
+        _check_several(recipe)
+
+
+def _check_placement(recipe: RecipeFields) -> None:
+    """Refuse a teacher that is not here, or not whole, where it would have to write, or to follow
+    the student."""
+    teacher, prefix = recipe.teacher, recipe.objective.prefix
+    by_token = prefix == "mixed" and recipe.objective.prefix_mix == "token"
+    where = {
+        f"teacher.url is {teacher.url!r}": teacher.url is not None,
+        f'teacher.placement is "{teacher.placement}"': teacher.placement != "replicated",
+    }
+    if teacher.device is not None:
+        refuse_any(
+            f"teacher.device is {teacher.device!r}",
+            "leave it out",
+            (
+                teacher.placement != "replicated",
+                f'teacher.placement is "{teacher.placement}", which says where it is',
+            ),
+            (
+                by_token,
+                'objective.prefix_mix is "token", which draws from both models on one device',
+            ),
+            (teacher.model == "self", 'teacher.model is "self", the student; name a model'),
+        )
+    for says in (says for says, is_so in where.items() if is_so):
+        refuse_any(
+            says,
+            "leave it out",
+            (
+                teacher.url is not None and by_token,
+                'objective.prefix_mix is "token", for which both must be here; use "handoff"',
+            ),
+            (
+                teacher.url is None and prefix in ("teacher", "mixed") and teacher.cache is None,
+                f'objective.prefix is "{prefix}", and such a teacher does not write; let it write '
+                "into a cache first (`potstill cache build`, with --payload completions if it is "
+                "to score live)",
+            ),
+            (teacher.model == "self", 'teacher.model is "self", the student; name a model'),
+        )
+
+
+def _check_several(recipe: RecipeFields) -> None:
+    """Refuse what is about one teacher alone."""
+    objective, teacher = recipe.objective, recipe.teacher
+    names = ["teacher", *(each.name for each in recipe.teachers)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(
+            f'teachers has the name "{twice}" twice, or that of the first one; give each a name '
+            "of its own"
+        )
+    if other := next((each for each in recipe.teachers if each.model == "self"), None):
+        raise ValueError(
+            f'teachers has "{other.name}" with model = "self"; use "start" for the student as it '
+            'was at first, or teacher.model = "self"'
+        )
+    if other := next((each for each in recipe.teachers if each.placement == "sharded"), None):
+        raise ValueError(
+            f'teachers has "{other.name}" with placement = "sharded", and ranks would not pass '
+            'through it together; use "replicated" or "offloaded"'
+        )
+    refuse_any(
+        f"teachers names {len(recipe.teachers)} beside the first one",
+        "leave them out",
+        (
+            not objective.has_divergence,
+            "the objective has no divergence from a teacher; choose a KL and a signal",
+        ),
+        (
+            objective.signal != "full",
+            f'objective.signal is "{objective.signal}", which is of one teacher; use "full"',
+        ),
+        (
+            objective.gamma > 0,
+            f"objective.gamma is {objective.gamma:g}, whose returns are of one teacher; use 0",
+        ),
+        (
+            objective.weights is not None,
+            f'objective.weights is "{objective.weights}", which looks at one teacher; remove it',
+        ),
+        (
+            teacher.cache is not None,
+            "teacher.cache is set, which holds one teacher; remove it",
+        ),
+        (
+            teacher.placement == "sharded",
+            'teacher.placement is "sharded", and ranks would not pass through it together; use '
+            '"replicated" or "offloaded"',
+        ),
+    )
