@@ -8,7 +8,6 @@ With no GPU nothing is run.
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,9 @@ import tyro
 from divergence import FORWARD, MIXED, Inputs, Shape, liger, make_inputs, naive, ours, step, trl
 from rich.console import Console
 from rich.table import Table
+from rollouts import Load, measure, vllm_python
+
+from potstill.engines.protocol import EngineError
 
 SHAPES = (
     Shape("bfloat16", 8192, 151_936, 1024, 2560),
@@ -124,11 +126,8 @@ def tiles() -> list[dict[str, Any]]:
 
 
 def rollouts() -> list[dict[str, Any]]:
-    """Tokens a second of a random student of Qwen3-0.6B's shape, in bfloat16."""
+    """A random student of Qwen3-0.6B's shape, in bfloat16; vLLM where its environment is here."""
     import transformers
-
-    from potstill.config import Sampling
-    from potstill.models.sampling import sample
 
     config = transformers.Qwen3Config(
         vocab_size=151_936,
@@ -142,29 +141,15 @@ def rollouts() -> list[dict[str, Any]]:
     )
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    prompts, window = [tuple(range(1, 129))] * 64, 256
-    seeds = [(0, 0, i) for i in range(len(prompts))]
-    ids = torch.tensor(prompts, device="cuda")
-    told = {"do_sample": True, "max_new_tokens": window, "min_new_tokens": window}
-
-    def native() -> None:
-        sample(
-            model, prompts, seeds, max_tokens=window, end_ids=(), sampling=Sampling(batch_size=64)
-        )
-
-    def generate() -> None:
-        model.generate(ids, top_k=0, pad_token_id=0, **told)
-
-    rows = []
-    for name, run in (("potstill", native), ("generate", generate)):
-        run()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        rows.append({"method": name, "tokens/s": len(prompts) * window / seconds})
-    return rows
+    load, args = (
+        Load(prompts=64, prompt_tokens=128, tokens=256),
+        ("--gpu-memory-utilization", "0.4"),
+    )
+    try:
+        return measure(model, load, vllm_python(), 1, args)
+    except EngineError as error:
+        # The other two are numbers without it.
+        return [*measure(model, load, "", 1), {"method": "vLLM", "trouble": str(error)}]
 
 
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:

@@ -100,6 +100,14 @@ def test_entropies_of_the_native_engine_are_found_again(student):
             assert other.entropies == pytest.approx(one.entropies, abs=1e-5)
 
 
+def test_a_model_that_was_made_here_is_named_for_the_server(student, tmp_path, program):
+    assert student.model.config.architectures is None
+    with engine_of(student.model, tmp_path / "engine", python=program) as engine:
+        engine.write(PROMPTS, SEEDS, **HOW)
+    config = json.loads((tmp_path / "engine" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+
+
 @pytest.mark.parametrize("fault", ["slow", "500", "cut", "no json", "die", "bad push"])
 def test_a_fault_changes_no_completion(student, tmp_path, program, fault):
     folder = tmp_path / "engine"

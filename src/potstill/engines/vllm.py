@@ -5,6 +5,7 @@ the same weights, its answer is the same. The recipe of the calls, and what each
 docs/engines.md.
 """
 
+import copy
 import functools
 import os
 import shutil
@@ -123,7 +124,10 @@ class VllmEngine:
     def _make_ready(self, vocab_size: int | None) -> None:
         """Start the server where none runs, and give it the weights where it has others."""
         if self.server is not None and not self.server.is_alive:
-            self.model.config.save_pretrained(self.folder)
+            config = copy.deepcopy(self.model.config)
+            # As in a checkpoint; a model that was made in Python has none there.
+            config.architectures = [type(self.model).__name__]
+            config.save_pretrained(self.folder)
             # Beside the log, and not from its own folder, whose modules are named as others are.
             shutil.copy(Path(__file__).with_name(f"{WORKER}.py"), self.folder)
             self.server.start(self.spec.timeout)
