@@ -504,6 +504,7 @@ FIELDS_WITH = {
         "out",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.checkpoint_files",
         "train.tracker",
         "validation.every",
         "student.lora.save",

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from conftest import make_rollout, tiny_recipe
-from forked import name_of
+from forked import Trouble, name_of
+from safetensors.torch import load_file
 
 from potstill.config import TeacherSpec, to_toml
 from potstill.models import distributed
@@ -22,6 +23,7 @@ from potstill.rollouts.batching import make_batch
 from potstill.runs import run_folder
 from potstill.serving.app import make_app
 from potstill.teachers.sharded import load_sharded
+from potstill.training import checkpoint
 
 NUMBERS = ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", "length")
 PAIR = {
@@ -125,6 +127,82 @@ def test_a_run_of_two_ranks_goes_on_with_others(tmp_path, forks, num_ranks):
     ended = train(forks, tmp_path, "stopped", num_ranks, "opd", *more)
     assert [row["rollout_age"] for row in ended] == [0, 1, 0, 1]
     assert_same(whole, ended)
+
+
+def stop_after(folder, name, step, copied):
+    """A run as it was after a step, with the checkpoints up to it."""
+    stopped = folder / copied
+    shutil.copytree(folder / name, stopped)
+    (stopped / "DONE").unlink()
+    for later in stopped.glob("checkpoint/step-*"):
+        if int(later.name[5:]) > step:
+            shutil.rmtree(later)
+
+
+def model_of(run):
+    return load_file(run / "model/model.safetensors")
+
+
+IN_SHARDS = ("--train.checkpoint-files", "sharded")
+KEPT = ("--train.steps", "4", "--train.checkpoint-every", "1", "--train.keep-checkpoints", "4")
+
+
+@pytest.mark.slow
+def test_checkpoints_in_shards_are_read_by_any_number_of_ranks(tmp_path, forks):
+    """To the bit by as many, and as those that are whole."""
+    whole = train(forks, tmp_path, "whole", 2, "opd", *KEPT)
+    shards = train(forks, tmp_path, "shards", 2, "opd", *KEPT, *IN_SHARDS)
+    names = [path.name for path in (tmp_path / "shards/checkpoint/step-000002").iterdir()]
+    assert len(names) == 3 and sum(name.startswith("shard-0000") for name in names) == 2
+    weights = [
+        load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "shards")
+    ]
+    for num_ranks in (2, 1, 4):
+        stop_after(tmp_path, "shards", 2, f"on-{num_ranks}")
+        ended = train(forks, tmp_path, f"on-{num_ranks}", num_ranks, "opd", *KEPT, *IN_SHARDS)
+        assert_same(shards, ended)
+        weights.append(model_of(tmp_path / f"on-{num_ranks}"))
+    assert_same(whole, shards, rel=0)
+    for other in weights[1:3]:
+        assert all(torch.equal(weights[0][name], other[name]) for name in other)
+    for other in weights[3:]:
+        for name in other:
+            torch.testing.assert_close(weights[0][name], other[name], rtol=1e-5, atol=1e-6)
+    student = load_model(PAIR["student"]["model"])
+    checkpoint.load_weights(tmp_path / "shards/checkpoint/step-000004", student)
+    own = dict(student.model.named_parameters())
+    assert all(torch.equal(own[name], weight) for name, weight in weights[0].items())
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_at_its_shard_leaves_a_run_that_goes_on(tmp_path, forks):
+    train(forks, tmp_path, "whole", 2, "opd", *KEPT, *IN_SHARDS)
+    write_recipe(tmp_path, "killed", "opd")
+    argv = ["train", "killed.toml", "--out", "killed", *KEPT, *IN_SHARDS]
+    at_its_second = Trouble(event=2, where="shard-00002")
+    killed = forks.run_ranks(tmp_path, argv, 2, trouble=at_its_second)
+    assert killed.code != 0 and "potstill: rank 0 waited in vain" in killed.err
+    kept = sorted(path.name for path in (tmp_path / "killed/checkpoint").iterdir())
+    assert kept == ["step-000001", "unfinished-step-000002"]
+    train(forks, tmp_path, "killed", 2, "opd", *KEPT, *IN_SHARDS)
+    one, other = (model_of(tmp_path / name) for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not [*(tmp_path / "killed/checkpoint").glob("unfinished-*")]
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_is_named(tmp_path, forks):
+    train(forks, tmp_path, "run", 2, "opd", *KEPT, *IN_SHARDS)
+    stop_after(tmp_path, "run", 2, "damaged")
+    path = next((tmp_path / "damaged/checkpoint/step-000002").glob("shard-00002-*"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    write_recipe(tmp_path, "damaged", "opd")
+    argv = ["train", "damaged.toml", "--out", "damaged", *KEPT, *IN_SHARDS]
+    ended = forks.run(tmp_path, argv)
+    assert ended.code == 2 and path.name in ended.last_line, ended.err
+    assert "was changed after it was written" in ended.last_line
 
 
 def resident_bytes() -> int:

@@ -30,6 +30,7 @@ from potstill.files import file_digest, flush, json_line, seal, unseal
 from potstill.models.adapters import has_adapter, is_of_adapter, merged_weights
 from potstill.models.distributed import World, gather, wait_for_all
 from potstill.models.language_model import LanguageModel, save_model
+from potstill.models.lean.shards import file_names, read_shards, write_shards
 from potstill.runs.run_folder import RunError, read_json, seal_logs
 from potstill.types import Credit, Prompt, Rollout
 
@@ -127,40 +128,47 @@ def save(
     rollouts: Mapping[int, Rollout] | None = None,
     teacher: LanguageModel | None = None,
     num_kept: int | None = None,
+    in_shards: bool = False,
 ) -> None:
     """Write the checkpoint after `step` finished steps, then remove older ones.
 
     The last `num_kept` stay, 1 by default. Every rank must call this.
 
     `state` is plain data for the next step; `rollouts` are this rank's by their numbers in the
-    round, if they are to be used again; a `teacher` is saved where its weights change.
+    round, if they are to be used again; a `teacher` is saved where its weights change. `in_shards`
+    each of several ranks writes its share, and none holds all.
     """
-    model_state, optimizer_state = get_state_dict(student, optimizer, options=_options(student))
+    in_shards = in_shards and world.size > 1
+    # Where they are whole, rank 0 alone has them.
+    states: Any = get_state_dict(student, optimizer, options=_options(student, not in_shards))
+    weights, moments = _untied(states[0], student), states[1].get("state", {})
     mine = {number: _without_prompt(rollout) for number, rollout in (rollouts or {}).items()}
     written = {number: row for each in gather(mine, world) for number, row in each.items()}
+    target = folder / "checkpoint" / f"step-{step:06d}"
+    unfinished = target.with_name(f"unfinished-{target.name}")
     if world.is_main:
-        target = folder / "checkpoint" / f"step-{step:06d}"
-        unfinished = target.with_name(f"unfinished-{target.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        moments: Any = optimizer_state["state"]
-        groups: Any = optimizer_state["param_groups"]
-        tensors: dict[str, torch.Tensor] = {}
-        for name, values in moments.items():
-            for key, value in values.items():
-                tensors |= _parts(f"{name}.{key}", value)
-        save_file(_untied(model_state, student), unfinished / "model.safetensors")
-        save_file(tensors, unfinished / "optimizer.safetensors")
+    files: dict[str, str] = {}
+    if in_shards:
+        wait_for_all(world)
+        for digests in gather(write_shards(weights, moments, unfinished, world.rank), world):
+            files |= digests
+    if world.is_main:
+        if not in_shards:
+            _write_whole(weights, moments, unfinished)
         if teacher is not None:
             save_file(_untied(teacher.state_dict(), teacher), unfinished / "teacher.safetensors")
+        others = [path for path in unfinished.glob("*.safetensors") if path.name not in files]
+        files |= {path.name: file_digest(path) for path in others}
         data = {
             "step": step,
             "state": state,
-            "param_groups": [_plain(group) for group in groups],
+            "param_groups": [_plain(group) for group in states[1]["param_groups"]],
             "rollouts": [written[number] for number in sorted(written)],
+            "logs": seal_logs(folder),
+            "files": files,
         }
-        files = {path.name: file_digest(path) for path in unfinished.glob("*.safetensors")}
-        data |= {"logs": seal_logs(folder), "files": files}
         (unfinished / STATE).write_text(seal(data))
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
@@ -168,6 +176,15 @@ def save(
         flush(target.parent)
         tidy(folder, step, num_kept)
     wait_for_all(world)
+
+
+def _write_whole(weights: dict[str, torch.Tensor], moments: Any, folder: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, values in moments.items():
+        for key, value in values.items():
+            tensors |= _parts(f"{name}.{key}", value)
+    save_file(weights, folder / "model.safetensors")
+    save_file(tensors, folder / "optimizer.safetensors")
 
 
 def load(
@@ -180,28 +197,30 @@ def load(
 
     Raises RunError, before anything is changed, for a file that is not what was written.
     """
-    models = {"model.safetensors": student} | (
-        {} if teacher is None else {"teacher.safetensors": teacher}
-    )
-    data = _read_state(checkpoint, [*models, "optimizer.safetensors"])
-    tensors = {name: load_file(checkpoint / name) for name in data["files"]}
-    for name, model in models.items():
-        if tensors[name].keys() != _saved_names(model.state_dict(), model):
-            raise _damaged(checkpoint / name, "has the weights of another model")
+    of_teacher = [] if teacher is None else ["teacher.safetensors"]
+    shards = file_names(checkpoint)
+    own = shards or ["model.safetensors", "optimizer.safetensors"]
+    data = _read_state(checkpoint, [*own, *of_teacher])
+    options = _options(student, strict=False, is_whole=not shards)
+    if shards:
+        begun: Any = get_state_dict(student, optimizer, options=options)
+        weights, moments = _in_shards(checkpoint, _untied(begun[0], student), begun[1]["state"])
+    else:
+        weights = _weights_in(checkpoint / "model.safetensors", student)
+        moments = _moments(load_file(checkpoint / "optimizer.safetensors"), student)
     if teacher is not None:
-        teacher.load_state_dict(tensors["teacher.safetensors"], strict=False)
-    moments = _moments(tensors["optimizer.safetensors"], student)
+        kept = _weights_in(checkpoint / "teacher.safetensors", teacher)
+        teacher.load_state_dict(kept, strict=False)
     for group, mine in zip(data["param_groups"], optimizer.param_groups, strict=True):
         if isinstance(mine["lr"], torch.Tensor):
             group["lr"] = torch.tensor(group["lr"])
     set_state_dict(
         student,
         optimizer,
-        model_state_dict={**tensors["model.safetensors"]},
+        model_state_dict={**weights},
         optim_state_dict={"state": moments, "param_groups": data["param_groups"]},
-        # Not strict: a tied head is stored once, under the name of the embedding; the others were
-        # compared above.
-        options=_options(student, strict=False),
+        # Not strict: a tied head is stored once. The other names were compared above.
+        options=options,
     )
     return Saved(
         path=checkpoint,
@@ -215,18 +234,33 @@ def load(
 def load_weights(checkpoint: Path, student: LanguageModel) -> None:
     """Restore the weights alone, for another use than to go on. Raises RunError."""
     _read_state(checkpoint, [path.name for path in checkpoint.glob("*.safetensors")])
-    tensors = load_file(checkpoint / "model.safetensors")
-    if tensors.keys() != _saved_names(student.state_dict(), student):
-        raise _damaged(checkpoint / "model.safetensors", "has the weights of another model")
-    student.load_state_dict(tensors, strict=False)
+    if file_names(checkpoint):
+        weights, _ = _in_shards(checkpoint, _untied(student.state_dict(), student), {})
+    else:
+        weights = _weights_in(checkpoint / "model.safetensors", student)
+    student.load_state_dict(weights, strict=False)
+
+
+def _in_shards(checkpoint: Path, weights: Mapping[str, torch.Tensor], moments: Any) -> Any:
+    """The values of such weights and moments. Raises RunError where they are another model's."""
+    found = read_shards(weights, moments, checkpoint)
+    if found is None:
+        raise _damaged(checkpoint / "shards", "has the weights of another model")
+    return found
+
+
+def _weights_in(path: Path, model: LanguageModel) -> dict[str, torch.Tensor]:
+    """The weights in a file. Raises RunError for those of another model."""
+    tensors = load_file(path)
+    if tensors.keys() != _saved_names(model.state_dict(), model):
+        raise _damaged(path, "has the weights of another model")
+    return tensors
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """The settings of an optimiser's group, without tensors."""
-    return {
-        name: value.item() if isinstance(value, torch.Tensor) else value
-        for name, value in group.items()
-    }
+    items = group.items()
+    return {name: x.item() if isinstance(x, torch.Tensor) else x for name, x in items}
 
 
 def _parts(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -356,10 +390,10 @@ def _saved_names(state: dict[str, Any], student: LanguageModel) -> set[str]:
     return state.keys() & names
 
 
-def _options(student: LanguageModel, strict: bool = True) -> StateDictOptions:
-    """Whole tensors on the CPU; of a student with an adapter, those that learn."""
+def _options(student: LanguageModel, is_whole: bool = True, strict: bool = True):
+    """Tensors on the CPU, whole or this rank's share; with an adapter, those that learn."""
     return StateDictOptions(
-        full_state_dict=True,
+        full_state_dict=is_whole,
         cpu_offload=True,
         ignore_frozen_params=has_adapter(student.model),
         strict=strict,

@@ -337,6 +337,7 @@ def _save(trainer: Trainer, run: Run) -> None:
         rollouts=rollouts,
         teacher=trainer.follower,
         num_kept=trainer.settings.keep_checkpoints,
+        in_shards=trainer.settings.checkpoint_files == "sharded",
     )
     if trainer.world.is_main:
         checkpoint.settle_best(trainer.folder, run.best.step)

@@ -72,6 +72,10 @@ class Train(Section, role=Role.UPDATE):
     """Steps between checkpoints; one is also written at the end."""
     keep_checkpoints: Annotated[int | None, Role.OUTPUT] = Field(default=None, ge=1)
     """Checkpoints that are kept, the last ones; 1 by default."""
+    checkpoint_files: Annotated[Literal["whole", "sharded"], Role.OUTPUT] = "whole"
+    """Files of a checkpoint where several ranks train. whole: rank 0 gathers and writes all;
+    sharded: each rank writes its share, into one folder that all of them see. Either is read by any
+    number of ranks."""
     tracker: Annotated[Literal["tensorboard", "wandb", "trackio"] | None, Role.OUTPUT] = None
     """Tracker that each step's numbers go to, beside metrics.jsonl; none by default. It must be
     installed. Weights & Biases (wandb) is offline unless the variable WANDB_MODE says otherwise."""
