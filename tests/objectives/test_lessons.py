@@ -122,6 +122,7 @@ def test_the_start_is_a_teacher_as_well(tmp_path):
     start = [{"name": "anchor", "model": "start", "weight": 0.5}]
     potstill.train(tiny_recipe(tmp_path / "teachers", **opd, teachers=start), quiet=True)
     assert_close_runs(tmp_path / "reward", tmp_path / "teachers")
+    assert "| teacher anchor | `start` |" in (tmp_path / "teachers/model/README.md").read_text()
     for mine, theirs in zip(
         rows_of(tmp_path / "teachers"), rows_of(tmp_path / "reward"), strict=True
     ):

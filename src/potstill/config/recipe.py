@@ -35,6 +35,7 @@ class Recipe(RecipeFields):
             parts.append(f"{self.reward.weight:g} reward")
         if self.reward.start_kl:
             parts.append(f"{self.reward.start_kl:g} KL to the start")
+        parts += [f"{each.weight:g} {each.name}" for each in self.teachers]
         return " + ".join(parts)
 
     @property

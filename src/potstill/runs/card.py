@@ -140,6 +140,7 @@ def _about(recipe: Recipe, models: Mapping[str, str], step: int) -> list[str]:
     if is_distilled:
         rows += [
             ("teacher", code(models["teacher"]) if "teacher" in models else "none"),
+            *((role, code(name)) for role, name in models.items() if role.startswith("teacher ")),
             ("who wrote the prefixes", code(recipe.objective.prefix)),
             ("KL", code(recipe.objective.kl)),
         ]

@@ -371,6 +371,7 @@ def _environment(setup: Setup, world: World) -> dict[str, Any]:
     models: dict[str, Teacher] = {"student": setup.student}
     if setup.teacher is not None:
         models["teacher"] = setup.teacher
+    models |= {f"teacher {each.name}": each.teacher for each in setup.teachings[1:]}
     prompts = [
         (p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached) for p in setup.prompts
     ]

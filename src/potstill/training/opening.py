@@ -50,6 +50,7 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     student, teacher = setup.student, setup.teacher
     lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
     lines += describe_files(setup.task_files)
+    lines += _about_teachers(setup)
     lines += _about_ends(recipe, setup)
     lines += recipe.notes
     if has_adapter(student.model):
@@ -95,6 +96,18 @@ def _about_quantized(setup: Setup) -> list[str]:
                 f"the {role}'s weights are quantised ({describe_quantized(model.model.config)}); "
                 f"its others are in {dtype}, as in its files, and {role}.dtype is not read"
             )
+    return lines
+
+
+def _about_teachers(setup: Setup) -> list[str]:
+    """A line on each of several teachers: its weight, and how many prompts it teaches."""
+    lines = []
+    for each in setup.teachings if len(setup.teachings) > 1 else ():
+        num = sum(map(each.is_for, setup.prompts))
+        lines.append(
+            f"{each.name}: {each.teacher.name}, weight {each.weight:g}, teaches {num:,} of "
+            f"{len(setup.prompts):,} prompts"
+        )
     return lines
 
 
