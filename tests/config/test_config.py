@@ -497,7 +497,7 @@ FIELDS_WITH = {
     Role.SPEED: {
         "train.loss_memory",
         "train.activation_checkpointing",
-        *("engine.python", "engine.url", "engine.timeout"),
+        *("engine.python", "engine.url", "engine.timeout", "engine.sleep"),
         *("engine.warn_above", "engine.stop_above"),
     },
     Role.OUTPUT: {

@@ -20,6 +20,7 @@ from potstill.config import EngineSpec, Sampling
 from potstill.engines import calls as server_calls
 from potstill.engines import shared, vllm
 from potstill.engines.entropies import with_entropies
+from potstill.engines.make import refuse_missing_program
 from potstill.engines.native import NativeEngine
 from potstill.engines.protocol import EngineError
 from potstill.engines.vllm import VllmEngine
@@ -98,6 +99,28 @@ def test_entropies_of_the_native_engine_are_found_again(student):
         found = with_entropies(student, PROMPTS, bare, **options)
         for one, other in zip(written, found, strict=True):
             assert other.entropies == pytest.approx(one.entropies, abs=1e-5)
+
+
+def test_an_engine_that_slept_takes_the_weights_anew(student, tmp_path, program, monkeypatch):
+    """Also where they are the same, as they were given up; one that dies asleep is started."""
+    folder = tmp_path / "engine"
+    with engine_of(student.model, folder, python=program, sleep=True) as engine:
+        engine.rest()
+        wanted = engine.write(PROMPTS, SEEDS, **HOW)
+        before = len(calls(folder))
+        engine.rest()
+        engine.rest()
+        assert engine.write(PROMPTS, SEEDS, **HOW) == wanted
+        done = [call for call in calls(folder)[before:] if call != "potstill_state"]
+        woken = ["wake_up?tags=weights", "potstill_reload", "reset", "wake_up?tags=kv_cache"]
+        assert done[:6] == ["sleep?level=2", *woken, "completion"]
+        engine.rest()
+        os.killpg(engine.server.process.pid, signal.SIGKILL)
+        engine.server.process.wait()
+        assert engine.write(PROMPTS, SEEDS, **HOW) == wanted
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match=r"engine\.sleep is true and there is no CUDA"):
+        refuse_missing_program(EngineSpec(sleep=True, python=program))
 
 
 def test_a_model_that_was_made_here_is_named_for_the_server(student, tmp_path, program):

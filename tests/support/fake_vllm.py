@@ -115,6 +115,12 @@ class Handler(BaseHTTPRequestHandler):
             if body["method"] == "potstill_reload" and self.state.fault("bad push"):
                 return self.answer({"error": "told to refuse weights"}, 500)
             self.answer({"results": [self.state.call(body["method"], body["args"])]})
+        elif self.path.startswith(("/sleep", "/wake_up")):
+            self.state.record(self.path[1:])
+            if self.path == "/sleep?level=2":
+                # Weights and cache are gone.
+                self.state.logits = None
+            self.answer({"status": "as told"})
         elif self.path == "/reset_prefix_cache":
             self.state.record("reset")
             self.state.cached.clear()

@@ -61,7 +61,7 @@ def _unread_of_engine(recipe: RecipeFields) -> dict[str, str]:
         unread |= {f"engine.{name}": reason for name in ("python", "args", "url", "timeout")}
     elif recipe.engine.url is not None:
         reason = "engine.url is set, so no server is started"
-        unread |= {"engine.python": reason, "engine.args": reason}
+        unread |= {"engine.python": reason, "engine.args": reason, "engine.sleep": reason}
     if recipe.has_older_prefixes:
         reason = "teacher.cache is set, so no prefixes are written"
         unread |= {f"engine.{name}": reason for name in ("warn_above", "stop_above")}

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+
 from potstill.config import EngineSpec, Recipe
 from potstill.engines.native import NativeEngine
 from potstill.engines.of_ranks import EngineOfRanks
@@ -83,7 +85,10 @@ def engine_spec(recipe: Recipe) -> EngineSpec | None:
 
 
 def refuse_missing_program(spec: object) -> None:
-    """Raise EngineError for a server whose program is not here; anything else needs none."""
+    """Raise EngineError for a server whose program is not here, or that cannot sleep here; anything
+    else needs none."""
+    if isinstance(spec, EngineSpec) and spec.sleep and not torch.cuda.is_available():
+        raise EngineError("engine.sleep is true and there is no CUDA here, which it is for")
     if isinstance(spec, EngineSpec) and spec.url is None and shutil.which(spec.python) is None:
         raise EngineError(
             f"engine.python is {spec.python!r}, which is no program here; name the interpreter of "

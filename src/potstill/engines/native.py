@@ -45,5 +45,8 @@ class NativeEngine:
     def update_weights(self, version: int) -> None:
         pass
 
+    def rest(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

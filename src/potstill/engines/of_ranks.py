@@ -66,6 +66,10 @@ class EngineOfRanks:
         if self.alone is not None:
             self.alone.update_weights(version)
 
+    def rest(self) -> None:
+        if self.alone is not None:
+            self.alone.rest()
+
     def close(self) -> None:
         if self.alone is not None:
             self.alone.close()

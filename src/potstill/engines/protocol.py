@@ -53,6 +53,10 @@ class Engine(Protocol):
         """Write with the weights that the model has now, after so many steps."""
         ...
 
+    def rest(self) -> None:
+        """Need as little as it can of the device, until the next completion."""
+        ...
+
     def close(self) -> None:
         """End what the engine has started."""
         ...

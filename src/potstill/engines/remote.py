@@ -76,6 +76,9 @@ class RemoteEngine:
     def update_weights(self, version: int) -> None:
         pass
 
+    def rest(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

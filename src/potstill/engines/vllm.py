@@ -65,6 +65,7 @@ class VllmEngine:
             self.server = Server(command, environment_of(model.device, folder), folder / "vllm.log")
         # Weights of another process, or of an earlier life of this run, have another name.
         self.life, self.version = uuid.uuid4().hex[:8], 0
+        self.is_asleep = False
 
     def write(
         self,
@@ -109,6 +110,17 @@ class VllmEngine:
     def update_weights(self, version: int) -> None:
         self.version = version
 
+    def rest(self) -> None:
+        """Have the server give up its weights and its cache, where the recipe asks for that."""
+        if not self.spec.sleep or self.server is None or not self.server.is_alive or self.is_asleep:
+            return
+        try:
+            self._answer("/sleep?level=2", {})
+            self.is_asleep = True
+        except Unavailable:
+            # It is started anew for the next completion.
+            self.server.stop(patience=0)
+
     def close(self) -> None:
         if self.server is not None:
             self.server.stop()
@@ -131,9 +143,16 @@ class VllmEngine:
             # Beside the log, and not from its own folder, whose modules are named as others are.
             shutil.copy(Path(__file__).with_name(f"{WORKER}.py"), self.folder)
             self.server.start(self.spec.timeout)
-        if self._version_there(vocab_size) != self.named_version:
+            self.is_asleep = False
+        if self.is_asleep:
+            # Room for weights, which come before there is a cache to compute with them.
+            self._answer("/wake_up?tags=weights", {})
+        if self.is_asleep or self._version_there(vocab_size) != self.named_version:
             self._push()
             self._check_version(vocab_size)
+        if self.is_asleep:
+            self._answer("/wake_up?tags=kv_cache", {})
+            self.is_asleep = False
 
     def _version_there(self, vocab_size: int | None) -> str:
         """The version of the weights that the server writes with; it draws ids below `vocab_size`
@@ -234,6 +253,7 @@ def server_command(
         *((*whole, "--enforce-eager") if on_cpu else ()),
         *("--worker-extension-cls", f"{WORKER}.Extension"),
         *("--logits-processors", f"{WORKER}:FirstRows"),
+        *(("--enable-sleep-mode",) if spec.sleep else ()),
         *spec.args,
     ]
 

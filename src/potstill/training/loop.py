@@ -227,6 +227,7 @@ def _take_steps(
         run, probed = probe_if_due(trainer, run, clock, display.note)
         plan = plan_step(trainer, run)
         rollouts, written = write_round(trainer, run, plan, clock)
+        trainer.rest()
         cost = count_flops(trainer, run, rollouts, written=written, probed=probed)
         saves = is_saved(trainer, run, cost)
         num_samples = NUM_LOGGED_SAMPLES if saves or run.step == 0 else 0

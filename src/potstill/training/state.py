@@ -79,6 +79,11 @@ class Trainer:
         distributed.refresh(self.decoder, self.setup.student)
         self.engines["student"].update_weights(step)
 
+    def rest(self) -> None:
+        """Leave the device to what learns."""
+        for engine in self.engines.values():
+            engine.rest()
+
     def close(self) -> None:
         """End what the engines have started."""
         for engine in self.engines.values():

@@ -14,6 +14,7 @@ from potstill.config.values import Url
 GIVEN_ARGUMENTS = ("--model", "--host", "--port", "--served-model-name", "--load-format")
 GIVEN_ARGUMENTS += ("--logprobs-mode", "--generation-config", "--skip-tokenizer-init")
 GIVEN_ARGUMENTS += ("--worker-extension-cls", "--logits-processors", "--runner")
+GIVEN_ARGUMENTS += ("--enable-sleep-mode",)
 
 
 class EngineSpec(Section, role=Role.SPEED):
@@ -27,6 +28,9 @@ class EngineSpec(Section, role=Role.SPEED):
     url: Url | None = None
     """A server of this machine that runs already, which then is not started; only the student
     writes there."""
+    sleep: bool = False
+    """On a GPU: a server that is started gives its memory back while the student learns, and takes
+    the weights anew before the next completion (vLLM's sleep mode). No GPU has run it yet."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds that the server has to start, and to answer one request."""
     warn_above: float | None = Field(default=None, gt=0)
