@@ -52,7 +52,7 @@ def memory(subject: Subject) -> Finding:
 def memory_needed(subject: Subject) -> dict[str, int]:
     """Bytes by part, beside the weights of both models, which are loaded."""
     recipe = with_field(subject.recipe, "train.compute_dtype", subject.loss.compute_dtype)
-    recipe = with_field(recipe, "teachers", ())
+    recipe = recipe.model_copy(update={"teachers": ()})
     longest = max(len(prompt.token_ids) for prompt in subject.prompts)
     num_devices = dist.get_world_size() if dist.is_initialized() else 1
     teacher = subject.teacher if isinstance(subject.teacher, LanguageModel) else None
