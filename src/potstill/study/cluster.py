@@ -82,10 +82,9 @@ class ClusterJob:
 
     def _lose(self) -> int:
         with self.log.open("a") as log:
-            print(
+            log.write(
                 f"Slurm has no job {self.job.job_id} any more, and it left no result; "
-                f"{self.job.paths.stderr} may say why",
-                file=log,
+                f"{self.job.paths.stderr} may say why\n"
             )
         return 1
 
