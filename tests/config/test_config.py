@@ -487,6 +487,7 @@ FIELDS_WITH = {
     Role.ROUNDING: {
         "train.tokens_per_batch",
         "train.packing",
+        "train.compile",
         "sampling.batch_size",
         "student.attention",
         "teacher.attention",

@@ -19,6 +19,7 @@ from potstill.models.distributed import World
 from potstill.models.flops import ModelFlops
 from potstill.models.language_model import LanguageModel, load_config
 from potstill.models.lean.activations import checkpointed_layers
+from potstill.models.lean.compiling import refuse_compiling
 from potstill.models.lean.optimizers import refuse_optimizer
 from potstill.models.lean.packing import refuse_unpackable
 from potstill.models.lean.quantized import refuse_to_train
@@ -108,6 +109,8 @@ def prepare(
     given, student = student, load_student(recipe, world, student, tokenizer)
     if recipe.train.activation_checkpointing:
         checkpointed_layers(student.model)
+    if recipe.train.compile:
+        refuse_compiling(student.model, world.device, world.size)
     cache = None if recipe.teacher.cache is None else Cache(Path(recipe.teacher.cache))
     teacher = load_teacher(recipe, student, cache, world, teacher, tokenizer)
     teachings = load_further(recipe, student, teacher, world)

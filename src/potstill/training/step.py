@@ -15,6 +15,7 @@ from potstill.engines.mismatch import refuse_mismatch
 from potstill.models import distributed
 from potstill.models.flops import ModelFlops, rollout_flops
 from potstill.models.lean.activations import layers_run_again
+from potstill.models.lean.compiling import layers_compiled
 from potstill.models.lean.embedding import embedding_added_late
 from potstill.models.lean.packing import rows_apart
 from potstill.objectives.habits import step_habits
@@ -203,6 +204,8 @@ def lean_passes(setup: Setup, settings: Train) -> Iterator[None]:
     model = setup.student.model
     with contextlib.ExitStack() as stack:
         stack.enter_context(embedding_added_late(model))
+        if settings.compile:
+            stack.enter_context(layers_compiled(model))
         if settings.activation_checkpointing:
             stack.enter_context(layers_run_again(model))
         if settings.packing:

@@ -68,6 +68,9 @@ class Train(Section, role=Role.UPDATE):
     activation_checkpointing: Annotated[bool, Role.SPEED] = False
     """Keep the inputs of the student's layers for the backward pass in place of all activations,
     and run each layer once more. Changes speed and memory, not results."""
+    compile: Annotated[bool, Role.ROUNDING] = False
+    """Compile the student's layers for the passes with gradients, by torch.compile. Gradients
+    depend on it by rounding alone; with student.dropout, other activations are dropped."""
     checkpoint_every: Annotated[int, Role.OUTPUT] = Field(default=20, ge=1)
     """Steps between checkpoints; one is also written at the end."""
     keep_checkpoints: Annotated[int | None, Role.OUTPUT] = Field(default=None, ge=1)

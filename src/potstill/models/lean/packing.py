@@ -28,7 +28,8 @@ def rows_apart(*models: Any) -> Iterator[None]:
     backward pass of a layer that runs again included."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ROWS_ATTENTION, _attend)
+    # The rows' lengths, as plain numbers, would be compiled anew for each batch.
+    AttentionInterface.register(ROWS_ATTENTION, torch.compiler.disable(_attend))
     whole = [model for model in models if isinstance(model, nn.Module)]
     configs: list[Any] = [
         getattr(each, "config", None) for model in whole for each in model.modules()
