@@ -8,10 +8,12 @@ With no GPU nothing is run.
 import functools
 import json
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import step as whole
 import torch
 import tyro
 from divergence import FORWARD, MIXED, Inputs, Shape, liger, make_inputs, naive, ours, step, trl
@@ -152,6 +154,36 @@ def rollouts() -> list[dict[str, Any]]:
         return [*measure(model, load, "", 1), {"method": "vLLM", "trouble": str(error)}]
 
 
+# Qwen3's shapes.
+QWEN_06B = whole.Size(width=1024, layers=28, heads=16, key_heads=8, head_width=128, between=3072)
+TEACHERS = {
+    "4B": whole.Size(width=2560, layers=36, heads=32, key_heads=8, head_width=128, between=9728),
+    "8B": whole.Size(width=4096, layers=36, heads=32, key_heads=8, head_width=128, between=12288),
+}
+
+
+def whole_step(
+    student: whole.Size,
+    teacher: whole.Size,
+    *,
+    vocab_size: int = 151_936,
+    window: int = 256,
+    num_rollouts: int = 16,
+) -> list[dict[str, Any]]:
+    """Steps on policy with random weights, ours beside TRL's, each in a process of its own."""
+    rows, steps = [], 4
+    with tempfile.TemporaryDirectory(prefix="potstill-step-") as scratch:
+        folder = Path(scratch)
+        whole.in_its_own_process(whole.make_models, folder, vocab_size, student, teacher)
+        for name in ("potstill", "TRL"):
+            found = whole.in_its_own_process(
+                whole.measure, name, folder, window, num_rollouts, steps
+            )
+            seconds = statistics.median(found["steps"][1:-1])
+            rows.append({"method": name, "s": seconds, "peak GB": found["gigabytes"]})
+    return rows
+
+
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(*columns, title=title, title_justify="left")
@@ -175,6 +207,9 @@ def main(
         f"divergence, {shape}": lambda shape=shape: divergence(shape) for shape in SHAPES
     }
     parts |= {"Triton's tiles": tiles, "rollouts": rollouts}
+    for name, teacher in TEACHERS.items():
+        title = f"a step of 0.6B from {name}, 16 rollouts of 256 tokens"
+        parts[title] = functools.partial(whole_step, QWEN_06B, teacher)
     for title, part in parts.items():
         found[title] = part()
         show(console, title, found[title])

@@ -6,6 +6,8 @@ step's time is the CPU time of its process, of a run's steps without the first, 
 logs, and without the last, which logs and saves. Peak memory is the high-water mark of the process,
 with its interpreter, libraries and both models. TRL decodes with the key-value cache (gradient
 checkpointing is off, as its default turns the cache off) and in float32, as potstill does.
+
+On a GPU (`gpu.py`) models are in bfloat16, time is that of the clock and memory the allocator's.
 """
 
 import concurrent.futures
@@ -20,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,34 +34,70 @@ from rich.table import Table
 
 from potstill.config import Recipe
 
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """The shape of a model: width, layers, heads of queries and of keys, and what is between."""
+
+    width: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_width: int
+    between: int
+
+
+SMALL = Size(width=256, layers=4, heads=4, key_heads=2, head_width=64, between=768)
+LARGE = Size(width=384, layers=6, heads=6, key_heads=3, head_width=64, between=1152)
 LR = 1e-6
 METHODS = ("TRL", "potstill", "least memory", "from a cache", "reward + KL")
 PARTS = ("rollout", "teacher", "student", "optimiser", "logging", "rest")
 
 
-def make_models(folder: Path, vocab_size: int) -> None:
-    """The folders of a student of 4 layers of 256 and of a teacher of 6 layers of 384."""
+def clock() -> float:
+    """CPU seconds of this process, or where there is a GPU seconds of the clock once it is done."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had, or on a GPU its allocator."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def make_models(
+    folder: Path, vocab_size: int, student: Size = SMALL, teacher: Size = LARGE
+) -> None:
+    """The folders of a student and of a teacher with random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from potstill.models.character_tokenizer import build_tokenizer
 
-    for name, dim, num_layers in (("student", 256, 4), ("teacher", 384, 6)):
+    has_gpu = torch.cuda.is_available()
+    for name, size in (("student", student), ("teacher", teacher)):
         config = Qwen3Config(
             vocab_size=vocab_size,
-            hidden_size=dim,
-            num_hidden_layers=num_layers,
-            num_attention_heads=dim // 64,
-            num_key_value_heads=dim // 128,
-            head_dim=64,
-            intermediate_size=3 * dim,
+            hidden_size=size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.key_heads,
+            head_dim=size.head_width,
+            intermediate_size=size.between,
             tie_word_embeddings=True,
             max_position_embeddings=2048,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
         )
-        torch.manual_seed(num_layers)
-        Qwen3ForCausalLM(config).save_pretrained(folder / name)
+        torch.manual_seed(size.layers)
+        with torch.device("cuda" if has_gpu else "cpu"):
+            model: Any = Qwen3ForCausalLM(config)
+        model.to(torch.bfloat16 if has_gpu else torch.float32).save_pretrained(folder / name)
         build_tokenizer().save_pretrained(folder / name)
 
 
@@ -74,6 +113,9 @@ def make_recipe(folder: Path, name: str, window: int, num_rollouts: int, steps: 
         "train": {"steps": steps, "prompts_per_step": num_rollouts, "warmup_steps": 0, "lr": LR},
     }
     data["train"]["checkpoint_every"] = steps
+    if torch.cuda.is_available():
+        data["teacher"]["dtype"] = "bfloat16"
+        data["train"]["tokens_per_batch"] = 16_384
     if name == "least memory":
         data["train"] |= {"loss_memory": 0, "activation_checkpointing": True}
     if name == "from a cache":
@@ -104,14 +146,14 @@ def of_potstill(folder: Path, name: str, window: int, num_rollouts: int, steps: 
     import potstill
     from potstill.training.metrics import Stopwatch
 
-    # The run's own parts, in CPU time.
-    Stopwatch._now = lambda self: time.process_time()
-    marks, ends, parts = [], [time.process_time()], []
-    register_optimizer_step_pre_hook(lambda *given: marks.append(time.process_time()))
-    register_optimizer_step_post_hook(lambda *given: marks.append(time.process_time()))
+    # The run's own parts, by the same clock.
+    Stopwatch._now = lambda self: clock()
+    marks, ends, parts = [], [clock()], []
+    register_optimizer_step_pre_hook(lambda *given: marks.append(clock()))
+    register_optimizer_step_post_hook(lambda *given: marks.append(clock()))
 
     def note(row) -> None:
-        ends.append(time.process_time())
+        ends.append(clock())
         began, ended = marks[-2:]
         found = {
             "rollout": row["rollout_seconds"],
@@ -129,7 +171,7 @@ def of_potstill(folder: Path, name: str, window: int, num_rollouts: int, steps: 
 
 
 def of_trl(folder: Path, window: int, num_rollouts: int, steps: int) -> dict:
-    """CPU seconds of each step of TRL's trainer on the same prompts."""
+    """Seconds of each step of TRL's trainer on the same prompts."""
     import logging
     import warnings
 
@@ -145,11 +187,12 @@ def of_trl(folder: Path, window: int, num_rollouts: int, steps: int) -> dict:
         logging.getLogger(name).setLevel(logging.ERROR)
     recipe = make_recipe(folder, "potstill", window, num_rollouts, steps)
     asked = [prompt.example.prompt for prompt in prepare(recipe, distributed.start()).prompts]
-    ends = [time.process_time()]
+    ends = [clock()]
+    has_gpu = torch.cuda.is_available()
 
     class Steps(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
-            ends.append(time.process_time())
+            ends.append(clock())
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -164,9 +207,9 @@ def of_trl(folder: Path, window: int, num_rollouts: int, steps: int) -> dict:
             temperature=1.0,
             top_p=1.0,
             top_k=0,
-            bf16=False,
+            bf16=has_gpu,
             gradient_checkpointing=False,
-            use_cpu=True,
+            use_cpu=not has_gpu,
             dataloader_pin_memory=False,
             save_strategy="no",
             report_to="none",
@@ -175,7 +218,9 @@ def of_trl(folder: Path, window: int, num_rollouts: int, steps: int) -> dict:
         load = AutoModelForCausalLM.from_pretrained
         trainer = DistillationTrainer(
             model=load(folder / "student", dtype=torch.float32),
-            teacher_model=load(folder / "teacher", dtype=torch.float32),
+            teacher_model=load(
+                folder / "teacher", dtype=torch.bfloat16 if has_gpu else torch.float32
+            ),
             args=config,
             train_dataset=Dataset.from_dict({"prompt": asked}),
             processing_class=AutoTokenizer.from_pretrained(folder / "student"),
@@ -198,9 +243,7 @@ def measure(name: str, *given: Any) -> dict:
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(None), without_progress_bars():
         found = of_trl(*given) if name == "TRL" else of_potstill(given[0], name, *given[1:])
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return found | {"gigabytes": peak / 1e9}
+    return found | {"gigabytes": peak_bytes() / 1e9}
 
 
 def in_its_own_process(function, *given: Any) -> Any:
