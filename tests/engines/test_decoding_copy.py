@@ -127,6 +127,10 @@ def test_which_type_writes(sections, writes_in):
             {"rollouts": {"dtype": "bfloat16"}, "engine": {"timeout": 5}},
             "engine.timeout is set but not read: .*this process",
         ),
+        (
+            {"rollouts": {"dtype": "bfloat16"}, "engine": {"sleep": True}},
+            "engine.sleep is set but not read: .*this process",
+        ),
     ],
 )
 def test_fields_that_nothing_reads(sections, message):

@@ -101,11 +101,11 @@ RECIPES = [
         "for which both must be here",
     ),
     ("[teacher]\nurl = 'my-server:80'", "give a URL such as http://127.0.0.1:8000"),
-    ("[teacher]\npatience = 5", "teacher.url is not set"),
+    ("[teacher]\npatience = 5", "its url is not set"),
     ("[teacher]\nplacement = 'sharded'", "such a teacher does not write"),
     (
         "[teacher]\nplacement = 'sharded'\nmodel = 'self'\n[objective]\nprefix = 'student'",
-        "the student; name a model",
+        "which is loaded as the student is",
     ),
     ("[grpo]\nsteps = 4", "has a section [grpo], which is no recipe's"),
     (
@@ -172,6 +172,8 @@ RECIPES = [
     ("[[teachers]]\nname = 'a b'\nmodel = 'start'", "teachers.0.name is 'a b'"),
     ("[[teachers]]\nname = 'teacher'\nmodel = 'start'", 'the name "teacher" twice'),
     ("[[teachers]]\nname = 'a'\nmodel = 'self'", 'use "start" for the student'),
+    ("[[teachers]]\nname = 'a'\nmodel = 'start'\ndtype = 'bfloat16'", "dtype of teacher 'a' is"),
+    ("[[teachers]]\nname = 'a'\nmodel = 'm/a'\npatience = 5", "patience of teacher 'a' is set"),
     (
         "[objective]\nsignal = 'topk'\n[[teachers]]\nname = 'a'\nmodel = 'start'",
         "which is of one teacher",

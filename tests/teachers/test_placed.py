@@ -104,14 +104,14 @@ OFFLOADED, APART = {"placement": "offloaded"}, {"device": "cuda:1"}
     ("teacher", "objective", "message"),
     [
         (OFFLOADED, {"prefix": "teacher"}, '"offloaded": .*such a teacher does not write'),
-        (OFFLOADED | {"model": "self"}, {"prefix": "student"}, "the student; name a model"),
-        (APART | {"model": "self"}, {"prefix": "student"}, "the student; name a model"),
+        (OFFLOADED | {"model": "self"}, {"prefix": "student"}, "which is loaded as the student is"),
+        (APART | {"model": "self"}, {"prefix": "student"}, "which is loaded as the student is"),
         (APART | OFFLOADED, {"prefix": "student"}, "which says where it is"),
         (APART, {"prefix": "mixed", "prefix_mix": "token"}, "both models on one device"),
         (
             APART | {"url": "http://127.0.0.1:1"},
             {"prefix": "student"},
-            "teacher.device is set but not read: teacher.url is set",
+            "teacher.device is set but not read: its url is set",
         ),
         ({"device": "gpu"}, {"prefix": "student"}, 'teacher.device .*such as "cuda:1"'),
     ],

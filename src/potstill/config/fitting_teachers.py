@@ -32,7 +32,6 @@ def _check_placement(recipe: RecipeFields) -> None:
                 by_token,
                 'objective.prefix_mix is "token", which draws from both models on one device',
             ),
-            (teacher.model == "self", 'teacher.model is "self", the student; name a model'),
         )
     for says in (says for says, is_so in where.items() if is_so):
         refuse_any(
@@ -48,7 +47,6 @@ def _check_placement(recipe: RecipeFields) -> None:
                 "into a cache first (`potstill cache build`, with --payload completions if it is "
                 "to score live)",
             ),
-            (teacher.model == "self", 'teacher.model is "self", the student; name a model'),
         )
 
 

@@ -8,7 +8,8 @@ from potstill.config.fields import RecipeFields
 from potstill.config.fitting import refuse_misfits
 from potstill.config.roles import CHANGE_NOTHING, CHANGE_ROUNDING, Role, Selection
 from potstill.config.section import RecipeError, roles_of, set_fields
-from potstill.config.unread import check_weighting, unread_fields
+from potstill.config.sections.models import FurtherTeacher
+from potstill.config.unread import check_weighting, unread_fields, unread_of_place
 from potstill.config.values import shown
 from potstill.console.names import nearest_field
 from potstill.files import json_digest
@@ -55,6 +56,13 @@ class Recipe(RecipeFields):
                 if name == unread_name or name.startswith(unread_name + "."):
                     raise ValueError(
                         f"{name} is set but not read: {reason}; remove it or change the mode"
+                    )
+        for each in self.teachers:
+            for name, reason in unread_of_place(each).items():
+                # A run folder's recipe has every field of a table.
+                if getattr(each, name) != FurtherTeacher.model_fields[name].default:
+                    raise ValueError(
+                        f"{name} of teacher {each.name!r} is set but not read: {reason}; remove it"
                     )
 
     def resolved(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from potstill.config.fields import RecipeFields
 from potstill.config.sections.data import Data
-from potstill.config.sections.models import StudentSpec, TeacherSpec
+from potstill.config.sections.models import StudentSpec, TeacherModel, TeacherSpec
 from potstill.config.sections.objective import Objective
 from potstill.config.sections.validation import Validation
 from potstill.config.sections.window import Window
@@ -14,6 +14,10 @@ from potstill.config.weightings import WEIGHTINGS, check_named
 from potstill.tasks import is_table
 from potstill.tasks.own import own_task
 from potstill.tasks.tables import is_hub_id, sources
+
+# Fields of a teacher that is here, and of one behind a URL.
+_HERE = ("attention", "placement", "device")
+_THERE = ("wire_dtype", "token_variable", "patience")
 
 
 def unread_fields(recipe: RecipeFields) -> dict[str, str]:
@@ -58,7 +62,8 @@ def _unread_of_engine(recipe: RecipeFields) -> dict[str, str]:
         # An older student is off as an engine is.
         if writes_in == recipe.student.dtype and not recipe.has_older_prefixes:
             return {"engine": f'{reason}, and rollouts.dtype is not "bfloat16"'}
-        unread |= {f"engine.{name}": reason for name in ("python", "args", "url", "timeout")}
+        fields = ("python", "args", "url", "sleep", "timeout")
+        unread |= {f"engine.{name}": reason for name in fields}
     elif recipe.engine.url is not None:
         reason = "engine.url is set, so no server is started"
         unread |= {"engine.python": reason, "engine.args": reason, "engine.sleep": reason}
@@ -216,24 +221,23 @@ def _unread_of_teacher(teacher: TeacherSpec) -> dict[str, str]:
         unread["teacher.prompt_column"] = (
             "teacher.prompt_template is set, which takes the place of a column"
         )
+    unread |= {f"teacher.{name}": reason for name, reason in unread_of_place(teacher).items()}
     if model == "self":
-        reason = 'teacher.model is "self", which is loaded as the student is'
-        unread |= {
-            f"teacher.{name}": reason for name in ("dtype", "attention", "trust_remote_code")
-        }
         unread["rollouts.end_set"] = 'teacher.model is "self", which ends as the student does'
     else:
         reason = f'teacher.model is {model!r} and only "self" can follow the student'
         unread |= {f"teacher.{name}": reason for name in ("refresh_steps", "ema")}
-    if teacher.url is None:
-        reason = "teacher.url is not set, and the teacher is here"
-        unread |= {
-            f"teacher.{name}": reason for name in ("wire_dtype", "token_variable", "patience")
-        }
-    else:
-        reason = "teacher.url is set, and the teacher is there"
-        unread |= {f"teacher.{name}": reason for name in ("placement", "device", "attention")}
     return unread
+
+
+def unread_of_place(teacher: TeacherModel) -> dict[str, str]:
+    """Fields of one teacher that are not read where its model is, with the reason."""
+    if teacher.model in ("self", "start"):
+        reason = f'its model is "{teacher.model}", which is loaded as the student is'
+        return dict.fromkeys(("dtype", "trust_remote_code", "url", *_HERE, *_THERE), reason)
+    if teacher.url is None:
+        return dict.fromkeys(_THERE, "its url is not set, and the teacher is here")
+    return dict.fromkeys(_HERE, "its url is set, and the teacher is there")
 
 
 def _unread_of_template(data: Data) -> dict[str, str]:
