@@ -1,6 +1,8 @@
 """Packed batches: the loss and gradients of padded ones, and models that cannot take them."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,13 +10,14 @@ from conftest import make_rollout, tiny_recipe
 from odd_models import make_tiny, make_tokenizer
 
 import potstill
-from potstill.config import Objective
+from potstill.config import Objective, Train
 from potstill.models.language_model import LanguageModel, ModelError
 from potstill.models.lean.activations import layers_run_again
-from potstill.models.lean.packing import refuse_unpackable, rows_apart
+from potstill.models.lean.packing import ROWS_ATTENTION, refuse_unpackable, rows_apart
 from potstill.objectives.loss import Loss, batch_loss, teacher_signal
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.runs import run_folder
+from potstill.training.step import lean_passes
 
 TOK = make_tokenizer()
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
@@ -101,6 +104,16 @@ def test_models_that_cannot_are_refused():
     convolving = LanguageModel(make_tiny(TOK, "lfm2", **mixed), TOK, "lfm2")
     with pytest.raises(ModelError, match=r"'lfm2' .* cannot take rows one after the other: its"):
         refuse_unpackable(convolving)
+
+
+def test_every_teacher_takes_packed_rows():
+    """And not by a mask of all positions by all."""
+    student, first, second, start = (model_of("qwen3", seed=seed) for seed in range(4))
+    teachings = [SimpleNamespace(teacher=first), SimpleNamespace(teacher=second)]
+    setup: Any = SimpleNamespace(student=student, teacher=first, teachings=teachings, start=start)
+    with lean_passes(setup, Train(packing=True)):
+        found = [each.model.config._attn_implementation for each in (student, first, second, start)]
+    assert found == [ROWS_ATTENTION] * 4
 
 
 def test_a_run_differs_by_rounding(tmp_path):

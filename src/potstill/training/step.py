@@ -209,7 +209,8 @@ def lean_passes(setup: Setup, settings: Train) -> Iterator[None]:
         if settings.activation_checkpointing:
             stack.enter_context(layers_run_again(model))
         if settings.packing:
-            stack.enter_context(rows_apart(setup.student, setup.teacher, setup.start))
+            teachers = [each.teacher for each in setup.teachings]
+            stack.enter_context(rows_apart(setup.student, setup.start, *teachers))
         yield
 
 
