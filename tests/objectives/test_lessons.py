@@ -14,6 +14,7 @@ from potstill.config import Objective
 from potstill.objectives.lessons import further_losses, kinds_of, lesson_of
 from potstill.objectives.loss import Loss, batch_loss, student_rows, teacher_signal
 from potstill.rollouts.batching import batch_places, make_batch
+from potstill.teachers.load import refuse_untaught
 from potstill.teachers.protocol import Teaching
 from potstill.types import DataError, Example, Prompt, Rollout
 
@@ -165,6 +166,18 @@ def test_each_teacher_reads_its_own_prompts(tmp_path):
     without_hint = theirs["by_teacher"]["other"]
     assert of_large["num_loss_tokens"] == without_hint["num_loss_tokens"]
     assert abs(of_large["reverse_kl"] - without_hint["reverse_kl"]) > 1e-3
+
+
+def test_a_prompt_that_a_teacher_cannot_read_is_refused():
+    """Of those that it teaches; the first teacher's are looked at with the student's."""
+    short = make_model()
+    short.model.config.max_position_embeddings = 8
+    teachings = [teaching("teacher", make_model()), teaching("b", short, only=("y",))]
+    prompts = [rollout(level).prompt for level in "xy"]
+    refuse_untaught(prompts, teachings, 6)
+    refuse_untaught(prompts[:1], teachings, 7)
+    with pytest.raises(DataError, match=r"2 tokens, which with 7 .* context of teacher 'b', 8"):
+        refuse_untaught(prompts, teachings, 7)
 
 
 def test_a_prompt_that_nobody_teaches_is_refused(tmp_path):

@@ -185,3 +185,12 @@ def test_a_quantised_teacher_is_not_taken_apart(whole, tmp_path, placement):
     message = f'is quantised .bitsandbytes, 4 bits. and teacher.placement is "{placement}"'
     with pytest.raises(ModelError, match=message):
         load_teacher(recipe, load_model(STUDENT), None, World(0, 2, torch.device("cpu")))
+
+
+def test_a_teacher_that_is_given_is_not_looked_up_by_its_name():
+    given = load_model("potstill:stops-teacher")
+    teacher = {"model": "nobody/nothing", "placement": "sharded"}
+    recipe = make_recipe({"teacher": teacher, "objective": {"prefix": "student"}})
+    world = World(0, 1, torch.device("cpu"))
+    found = load_teacher(recipe, load_model(STUDENT), None, world, given.model, given.tokenizer)
+    assert found is not None and found.can_score

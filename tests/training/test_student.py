@@ -17,6 +17,7 @@ from potstill.models.sampling import sample
 from potstill.models.weights import cautions, share_that_moves
 from potstill.runs import run_folder
 from potstill.teachers.rope import refuse_crossing
+from potstill.teachers.sharded import ShardedTeacher
 from potstill.training.setup import compute_dtype_of
 
 GPT2: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512}
@@ -118,6 +119,9 @@ def test_rows_of_longrope_stay_on_one_side_of_the_border(tok, tmp_path):
             ModelError, match=r"longrope.*in one way up to 16 tokens.*lower window.tokens"
         ):
             refuse_crossing(model, prompts, num, "window.tokens")
+    unwritable = ShardedTeacher(tiny, tok, "sharded", World(0, 1, torch.device("cpu")))
+    with pytest.raises(ModelError, match=r"'sharded' .*longrope"):
+        refuse_crossing(unwritable, [short, long], 1, "window.tokens")
     plain = ready(make_tiny(tok), tok)
     refuse_crossing(plain, [short, long], 100, "window.tokens")
     objects = {

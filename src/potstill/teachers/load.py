@@ -14,6 +14,7 @@ from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.placed import loading_device, placed
 from potstill.teachers.protocol import Teacher, Teaching
 from potstill.teachers.remote import reach
+from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.sharded import load_sharded
 from potstill.teachers.store import Cache
 from potstill.types import DataError, ModelError, Prompt
@@ -35,8 +36,6 @@ def load_teacher(
     objective, spec = recipe.objective, recipe.teacher
     if not objective.has_teacher:
         return None
-    if spec.placement != "replicated":
-        _refuse_quantized(spec)
     if given is not None and given in (student, student.model):
         # One object cannot both change and stay as it is.
         teacher = as_it_is(student, student.name, world.size)
@@ -57,6 +56,7 @@ def load_teacher(
         must_write = objective.prefix in ("teacher", "mixed") and cache is None
         return reach(spec, world.device, must_write)
     elif teacher is None and spec.placement == "sharded" and world.size > 1:
+        _refuse_quantized(spec)
         return load_sharded(spec, world)
     elif teacher is None:
         teacher = _loaded(spec, world)
@@ -113,12 +113,12 @@ def _further(spec: FurtherTeacher, student: LanguageModel, world: World) -> Teac
         return as_it_is(student, "start", world.size)
     if spec.url is not None:
         return reach(spec, world.device)
-    if spec.placement != "replicated":
-        _refuse_quantized(spec)
     return placed(_loaded(spec, world).eval().requires_grad_(False), spec, world)
 
 
 def _loaded(spec: TeacherModel, world: World) -> LanguageModel:
+    if spec.placement != "replicated":
+        _refuse_quantized(spec)
     return ready(
         spec.model,
         device=loading_device(spec, world),
@@ -138,8 +138,22 @@ def _own_teacher(spec: TeacherSpec, student: LanguageModel, world: World) -> Lan
     return student.around(copied if spec.ema is None else copied.float(), "self")
 
 
-def refuse_untaught(prompts: Sequence[Prompt], teachings: Sequence[Teaching]) -> None:
-    """Raise DataError for a prompt whose completion no teacher would teach."""
+def refuse_untaught(
+    prompts: Sequence[Prompt], teachings: Sequence[Teaching], max_tokens: int
+) -> None:
+    """Raise for a prompt whose completion of at most `max_tokens` tokens no teacher would teach,
+    or which is too long for one beside the first, by whose context prompts are made."""
+    for each in teachings[1:]:
+        read = [prompt for prompt in prompts if each.is_for(prompt)]
+        refuse_crossing(each.teacher, [p.token_ids for p in read], max_tokens, "window.tokens")
+        longest = max(read, key=lambda prompt: len(prompt.token_ids), default=None)
+        limit = each.teacher.context_length
+        if longest is not None and limit and len(longest.token_ids) + max_tokens > limit:
+            raise DataError(
+                f"{longest.example.name} has {len(longest.token_ids)} tokens, which with "
+                f"{max_tokens} for the completion is more than the context of teacher "
+                f"{each.name!r}, {limit}; shorten the prompt or lower window.tokens"
+            )
     for prompt in prompts if teachings else ():
         if not any(each.is_for(prompt) for each in teachings):
             named = "; ".join(f"{each.name}: {each.only}" for each in teachings)

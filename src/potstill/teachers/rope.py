@@ -2,7 +2,9 @@
 its neighbours."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from potstill.models.language_model import LanguageModel
 from potstill.teachers.protocol import Teacher
 from potstill.types import ModelError
 
@@ -31,12 +33,13 @@ def refuse_crossing(
     token.
 
     `prompts` are token ids, `max_tokens` is how many may follow them, and `field` is what sets
-    that. A teacher that is not loaded reads nothing here.
+    that. A cache reads nothing.
     """
-    if model.decoder is None:
+    if not model.can_score:
         return
+    config: Any = model.model.config if isinstance(model, LanguageModel) else model.config  # pyright: ignore
     lengths = sorted(map(len, prompts))
-    for border in borders(model.decoder.config.get_text_config()):
+    for border in borders(config.get_text_config()):
         # The last token is never read.
         if lengths and lengths[0] <= border < lengths[-1] + max_tokens - 1:
             raise ModelError(

@@ -128,7 +128,7 @@ def prepare(
     divided = _divide_prompts(
         recipe, student, teacher, cache, ends=ends, loss=loss, given=prompts, date=date
     )
-    refuse_untaught(divided.prompts, teachings)
+    refuse_untaught(divided.prompts, teachings, recipe.window.tokens)
     sources = recipe.data.sources if prompts is None else ()
     weights, names = [each.weight for each in sources], [each.source for each in sources]
     mixture = make_mixture(divided.prompts, weights, names)
