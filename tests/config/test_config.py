@@ -559,6 +559,22 @@ def test_a_name_that_is_no_field_is_not_passed_over():
     recipe.resolved_without((*ALIKE, *FREE))
 
 
+def test_a_field_of_one_of_several_teachers_has_a_role_of_its_own():
+    there = {"name": "a", "model": "m/a", "url": "http://a:1"}
+    begun, moved, other = (
+        make_recipe({"objective": {"prefix": "student"}, "teachers": [there | more]})
+        for more in ({}, {"url": "http://b:2", "patience": 5}, {"weight": 2})
+    )
+    assert set(begun.changes_to(moved)) == {"teachers.a.url", "teachers.a.patience"}
+    assert begun.identity() == moved.identity() != other.identity()
+    assert set(begun.changes_to(other)) == {"teachers.a.weight"}
+    roles = [role_of(f"teachers.a.{field}") for field in ("url", "patience", "weight")]
+    assert roles == [Role.ROUNDING, Role.OUTPUT, Role.MODEL]
+    (table,) = begun.resolved()["teachers"]
+    assert "wire_dtype" in table and "placement" not in table
+    assert make_recipe(begun.resolved()) == begun
+
+
 def test_a_method_s_name_says_the_fields_that_a_study_leaves_out_beside_it():
     mixed, handoff = {"kl": "mixed"}, {"prefix": "mixed", "prefix_mix": "handoff"}
     said = {

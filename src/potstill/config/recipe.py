@@ -59,8 +59,7 @@ class Recipe(RecipeFields):
                     )
         for each in self.teachers:
             for name, reason in unread_of_place(each).items():
-                # A run folder's recipe has every field of a table.
-                if getattr(each, name) != FurtherTeacher.model_fields[name].default:
+                if name in each.model_fields_set:
                     raise ValueError(
                         f"{name} of teacher {each.name!r} is set but not read: {reason}; remove it"
                     )
@@ -81,6 +80,8 @@ class Recipe(RecipeFields):
             for key in sections:
                 section = section.get(key, {})
             section.pop(field, None)
+        if "teachers" in data:
+            data["teachers"] = [_resolved_teacher(each, left_out) for each in self.teachers]
         return {name: value for name, value in data.items() if value != {}}
 
     def hash(self) -> str:
@@ -101,6 +102,15 @@ class Recipe(RecipeFields):
         )
         pairs = {name: (mine.get(name), theirs.get(name)) for name in {**mine, **theirs}}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _resolved_teacher(teacher: FurtherTeacher, left_out: Selection) -> dict[str, Any]:
+    """Every field that is read of a teacher beside the first one, without those of some roles."""
+    roles, unread = roles_of(FurtherTeacher), unread_of_place(teacher)
+    fields = teacher.model_dump(mode="json", exclude_none=True).items()
+    return {
+        name: value for name, value in fields if name not in unread and roles[name] not in left_out
+    }
 
 
 def _names_of(selection: Selection) -> list[str]:
@@ -128,6 +138,11 @@ def dotted(data: dict[str, Any], section: str = "") -> dict[str, Any]:
     roles = roles_of(Recipe)
     for key, value in data.items():
         name = f"{section}{key}"
+        if name == "teachers":
+            # Each by its name, as its fields have roles of their own.
+            for table in value:
+                fields |= {f"teachers.{table['name']}.{field}": table[field] for field in table}
+            continue
         # A table that is a field's value, such as arguments, is no section.
         is_section = isinstance(value, dict) and name not in roles
         fields |= dotted(value, f"{name}.") if is_section else {name: value}
@@ -135,7 +150,10 @@ def dotted(data: dict[str, Any], section: str = "") -> dict[str, Any]:
 
 
 def role_of(name: str) -> Role:
-    """The role of a dotted field. Raises KeyError for any other name."""
+    """The role of a dotted field, also of one of several teachers: `teachers.NAME.url`. Raises
+    KeyError for any other name."""
+    if name.startswith("teachers."):
+        return roles_of(FurtherTeacher)[name.split(".")[2]]
     return roles_of(Recipe)[name]
 
 
