@@ -18,6 +18,7 @@ from potstill.cache.describe import facts
 from potstill.cache.verify import verify_cache
 from potstill.cli.app import main
 from potstill.config import CacheOptions, RecipeError, make_recipe
+from potstill.models.distributed import World
 from potstill.models.language_model import fingerprint, load_model
 from potstill.models.probe import ready
 from potstill.objectives.loss import batch_loss, teacher_signal
@@ -272,6 +273,17 @@ def test_the_writer_is_who_the_recipe_says(built, tmp_path):
         given = {"validation": {"num_prompts": 8}}
         potstill.train(from_cache(tmp_path / "run", built, **given), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_one_engine_for_all_are_refused(tmp_path, monkeypatch):
+    """One may have a shard to make when the others have none, and would wait for them."""
+    monkeypatch.setattr(
+        "potstill.models.distributed.start", lambda: World(0, 2, torch.device("cpu"))
+    )
+    engine = {"rollouts": {"engine": "vllm"}, "engine": {"url": "http://127.0.0.1:1"}}
+    with pytest.raises(RecipeError, match=r"there are 2 ranks, .*; remove it, so that each"):
+        build(tmp_path / "cache", tiny_recipe("unused", objective=STUDENT, **engine))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):

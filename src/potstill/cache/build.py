@@ -154,8 +154,14 @@ def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
 
 
 def _refuse_ranks(recipe: Recipe, world: World) -> None:
-    """Raise RecipeError for a teacher that all ranks must pass through together: a build gives each
-    its own shards."""
+    """Raise RecipeError for a teacher that all ranks must pass through together, and for an engine
+    that they must ask together: a build gives each its own shards."""
+    if recipe.engine.url is not None and world.size > 1:
+        raise RecipeError(
+            f"engine.url is {recipe.engine.url!r} and there are {world.size} ranks, which make "
+            "shards of a cache by themselves; remove it, so that each rank starts a server, or "
+            "build on one rank"
+        )
     if recipe.teacher.placement == "sharded" and world.size > 1:
         raise RecipeError(
             f'teacher.placement is "sharded" and there are {world.size} ranks, which make shards '
