@@ -11,7 +11,8 @@ from small_runs import rows_of
 
 import potstill
 from potstill.config import RecipeError
-from potstill.models.lean.compiling import refuse_compiling
+from potstill.models.lean.activations import layers_of
+from potstill.models.lean.compiling import layers_compiled, refuse_compiling
 
 
 @pytest.mark.slow
@@ -49,3 +50,12 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path):
 def test_several_ranks_are_refused(student):
     with pytest.raises(RecipeError, match=r"train.compile is for one rank, and there are 2"):
         refuse_compiling(student.model, student.device, 2)
+
+
+def test_a_layer_keeps_a_forward_function_of_its_own(student):
+    layer = layers_of(student.model)[0]
+    own = layer.forward
+    layer.forward = own
+    with layers_compiled(student.model):
+        assert layer.forward is not own
+    assert vars(layer).pop("forward") is own

@@ -3,7 +3,8 @@ pass."""
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,10 +42,16 @@ def layers_run_again(model) -> Iterator[None]:
 
     It needs no training mode, which would turn a model's dropout on.
     """
-    layers = checkpointed_layers(model)
+    with forwards_changed(checkpointed_layers(model), lambda own: functools.partial(_run, own)):
+        yield
+
+
+@contextlib.contextmanager
+def forwards_changed(layers: Sequence[nn.Module], change: Callable[..., Any]) -> Iterator[None]:
+    """Within, the forward function of each layer is what `change` makes of its own."""
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = functools.partial(_run, layer.forward)
+        layer.forward = change(layer.forward)
     try:
         yield
     finally:

@@ -1,13 +1,14 @@
 """Layers that torch.compile has compiled."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 
 from potstill.config import RecipeError
 from potstill.console.printable import error_text
-from potstill.models.lean.activations import layers_of
+from potstill.models.lean.activations import forwards_changed, layers_of
 from potstill.types import ModelError
 
 
@@ -36,11 +37,5 @@ def layers_compiled(model) -> Iterator[None]:
 
     Code is made with the first pass, and kept by the process from one step to the next.
     """
-    layers = layers_of(model)
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
-    try:
+    with forwards_changed(layers_of(model), functools.partial(torch.compile, dynamic=True)):
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
