@@ -168,6 +168,28 @@ def test_each_teacher_reads_its_own_prompts(tmp_path):
     assert abs(of_large["reverse_kl"] - without_hint["reverse_kl"]) > 1e-3
 
 
+def test_logged_samples_are_of_each_prompts_own_teacher(tmp_path):
+    """With dropout as well, where they take passes of their own."""
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}*3=", "hint": f"9{i}*3=", "level": "ab"[i % 2]} for i in range(2, 10)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny_recipe(
+        tmp_path / "run",
+        data={"source": str(data), "num_prompts": 8},
+        train={"steps": 3, "checkpoint_every": 1},
+        objective={"prefix": "student", "kl": "reverse"},
+        student={"dropout": True, "lora": {"rank": 2, "dropout": 0.5}},
+        teacher={"only": ["a"], "prompt_column": "hint"},
+        teachers=[{"name": "other", "model": "potstill:teacher-small", "only": ["b"]}],
+    )
+    potstill.train(recipe, quiet=True)
+    samples = rows_of(recipe.out, "samples.jsonl")
+    of_first = {sample["prompt"]: "teacher_prompt" in sample for sample in samples}
+    levels = {f"<bos>{row['prompt']}": row["level"] == "a" for row in rows}
+    assert set(of_first.values()) == {True, False}
+    assert of_first == {prompt: levels[prompt] for prompt in of_first}
+
+
 def test_a_prompt_that_a_teacher_cannot_read_is_refused():
     """Of those that it teaches; the first teacher's are looked at with the student's."""
     short = make_model()

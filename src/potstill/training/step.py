@@ -19,9 +19,10 @@ from potstill.models.lean.compiling import layers_compiled
 from potstill.models.lean.embedding import embedding_added_late
 from potstill.models.lean.packing import rows_apart
 from potstill.objectives.habits import step_habits
-from potstill.objectives.lessons import lesson_flops, means_by_teacher
+from potstill.objectives.lessons import lesson_flops, lesson_of, means_by_teacher
 from potstill.objectives.loss import Loss
 from potstill.objectives.reward import with_credit
+from potstill.rollouts.batching import make_batch
 from potstill.rollouts.prefixes import Writing, write_rollouts
 from potstill.rollouts.text import responses
 from potstill.runs.schema import (
@@ -190,11 +191,17 @@ def samples_without_dropout(
 ) -> list[Sample]:
     """Rollouts for the log where the student learns with dropout: the log is of the student that
     wrote."""
-    setup = trainer.setup
+    setup, device = trainer.setup, trainer.world.device
+    # Ranks, whose rollouts may have other teachers, take as many passes.
+    parts = [rollouts] if len(setup.teachings) < 2 else [[rollout] for rollout in rollouts]
+    samples = []
     with clock("samples_seconds"), naming_the_step(plan.step, plan.prompts):
-        return scored_samples(
-            setup.student, setup.teacher, rollouts, plan.loss, trainer.world.device
-        )
+        for part in parts:
+            lesson = lesson_of(setup.teachings, setup.teacher, make_batch(part, device))
+            loss = dataclasses.replace(plan.loss, teacher_weight=lesson.weight)
+            heard = lesson.heard.rollouts
+            samples += scored_samples(setup.student, lesson.teacher, heard, loss, device)
+    return samples
 
 
 @contextmanager
