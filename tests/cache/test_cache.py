@@ -506,6 +506,7 @@ def test_recipes_that_a_cache_cannot_serve():
 def test_builds_that_make_no_sense(tmp_path, built):
     for sections, options, message in [
         ({"teacher": {"model": "self"}}, SMALL, "changes from run to run"),
+        ({"teachers": [{"name": "a", "model": "start"}]}, SMALL, "a cache holds one teacher"),
         ({"objective": {"prefix": "dataset"}}, COMPLETIONS, "are there already"),
         ({}, dataclasses.replace(SMALL, completions=0), "must be at least 1"),
     ]:

@@ -106,7 +106,10 @@ def test_every_shipped_model_has_a_recipe_that_makes_it():
         *[
             ({"evaluation": {"source": "multiplication", **settings}}, message)
             for settings, message in [
-                ({"temperatures": []}, r"evaluation.temperatures is \[\]: .* at least 1 item"),
+                (
+                    {"temperatures": []},
+                    r"temperatures is \[\]: it is empty; name at least one",
+                ),
                 (
                     {"temperatures": [-1]},
                     r"evaluation.temperatures.0 is -1: it must be 0, which is greedy, or at least",

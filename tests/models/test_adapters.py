@@ -165,6 +165,7 @@ def test_both_ways_to_save_are_one_model_that_others_read_too(runs):
     assert not torch.allclose(logits(merged), logits(load_model("potstill:base")), atol=1e-3)
     settings = json.loads((runs / "adapter/model/adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (4, 32)
+    assert settings["target_modules"] == sorted(settings["target_modules"])
     # By the libraries that the folders are written for.
     plain = AutoModelForCausalLM.from_pretrained(runs / "merged/model")
     base = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"])

@@ -205,6 +205,9 @@ def test_a_prompt_that_a_teacher_cannot_read_is_refused():
 def test_a_prompt_that_nobody_teaches_is_refused(tmp_path):
     sections = {"teacher": {"only": ["x"]}}
     sections["teachers"] = [{"name": "a", "model": "start", "only": ["y"]}]
-    with pytest.raises(DataError, match=r"in `only` of no teacher \(teacher: \('x',\); a: "):
+    with pytest.raises(DataError, match=r"of no teacher names it \(teacher: x; a: y\)"):
+        potstill.train(tiny_recipe(tmp_path / "run", **sections), quiet=True)
+    sections["teacher"] = {}
+    with pytest.raises(DataError, match="'a' teaches no prompt: its `only` names y, and the "):
         potstill.train(tiny_recipe(tmp_path / "run", **sections), quiet=True)
     assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ from potstill.planning.disk import bytes_a_token, disk_of
 from potstill.planning.memory import Outlines, cache_bytes, drawing_bytes, memory_of
 from potstill.planning.operations import computed_again
 from potstill.planning.passes import LiveBytes, pass_bytes, passes_by_rule
-from potstill.planning.plan import Circumstances, changes_that_help, needs_of, pair_of
+from potstill.planning.plan import Circumstances, cells_of, changes_that_help, needs_of, pair_of
 from potstill.planning.seconds import traffic_of
 from potstill.planning.sizes import (
     Outline,
@@ -303,6 +303,13 @@ def test_changes_are_fields_that_make_it_fit():
     changes = changes_that_help(recipe, pair, asked)
     assert changes[0].field == "train.tokens_per_batch" and changes[-1].peak <= 30e6
     assert [c.peak for c in changes] == sorted((c.peak for c in changes), reverse=True)
+
+
+def test_several_teachers_have_no_cache():
+    recipe = make_recipe({"teachers": [{"name": "a", "model": "start"}]})
+    asked = Circumstances(device=DEVICES["H200"], prompt_tokens=8)
+    cells = cells_of(recipe, pair_of(recipe), asked)
+    assert [cell.needs.place for cell in cells] == ["live", "remote"] * 2
 
 
 def test_the_command_reads_configurations_alone(tmp_path, capsys):

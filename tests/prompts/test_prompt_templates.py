@@ -87,7 +87,7 @@ def test_templates_hold_names_and_nothing_else(template, message):
     [
         ({"q": "a", "n": 1}, r"no column 'question', which data\.prompt_template names, only n, q"),
         ({"question": None}, r"'question', which data\.prompt_template names, is empty; fill it"),
-        ({"question": ["a"]}, r"names, is \['a'\]; it must be a text or a number"),
+        ({"question": ["a"]}, r"names, is \['a'\]; it must be .* data.prompt_column names"),
     ],
 )
 def test_rows_that_cannot_fill_it_are_named(tmp_path, row, message):

@@ -115,10 +115,12 @@ def test_a_student_learns_from_itself_with_a_hint_and_resumes(tmp_path, capsys, 
         )
 
     whole = potstill.train(recipe("whole", prompt_column="hint"))
-    assert "the teacher reads: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the teacher reads: " in said and "nothing to learn" not in said
     rows = run_folder.read_rows(tmp_path / "whole/metrics.jsonl")
     # The same model with the same prompt has nothing to say.
-    potstill.train(recipe("nothing"), quiet=True)
+    potstill.train(recipe("nothing"))
+    assert "reads the same prompts, so that there is nothing to learn" in capsys.readouterr().err
     nothing = run_folder.read_rows(tmp_path / "nothing/metrics.jsonl")
     assert rows[0]["loss"] > 1e-3 and abs(nothing[0]["loss"]) < 1e-6
     environment = json.loads((tmp_path / "whole/environment.json").read_text())

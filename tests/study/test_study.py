@@ -199,7 +199,7 @@ def test_a_sweep_is_judged_on_its_own_problems_and_decides_what_follows(tmp_path
             'sweep_as = "opd"\n[panels.sweep]\nvalues = [1]\nmethods = ["sft"]',
             "in this panel the sweep is of sft",
         ),
-        ("axes.train.lr = []", "axes.train.lr is .*: list should have at least 1 item"),
+        ("axes.train.lr = []", "axes.train.lr is .*: it is empty; name at least one"),
         (
             '[[panels]]\ntitle = "A"\n[[panels.groups]]',
             "two panels have the title 'A'; give each its own",

@@ -174,6 +174,8 @@ RECIPES = [
     ("[[teachers]]\nname = 'a'\nmodel = 'self'", 'use "start" for the student'),
     ("[[teachers]]\nname = 'a'\nmodel = 'start'\ndtype = 'bfloat16'", "dtype of teacher 'a' is"),
     ("[[teachers]]\nname = 'a'\nmodel = 'm/a'\npatience = 5", "patience of teacher 'a' is set"),
+    ("[[teachers]]\nname = 'a'\nmodel = 'start'\nonly = 'x'", "it is a list; write it in brackets"),
+    ("[[teachers]]\nname = 'a'\nmodel = 'start'\nonly = []", "it is empty; name at least one"),
     (
         "[objective]\nsignal = 'topk'\n[[teachers]]\nname = 'a'\nmodel = 'start'",
         "which is of one teacher",

@@ -122,6 +122,11 @@ def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
         raise RecipeError(
             'teacher.model is "self", which changes from run to run; name the model to cache'
         )
+    if recipe.teachers:
+        raise RecipeError(
+            f"teachers names {len(recipe.teachers)} beside the first one, and a cache holds one "
+            "teacher; build it from a recipe with that teacher alone"
+        )
     if recipe.objective.kl == "none":
         raise RecipeError('objective.kl is "none", which has no teacher to cache; choose a KL')
     if min(options.completions, options.rollouts_per_shard) < 1:

@@ -111,6 +111,10 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
         return f"{name}: {message}"
     if error["type"] in ("model_type", "dict_type"):
         message = f"it is a section; write its fields below a line [{name}]"
+    if error["type"] == "tuple_type":
+        message = 'it is a list; write it in brackets, as in ["a", "b"]'
+    if error["type"] == "too_short":
+        message = "it is empty; name at least one, or leave it out"
     message = f"{message[0].lower()}{message[1:]}"
     if error["type"] == "literal_error":
         allowed = re.findall("'(.+?)'", error["ctx"]["expected"])

@@ -161,6 +161,8 @@ def write_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
 
     config = model.peft_config[NAME]
     config.base_model_name_or_path, config.inference_mode = name_of_base(model), True
+    # A list as it is given, sorted: a set has another order in each process.
+    config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     named = {f"{IN_FILES}{name.replace(f'.{NAME}', '')}": w for name, w in weights.items()}
     save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -152,11 +152,12 @@ def needs_of(recipe: Recipe, pair: Outlines, place: TeacherPlace, asked: Circums
 
 def cells_of(recipe: Recipe, pair: Outlines, asked: Circumstances) -> list[PlannedCell]:
     """The corners of the grid with each place of a teacher that they can have: a cache does not
-    know what a student will write. The direction of the KL costs nothing."""
+    know what a student will write, and has no room for several teachers. The direction of the KL
+    costs nothing."""
     if pair.teacher is None:
         return []
     places: dict[str, tuple[TeacherPlace, ...]] = {
-        "teacher": ("live", "cached", "remote"),
+        "teacher": ("live", "remote") if recipe.teachers else ("live", "cached", "remote"),
         "student": ("live", "remote"),
     }
     cells = []

@@ -63,7 +63,8 @@ def filled(template: str, row: DataRow, field: str) -> str:
         if not isinstance(row.values[column], str | int | float):
             raise DataError(
                 f"{row.where}: {column!r}, which {field} names, is "
-                f"{str(row.values[column])[:80]}; it must be a text or a number"
+                f"{str(row.values[column])[:80]}; it must be a text or a number (chats are prompts "
+                f"as they are: {field.replace('_template', '_column')} names their column)"
             )
     texts = [
         part.text + ("" if part.column is None else str(row.values[part.column]))

@@ -142,7 +142,8 @@ def refuse_untaught(
     prompts: Sequence[Prompt], teachings: Sequence[Teaching], max_tokens: int
 ) -> None:
     """Raise for a prompt whose completion of at most `max_tokens` tokens no teacher would teach,
-    or which is too long for one beside the first, by whose context prompts are made."""
+    or which is too long for one beside the first, by whose context prompts are made; and for a
+    teacher of no prompt."""
     for each in teachings[1:]:
         read = [prompt for prompt in prompts if each.is_for(prompt)]
         refuse_crossing(each.teacher, [p.token_ids for p in read], max_tokens, "window.tokens")
@@ -156,8 +157,19 @@ def refuse_untaught(
             )
     for prompt in prompts if teachings else ():
         if not any(each.is_for(prompt) for each in teachings):
-            named = "; ".join(f"{each.name}: {each.only}" for each in teachings)
+            named = "; ".join(f"{each.name}: {', '.join(each.only or ())}" for each in teachings)
+            level = prompt.example.level
+            has = f"has the level {level!r}" if level else "has no level (a column `level`)"
             raise DataError(
-                f"{prompt.example.name} has the level {prompt.example.level!r}, which is in `only` "
-                f"of no teacher ({named}); add it to one, or leave the prompt out"
+                f"{prompt.example.name} {has}, and `only` of no teacher names it ({named}); add it "
+                "to one, or leave the prompt out"
+            )
+    for each in teachings:
+        if not any(each.is_for(prompt) for prompt in prompts):
+            levels = sorted({prompt.example.level for prompt in prompts})
+            raise DataError(
+                f"the teacher {each.name!r} teaches no prompt: its `only` names "
+                f"{', '.join(each.only or ())}, and the levels of the prompts are "
+                f"{', '.join(map(repr, levels[:8]))}{' ...' * (len(levels) > 8)}; mend it, or "
+                "remove the teacher"
             )

@@ -50,7 +50,7 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     student, teacher = setup.student, setup.teacher
     lines = [f"{recipe.method}: {recipe.out}" + (f", resumed after step {start}" if start else "")]
     lines += describe_files(setup.task_files)
-    lines += _about_teachers(setup)
+    lines += _about_teachers(setup) + _about_nothing(recipe, setup)
     lines += _about_ends(recipe, setup)
     lines += recipe.notes
     if has_adapter(student.model):
@@ -109,6 +109,20 @@ def _about_teachers(setup: Setup) -> list[str]:
             f"{len(setup.prompts):,} prompts"
         )
     return lines
+
+
+def _about_nothing(recipe: Recipe, setup: Setup) -> list[str]:
+    """A warning where a teacher is the student, reads what it reads, and nothing else teaches."""
+    is_alone = recipe.teacher.model == "self" and len(setup.teachings) == 1
+    if not is_alone or recipe.is_scored or recipe.student.dropout:
+        return []
+    if any(prompt.teacher_ids is not None for prompt in setup.prompts):
+        return []
+    return [
+        "warning: the teacher is the student and reads the same prompts, so that there is nothing "
+        'to learn; teacher.prompt_template, as "{prompt} A solution: {solution}", or '
+        "teacher.prompt_column gives it prompts that say more"
+    ]
 
 
 def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:

@@ -57,7 +57,7 @@ class TeacherModel(Section, role=Role.MODEL):
     step."""
     weight: float = Field(default=1.0, gt=0)
     """Weight of its divergence in the loss, where there are several teachers."""
-    only: tuple[str, ...] | None = None
+    only: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Prompts that it teaches, where there are several teachers: values of the data's column
     `level`; by default all. A token's loss is the weighted sum over the teachers of its prompt."""
     dtype: Literal["float32", "bfloat16"] = "float32"
