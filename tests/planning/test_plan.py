@@ -334,6 +334,24 @@ def test_the_command_reads_configurations_alone(tmp_path, capsys):
     assert max(map(len, out.splitlines())) <= 110 and "it fits: " in out
 
 
+def test_teachers_beside_the_first_are_counted_where_they_are():
+    places = {"here": {}, "url": {"url": "http://h:8"}, "memory": {"placement": "offloaded"}}
+    tables = [{"name": name, "model": "potstill:teacher", **more} for name, more in places.items()]
+    tables.append({"name": "start", "model": "start"})
+    common = {"objective": {"prefix": "student"}, "teachers": tables}
+    plain = make_recipe(common)
+    adapted = make_recipe(common | {"student": {"lora": {"rank": 2}}})
+    pair = pair_of(plain)
+    kept = memory_of(plain, pair, work_of(plain, 8, 64), "live", on_cpu=True).kept
+    teacher, student = pair.further[0].sizes, pair.student.sizes
+    assert kept["teacher here"] == 4 * teacher.num_weights
+    assert kept["teacher url"] == kept["teacher memory"] == 4 * teacher.head_weights
+    assert kept["teacher start"] == 4 * student.num_weights
+    # Its base with the adapter off.
+    work = work_of(adapted, 8, 64)
+    assert "teacher start" not in memory_of(adapted, pair, work, "live", on_cpu=True).kept
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -7,7 +7,7 @@ and the fullest phase is the peak. Activations are counted by `passes`, on the s
 from dataclasses import dataclass
 from typing import Literal
 
-from potstill.config import Recipe, Sampling
+from potstill.config import FurtherTeacher, Recipe, Sampling
 from potstill.kl.fused import MIB
 from potstill.kl.plan import Plan, buffers_of, make_plan
 from potstill.kl.tiles import NUM_SCRATCH, SCRATCH_ELEMENTS
@@ -162,12 +162,21 @@ def _kept(
     if recipe.reward.start_kl and not shares_base(recipe, num_devices):
         parts["start"] = whole
     for spec, outline in zip(recipe.teachers, pair.further, strict=True):
-        here = outline.sizes.num_weights if spec.url is None else outline.sizes.head_weights
-        dtype_here = dtype if spec.model == "start" else spec.dtype
-        parts[f"teacher {spec.name}"] = here * BYTES[dtype_here]
+        if spec.model != "start":
+            parts[f"teacher {spec.name}"] = _further_bytes(spec, outline.sizes)
+        elif not shares_base(recipe, num_devices):
+            parts[f"teacher {spec.name}"] = whole
     if num_devices > 1 or writing != dtype:
         parts["decoding copy"] = student.weight_bytes(writing)
     return parts
+
+
+def _further_bytes(spec: FurtherTeacher, sizes: Sizes) -> int:
+    """Bytes of a teacher beside the first one on the student's device."""
+    is_elsewhere = spec.url is not None or spec.device is not None
+    if is_elsewhere or spec.placement == "offloaded":
+        return sizes.head_weights * BYTES[spec.dtype]
+    return sizes.weight_bytes(spec.dtype)
 
 
 def _teacher_bytes(recipe: Recipe, pair: Outlines, place: TeacherPlace, num_devices: int) -> int:
