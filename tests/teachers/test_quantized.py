@@ -194,3 +194,12 @@ def test_a_teacher_that_is_given_is_not_looked_up_by_its_name():
     world = World(0, 1, torch.device("cpu"))
     found = load_teacher(recipe, load_model(STUDENT), None, world, given.model, given.tokenizer)
     assert found is not None and found.can_score
+
+
+def test_a_quantised_student_has_no_moving_average():
+    student = load_model(STUDENT)
+    student.model.hf_quantizer = object()
+    teacher = {"model": "self", "ema": 0.9}
+    recipe = make_recipe({"teacher": teacher, "objective": {"prefix": "student"}})
+    with pytest.raises(ModelError, match=r"no average in float32; set teacher\.refresh_steps"):
+        load_teacher(recipe, student, None, World(0, 1, torch.device("cpu")))

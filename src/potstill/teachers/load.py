@@ -8,7 +8,7 @@ from potstill.models.base_alone import BaseAlone, as_it_is
 from potstill.models.distributed import World
 from potstill.models.given import share_weights
 from potstill.models.language_model import LanguageModel, load_config
-from potstill.models.lean.quantized import describe_quantized, is_quantized_by
+from potstill.models.lean.quantized import describe_quantized, is_quantized, is_quantized_by
 from potstill.models.probe import ready
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.placed import loading_device, placed
@@ -129,10 +129,15 @@ def _loaded(spec: TeacherModel, world: World) -> LanguageModel:
 
 
 def _own_teacher(spec: TeacherSpec, student: LanguageModel, world: World) -> LanguageModel:
-    """The student as it is now, or a copy that is to follow it."""
+    """The student as it is now, or a copy that is to follow it. Raises ModelError."""
     # On a resume the student's weights come from the checkpoint, and these stay what they were.
     if spec.follows_every is None:
         return as_it_is(student, "self", world.size)
+    if spec.ema is not None and is_quantized(student.model):
+        raise ModelError(
+            f"teacher.ema is {spec.ema:g} and student {student.name!r} is quantised, whose codes "
+            "have no average in float32; set teacher.refresh_steps in its place"
+        )
     copied = copy.deepcopy(student.model)
     # A moving average takes smaller steps than bfloat16 has.
     return student.around(copied if spec.ema is None else copied.float(), "self")
