@@ -174,8 +174,11 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
 def _parted(setup: Setup, prompts: Sequence[Prompt]) -> tuple[list[int], list[int]]:
     """The places of prompts that the first teacher teaches, and of those that others do."""
     first = setup.teachings[0] if setup.teachings else None
-    taught = [i for i, prompt in enumerate(prompts) if first is None or first.is_for(prompt)]
-    return taught, [i for i in range(len(prompts)) if i not in set(taught)]
+    taught: list[int] = []
+    others: list[int] = []
+    for place, prompt in enumerate(prompts):
+        (taught if first is None or first.is_for(prompt) else others).append(place)
+    return taught, others
 
 
 def _over_ranks(mine: list[Any], trainer: Trainer) -> list[Any]:
