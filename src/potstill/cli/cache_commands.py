@@ -19,7 +19,7 @@ def build(
     out: Path,
     storage: OmitArgPrefixes[CacheOptions] = HIDDEN_STATES,
 ) -> None:
-    """Write completions and a teacher's signal on them to disk, or what is missing of both.
+    """Write completions and a teacher's signal on them to disk, or what is missing there.
 
     Training with teacher.cache then needs no teacher. With --writer student a student writes, such
     as that of a run (--model RUN). The same command goes on after a kill; with more prompts or
