@@ -62,6 +62,11 @@ def alone():
     return distributed.start()
 
 
+def test_no_validation_is_advised_where_there_could_be_none(built, tmp_path):
+    notes = prepare(from_cache(tmp_path / "run", built), alone()).notes
+    assert "no validation: no live teacher scores what the student writes" in notes
+
+
 def test_it_says_who_wrote_and_how_likely_each_token_was(built):
     manifest, student = read_manifest(built), load_model("potstill:base")
     assert manifest.student is not None and manifest.settings.writer == "student"

@@ -310,6 +310,13 @@ def test_several_teachers_have_no_cache():
     asked = Circumstances(device=DEVICES["H200"], prompt_tokens=8)
     cells = cells_of(recipe, pair_of(recipe), asked)
     assert [cell.needs.place for cell in cells] == ["live", "remote"] * 2
+    assert cells[0].needs.traffic.states == 0
+    far = recipe.teachers[0].model_copy(update={"model": "potstill:base", "url": "http://a"})
+    there = recipe.model_copy(update={"teachers": (far,)})
+    live, remote, *_ = cells_of(there, pair_of(there), asked)
+    of_base = live.needs.traffic.states
+    # In float32: 64 numbers of the one beside the first, and its own 96 of the first.
+    assert of_base > 0 and remote.needs.traffic.states == of_base * (64 + 96) / 64
 
 
 def test_the_command_reads_configurations_alone(tmp_path, capsys):

@@ -69,9 +69,12 @@ def traffic_of(
         teacher = pair.teacher.sizes
         in_layers = teacher.num_weights - teacher.outside_layers
         of_teacher = others * work.num_batches * in_layers * BYTES[teacher_dtype(recipe)]
+    num_tokens = work.num_rollouts * work.completion_tokens
     if place == "remote" and pair.teacher is not None:
-        num_tokens = work.num_rollouts * work.completion_tokens
         states = num_tokens * pair.teacher.sizes.width * BYTES[recipe.teacher.wire_dtype]
+    for spec, outline in zip(recipe.teachers, pair.further, strict=True):
+        if spec.url is not None:
+            states += num_tokens * outline.sizes.width * BYTES[spec.wire_dtype]
     return Traffic(
         shards=others * work.num_batches * (gathered + student.trained_bytes(dtype)),
         copy=others * student.trained_bytes(writes_in(recipe, pair, on_cpu=on_cpu)) / reuse,

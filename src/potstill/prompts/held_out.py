@@ -62,7 +62,7 @@ def validation_prompts(
                 ],
             )
     # As many as leave at least half of few prompts to train on.
-    num = min(DEFAULT_PROMPTS, len(prompts) // 2)
+    num = min(DEFAULT_PROMPTS, len(prompts) // 2) if _can_be_asked_for(recipe, teacher) else 0
     advice = f"; validation.num_prompts = {num} asks for one" if num else ""
     return (
         prompts,
@@ -100,6 +100,13 @@ def _why_not(recipe: Recipe, teacher) -> str | None:
     if every_steps(recipe, recipe.train.steps) is None:
         return "the run is so short that it would take more than a twentieth of it"
     return None
+
+
+def _can_be_asked_for(recipe: Recipe, teacher) -> bool:
+    """Whether there could be a validation: a cache takes the teacher's own text and its states."""
+    if teacher is None or teacher.can_score:
+        return True
+    return recipe.objective.prefix == "teacher" and teacher.head is not None
 
 
 def _described(found: HeldOut, num_taken: int, every: int | None) -> str:
