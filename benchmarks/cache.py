@@ -146,7 +146,7 @@ def one_step(
         setup,
         setup.loss,
         rollouts,
-        tokens_per_batch=recipe.train.tokens_per_batch,
+        settings=recipe.train,
         step=step,
         world=world,
         clock=Stopwatch(world.device),
