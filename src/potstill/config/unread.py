@@ -58,7 +58,8 @@ def _unread_of_engine(recipe: RecipeFields) -> dict[str, str]:
     unread: dict[str, str] = {}
     if recipe.rollouts.engine == "native":
         reason = 'rollouts.engine is "native", which is this process'
-        writes_in = recipe.writes_in(recipe.train.compute_dtype or "float32")
+        # Where nothing is said, a GPU may compute in bfloat16.
+        writes_in = recipe.writes_in(recipe.train.compute_dtype or "bfloat16")
         # An older student is off as an engine is.
         if writes_in == recipe.student.dtype and not recipe.has_older_prefixes:
             return {"engine": f'{reason}, and rollouts.dtype is not "bfloat16"'}

@@ -77,6 +77,7 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     if recipe.rollouts.engine != "native":
         where = recipe.engine.url or f"{recipe.engine.python}, log in {recipe.out / 'engine'}"
         lines.append(f"engine: {recipe.rollouts.engine} ({where})")
+    lines += _about_gates(recipe, setup)
     if setup.cache is not None:
         lines += setup.cache.describe()
     lines += setup.notes
@@ -86,10 +87,25 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     )
 
 
+def _about_gates(recipe: Recipe, setup: Setup) -> list[str]:
+    """A line where the gates of engines are set and this device needs none."""
+    given = sorted(recipe.engine.model_fields_set)
+    writes_in = recipe.writes_in(setup.loss.compute_dtype)
+    is_alike = writes_in == recipe.student.dtype and not recipe.has_older_prefixes
+    if recipe.rollouts.engine != "native" or not is_alike or not given:
+        return []
+    return [
+        f"not read on this device: {', '.join(f'engine.{name}' for name in given)}; the student "
+        f"writes with its own weights, in {writes_in}"
+    ]
+
+
 def _about_quantized(setup: Setup) -> list[str]:
     """A line on each model that is quantised."""
     lines = []
-    for role, model in (("student", setup.student), ("teacher", setup.teacher)):
+    teachers = [("teacher", setup.teacher)]
+    teachers += [(f"teacher {each.name!r}", each.teacher) for each in setup.teachings[1:]]
+    for role, model in [("student", setup.student), *teachers]:
         if isinstance(model, LanguageModel) and is_quantized(model.model):
             dtype = str(model.head.weight_VD.dtype).removeprefix("torch.")
             lines.append(
