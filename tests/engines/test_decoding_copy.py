@@ -87,6 +87,29 @@ def test_a_run_resumes_to_the_bit_and_measures_the_student_itself(tmp_path):
     assert all("engine_mismatch_max" not in row for row in rows_of(tmp_path / "usual"))
 
 
+def test_gates_that_a_device_may_need_are_allowed_and_what_it_does_not_read_is_said(
+    tmp_path, capsys
+):
+    """Without train.compute_dtype a GPU may write in bfloat16, and a CPU does not."""
+    sections = {"rollouts": {}, "engine": {"stop_above": 0.1, "warn_above": 0.05}}
+    train(recipe_of(tmp_path / "run", **sections | {"train": {"steps": 1}}))
+    assert "not read on this device: engine.stop_above, engine.warn_above" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@pytest.mark.parametrize("signal", ["topk", "full"])
+def test_rollouts_that_are_used_again_are_compared_once(tmp_path, signal):
+    """Later the student has moved on, which is no fault of who wrote."""
+    objective = ON_POLICY | {"signal": signal}
+    recipe = recipe_of(
+        tmp_path / "run", objective=objective, rollouts={"dtype": "bfloat16", "reuse": 2}
+    )
+    train(recipe, quiet=True)
+    told = ["engine_mismatch_mean_abs" in row for row in rows_of(tmp_path / "run")]
+    assert told == [True, False, True]
+
+
 def test_a_mixture_compares_what_the_student_wrote(tmp_path):
     for mix in ("sequence", "handoff"):
         objective = {"prefix": "mixed", "prefix_mix": mix, "kl": "forward"}
@@ -122,7 +145,10 @@ def test_which_type_writes(sections, writes_in):
             {"rollouts": {"dtype": "float32"}, "student": {"dtype": "bfloat16"}},
             "rollouts.dtype is set but not read: the student writes with its own weights",
         ),
-        ({"engine": {"stop_above": 0.1}}, "engine.stop_above is set but not read: .*is native"),
+        (
+            {"engine": {"stop_above": 0.1}, "train": {"compute_dtype": "float32"}},
+            "engine.stop_above is set but not read: .*is native",
+        ),
         (
             {"rollouts": {"dtype": "bfloat16"}, "engine": {"timeout": 5}},
             "engine.timeout is set but not read: .*this process",

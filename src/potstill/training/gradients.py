@@ -72,10 +72,11 @@ def accumulate_gradients(
     clock: Stopwatch,
     split_by: Sequence[Writer] = (),
     num_samples: int = 0,
-    is_reused: bool = False,
+    reuse: int = 1,
 ) -> Accumulated:
     """Add this rank's part of the step's gradient, batch by batch; the only division is by one
-    count over all ranks. Of rollouts that are used again, log-probabilities are kept."""
+    count over all ranks. Of rollouts that serve several steps, `reuse`, log-probabilities are
+    kept."""
     student = setup.student
     kinds = kinds_of(setup.teachings, rollouts)
     groups = _even_groups(rollouts, kinds, settings, world)
@@ -108,8 +109,8 @@ def accumulate_gradients(
                 loss_sum, loss_N, stats, its_sums = _loss_of_all(setup, lesson, *given)
             habits = _habits(setup, lesson, loss, stats, hidden_ND, signal)
             sums.update(its_sums | habits | _clipped(batch, stats, loss))
-            gap_values += _engine_gaps(setup, loss, batch, stats, hidden_ND)
-            if is_reused:
+            gap_values += _engine_gaps(setup, loss, batch, stats, hidden_ND, step % reuse == 0)
+            if reuse > 1:
                 log_probs |= _log_probs(batch, stats, places)
         if min(places) < num_samples:
             # Before the backward pass, after which a sharded head is whole no longer.
@@ -182,13 +183,18 @@ def _over_ranks(sums: Mapping[str, float], largest_gap: float, world: World) -> 
 
 
 def _engine_gaps(
-    setup: Setup, loss: Loss, batch: Batch, stats: TokenStats, hidden_ND: Tensor
+    setup: Setup,
+    loss: Loss,
+    batch: Batch,
+    stats: TokenStats,
+    hidden_ND: Tensor,
+    is_new: bool,
 ) -> list[float]:
     """How far the log-probabilities of an engine's new rollouts, or of the cache's, are from the
     student's, of the tokens that both know; nothing where this process wrote."""
     told_N = told_log_probs(batch.rollouts, loss.end_class, stats.student_entropy_N)
-    is_known = setup.cache is None and batch.rollouts[0].log_probs is not None
-    if told_N is None or is_known:
+    # A student that uses rollouts again has moved from where it wrote.
+    if told_N is None or not (is_new or setup.cache is not None):
         return []
     ours_N = stats.student_log_prob_N
     if ours_N is None:

@@ -246,7 +246,7 @@ def _take_steps(
                 clock=clock,
                 split_by=trainer.split_by,
                 num_samples=0 if has_dropout else num_samples,
-                is_reused=trainer.recipe.rollouts.reuse > 1,
+                reuse=trainer.recipe.rollouts.reuse,
             )
         updated = update(trainer, run, plan, done.sums, clock)
         metrics = step_metrics(trainer, plan, done.sums, updated, cost)
