@@ -9,6 +9,7 @@ import torch
 from conftest import make_rollout, tiny_recipe
 
 import potstill
+from potstill import load_model
 from potstill.config import RecipeError, TeacherSpec, make_recipe
 from potstill.models.distributed import World
 from potstill.models.language_model import fingerprint
@@ -17,6 +18,7 @@ from potstill.planning.memory import memory_of
 from potstill.planning.plan import pair_of
 from potstill.planning.work import work_of
 from potstill.rollouts.batching import make_batch
+from potstill.teachers.load import load_teacher
 from potstill.teachers.placed import OffloadedTeacher, PlacedTeacher, loading_device, placed
 from potstill.training import setup
 from potstill.types import ModelError
@@ -138,3 +140,19 @@ def test_the_plan_knows_what_a_device_holds():
         assert found[name].kept["teacher"] == 4 * sizes.head_weights
     assert found["offloaded"].phases["teacher"]["brought in"] >= 4 * sizes.largest_layer
     assert "activations" not in found["apart"].phases["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_ranks", "is_student", "message"),
+    [
+        ({"placement": "sharded"}, 2, False, "given as an object, whole on each rank"),
+        ({"device": "cpu"}, 1, True, "is the student, which is where it learns"),
+    ],
+)
+def test_a_teacher_that_is_given_is_where_it_is(spec, num_ranks, is_student, message):
+    student = load_model("potstill:base")
+    given = student if is_student else load_model("potstill:teacher")
+    recipe = make_recipe({"teacher": spec, "objective": {"prefix": "student"}})
+    world = World(0, num_ranks, torch.device("cpu"))
+    with pytest.raises(ModelError, match=message):
+        load_teacher(recipe, student, None, world, given.model, given.tokenizer)

@@ -36,7 +36,10 @@ def load_teacher(
     objective, spec = recipe.objective, recipe.teacher
     if not objective.has_teacher:
         return None
-    if given is not None and given in (student, student.model):
+    is_student = given is not None and given in (student, student.model)
+    if given is not None:
+        _refuse_place_of_given(spec, is_student, world)
+    if is_student:
         # One object cannot both change and stay as it is.
         teacher = as_it_is(student, student.name, world.size)
     else:
@@ -67,6 +70,20 @@ def load_teacher(
     if share_weights(teacher, student):
         teacher = teacher.around(copy.deepcopy(teacher.model), teacher.name)
     return placed(teacher.eval().requires_grad_(False), spec, world)
+
+
+def _refuse_place_of_given(spec: TeacherModel, is_student: bool, world: World) -> None:
+    """Raise ModelError for a teacher that is given as an object and would have to be elsewhere."""
+    if spec.placement == "sharded" and world.size > 1:
+        raise ModelError(
+            "the teacher is given as an object, whole on each rank, and teacher.placement is "
+            '"sharded", which deals out a model from its files; name it by teacher.model'
+        )
+    if is_student and (spec.placement == "offloaded" or spec.device is not None):
+        raise ModelError(
+            "the teacher that is given is the student, which is where it learns; leave "
+            "teacher.placement and teacher.device out, or give a model of its own"
+        )
 
 
 def _refuse_quantized(spec: TeacherModel) -> None:
