@@ -572,7 +572,7 @@ def test_a_field_of_one_of_several_teachers_has_a_role_of_its_own():
     assert begun.identity() == moved.identity() != other.identity()
     assert set(begun.changes_to(other)) == {"teachers.a.weight"}
     roles = [role_of(f"teachers.a.{field}") for field in ("url", "patience", "weight")]
-    assert roles == [Role.ROUNDING, Role.OUTPUT, Role.MODEL]
+    assert roles == [Role.ROUNDING, Role.OUTPUT, Role.OBJECTIVE]
     (table,) = begun.resolved()["teachers"]
     assert "wire_dtype" in table and "placement" not in table
     assert make_recipe(begun.resolved()) == begun

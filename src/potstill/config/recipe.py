@@ -31,7 +31,8 @@ class Recipe(RecipeFields):
     def method(self) -> str:
         """The name of this cell of the grid, and of the reward beside it."""
         older = " on an older student's prefixes" if self.has_older_prefixes else ""
-        parts = [self.objective.name + older]
+        first = self.objective.name + older
+        parts = [first if self.teacher.weight == 1 else f"{self.teacher.weight:g} {first}"]
         if self.reward.weight and self.objective.kl != "none":
             parts.append(f"{self.reward.weight:g} reward")
         if self.reward.start_kl:

@@ -55,9 +55,9 @@ class TeacherModel(Section, role=Role.MODEL):
     model: Annotated[str, Place.FIRST]
     """Folder or hub id of a Hugging Face causal LM; start is the student as it was before the first
     step."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: Annotated[float, Role.OBJECTIVE] = Field(default=1.0, gt=0)
     """Weight of its divergence in the loss, where there are several teachers."""
-    only: tuple[str, ...] | None = Field(default=None, min_length=1)
+    only: Annotated[tuple[str, ...] | None, Role.OBJECTIVE] = Field(default=None, min_length=1)
     """Prompts that it teaches, where there are several teachers: values of the data's column
     `level`; by default all. A token's loss is the weighted sum over the teachers of its prompt."""
     dtype: Literal["float32", "bfloat16"] = "float32"
