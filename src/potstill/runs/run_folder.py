@@ -169,7 +169,7 @@ def open_run(
         if changes:
             write_atomically(folder / "recipe.toml", to_toml(recipe.resolved()))
         of_recipe = [
-            _said(name, *values)
+            _said(name, *values, recipe.student.dropout)
             for name, values in changes.items()
             if role_of(name) not in CHANGE_NOTHING
         ]
@@ -203,10 +203,11 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
     write_json(folder / "environment.json", describe_machine() | environment)
 
 
-def _said(name: str, theirs: Any, ours: Any) -> str:
+def _said(name: str, theirs: Any, ours: Any, has_dropout: bool) -> str:
     said = f"{name} is {_shown(ours)} and was {_shown(theirs)}"
     if role_of(name) in CHANGE_ROUNDING:
-        said += "; from here on the run differs by rounding from one that is not changed"
+        by = "rounding, and by what is dropped," if has_dropout else "rounding"
+        said += f"; from here on the run differs by {by} from one that is not changed"
     return said
 
 

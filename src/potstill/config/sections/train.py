@@ -25,10 +25,10 @@ class Train(Section, role=Role.UPDATE):
     them."""
     tokens_per_batch: Annotated[int, Role.ROUNDING] = Field(default=4096, ge=1)
     """Tokens of one forward-backward slice on one rank, padding included. Gradients depend on it by
-    rounding alone."""
+    rounding alone; with student.dropout, other activations are dropped."""
     packing: Annotated[bool, Role.ROUNDING] = False
     """Lay the rollouts of a slice one after the other, without padding. Gradients depend on it by
-    rounding alone."""
+    rounding alone; with student.dropout, other activations are dropped."""
     lr: Annotated[float | None, Role.TUNED, Place.FIRST] = Field(
         default=None, gt=0, le=LARGEST_RATE
     )
