@@ -136,6 +136,10 @@ class LanguageModel(nn.Module):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
     def context_length(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 

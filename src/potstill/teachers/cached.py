@@ -22,7 +22,7 @@ class CachedTeacher:
 
     can_score = False
     decoder = None
-    context_length = None
+    config = context_length = None
 
     def __init__(self, cache: "Cache", device: torch.device, trust_remote_code: bool = False):
         manifest = cache.manifest

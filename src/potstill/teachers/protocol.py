@@ -58,6 +58,11 @@ class Teacher(Protocol):
         """How many tokens it can read; None where nothing limits it."""
         ...
 
+    @property
+    def config(self) -> Any | None:
+        """The configuration that transformers makes of it; None where it reads nothing."""
+        ...
+
     def weights_digest(self) -> str | None:
         """A hash of its weights; None where they are not known."""
         ...

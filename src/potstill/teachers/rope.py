@@ -2,9 +2,7 @@
 its neighbours."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from potstill.models.language_model import LanguageModel
 from potstill.teachers.protocol import Teacher
 from potstill.types import ModelError
 
@@ -35,11 +33,10 @@ def refuse_crossing(
     `prompts` are token ids, `max_tokens` is how many may follow them, and `field` is what sets
     that. A cache reads nothing.
     """
-    if not model.can_score:
+    if model.config is None:
         return
-    config: Any = model.model.config if isinstance(model, LanguageModel) else model.config  # pyright: ignore
     lengths = sorted(map(len, prompts))
-    for border in borders(config.get_text_config()):
+    for border in borders(model.config.get_text_config()):
         # The last token is never read.
         if lengths and lengths[0] <= border < lengths[-1] + max_tokens - 1:
             raise ModelError(
