@@ -114,6 +114,19 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A completion as a teacher with another tokenizer reads it: its own tokens, of which `trained`
+    are in the loss, and the number of the span that each loss token is in, of the student's and of
+    its own."""
+
+    token_ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    student_spans: tuple[int, ...]
+    teacher_spans: tuple[int, ...]
+    num_spans: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One prompt, one completion, and who wrote each token. `trained[i]` is false where token i is
     no loss token.
@@ -121,7 +134,7 @@ class Rollout:
     `log_probs` are the student's of its loss tokens when the rollout was new, None while it is;
     `credit` is there where responses are scored. `engine_log_probs` are those of all tokens as an
     engine in another process told them, or the cache of an older student; None where this student
-    wrote in this process.
+    wrote in this process. `reading` is there where the teacher has another tokenizer.
     """
 
     prompt: Prompt
@@ -132,3 +145,11 @@ class Rollout:
     log_probs: tuple[float, ...] | None = None
     credit: Credit | None = None
     engine_log_probs: tuple[float, ...] | None = None
+    reading: Reading | None = None
+
+    def read_by(self, who: Writer) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """The tokens of the completion as this model reads it, and which of them are loss
+        tokens."""
+        if who == "teacher" and self.reading is not None:
+            return self.reading.token_ids, self.reading.trained
+        return self.completion_ids, self.trained

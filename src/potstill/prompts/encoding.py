@@ -10,6 +10,8 @@ from potstill.prompts.chat import Texts, answers_of, closing_ids
 from potstill.types import DataError, Example, Prompt
 
 TooLong = Literal["refuse", "drop", "cut-left"]
+# Texts before another one, with the first token of which one of them makes none.
+STARTS = ("\n", "a", "1", "?")
 MarkedIds = tuple[tuple[int, ...], tuple[bool, ...]]
 
 
@@ -52,10 +54,10 @@ class Encoding:
     def continuation(self, text: str) -> tuple[int, ...]:
         """A text that follows another: without the space that some tokenizers put before every
         text."""
-        if self.adds_space:
-            line, ids = self.encode("\n"), self.encode("\n" + text)
-            if ids[: len(line)] == line:
-                return ids[len(line) :]
+        for start in STARTS if self.adds_space else ():
+            begun, ids = self.encode(start), self.encode(start + text)
+            if ids[: len(begun)] == begun:
+                return ids[len(begun) :]
         return self.encode(text)
 
 
