@@ -143,3 +143,8 @@ def test_a_report_prints_its_summary(folder, tmp_path, capsys, monkeypatch):
     main(["report", str(folder / "OPD"), str(folder / "base.json"), "--out", "r.html"])
     lines = printed(capsys)
     assert row_of(lines, "OPD")[0].count("->") == 1 and lines[-1] == "wrote r.html"
+
+
+def test_runs_that_were_not_evaluated_are_said_to_be(tmp_path, capsys):
+    print_summary(write_report([write_run(tmp_path / "run", [])], tmp_path / "report.html"))
+    assert printed(capsys)[0].startswith("None of these runs was evaluated on a task")

@@ -81,6 +81,9 @@ def print_summary(page: Path) -> None:
             key: ShownQuantity(metric["title"], metric["scale"], metric["digits"])
             for key, metric in panel["metrics"].items()
         }
+        if not _accuracies(quantities):
+            say("None of these runs was evaluated on a task; their curves are on the page.", "")
+            continue
         rows = rows_of(panel["groups"])
         say(*_wrapped(": ".join(text for text in (panel["title"], panel["note"]) if text)))
         say(*_table(rows, quantities), *_line(rows, quantities, "entropy"), _legend(rows))
