@@ -62,6 +62,44 @@ def test_rollouts_are_the_copys_and_each_step_has_its_own(tmp_path, monkeypatch)
         assert 1e-5 < row["engine_mismatch_mean_abs"] < 0.05
 
 
+@pytest.mark.parametrize(
+    ("sections", "num_copies", "num_refreshed"),
+    [
+        ({"objective": {"prefix": "teacher", "kl": "forward"}}, 0, 0),
+        # Before the first step, and after the last.
+        (
+            {
+                "objective": {"prefix": "teacher", "kl": "forward"},
+                "validation": {"num_prompts": 2, "every": 3},
+            },
+            1,
+            2,
+        ),
+        ({}, 1, 3),
+    ],
+    ids=["nobody writes", "validation writes", "rollouts"],
+)
+def test_there_is_a_copy_where_someone_writes_with_it(
+    tmp_path, monkeypatch, sections, num_copies, num_refreshed
+):
+    made, refreshed = [], []
+    copied, refresh = distributed._copy, distributed.refresh
+
+    def copies(*given):
+        made.append(given)
+        return copied(*given)
+
+    def refreshes(decoder, student):
+        if decoder is not student.model:
+            refreshed.append(decoder)
+        refresh(decoder, student)
+
+    monkeypatch.setattr(distributed, "_copy", copies)
+    monkeypatch.setattr(distributed, "refresh", refreshes)
+    train(recipe_of(tmp_path / "run", **sections), quiet=True)
+    assert (len(made), len(refreshed)) == (num_copies, num_refreshed)
+
+
 def test_old_weights_end_the_run(tmp_path, monkeypatch):
     """The control: a copy that is not renewed."""
     monkeypatch.setattr(distributed, "refresh", lambda decoder, model: None)
@@ -181,6 +219,18 @@ def test_the_plan_knows_the_copy():
     assert "decoding copy" not in found["float32", 1].kept
     assert found["float32", 2].kept["decoding copy"] == whole
     assert all(found["bfloat16", num].kept["decoding copy"] == whole / 2 for num in (1, 2))
+    taught = {"objective": {"prefix": "teacher", "kl": "forward"}}
+    by_server = {"objective": ON_POLICY, "rollouts": {"engine": "vllm", "dtype": "bfloat16"}}
+    for sections in (taught, by_server):
+        for num_prompts in (0, None):
+            validation = {} if num_prompts is None else {"num_prompts": num_prompts}
+            recipe = make_recipe(sections | {"validation": validation})
+            for num in (1, 2):
+                kept = memory_of(
+                    recipe, pair, work_of(recipe, 8, 64, num), "live", num_devices=num, on_cpu=True
+                ).kept
+                # Ranks measure with one.
+                assert ("decoding copy" in kept) == (num == 2 and num_prompts is None)
     caches = [found[dtype, 1].phases["rollouts"]["KV cache"] for dtype in recipes]
     assert caches[0] == 2 * caches[1]
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import make_model
 from fake_servers import as_program, by_model, calls, serving, told
+from safetensors.torch import load_file
 
 from potstill.config import EngineSpec, Sampling
 from potstill.engines import calls as server_calls
@@ -296,13 +297,25 @@ time.sleep(600)
 def test_weights_are_shared_in_memory_or_beside_the_log(student, tmp_path, monkeypatch):
     left = tmp_path / "potstill-weights-left"
     left.mkdir()
-    with shared.written(student.model, tmp_path) as folder:
+    weights = shared.OwnWeights(student.model, tmp_path / "engine")
+    with weights.files() as folder:
         assert (folder.parent == shared.SHARED_MEMORY) == shared.has_room(10**5)
-        names = {file.name for file in folder.glob("*.safetensors")}
-        assert names == {"model.safetensors", "tied_head.safetensors"}
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+        num = len(student.backbone.layers)
+        assert names == [
+            *(f"{layer:05d}-model.safetensors" for layer in range(num)),
+            f"{num:05d}-model.safetensors",
+            f"{num:05d}-tied.safetensors",
+        ]
+        found = {}
+        for name in names:
+            found |= load_file(folder / name)
+        own = student.model.state_dict()
+        assert found.keys() == own.keys()
+        assert all(torch.equal(found[name], own[name]) for name in own)
     assert not folder.exists() and left.exists()
     monkeypatch.setattr(shared, "SHARED_MEMORY", tmp_path / "nowhere")
-    with shared.written(student.model, tmp_path) as folder:
+    with shared.OwnWeights(student.model, tmp_path).files() as folder:
         assert folder.parent == tmp_path and not left.exists()
         # Another process leaves alone what is in use.
         shared._remove_left(tmp_path)

@@ -245,7 +245,8 @@ def test_layers_that_are_run_again_take_less_memory_and_more_operations():
 
 
 def test_traffic_by_hand():
-    pair, recipe = shipped_pair(), make_recipe({"train": {"prompts_per_step": 8}})
+    fields = {"train": {"prompts_per_step": 8}, "objective": {"prefix": "student"}}
+    pair, recipe = shipped_pair(), make_recipe(fields)
     sizes = pair.student.sizes
     work = work_of(recipe, 8, 16, 4)
     traffic = traffic_of(recipe, pair, work, "remote", 4)
@@ -255,6 +256,8 @@ def test_traffic_by_hand():
     assert traffic.copy == 0.75 * 4 * sizes.num_weights
     assert traffic.states == 2 * 16 * 96 * 4
     assert traffic_of(recipe, pair, work, "live", 1).total == 0
+    of_teacher = with_field(recipe, "objective.prefix", "teacher")
+    assert traffic_of(of_teacher, pair, work, "live", 4).copy == 0
     with pytest.raises(DataError, match="which 3 devices cannot share evenly"):
         work_of(recipe, 8, 16, 3)
 

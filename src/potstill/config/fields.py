@@ -64,6 +64,11 @@ class RecipeFields(Section):
         return weights not in WEIGHTINGS or WEIGHTINGS[weights].is_reward
 
     @property
+    def student_writes(self) -> bool:
+        """Whether the student writes rollouts in training."""
+        return self.objective.prefix in ("student", "mixed") and self.teacher.cache is None
+
+    @property
     def has_older_prefixes(self) -> bool:
         """Whether the prefixes are a student's that wrote them into a cache before."""
         return self.objective.prefix == "student" and self.teacher.cache is not None

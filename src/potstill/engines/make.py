@@ -13,7 +13,10 @@ from potstill.engines.native import NativeEngine
 from potstill.engines.of_ranks import EngineOfRanks
 from potstill.engines.protocol import Engine, EngineError
 from potstill.engines.remote import RemoteEngine
+from potstill.engines.shared import OwnWeights, Weights, WeightsOfRanks
+from potstill.models import distributed
 from potstill.models.distributed import World
+from potstill.models.language_model import LanguageModel
 from potstill.teachers.remote import RemoteDecoder
 from potstill.types import Writer
 
@@ -26,26 +29,38 @@ def make_engine(
     folder: Path,
     max_tokens: int,
     world: World,
+    student: LanguageModel | None = None,
     is_another: bool = False,
 ) -> Engine:
-    """The engine of one writer, whose model may be a copy in another type. A server of vLLM begins
-    with its first completion; each rank has one of its own, and one at a URL is all ranks'.
-    `max_tokens` are those of the longest prompt with its completion."""
+    """The engine of one writer. A server of vLLM begins with its first completion; each rank has
+    one of its own, and one at a URL is all ranks'. `max_tokens` are those of the longest prompt
+    with its completion.
+
+    The model may be a copy of `student`, in another type where `is_another`; an empty copy is for a
+    server, which gets the student's weights.
+    """
     if recipe.rollouts.engine == "native" or isinstance(model, RemoteDecoder):
         return own_engine(model, is_another)
     is_shared = recipe.engine.url is not None and world.size > 1
+    place = folder / (writer if world.size == 1 else f"{writer}-{world.rank}")
+    if student is None or world.size == 1:
+        weights = OwnWeights(model, place, student)
+    else:
+        is_here = world.is_main if is_shared else distributed.is_first_here()
+        weights = WeightsOfRanks(model, place, student, world, is_here=is_here)
     if is_shared and not world.is_main:
-        return EngineOfRanks(model, None, world)
-    name = writer if world.size == 1 else f"{writer}-{world.rank}"
-    engine = _vllm(recipe.engine, model, folder / name, max_tokens)
-    return EngineOfRanks(model, engine, world) if is_shared else engine
+        return EngineOfRanks(model, None, world, weights)
+    engine = _vllm(recipe.engine, model, place, max_tokens, weights)
+    return EngineOfRanks(model, engine, world, weights) if is_shared else engine
 
 
-def _vllm(spec: EngineSpec, model, folder: Path, max_tokens: int) -> Engine:
+def _vllm(
+    spec: EngineSpec, model, folder: Path, max_tokens: int, weights: Weights | None = None
+) -> Engine:
     from potstill.engines.vllm import VllmEngine
 
     dtype = str(model.dtype).removeprefix("torch.")
-    return VllmEngine(model, spec, folder, dtype=dtype, max_tokens=max_tokens)
+    return VllmEngine(model, spec, folder, dtype=dtype, max_tokens=max_tokens, weights=weights)
 
 
 def own_engine(model, is_another: bool = False) -> Engine:

@@ -5,6 +5,7 @@ from typing import Any
 
 from potstill.config import Sampling
 from potstill.engines.protocol import Engine, EngineError
+from potstill.engines.shared import Weights
 from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.seeds import Key
@@ -17,9 +18,9 @@ class EngineOfRanks:
 
     is_native, is_another = False, True
 
-    def __init__(self, model: Any, alone: Engine | None, world: World):
-        """`alone` is the engine, on rank 0."""
-        self.model, self.alone, self.world = model, alone, world
+    def __init__(self, model: Any, alone: Engine | None, world: World, weights: Weights):
+        """`alone` is the engine, on rank 0, which has its weights; the others take part."""
+        self.model, self.alone, self.world, self.weights = model, alone, world, weights
 
     def write(
         self,
@@ -63,7 +64,9 @@ class EngineOfRanks:
         return mine
 
     def update_weights(self, version: int) -> None:
-        if self.alone is not None:
+        if self.alone is None:
+            self.weights.renew(version)
+        else:
             self.alone.update_weights(version)
 
     def rest(self) -> None:

@@ -16,8 +16,8 @@ class Engine(Protocol):
 
     @property
     def model(self) -> Any:
-        """The module whose weights it writes with. They stay as they are from `update_weights`
-        until the last completion is written."""
+        """The module whose weights it writes with, or an empty copy of it. They stay as they are
+        from `update_weights` until the last completion is written."""
         ...
 
     @property
@@ -50,7 +50,8 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, version: int) -> None:
-        """Write with the weights that the model has now, after so many steps."""
+        """Write with the weights that the model has now, after so many steps. Every rank must call
+        this."""
         ...
 
     def rest(self) -> None:

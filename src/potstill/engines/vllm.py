@@ -20,11 +20,11 @@ import torch
 
 from potstill.config import EngineSpec, Sampling
 from potstill.console.printable import say
-from potstill.engines import shared
 from potstill.engines.answers import choices_in, read_completion
 from potstill.engines.calls import call_server, is_gone, is_healthy
 from potstill.engines.protocol import EngineError
 from potstill.engines.server import Server
+from potstill.engines.shared import OwnWeights, Weights
 from potstill.seeds import Key, step_seed
 from potstill.types import Completion
 from potstill.wire import Unavailable
@@ -48,21 +48,32 @@ ENVIRONMENT = {
 
 class VllmEngine:
     """vLLM with the weights of `model`, at `spec.url` or in a process that starts with the first
-    completion. `folder` keeps its log and its configuration."""
+    completion. `folder` keeps its log and its configuration; `weights` are by default the model's
+    own."""
 
     is_native = False
     is_another = True
 
-    def __init__(self, model, spec: EngineSpec, folder: Path, *, dtype: str, max_tokens: int):
+    def __init__(
+        self,
+        model,
+        spec: EngineSpec,
+        folder: Path,
+        *,
+        dtype: str,
+        max_tokens: int,
+        weights: Weights | None = None,
+    ):
         self.model, self.spec, self.folder = model, spec, folder
+        self.weights = weights or OwnWeights(model, folder)
         self.server: Server | None = None
         if spec.url is None:
             folder.mkdir(parents=True, exist_ok=True)
-            on_cpu = model.device.type == "cpu"
+            device = self.weights.device
             command = server_command(
-                spec, folder, dtype=dtype, max_tokens=max_tokens, on_cpu=on_cpu
+                spec, folder, dtype=dtype, max_tokens=max_tokens, on_cpu=device.type == "cpu"
             )
-            self.server = Server(command, environment_of(model.device, folder), folder / "vllm.log")
+            self.server = Server(command, environment_of(device, folder), folder / "vllm.log")
         # Weights of another process, or of an earlier life of this run, have another name.
         self.life, self.version = uuid.uuid4().hex[:8], 0
         self.is_asleep = False
@@ -108,6 +119,7 @@ class VllmEngine:
         return [found[place] for place in range(len(prompts))]
 
     def update_weights(self, version: int) -> None:
+        self.weights.renew(version)
         self.version = version
 
     def rest(self) -> None:
@@ -124,6 +136,7 @@ class VllmEngine:
     def close(self) -> None:
         if self.server is not None:
             self.server.stop()
+        self.weights.close()
 
     @property
     def url(self) -> str:
@@ -171,8 +184,8 @@ class VllmEngine:
     def _push(self) -> None:
         """Give the server the model's weights, and have it forget what the old ones computed."""
         try:
-            with shared.written(self.model, self.folder) as weights:
-                self._call_workers("potstill_reload", str(weights), self.named_version)
+            with self.weights.files() as folder:
+                self._call_workers("potstill_reload", str(folder), self.named_version)
             # After the weights: what is in the cache then is of the old ones.
             self._answer("/reset_prefix_cache", {})
         except Unavailable:

@@ -5,7 +5,7 @@ is its base to the bit.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,9 @@ def base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def merged_weights(model: Any) -> dict[str, Tensor]:
-    """Copies of the weights of the whole model, the adapter merged, by their names in the base.
+def merged_weights(model: Any, names: Container[str] | None = None) -> dict[str, Tensor]:
+    """Copies of the weights of the whole model, the adapter merged, by their names in the base; or
+    of those that have some names in the model.
 
     Second names of one tensor are left out.
     """
@@ -124,12 +125,13 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
     state = {
         name.replace(BASE_MARK, ""): weight.cpu()
         for name, weight in model.state_dict().items()
-        if name in own and not is_of_adapter(name)
+        if name in own and not is_of_adapter(name) and (names is None or name in names)
     }
     for name, layer in adapted(model):
-        merged = layer.get_base_layer().weight.detach().clone()
-        merged += layer.get_delta_weight(NAME)
-        state[f"{name}.weight"] = merged.cpu()
+        if f"{name}.weight" in state:
+            merged = layer.get_base_layer().weight.detach().clone()
+            merged += layer.get_delta_weight(NAME)
+            state[f"{name}.weight"] = merged.cpu()
     return state
 
 

@@ -6,7 +6,8 @@ FSDP2, the teacher is whole on every rank. With one process nothing here does an
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -63,16 +64,20 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shard(model: LanguageModel, world: World, *, in_bfloat16: bool = False) -> nn.Module:
-    """Shard the student over all ranks; returns the whole copy that decodes on this rank.
+def shard(
+    model: LanguageModel, world: World, *, in_bfloat16: bool = False, is_empty: bool = False
+) -> nn.Module:
+    """Shard the student over all ranks; returns the model that decodes on this rank.
 
-    Decoding with sharded weights would gather every layer for every token, so each rank keeps a
-    whole copy in the student's own type or in bfloat16, and refreshes it once a step (`refresh`).
-    Alone, the student decodes itself, unless its weights are in another type.
+    Decoding with sharded weights would gather every layer for every token, so each rank decodes
+    with a whole copy in the student's own type or in bfloat16, and refreshes it once a step
+    (`refresh`). An empty copy is for ranks that decode nothing: its weights have shapes and no
+    values (`with_weights` and `fill` give it some). Alone, the student decodes itself, unless its
+    weights are in another type.
     """
     if world.size == 1 and not in_bfloat16:
         return model.model
-    decoder = _copy(model.model, in_bfloat16)
+    decoder = _copy(model.model, in_bfloat16, is_empty)
     if world.size == 1:
         return decoder
     from torch.distributed.fsdp import FSDPModule
@@ -87,14 +92,13 @@ def shard(model: LanguageModel, world: World, *, in_bfloat16: bool = False) -> n
     return decoder
 
 
-def _copy(model: nn.Module, in_bfloat16: bool) -> nn.Module:
-    """A copy of a model, whose weights may be in bfloat16; buffers stay what they are."""
+def _copy(model: nn.Module, in_bfloat16: bool, is_empty: bool) -> nn.Module:
+    """A copy of a model, whose weights may be in bfloat16, or empty; buffers stay what they are."""
     known = {}
-    if in_bfloat16:
-        known = {
-            id(weight): nn.Parameter(weight.detach().bfloat16(), weight.requires_grad)
-            for weight in model.parameters()
-        }
+    for weight in model.parameters() if in_bfloat16 or is_empty else ():
+        own = weight.detach().to("meta") if is_empty else weight.detach()
+        own = own.bfloat16() if in_bfloat16 else own
+        known[id(weight)] = nn.Parameter(own, weight.requires_grad)
     return copy.deepcopy(model, known)
 
 
@@ -125,9 +129,55 @@ def refresh(copied: nn.Module, model: LanguageModel, kept: float = 0.0) -> None:
     if copied is model.model:
         return
     for mine, sharded in zip(copied.parameters(), model.model.parameters(), strict=True):
-        if sharded.requires_grad:
+        if sharded.requires_grad and not mine.is_meta:
             # In the copy's type before the ranks exchange it.
             mine.lerp_(whole(sharded.to(mine.dtype)), 1 - kept)
+
+
+@torch.no_grad()
+def fill(
+    copied: nn.Module, model: LanguageModel, *, is_here: bool, names: Container[str] | None = None
+) -> list[nn.Parameter]:
+    """Give an empty copy the student's weights where `is_here`: those of some names, or all; the
+    weights that it has now. Every rank must call this."""
+    found = []
+    own = model.model.named_parameters()
+    for mine, (name, sharded) in zip(copied.parameters(), own, strict=True):
+        if mine.is_meta and (names is None or name in names):
+            weight = whole(sharded.detach().to(mine.dtype))
+            if is_here:
+                # In place, so that tied weights stay tied.
+                torch.utils.swap_tensors(mine, nn.Parameter(weight, mine.requires_grad))
+                found.append(mine)
+    return found
+
+
+@contextmanager
+def with_weights(
+    copied: nn.Module, model: LanguageModel, names: Container[str], *, is_here: bool
+) -> Iterator[None]:
+    """Within, an empty copy has some of the student's weights. Every rank must call this."""
+    found = fill(copied, model, is_here=is_here, names=names)
+    try:
+        yield
+    finally:
+        for weight in found:
+            empty = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
+            torch.utils.swap_tensors(weight, empty)
+
+
+def names_by_layer(model: Any) -> list[list[str]]:
+    """The names of a model's weights and buffers: those of each layer, and the others."""
+    layers = set(layers_of(model))
+    firsts = [f"{name}." for name, module in model.named_modules() if module in layers]
+    names = [*model.state_dict()]
+    parts = [[name for name in names if name.startswith(first)] for first in firsts]
+    return [*parts, [name for name in names if not name.startswith(tuple(firsts))]]
+
+
+def is_first_here() -> bool:
+    """Whether this rank is the first one of its machine, as torchrun numbers them."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:

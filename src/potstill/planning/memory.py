@@ -166,9 +166,23 @@ def _kept(
             parts[f"teacher {spec.name}"] = _further_bytes(spec, outline.sizes)
         elif not shares_base(recipe, num_devices):
             parts[f"teacher {spec.name}"] = whole
-    if num_devices > 1 or writing != dtype:
+    if _has_copy(recipe, place, num_devices, is_another=writing != dtype):
         parts["decoding copy"] = student.weight_bytes(writing)
     return parts
+
+
+def _has_copy(recipe: Recipe, place: TeacherPlace, num_devices: int, *, is_another: bool) -> bool:
+    """Whether a device has a whole copy of the student: to write with, or for ranks to measure."""
+    by_default = place in ("live", "remote") and recipe.teacher.follows_every is None
+    is_measured = (
+        recipe.window.schedule == "entropy-gated"
+        or recipe.validation.is_asked_for
+        or (recipe.validation.num_prompts != 0 and by_default)
+    )
+    writes = recipe.student_writes or is_measured
+    if num_devices == 1:
+        return writes and is_another and recipe.rollouts.engine == "native"
+    return is_measured or (writes and recipe.rollouts.engine == "native")
 
 
 def _further_bytes(spec: FurtherTeacher, sizes: Sizes) -> int:

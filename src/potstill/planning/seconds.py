@@ -32,8 +32,8 @@ HOST_LINK = 25e9
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
     """Bytes that a device receives in a step: the student's layers and gradients (`shards`), the
-    whole copy that decodes (`copy`), a spread teacher's layers (`teacher`), and a remote one's
-    states (`states`).
+    whole weights that decode, here or in an engine (`copy`), a spread teacher's layers (`teacher`),
+    and a remote one's states (`states`).
 
     `push` is what an engine that decodes would get instead of `copy`, in bfloat16.
     """
@@ -70,6 +70,7 @@ def traffic_of(
         in_layers = teacher.num_weights - teacher.outside_layers
         of_teacher = others * work.num_batches * in_layers * BYTES[teacher_dtype(recipe)]
     num_tokens = work.num_rollouts * work.completion_tokens
+    writing = student.trained_bytes(writes_in(recipe, pair, on_cpu=on_cpu))
     if place == "remote" and pair.teacher is not None:
         states = num_tokens * pair.teacher.sizes.width * BYTES[recipe.teacher.wire_dtype]
     for spec, outline in zip(recipe.teachers, pair.further, strict=True):
@@ -77,7 +78,7 @@ def traffic_of(
             states += num_tokens * outline.sizes.width * BYTES[spec.wire_dtype]
     return Traffic(
         shards=others * work.num_batches * (gathered + student.trained_bytes(dtype)),
-        copy=others * student.trained_bytes(writes_in(recipe, pair, on_cpu=on_cpu)) / reuse,
+        copy=others * writing / reuse if recipe.student_writes else 0.0,
         teacher=of_teacher,
         states=states,
         push=student.num_weights * BYTES["bfloat16"] / reuse,

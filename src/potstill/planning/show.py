@@ -98,8 +98,8 @@ def _last_lines(plan: RunPlan) -> list[str]:
         lines[0] += f"; a teacher cache takes {plan.cache_token:,} bytes a token"
     if plan.asked.num_devices > 1:
         lines.append(
-            f"received by a device in a step: shards {shown_bytes(traffic.shards)}, the copy that "
-            f"decodes {shown_bytes(traffic.copy)} (an engine would get {shown_bytes(traffic.push)})"
+            f"received by a device in a step: shards {shown_bytes(traffic.shards)}, weights that "
+            f"decode {shown_bytes(traffic.copy)} (an engine would get {shown_bytes(traffic.push)})"
         )
     lines += _engine_lines(plan)
     peak, memory = plan.needs.memory.peak, shown_bytes(device.memory)

@@ -368,10 +368,10 @@ def weights(student: LanguageModel, decoder: Any, lora: Lora) -> dict[str, torch
     """The student's whole weights on the CPU, by their names in the Hugging Face model; its
     adapter's alone where that is to be saved. Every rank must call this.
 
-    `decoder` is the model that decodes, with the weights of now: an adapter is merged from it.
+    `decoder`, from which an adapter is merged, has the weights of now; other ranks have none.
     """
     if has_adapter(student.model) and lora.save == "merged":
-        return merged_weights(decoder)
+        return {} if decoder is None else merged_weights(decoder)
     state = get_model_state_dict(student, options=_options(student))
     return {name.removeprefix("model."): value for name, value in _untied(state, student).items()}
 

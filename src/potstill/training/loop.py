@@ -346,13 +346,14 @@ def _save(trainer: Trainer, run: Run) -> None:
 
 def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
     """Write the student, evaluate it, and mark the run as done."""
-    recipe, setup, folder = trainer.recipe, trainer.setup, trainer.folder
+    recipe, setup, folder, world = trainer.recipe, trainer.setup, trainer.folder, trainer.world
     student = setup.student
     decoder = trainer.decoder
-    trainer.bring_up(run.step)
-    weights = checkpoint.weights(student, decoder, recipe.student.lora)
+    if recipe.evaluation.source is not None or has_adapter(decoder):
+        trainer.complete(run.step)
+    weights = checkpoint.weights(student, decoder if world.is_main else None, recipe.student.lora)
     student.eval()
-    if trainer.world.is_main:
+    if world.is_main:
         save_model(student, weights, setup.ends.stop_ids, folder / "model")
         if has_adapter(decoder) and not is_quantized(decoder):
             # Evaluated is what is saved, to the bit.
@@ -363,7 +364,7 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
         evaluate_run(recipe, trainer.measured, run.step, quiet, own)
         write_card(folder)
         run_folder.mark_done(recipe)
-    distributed.wait_for_rank_0(trainer.world)
+    distributed.wait_for_rank_0(world)
     # A run that was stopped after its last step has no step left to do.
     return RunResult(folder, student, run.metrics or run_folder.last_row(folder))
 

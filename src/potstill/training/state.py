@@ -38,7 +38,7 @@ class Trainer:
     """Everything that the steps of a run share. Its models and its optimiser change in place.
 
     `settings` are `recipe.train` with a learning rate. `engines` are those of the models that
-    write; the student's writes with a whole copy where the trained one is sharded, or writes in
+    write; this process writes with a whole copy of a student that ranks share, or that writes in
     another type. `follower` is a teacher that becomes the student every so many steps.
     """
 
@@ -65,7 +65,8 @@ class Trainer:
 
     @property
     def decoder(self) -> Any:
-        """The student's model that writes, whole on this rank."""
+        """The student's model that writes: whole on this rank, or empty where it neither writes nor
+        is measured."""
         return self.engines["student"].model
 
     @property
@@ -78,6 +79,11 @@ class Trainer:
         Every rank must call this."""
         distributed.refresh(self.decoder, self.setup.student)
         self.engines["student"].update_weights(step)
+
+    def complete(self, step: int) -> None:
+        """Bring it up once more at the end of a run, whole on rank 0. Every rank must call this."""
+        self.bring_up(step)
+        distributed.fill(self.decoder, self.setup.student, is_here=self.world.is_main)
 
     def rest(self) -> None:
         """Leave the device to what learns."""
@@ -159,12 +165,16 @@ def make_trainer(recipe: Recipe, setup: Setup, world: World) -> Trainer:
 def _engines(recipe: Recipe, setup: Setup, world: World) -> dict[Writer, Engine]:
     """An engine for each model that writes, once the student is sharded."""
     place: dict[str, Any] = {"folder": recipe.out / "engine", "max_tokens": setup.longest}
-    writes_in = recipe.writes_in(setup.loss.compute_dtype)
-    is_another = writes_in == "bfloat16" and setup.student.model.dtype == torch.float32
-    decoder = distributed.shard(setup.student, world, in_bfloat16=is_another)
+    decoder, is_another = _decoder(recipe, setup, world)
     engines: dict[Writer, Engine] = {
         "student": make_engine(
-            recipe, decoder, "student", world=world, is_another=is_another, **place
+            recipe,
+            decoder,
+            "student",
+            world=world,
+            student=setup.student,
+            is_another=is_another,
+            **place,
         )
     }
     writes = None if setup.teacher is None else setup.teacher.decoder
@@ -176,6 +186,23 @@ def _engines(recipe: Recipe, setup: Setup, world: World) -> dict[Writer, Engine]
         # Validation asks for few completions.
         engines["teacher"] = own_engine(writes)
     return engines
+
+
+def _decoder(recipe: Recipe, setup: Setup, world: World) -> tuple[Any, bool]:
+    """The model that writes for the student, once that is sharded, and whether it is a copy in
+    another type. It is empty where this process neither writes with it nor measures it."""
+    is_measured = bool(setup.probes) or setup.held_out is not None
+    writes, is_here = recipe.student_writes or is_measured, recipe.rollouts.engine == "native"
+    # A server also writes for the evaluation; by itself this process evaluates what is saved.
+    is_written = writes or (not is_here and recipe.evaluation.source is not None)
+    in_bfloat16 = recipe.writes_in(setup.loss.compute_dtype) == "bfloat16"
+    is_another = is_written and in_bfloat16 and setup.student.model.dtype == torch.float32
+    # A student that is alone is measured itself.
+    has_values = (writes and is_here) or (is_measured and world.size > 1)
+    decoder = distributed.shard(
+        setup.student, world, in_bfloat16=is_another, is_empty=not has_values
+    )
+    return decoder, is_another
 
 
 def begin(trainer: Trainer) -> Run:

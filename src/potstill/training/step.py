@@ -83,7 +83,8 @@ def begin_step(trainer: Trainer, run: Run) -> None:
     if follower is not None and every is not None and run.step > 0 and run.step % every == 0:
         distributed.refresh(follower.model, student, kept=recipe.teacher.ema or 0.0)
     student.eval()
-    if run.step % recipe.rollouts.reuse == 0:
+    probes = is_probe_due(recipe.window, run.window, run.step, recipe.rollouts.reuse)
+    if run.step % recipe.rollouts.reuse == 0 and (recipe.student_writes or probes):
         trainer.bring_up(run.step)
 
 
