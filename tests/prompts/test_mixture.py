@@ -182,6 +182,23 @@ def test_each_source_has_its_columns_and_all_prompts_an_id(tmp_path):
     assert len({e.id for e in examples}) == 4
 
 
+def test_levels_are_a_column_s_or_a_source_s(tmp_path):
+    """As `only` of a teacher names them."""
+    (tmp_path / "a.csv").write_text("prompt,domain\n1*2=,maths\n3*4=,\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "7*8="}\n')
+    sources = [
+        {"source": str(tmp_path / "a.csv")},
+        {"source": str(tmp_path / "b.jsonl"), "level": "code"},
+    ]
+    data = {"sources": sources, "level_column": "domain"}
+    options = {"end_ids": (2,), "date": "2026-01-01"}
+    prompts, _ = prepare_prompts(make_recipe({"data": data}), Model(), None, **options)
+    assert [prompt.example.level for prompt in prompts] == ["maths", "", "code"]
+    del sources[1]["level"]
+    with pytest.raises(DataError, match=r"b\.jsonl.* has no column 'domain', only prompt; name"):
+        prepare_prompts(make_recipe({"data": data}), Model(), None, **options)
+
+
 def test_a_run_that_stops_goes_on_with_the_same_prompts(tmp_path):
     for name, num in (("a", 3), ("b", 5)):
         rows = [{"prompt": f"{name == 'a':d}{i}*3=", "completion": f"{i}"} for i in range(num)]

@@ -259,8 +259,8 @@ def _unread_of_data(data: Data) -> dict[str, str]:
         reason = f"data.source is the task {source!r}, which has no columns"
         unread |= dict.fromkeys(
             (
-                *("data.prompt_column", "data.prompt_template", "data.train_on"),
-                *("teacher.prompt_column", "teacher.prompt_template"),
+                *("data.prompt_column", "data.prompt_template", "data.level_column"),
+                *("data.train_on", "teacher.prompt_column", "teacher.prompt_template"),
             ),
             reason,
         )

@@ -58,6 +58,27 @@ def load_examples(
     `teacher_column` holds the teacher's own prompts, or `teacher_template` makes them. Raises
     DataError.
     """
+    asked = Asked(
+        column=prompt_column,
+        template=prompt_template,
+        teacher_column=teacher_column,
+        teacher_template=teacher_template,
+        train_on=train_on,
+    )
+    options: Any = {"split": split, "num_examples": num_examples, "seed": seed, "config": config}
+    return examples_of(source, asked, **options)
+
+
+def examples_of(
+    source: str | Sequence[str],
+    asked: Asked,
+    *,
+    split: str = "train",
+    num_examples: int | None = None,
+    seed: int = 0,
+    config: str | None = None,
+) -> list[Example]:
+    """Examples as `load_examples` has them, by what is asked for in rows. Raises DataError."""
     if isinstance(source, str) and not is_table(source):
         return load_task(source, split=split, num_examples=num_examples, seed=seed)[1]
     for name in sources(source):
@@ -66,13 +87,6 @@ def load_examples(
                 f"{source!r} has the task {name!r} among its tables; give files and data sets, "
                 "or a task alone"
             )
-    asked = Asked(
-        column=prompt_column,
-        template=prompt_template,
-        teacher_column=teacher_column,
-        teacher_template=teacher_template,
-        train_on=train_on,
-    )
     rows = read_table_rows(
         source, asked.columns(), num_rows=num_examples, split=split, config=config
     )

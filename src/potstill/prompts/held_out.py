@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from potstill.config import DEFAULT_PROMPTS, PART, Recipe, Window, steps_between
-from potstill.prompts.examples import load_examples, load_task
-from potstill.prompts.prepare import as_read
+from potstill.prompts.examples import examples_of, load_task
+from potstill.prompts.prepare import as_read, asked_of
 from potstill.tasks import Task, is_table
 from potstill.types import DataError, Example, Prompt
 
@@ -220,15 +220,8 @@ def _of_source(recipe: Recipe, num: int | None) -> tuple[Task | None, list[Examp
     split = validation.split or "test"
     if isinstance(source, str) and not is_table(source):
         return load_task(source, split=split, num_examples=num or DEFAULT_PROMPTS, seed=data.seed)
-    examples = load_examples(
-        source,
-        split=split,
-        num_examples=num,
-        prompt_column=data.prompt_column,
-        prompt_template=data.prompt_template,
-        teacher_column=recipe.teacher.prompt_column,
-        teacher_template=recipe.teacher.prompt_template,
-    )
+    asked = asked_of(data, recipe.teacher)
+    examples = examples_of(source, asked, split=split, num_examples=num)
     return None, examples[: num or DEFAULT_PROMPTS]
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from potstill.config import Data, Recipe, TeacherSpec
 from potstill.prompts.examples import (
-    load_examples,
+    examples_of,
     make_prompts,
     prompt_notes,
     with_teacher_prompts,
 )
 from potstill.prompts.overview import length_table
-from potstill.prompts.rows import Asked, make_examples, rows_of_objects
+from potstill.prompts.rows import LEVEL, Asked, make_examples, rows_of_objects
 from potstill.prompts.system import system_notes, with_system
 from potstill.tasks import is_table
 from potstill.tasks.tables import blank_lines, sources, with_own_ids
@@ -78,49 +78,52 @@ def _examples(data: Data, spec: TeacherSpec, given: Sequence[Any] | None) -> lis
     if given is None:
         return _load(data, spec)
     rows = rows_of_objects(given, data.prompt_column)
-    asked = Asked(
+    return make_examples(rows, asked_of(data, spec))
+
+
+def asked_of(data: Data, teacher: TeacherSpec) -> Asked:
+    """Where the rows of a recipe's data have what both models are asked."""
+    return Asked(
         column=data.prompt_column,
         template=data.prompt_template,
-        teacher_column=spec.prompt_column,
-        teacher_template=spec.prompt_template,
+        teacher_column=teacher.prompt_column,
+        teacher_template=teacher.prompt_template,
         train_on=data.train_on,
+        level_column=data.level_column,
     )
-    return make_examples(rows, asked)
 
 
 def _load(data: Data, teacher: TeacherSpec) -> list[Example]:
     """The examples of the data's source, or of its several sources one after the other. Raises
     DataError."""
-    alike: dict[str, Any] = {
-        "teacher_column": teacher.prompt_column,
-        "teacher_template": teacher.prompt_template,
-        "train_on": data.train_on,
-    }
+    asked = asked_of(data, teacher)
     if not data.sources:
-        return load_examples(
+        return examples_of(
             data.source,
+            asked,
             split=data.split,
             num_examples=data.num_prompts,
-            prompt_column=data.prompt_column,
-            prompt_template=data.prompt_template,
             seed=data.seed,
             config=data.config,
-            **alike,
         )
     examples = []
     for place, each in enumerate(data.sources):
-        is_asked_otherwise = each.prompt_column is not None or each.prompt_template is not None
-        asked = each if is_asked_otherwise else data
-        found = load_examples(
+        its_own = asked
+        if each.prompt_column is not None or each.prompt_template is not None:
+            column = each.prompt_column or data.prompt_column
+            its_own = replace(asked, column=column, template=each.prompt_template)
+        if each.level is not None:
+            its_own = replace(its_own, level_column=LEVEL)
+        found = examples_of(
             each.source,
+            its_own,
             split=each.split or "train",
             num_examples=each.num_prompts,
-            prompt_column=asked.prompt_column or data.prompt_column,
-            prompt_template=asked.prompt_template,
             config=each.config,
-            **alike,
         )
-        examples += [replace(example, source=place) for example in found]
+        examples += [
+            replace(example, source=place, level=each.level or example.level) for example in found
+        ]
     return with_own_ids(examples)
 
 

@@ -10,7 +10,8 @@ from potstill.tasks.tables import DataRow, make_row, with_own_ids
 from potstill.types import DataError, Example, Message
 
 # Columns beside the prompt's.
-COLUMNS = ("messages", "completion", "tools", "answer", "level", "id")
+COLUMNS = ("messages", "completion", "tools", "answer", "id")
+LEVEL = "level"
 # Keys that an assistant's message may have instead of content.
 INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
@@ -29,10 +30,11 @@ class Asked:
     teacher_column: str | None = None
     teacher_template: str | None = None
     train_on: Literal["last", "all"] = "last"
+    level_column: str = LEVEL
 
     def columns(self) -> list[str]:
         """All columns that are read, each once."""
-        names = [self.column, *COLUMNS]
+        names = [self.column, self.level_column, *COLUMNS]
         if self.teacher_column is not None:
             names.append(self.teacher_column)
         for template in (self.template, self.teacher_template):
@@ -90,12 +92,23 @@ def example_from_row(row: DataRow, place: int, asked: Asked) -> Example:
         prompt=prompt,
         completion=_completion(completion, where),
         answer=None if answer is None else str(answer),
-        level=str(values.get("level", "")),
+        level=_level(row, asked.level_column),
         teacher_prompt=_teacher_prompt(row, asked),
         tools=tools_of(values["tools"], where) if "tools" in values else None,
         where=where,
         source=row.source,
     )
+
+
+def _level(row: DataRow, column: str) -> str:
+    """The level of a row; none where it is empty, or where no column was asked for and none is
+    there."""
+    if column != LEVEL and column not in row.names:
+        raise DataError(
+            f"{row.where} has no column {column!r}, only {', '.join(sorted(row.names))}; name one "
+            "of them with data.level_column"
+        )
+    return str(row.values.get(column, ""))
 
 
 def _prompt_and_completion(row: DataRow, asked: Asked) -> tuple[Any, Any]:

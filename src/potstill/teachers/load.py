@@ -181,7 +181,7 @@ def refuse_untaught(
         if not any(each.is_for(prompt) for each in teachings):
             named = "; ".join(f"{each.name}: {', '.join(each.only or ())}" for each in teachings)
             level = prompt.example.level
-            has = f"has the level {level!r}" if level else "has no level (a column `level`)"
+            has = f"has the level {level!r}" if level else "has no level (data.level_column)"
             raise DataError(
                 f"{prompt.example.name} {has}, and `only` of no teacher names it ({named}); add it "
                 "to one, or leave the prompt out"

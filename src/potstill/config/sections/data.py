@@ -27,6 +27,8 @@ class DataSource(Section, role=Role.DATA):
     """As data.prompt_column, for this source."""
     prompt_template: Filled | None = None
     """As data.prompt_template, for this source."""
+    level: str | None = None
+    """Level of all its prompts, in place of data.level_column."""
 
 
 class Data(Section, role=Role.DATA):
@@ -37,7 +39,8 @@ class Data(Section, role=Role.DATA):
     folder of one; or a list of files and data sets."""
     sources: tuple[DataSource, ...] = ()
     """Files and data sets with a weight each, in place of data.source: tables [[data.sources]] with
-    `source`, `weight`, `split`, `config`, `num_prompts`, `prompt_column` and `prompt_template`."""
+    `source`, `weight`, `split`, `config`, `num_prompts`, `prompt_column`, `prompt_template` and
+    `level`."""
     split: str = "train"
     """Split of a task or hub data set."""
     config: str | None = None
@@ -49,6 +52,8 @@ class Data(Section, role=Role.DATA):
     prompt_template: Filled | None = None
     """Prompt that is filled in from columns, such as "Question: {question}\\nAnswer:", in place of
     data.prompt_column. Write a brace of the text twice."""
+    level_column: str = "level"
+    """Column that says of which kind a prompt is, as `only` of a teacher names kinds."""
     train_on: Literal["last", "all"] = "last"
     """objective.prefix = "dataset": the turns of the assistant's in a row's `messages` that are
     trained on. last: those at the end; all: each one, up to window.tokens after the first

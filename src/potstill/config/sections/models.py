@@ -58,8 +58,9 @@ class TeacherModel(Section, role=Role.MODEL):
     weight: Annotated[float, Role.OBJECTIVE] = Field(default=1.0, gt=0)
     """Weight of its divergence in the loss, where there are several teachers."""
     only: Annotated[tuple[str, ...] | None, Role.OBJECTIVE] = Field(default=None, min_length=1)
-    """Prompts that it teaches, where there are several teachers: values of the data's column
-    `level`; by default all. A token's loss is the weighted sum over the teachers of its prompt."""
+    """Prompts that it teaches, where there are several teachers: their levels,
+    as data.level_column has them; by default all. A token's loss is the weighted sum over the
+    teachers of its prompt."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the teacher's weights."""
     attention: Annotated[
