@@ -17,7 +17,7 @@ import torch
 from padded_heads import with_wide_heads
 
 from potstill import load_model, train
-from potstill.config import EngineSpec, Lora, Sampling, make_recipe
+from potstill.config import EngineSpec, Lora, Sampling, make_recipe, to_toml
 from potstill.engines.entropies import with_entropies
 from potstill.engines.vllm import VllmEngine
 from potstill.models.adapters import attach
@@ -185,6 +185,44 @@ time.sleep(600)
     while pids("-g", group):
         assert time.monotonic() < ends
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("where", ["url", "started"])
+def test_two_ranks_write_what_one_does(engine, tmp_path, forks, where):
+    """With one server for both, and with one each; that of one rank has other weights before."""
+    base = load_model("potstill:base")
+    wide = base.around(with_wide_heads(base.model), "wide")
+    wide.model.save_pretrained(tmp_path / "wide")
+    wide.tokenizer.save_pretrained(tmp_path / "wide")
+    engine.write(PROMPTS[:1], SEEDS[:1], **HOW)
+    found = {}
+    # One rank with a server of its own is what other tests have.
+    for num_ranks in (1, 2):
+        there = {"python": PYTHON} if (where, num_ranks) == ("started", 2) else {"url": engine.url}
+        recipe = {
+            "out": str(tmp_path / f"on-{num_ranks}"),
+            "student": {"model": str(tmp_path / "wide")},
+            "objective": {"prefix": "student", "kl": "reverse"},
+            "data": {"num_prompts": 64},
+            "window": {"tokens": 48},
+            # So small that later rollouts are the same to the last token, and mean another version.
+            "train": {"steps": 3, "prompts_per_step": 16, "lr": 1e-6},
+            "validation": {"num_prompts": 0},
+            "rollouts": {"engine": "vllm"},
+            "engine": there,
+        }
+        (tmp_path / "recipe.toml").write_text(to_toml(make_recipe(recipe).resolved()))
+        began = time.monotonic()
+        argv = ["train", "recipe.toml", "--out", f"on-{num_ranks}"]
+        ended = forks.run_ranks(tmp_path, argv, num_ranks)
+        assert ended.code == 0, ended.err
+        found[num_ranks] = run_folder.read_metrics(tmp_path / f"on-{num_ranks}")
+        print(f"{where}, {num_ranks} ranks: {time.monotonic() - began:.0f} s")
+    for one, other in zip(found[1], found[2], strict=True):
+        for name in ("loss", "reverse_kl", "student_entropy", "grad_norm", "length"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4), name
+        assert other["engine_mismatch_max"] < 1e-3
+    assert len({row["engine_mismatch_max"] for row in found[2]}) == 3
 
 
 def test_a_run_is_as_one_of_the_native_engine(student, tmp_path, capsys):
