@@ -87,7 +87,7 @@ test-vllm: $(VENV)/installed
 else
 test-vllm: $(VENV)/installed .venv-vllm/installed
 endif
-	$(BIN)/pytest -m vllm -s tests/engines
+	$(BIN)/pytest -m vllm -s tests/engines tests/teachers
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -495,6 +495,7 @@ FIELDS_WITH = {
         "student.attention",
         "teacher.attention",
         "teacher.placement",
+        "teacher.protocol",
         "teacher.device",
         "teacher.url",
     },

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import torch
 from waiting import wait_until
 
 from potstill.wire import Unavailable, request
@@ -60,16 +61,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def that_answers(states: Callable[[dict[str, Any]], tuple[int, dict[str, str], bytes]]):
-    """The URL of a server whose `/pooling` answers with a status, headers and a body, of which a
-    header `cut` has only so many bytes sent."""
+def that_answers(
+    states: Callable[[dict[str, Any]], tuple[int, dict[str, str], bytes]], **told: Any
+):
+    """The URL of a server that answers what is POSTed with a status, headers and a body, of which a
+    header `cut` has only so many bytes sent; `told` is what it tells of its model."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *given):
             pass
 
         def do_GET(self):
-            self._send(200, {}, json.dumps({"data": [{"id": "fake"}]}).encode())
+            self._send(200, {}, json.dumps({"data": [{"id": "fake"} | told]}).encode())
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -91,3 +94,36 @@ def that_answers(states: Callable[[dict[str, Any]], tuple[int, dict[str, str], b
     finally:
         server.shutdown()
         server.server_close()
+
+
+def log_probs_of(model, most: int = 20):
+    """Answers with the log-probabilities of prompts, as vLLM's server words them, for
+    `that_answers`; of at most so many tokens a position."""
+
+    def answer(asked: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        k = asked["prompt_logprobs"]
+        if k > most:
+            says = f"Requested prompt logprobs of {k}, which is greater than max allowed: {most}"
+            return 400, {}, json.dumps({"error": {"message": says}}).encode()
+        choices = []
+        for index, ids in enumerate(asked["prompt"]):
+            with torch.no_grad():
+                log_probs_TV = model.head(model(torch.tensor([ids]))[0]).float().log_softmax(-1)
+            told = [None] + [
+                _told(row_V, i, k) for row_V, i in zip(log_probs_TV, ids[1:], strict=False)
+            ]
+            choices.append({"index": index, "text": "", "prompt_logprobs": told})
+        return 200, {}, json.dumps({"choices": choices}).encode()
+
+    return answer
+
+
+def _told(log_probs_V: torch.Tensor, token_id: int, k: int) -> dict[str, dict[str, Any]]:
+    """The token itself comes first, and is one more where it is not among the likeliest."""
+    order = log_probs_V.argsort(descending=True).tolist()
+    chosen = dict.fromkeys([token_id, *order[:k]])
+    ranks = {i: rank for rank, i in enumerate(order, 1)}
+    return {
+        str(i): {"logprob": float(log_probs_V[i]), "rank": ranks[i], "decoded_token": "?"}
+        for i in chosen
+    }

@@ -29,8 +29,9 @@ from potstill.objectives.loss import Loss, batch_loss, teacher_signal
 from potstill.rollouts.batching import make_batches
 from potstill.serving import limits
 from potstill.serving.app import make_app
-from potstill.teachers import remote
-from potstill.teachers.remote import RemoteTeacher, reach
+from potstill.teachers.remote import servers
+from potstill.teachers.remote.reach import reach
+from potstill.teachers.remote.states import StatesTeacher
 from potstill.types import ModelError, NonFiniteError
 from potstill.wire import request
 
@@ -101,7 +102,7 @@ def test_batches_of_chats_are_asked_for_ahead(teacher, url):
         rollouts.append(dataclasses.replace(rollout, prompt=prompt))
     batches = make_batches(rollouts, tokens_per_batch=24)
     there.expect(batches)
-    there._begin = None
+    there.begin = None
     for batch in batches:
         torch.testing.assert_close(there.signal_at(batch), teacher.signal_at(batch))
 
@@ -170,7 +171,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_is_not_what_it_should_be(fault, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(servers, "FIRST_WAIT", 0.05)
     changed, error, says = FAULTS[fault]
     options = {"width": WIDTH} | changed
     with (
@@ -182,8 +183,8 @@ def test_a_server_that_is_not_what_it_should_be(fault, monkeypatch):
 
 
 def test_a_server_that_hangs_is_given_up(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.05)
-    monkeypatch.setattr(remote, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(servers, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(servers, "REQUEST_SECONDS", 0.2)
     hangs = threading.Event()
 
     def hang(asked):
@@ -213,7 +214,7 @@ def test_a_server_that_disagrees_with_itself_is_refused():
 
 def test_faults_on_the_way_are_asked_again_and_change_nothing(monkeypatch, teacher, url):
     """Of two servers one is broken half of the time, and answers with half of a body at others."""
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(servers, "FIRST_WAIT", 0.01)
     numbers = iter(range(10**6))
 
     def sometimes(asked):
@@ -227,7 +228,7 @@ def test_faults_on_the_way_are_asked_again_and_change_nothing(monkeypatch, teach
 
     student = load_model(STUDENT)
     with served.that_answers(sometimes) as broken:
-        there = RemoteTeacher(spec((broken, url)), CPU)
+        there = StatesTeacher(spec((broken, url)), CPU)
         found = [loss_and_gradients(student, there, "reverse") for _ in range(3)]
     here = loss_and_gradients(student, teacher, "reverse")
     for values, _ in found:

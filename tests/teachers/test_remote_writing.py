@@ -15,7 +15,7 @@ from potstill.engines.remote import RemoteEngine
 from potstill.models.language_model import fingerprint
 from potstill.models.probe import ready
 from potstill.serving import app
-from potstill.teachers.remote import reach
+from potstill.teachers.remote.reach import reach
 from potstill.teachers.store import Cache
 from potstill.types import ModelError
 from potstill.wire import request

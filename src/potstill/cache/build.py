@@ -38,7 +38,7 @@ from potstill.teachers.manifest import (
     sampling_settings,
 )
 from potstill.teachers.protocol import Teacher
-from potstill.teachers.remote import RemoteTeacher
+from potstill.teachers.remote.base import RemoteTeacher
 from potstill.teachers.shards import INDEX_OF_ALL, ShardIndex, index_together, key_of, read_index
 from potstill.teachers.store import Cache
 from potstill.training.setup import Setup, prepare
@@ -121,6 +121,10 @@ def _as_written(recipe: Recipe, options: CacheOptions) -> Recipe:
     if recipe.teacher.model == "self":
         raise RecipeError(
             'teacher.model is "self", which changes from run to run; name the model to cache'
+        )
+    if recipe.teacher.url is not None and recipe.teacher.protocol == "logprobs":
+        raise RecipeError(
+            'teacher.protocol is "logprobs", and a cache is made of hidden states; use "states"'
         )
     if recipe.teachers:
         raise RecipeError(

@@ -24,7 +24,7 @@ from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.prefixes import Writing, write_rollouts
 from potstill.teachers.manifest import Settings, ShardRecord, arrays_digest
 from potstill.teachers.protocol import Teacher
-from potstill.teachers.remote import expect
+from potstill.teachers.remote.reach import expect
 from potstill.teachers.shards import (
     INDEX,
     KEY_BYTES,
@@ -184,6 +184,7 @@ def _score(
             known.log_probs_NK,
             _column(known.end_log_prob_N, hidden_NE),
         )
+        assert known.entropy_N is not None, "the whole distribution is known"
         columns += (_column(known.tail_log_prob_N, hidden_NE), known.entropy_N)
         return dict(zip(SIGNALS["topk"], columns, strict=True)), None
     assert settings.dtype is not None

@@ -2,11 +2,14 @@
 
 from potstill.config.fields import RecipeFields
 from potstill.config.values import refuse_any
+from potstill.config.weightings import WEIGHTINGS
 
 
 def refuse_misplaced_teachers(recipe: RecipeFields) -> None:
     """Raise ValueError for teachers that are not where they would have to be, or too many."""
     _check_placement(recipe)
+    if recipe.teacher.url is not None and recipe.teacher.protocol == "logprobs":
+        _check_log_probs(recipe)
     if recipe.teachers:
         _check_several(recipe)
 
@@ -50,6 +53,47 @@ def _check_placement(recipe: RecipeFields) -> None:
         )
 
 
+def _check_log_probs(recipe: RecipeFields) -> None:
+    """Refuse what log-probabilities of some tokens do not tell."""
+    objective, weights = recipe.objective, recipe.objective.weights
+    refuse_any(
+        'teacher.protocol is "logprobs"',
+        'use "states"',
+        (
+            objective.prefix in ("teacher", "mixed") and recipe.teacher.cache is None,
+            f'objective.prefix is "{objective.prefix}", and such a teacher does not write; use '
+            '"student" or "dataset"',
+        ),
+        (
+            objective.has_divergence and objective.signal not in ("sampled", "topk"),
+            f'objective.signal is "{objective.signal}", which takes whole distributions; use '
+            '"sampled" or "topk"',
+        ),
+        (
+            objective.temperature != 1,
+            f"objective.temperature is {objective.temperature:g}, at which whole distributions "
+            "would have to be made anew; use 1",
+        ),
+        (
+            objective.signal == "sampled" and objective.baseline == "exact",
+            'objective.baseline is "exact", which takes whole distributions; use "none"',
+        ),
+        (
+            weights is not None and (weights == "entropy-aware" or weights not in WEIGHTINGS),
+            f'objective.weights is "{weights}", which may read the teacher\'s entropy; choose '
+            "another weighting",
+        ),
+        (
+            recipe.weight_schedule.schedule == "entropy",
+            'weight_schedule.schedule is "entropy", which reads the teacher\'s; choose another',
+        ),
+        (
+            recipe.window.schedule == "entropy-gated" and recipe.window.reference == "teacher",
+            'window.reference is "teacher", whose entropy is not known; use "first"',
+        ),
+    )
+
+
 def _check_several(recipe: RecipeFields) -> None:
     """Refuse what is about one teacher alone."""
     objective, teacher = recipe.objective, recipe.teacher
@@ -63,6 +107,11 @@ def _check_several(recipe: RecipeFields) -> None:
         raise ValueError(
             f'teachers has "{other.name}" with model = "self"; use "start" for the student as it '
             'was at first, or teacher.model = "self"'
+        )
+    if other := next((each for each in recipe.teachers if each.protocol == "logprobs"), None):
+        raise ValueError(
+            f'teachers has "{other.name}" with protocol = "logprobs", and beside others a teacher '
+            'gives whole distributions; use "states"'
         )
     if other := next((each for each in recipe.teachers if each.placement == "sharded"), None):
         raise ValueError(

@@ -17,7 +17,7 @@ from potstill.tasks.tables import is_hub_id, sources
 
 # Fields of a teacher that is here, and of one behind a URL.
 _HERE = ("attention", "placement", "device")
-_THERE = ("wire_dtype", "token_variable", "patience")
+_THERE = ("protocol", "wire_dtype", "token_variable", "patience")
 
 
 def unread_fields(recipe: RecipeFields) -> dict[str, str]:
@@ -238,7 +238,10 @@ def unread_of_place(teacher: TeacherModel) -> dict[str, str]:
         return dict.fromkeys(("dtype", "trust_remote_code", "url", *_HERE, *_THERE), reason)
     if teacher.url is None:
         return dict.fromkeys(_THERE, "its url is not set, and the teacher is here")
-    return dict.fromkeys(_HERE, "its url is set, and the teacher is there")
+    unread: dict[str, str] = dict.fromkeys(_HERE, "its url is set, and the teacher is there")
+    if teacher.protocol == "logprobs":
+        unread |= dict.fromkeys(("dtype", "wire_dtype"), 'its protocol is "logprobs"')
+    return unread
 
 
 def _unread_of_template(data: Data) -> dict[str, str]:

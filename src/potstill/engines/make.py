@@ -17,7 +17,7 @@ from potstill.engines.shared import OwnWeights, Weights, WeightsOfRanks
 from potstill.models import distributed
 from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
-from potstill.teachers.remote import RemoteDecoder
+from potstill.teachers.remote.states import RemoteDecoder
 from potstill.types import Writer
 
 

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from potstill.config import Sampling
 from potstill.engines.answers import choices_in, read_completion
 from potstill.seeds import Key
-from potstill.teachers.pooling import MAX_DRAWN, MAX_ROWS
-from potstill.teachers.remote import RemoteDecoder
+from potstill.teachers.remote.pooling import MAX_DRAWN, MAX_ROWS
+from potstill.teachers.remote.states import RemoteDecoder
 from potstill.types import Completion
 
 # Requests under way at once, a server: one is computed, and the next one is there.

@@ -36,14 +36,14 @@ class TopK:
 
     `end_log_prob_N` is that of the end class where the end ids are one (else None),
     `tail_log_prob_N` that of all other tokens (None where there are none), `entropy_N` (nats) that
-    of the whole distribution, end ids merged.
+    of the whole distribution, end ids merged, where it is known.
     """
 
     token_ids_NK: Tensor
     log_probs_NK: Tensor
     end_log_prob_N: Tensor | None
     tail_log_prob_N: Tensor | None
-    entropy_N: Tensor
+    entropy_N: Tensor | None
 
     def cut(self, k: int) -> "TopK":
         """The `k` likeliest alone; the others go to the tail."""

@@ -27,8 +27,11 @@ from potstill.objectives.estimators import estimate, slope
 from potstill.objectives.reward import policy_gradient
 from potstill.objectives.tokens import KnownBefore, known_before, positions
 from potstill.objectives.weightings import TokenWeighting, make_weighting, weighs_together
-from potstill.teachers.protocol import Teacher
+from potstill.teachers.protocol import OfWritten, Teacher
 from potstill.types import Rollout
+
+# All forms of a teacher's signal at N loss tokens.
+Signal = Tensor | TopK | OfWritten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +134,9 @@ class Loss:
 
 
 @torch.no_grad()
-def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
+def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Signal | None:
     """All that is known of the teacher at a batch's N loss tokens: hidden states [N, E], or what a
-    cache keeps; None where there is no divergence from it.
+    cache keeps or a server tells; None where there is no divergence from it.
     """
     if not loss.objective.has_divergence:
         return None
@@ -142,23 +145,23 @@ def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tenso
 
 
 @torch.no_grad()
-def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Tensor | TopK | None:
+def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Signal | None:
     """The teacher's signal at a batch's N loss tokens: hidden states [N, E], live or from the
-    cache, or for `signal = "topk"` its likeliest tokens; None where there is no divergence from it.
+    cache, for `signal = "topk"` its likeliest tokens, or how likely the written ones are; None
+    where there is no divergence from it.
     """
     return signal_of(known_of_teacher(teacher, batch, loss), teacher, loss)
 
 
 @torch.no_grad()
-def signal_of(
-    known: Tensor | TopK | None, teacher: Teacher | None, loss: Loss
-) -> Tensor | TopK | None:
+def signal_of(known: Signal | None, teacher: Teacher | None, loss: Loss) -> Signal | None:
     """The part of `known_of_teacher` that the loss takes: all of it, or for `signal = "topk"` the
     likeliest tokens."""
     if known is None or loss.objective.signal != "topk":
         return known
     if isinstance(known, TopK):
         return known.cut(loss.objective.top_k)
+    assert isinstance(known, Tensor), "who tells less is asked for the likeliest tokens"
     assert teacher is not None and teacher.head is not None, "a cache of hidden states has the head"
     options = loss.shared_options()
     given = {name: options[name] for name in ("vocab_size", "temperature", "end_ids")}
@@ -168,7 +171,7 @@ def signal_of(
 def batch_loss(
     student: LanguageModel,
     teacher: Teacher | None,
-    signal: Tensor | TopK | None,
+    signal: Signal | None,
     batch: Batch,
     loss: Loss,
     divisor: float = 1.0,
@@ -202,14 +205,17 @@ def batch_loss(
             hidden_ND, student.head, signal, terms, mixture_weight=mixture_weight, **options
         )
         return _weighted_sum(loss_N, weights_N, divisor), loss_N.detach(), stats
+    states_NE = signal if isinstance(signal, Tensor) else None
+    if isinstance(signal, OfWritten):
+        terms = _knowing(terms, signal)
     # Log-probabilities of the written tokens cost a gather of head rows; few losses read them.
     is_told = batch.rollouts[0].engine_log_probs is not None
     reads_labels = loss.objective.signal == "labels" or not has_one_weight or is_told
     loss_sum, loss_N, stats = fused_loss(
         hidden_ND,
         student.head,
-        signal,
-        None if signal is None or teacher is None else teacher.head,
+        states_NE,
+        None if states_NE is None or teacher is None else teacher.head,
         terms,
         labels_N=batch.target_ids_BT[batch.loss_mask_BT] if reads_labels else None,
         weights_N=weights_N,
@@ -219,12 +225,25 @@ def batch_loss(
         together=weighs_together(loss.objective),
         **loss.shared_options(),
     )
+    if isinstance(signal, OfWritten):
+        stats = replace(stats, teacher_log_prob_N=signal.log_prob_N)
     if loss.objective.signal == "sampled":
         # The estimate has another value than what is differentiated.
         loss_N = estimate(stats, loss.objective)
         value = _weighted_sum(loss_N, weights_N, divisor)
         loss_sum = loss_sum + (value - loss_sum.detach())
     return loss_sum, loss_N, stats
+
+
+def _knowing(terms: LossTerms | TermsFunction, signal: OfWritten) -> TermsFunction:
+    """The terms of tokens of which the teacher's log-probability is known beside what the first
+    pass finds."""
+    assert not isinstance(terms, LossTerms), "an estimate has a weight of its own for each token"
+
+    def of_rows(stats: TokenStats, rows: slice) -> LossTerms:
+        return terms(replace(stats, teacher_log_prob_N=signal.log_prob_N[rows]), rows)
+
+    return of_rows
 
 
 def token_terms(known: KnownBefore, loss: Loss) -> TermsFunction:
@@ -240,7 +259,7 @@ def _head_share(
     student: LanguageModel,
     teacher: Teacher | None,
     hidden_ND: Tensor,
-    signal: Tensor | TopK | None,
+    signal: Signal | None,
     loss: Loss,
 ) -> Tensor:
     """The share [N] of both models' difference that is on the teacher's head."""

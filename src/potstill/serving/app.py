@@ -19,7 +19,7 @@ from potstill.models.language_model import LanguageModel
 from potstill.models.sampling import sample
 from potstill.seeds import Key
 from potstill.serving.limits import App, Limits
-from potstill.teachers.pooling import MAX_DRAWN, MAX_ROWS
+from potstill.teachers.remote.pooling import MAX_DRAWN, MAX_ROWS
 from potstill.types import Completion, NonFiniteError
 
 # Limits of a request: ids of a row where the model has none, and bytes of its body.

@@ -13,7 +13,7 @@ from potstill.models.probe import ready
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.placed import loading_device, placed
 from potstill.teachers.protocol import Teacher, Teaching
-from potstill.teachers.remote import reach
+from potstill.teachers.remote.reach import reach
 from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.sharded import load_sharded
 from potstill.teachers.store import Cache
@@ -57,7 +57,8 @@ def load_teacher(
         teacher = _own_teacher(spec, student, world)
     elif teacher is None and spec.url is not None:
         must_write = objective.prefix in ("teacher", "mixed") and cache is None
-        return reach(spec, world.device, must_write)
+        top_k = objective.top_k if objective.signal == "topk" else 0
+        return reach(spec, world.device, must_write, top_k)
     elif teacher is None and spec.placement == "sharded" and world.size > 1:
         _refuse_quantized(spec)
         return load_sharded(spec, world)

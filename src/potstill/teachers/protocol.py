@@ -1,5 +1,5 @@
 """The protocol of a teacher: who it is, what it costs, its signal at the loss tokens, and whether
-it can write; and its part among several."""
+it can write; its part among several; and the least of signals."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ class Teaching:
     def is_for(self, prompt: Prompt) -> bool:
         """Whether it teaches the completion of this prompt."""
         return self.only is None or prompt.example.level in self.only
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfWritten:
+    """A teacher's log-probabilities [N] (nats) of the written tokens, and nothing else of it; for a
+    token of the end class, that of the class."""
+
+    log_prob_N: Tensor
 
 
 class Teacher(Protocol):
@@ -84,9 +92,9 @@ class Teacher(Protocol):
         one."""
         ...
 
-    def signal_at(self, batch: Batch) -> Tensor | TopK:
-        """All that is known of it at a batch's N loss tokens: hidden states [N, E], or its
-        likeliest tokens."""
+    def signal_at(self, batch: Batch) -> Tensor | TopK | OfWritten:
+        """All that is known of it at a batch's N loss tokens: hidden states [N, E], its likeliest
+        tokens, or how likely the written ones are."""
         ...
 
     @property

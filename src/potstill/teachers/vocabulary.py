@@ -160,6 +160,12 @@ def describe_cut(student: LanguageModel, teacher: Teacher, size: int) -> list[st
             f"heads of {student.vocab_size} (student) and {teacher.vocab_size} (teacher) rows "
             f"are cut to the {size} they share, in the loss and in what is drawn"
         )
+    if teacher.can_score and teacher.head is None and teacher.vocab_size > size:
+        lines.append(
+            f"the teacher's server tells log-probabilities among all its {teacher.vocab_size} rows:"
+            " they are lower by what it gives to those that are cut, which no expected gradient of "
+            "the reverse KL depends on"
+        )
     if alone := unshared_tokens(student, teacher):
         names = list(alone.values())
         shown = ", ".join(map(repr, names[:NUM_SHOWN_TOKENS])) + (

@@ -14,7 +14,6 @@ from potstill.config import Train
 from potstill.engines.mismatch import gaps, told_log_probs
 from potstill.kl.fused import fused_statistics, token_loss
 from potstill.kl.terms import TokenStats
-from potstill.kl.topk import TopK
 from potstill.models import distributed
 from potstill.models.batch import Batch
 from potstill.models.distributed import World
@@ -30,6 +29,7 @@ from potstill.objectives.lessons import (
 )
 from potstill.objectives.loss import (
     Loss,
+    Signal,
     batch_loss,
     known_of_teacher,
     later_costs,
@@ -42,7 +42,7 @@ from potstill.objectives.tokens import known_before
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.text import responses
 from potstill.runs.schema import Sample
-from potstill.teachers.remote import expect
+from potstill.teachers.remote.reach import expect
 from potstill.training.metrics import Stopwatch, before_answer, rollout_sums, token_sums
 from potstill.training.rollout_log import Scored, logged_sample
 from potstill.training.setup import Setup
@@ -143,7 +143,7 @@ def _announce(setup: Setup, lessons: Sequence[Lesson]) -> None:
 def _loss_of_all(
     setup: Setup,
     lesson: Lesson,
-    signal: Tensor | TopK | None,
+    signal: Signal | None,
     batch: Batch,
     loss: Loss,
     divisor: float,
@@ -255,7 +255,7 @@ def _habits(
     loss: Loss,
     stats: TokenStats,
     hidden_ND: Tensor,
-    signal: Tensor | TopK | None,
+    signal: Signal | None,
 ) -> dict[str, float]:
     """End habits of a batch: of the student, and of the teacher where its hidden states are the
     signal."""

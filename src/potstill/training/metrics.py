@@ -223,7 +223,8 @@ def describe(metrics: StepMetrics) -> str:
         parts.append(
             f"KL fwd {metrics['forward_kl']:.4f} rev {value_in(metrics, 'reverse_kl'):.4f}"
         )
-        entropy += f" (teacher {value_in(metrics, 'teacher_entropy'):.3f})"
+    if "teacher_entropy" in metrics:
+        entropy += f" (teacher {metrics['teacher_entropy']:.3f})"
     if "reward" in metrics:
         signal = value_in(metrics, "groups_with_signal")
         parts.append(f"reward {metrics['reward']:.3f} (groups with signal {signal:.0%})")

@@ -17,7 +17,7 @@ from potstill.rollouts.prefixes import Writing, from_one
 from potstill.rollouts.text import is_loop, responses
 from potstill.seeds import Key, Stream, stream_key
 from potstill.teachers.protocol import Teacher
-from potstill.teachers.remote import works_here
+from potstill.teachers.remote.reach import works_here
 from potstill.teachers.sharded import wait_for_passes
 from potstill.training.controllers import Probe, WindowState
 from potstill.training.metrics import before_answer

@@ -16,10 +16,17 @@ from potstill.kl.fused import fused_statistics
 from potstill.kl.terms import TokenStats
 from potstill.kl.topk import TopK, top_k_loss, top_k_of
 from potstill.models.language_model import LanguageModel
-from potstill.objectives.loss import Loss, batch_loss, known_of_teacher, signal_of, student_rows
+from potstill.objectives.loss import (
+    Loss,
+    Signal,
+    batch_loss,
+    known_of_teacher,
+    signal_of,
+    student_rows,
+)
 from potstill.rollouts.batching import make_batch
 from potstill.runs.schema import Choice, Sample, SampleChoices, SampleNumbers, SamplePrompt
-from potstill.teachers.protocol import Teacher
+from potstill.teachers.protocol import OfWritten, Teacher
 from potstill.training.metrics import TOKEN_STATISTICS
 from potstill.types import Rollout
 
@@ -35,7 +42,7 @@ class Scored:
     """
 
     hidden_ND: torch.Tensor
-    known: torch.Tensor | TopK | None
+    known: Signal | None
     loss_N: torch.Tensor
     stats: TokenStats
 
@@ -133,7 +140,7 @@ def _both_choices(
     choices: SampleChoices = {"student_choices": _choices(mine, (), tokenizer)}
     if isinstance(known, TopK):
         choices["teacher_choices"] = _choices(known, loss.end_class, tokenizer)
-    elif known is not None and teacher is not None and teacher.head is not None:
+    elif isinstance(known, torch.Tensor) and teacher is not None and teacher.head is not None:
         theirs = top_k_of(known, teacher.head, NUM_CHOICES, **given)
         choices["teacher_choices"] = _choices(theirs, (), tokenizer)
     return choices
@@ -150,6 +157,8 @@ def _whole_statistics(
         if loss.objective.top_k >= known.token_ids_NK.shape[1]:
             return scored.stats
         return top_k_loss(hidden_ND, student.head, known, loss.terms(), **options)[1]
+    if isinstance(known, OfWritten):
+        return scored.stats
     has_both = known is None or (
         loss.objective.signal != "topk" and scored.stats.forward_kl_N is not None
     )

@@ -40,9 +40,13 @@ from potstill.teachers.cached import cached_once
 from potstill.teachers.ends import Ends, find_ends
 from potstill.teachers.load import load_further, load_teacher, refuse_untaught
 from potstill.teachers.protocol import Teacher, Teaching
+from potstill.teachers.remote.reach import fit_to_loss
 from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.store import Cache
 from potstill.types import DataError, Prompt, Writer
+
+# Goals of `validation.keep_best` that are of the student alone.
+WITHOUT_TEACHER = (None, "truncation", "repetition", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +123,7 @@ def prepare(
         refuse_unpackable(student, *teachers)
     vocab_size = vocabulary.shared_by_all(recipe, student, teachers, prompts)
     ends = find_ends(recipe, student, teacher, vocab_size)
+    fit_to_loss(teacher, vocab_size, ends.class_ids)
     loss = _loss_of(recipe, vocab_size, ends, compute_dtype=compute_dtype_of(recipe, world, given))
     _refuse_settings(recipe, loss, world)
     # The main rank's, as midnight may come between them.
@@ -346,12 +351,17 @@ def _check_held_out(
                 f'validation.keep_best is "{goal}" and this teacher, such as a cache, cannot '
                 'score what the student writes; use "teacher_prefix_forward_kl" or a live teacher'
             )
+    elif teacher is not None and teacher.head is None and goal not in WITHOUT_TEACHER:
+        raise RecipeError(
+            f'validation.keep_best is "{goal}" and of a teacher with protocol = "logprobs" no '
+            'whole distribution is known; use "score", "truncation" or "repetition"'
+        )
     elif teacher is not None and teacher.decoder is None and str(goal).startswith("teacher_prefix"):
         raise RecipeError(
             f'validation.keep_best is "{goal}" and this teacher cannot write; use '
             '"student_prefix_forward_kl"'
         )
-    elif teacher is None and goal not in (None, "truncation", "repetition", "score"):
+    elif teacher is None and goal not in WITHOUT_TEACHER:
         raise RecipeError(
             f'validation.keep_best is "{goal}", for which it takes a teacher, and this run has '
             'none; use "score", "truncation" or "repetition"'

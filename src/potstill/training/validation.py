@@ -151,7 +151,9 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
             answer_end=held_out.answer_end,
         )
 
-    scoring = setup.teacher if setup.teacher is not None and setup.teacher.can_score else None
+    teacher = setup.teacher
+    # Without a head no whole distribution is known.
+    scoring = teacher if teacher and teacher.can_score and teacher.head is not None else None
     sums: list[Sums] = [{} for _ in prompts]
     written = _of_teacher(trainer, writing, held_out.prompts, prompts, keys)
     taught, others = _parted(setup, prompts)

@@ -70,6 +70,10 @@ class TeacherModel(Section, role=Role.MODEL):
     url: Annotated[Url | tuple[Url, ...] | None, Role.ROUNDING] = None
     """URL of a server that has the teacher's body, or several of the same: `potstill serve`, or a
     pooling server of vLLM (docs/teachers.md). Of teacher.model only the head is read here."""
+    protocol: Annotated[Literal["states", "logprobs"], Role.ROUNDING] = "states"
+    """Content of the answers of teacher.url. states: last hidden states, for any divergence;
+    logprobs: log-probabilities of prompts (`prompt_logprobs`), as any server of vLLM gives them,
+    for objective.signal = sampled or topk. Of teacher.model no weights are then read."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the hidden states that teacher.url sends; bfloat16 loses nothing where the server
     computes in it."""
