@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,23 @@ def alone():
 def test_no_validation_is_advised_where_there_could_be_none(built, tmp_path):
     notes = prepare(from_cache(tmp_path / "run", built), alone()).notes
     assert "no validation: no live teacher scores what the student writes" in notes
+
+
+def test_a_run_does_not_go_on_with_what_another_student_wrote(tmp_path):
+    """A cache that is renewed in its place has the same settings and prompts."""
+    build(tmp_path / "cache")
+    recipe = from_cache(tmp_path / "run", tmp_path / "cache")
+    with interrupted_at(2):
+        potstill.train(recipe, quiet=True)
+    student = load_model("potstill:base")
+    with torch.no_grad():
+        student.head.weight_VD[5] += 1.0
+    student.model.save_pretrained(tmp_path / "other")
+    student.tokenizer.save_pretrained(tmp_path / "other")
+    shutil.rmtree(tmp_path / "cache")
+    build(tmp_path / "cache", options=dataclasses.replace(WRITTEN, model=str(tmp_path / "other")))
+    with pytest.raises(run_folder.RunError, match=r'begun with other models .*"writer"'):
+        potstill.train(recipe, quiet=True)
 
 
 def test_it_says_who_wrote_and_how_likely_each_token_was(built):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +29,12 @@ from potstill.runs import run_folder
 from potstill.runs.card import write_card
 from potstill.runs.schema import MetricsRow, Sample, SampleRow, StepMetrics
 from potstill.tasks.own import own_files
-from potstill.teachers.protocol import Teacher
 from potstill.tracking.trackers import refuse_missing, tracked
 from potstill.training import checkpoint
 from potstill.training.extension import extended
 from potstill.training.gradients import accumulate_gradients
 from potstill.training.metrics import Stopwatch, describe, timing
-from potstill.training.opening import opening, scores_at_start, warner
+from potstill.training.opening import record_of, opening, scores_at_start, warner
 from potstill.training.rates import is_spent
 from potstill.training.setup import Setup, prepare
 from potstill.training.state import (
@@ -143,7 +141,7 @@ def train(
         if not world.is_main:
             return _run(recipe, setup, world, quiet=True)
         start = scores_at_start(recipe, setup)
-        environment = _environment(setup, world) | ({"start": start} if start else {})
+        environment = record_of(setup, world) | ({"start": start} if start else {})
         with run_folder.open_run(recipe, environment, may_change) as notes:
             said = [*(verdict(start) if start else ()), *notes]
             return _run(recipe, setup, world, quiet, said, on_step)
@@ -367,31 +365,3 @@ def _finish(trainer: Trainer, run: Run, quiet: bool) -> RunResult:
     distributed.wait_for_rank_0(world)
     # A run that was stopped after its last step has no step left to do.
     return RunResult(folder, student, run.metrics or run_folder.last_row(folder))
-
-
-def _environment(setup: Setup, world: World) -> dict[str, Any]:
-    models: dict[str, Teacher] = {"student": setup.student}
-    if setup.teacher is not None:
-        models["teacher"] = setup.teacher
-    models |= {f"teacher {each.name}": each.teacher for each in setup.teachings[1:]}
-    prompts = [
-        (p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached) for p in setup.prompts
-    ]
-    return {
-        "world_size": world.size,
-        "device": str(world.device),
-        "compute_dtype": setup.loss.compute_dtype,
-        "date": setup.date,
-        "task_files": setup.task_files,
-        "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
-        "end_ids": list(setup.ends.stop_ids),
-        "end_class": list(setup.ends.class_ids),
-        "models": {
-            role: {
-                "name": model.name,
-                "weights": model.weights_digest(),
-                "end_ids": list(model.end_ids),
-            }
-            for role, model in models.items()
-        },
-    }

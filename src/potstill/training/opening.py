@@ -1,6 +1,9 @@
-"""The lines a user should see before the first step, and warnings after a step."""
+"""The lines a user should see before the first step, what is noted of the run then, and warnings
+after a step."""
 
+import hashlib
 from collections.abc import Callable
+from typing import Any
 
 from potstill.checks.exploration import Start, measure_start
 from potstill.checks.finding import Subject
@@ -19,6 +22,7 @@ from potstill.runs.schema import MetricsRow, value_in
 from potstill.tasks.own import describe_files
 from potstill.teachers import vocabulary
 from potstill.teachers.ends import describe_ends
+from potstill.teachers.protocol import Teacher
 from potstill.tracking.signs import SIGNS, Rows, Watch
 from potstill.training.controllers import first_window
 from potstill.training.rates import describe_lr, usual_lr, with_lr
@@ -43,6 +47,39 @@ def subject_of(recipe: Recipe, setup: Setup, world: World) -> Subject:
         date=setup.date,
         device=world.device,
     )
+
+
+def record_of(setup: Setup, world: World) -> dict[str, Any]:
+    """The part of `environment.json` that is about the run: where it is, and what it is made of."""
+    models: dict[str, Teacher] = {"student": setup.student}
+    if setup.teacher is not None:
+        models["teacher"] = setup.teacher
+    models |= {f"teacher {each.name}": each.teacher for each in setup.teachings[1:]}
+    identities: dict[str, dict[str, Any]] = {
+        role: {
+            "name": model.name,
+            "weights": model.weights_digest(),
+            "end_ids": list(model.end_ids),
+        }
+        for role, model in models.items()
+    }
+    writer = None if setup.cache is None else setup.cache.manifest.student
+    if writer is not None:
+        identities["writer"] = {"name": writer.name, "weights": writer.parameters}
+    prompts = [
+        (p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached) for p in setup.prompts
+    ]
+    return {
+        "world_size": world.size,
+        "device": str(world.device),
+        "compute_dtype": setup.loss.compute_dtype,
+        "date": setup.date,
+        "task_files": setup.task_files,
+        "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+        "end_ids": list(setup.ends.stop_ids),
+        "end_class": list(setup.ends.class_ids),
+        "models": identities,
+    }
 
 
 def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]:
