@@ -451,9 +451,9 @@ def test_a_recipe_key_forgets_only_what_it_is_told(tmp_path):
         )
     )
     assert recipe_key(a, ["objective.prefix"]) != recipe_key(b, ["objective.prefix"])
-    assert recipe_key(a, ["objective.prefix", "train.lr"]) == recipe_key(
-        b, ["objective.prefix", "train.lr"]
-    )
+    # The gates of engines are of students that write.
+    differing = ["objective.prefix", "train.lr", "engine"]
+    assert recipe_key(a, differing) == recipe_key(b, differing)
     assert json.loads(recipe_key(a, ["train"])).keys() == a.recipe.resolved().keys() - {
         "out",
         "train",
