@@ -34,7 +34,7 @@ from potstill.training import checkpoint
 from potstill.training.extension import extended
 from potstill.training.gradients import accumulate_gradients
 from potstill.training.metrics import Stopwatch, describe, timing
-from potstill.training.opening import record_of, opening, scores_at_start, warner
+from potstill.training.opening import opening, record_of, scores_at_start, warner
 from potstill.training.rates import is_spent
 from potstill.training.setup import Setup, prepare
 from potstill.training.state import (
