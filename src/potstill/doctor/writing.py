@@ -11,12 +11,15 @@ from potstill.checks.finding import Written
 from potstill.config import Recipe
 from potstill.engines.make import engine_for, engine_spec
 from potstill.engines.protocol import Engine
+from potstill.models import distributed
+from potstill.models.distributed import World
 from potstill.objectives.reward import with_credit
 from potstill.prompts.mixture import step_places
 from potstill.rollouts.prefixes import Writing, from_one, write_rollouts
 from potstill.rollouts.text import responses
 from potstill.training.controllers import first_window
 from potstill.training.setup import Setup, writing_of
+from potstill.training.state import writes_in_another_type
 from potstill.types import Prompt, Rollout, Writer
 
 # Seconds for each writer, and tokens to guess by how long it takes.
@@ -143,7 +146,11 @@ def _first_prompts(
 def _engines(recipe: Recipe, setup: Setup, stack: ExitStack) -> dict[Writer, Engine]:
     """An engine for each model that writes, until the stack is closed; their logs do not stay."""
     prefix = recipe.objective.prefix
-    models: dict[Writer, Any] = {"student": setup.student.decoder}
+    alone = World(0, 1, setup.student.device)
+    is_another = writes_in_another_type(recipe, setup)
+    models: dict[Writer, Any] = {
+        "student": distributed.shard(setup.student, alone, in_bfloat16=is_another)
+    }
     if setup.teacher is not None and setup.teacher.decoder is not None:
         models["teacher"] = setup.teacher.decoder
     engines: dict[Writer, Engine] = {}

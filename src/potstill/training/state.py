@@ -195,14 +195,19 @@ def _decoder(recipe: Recipe, setup: Setup, world: World) -> tuple[Any, bool]:
     writes, is_here = recipe.student_writes or is_measured, recipe.rollouts.engine == "native"
     # A server also writes for the evaluation; by itself this process evaluates what is saved.
     is_written = writes or (not is_here and recipe.evaluation.source is not None)
-    in_bfloat16 = recipe.writes_in(setup.loss.compute_dtype) == "bfloat16"
-    is_another = is_written and in_bfloat16 and setup.student.model.dtype == torch.float32
+    is_another = is_written and writes_in_another_type(recipe, setup)
     # A student that is alone is measured itself.
     has_values = (writes and is_here) or (is_measured and world.size > 1)
     decoder = distributed.shard(
         setup.student, world, in_bfloat16=is_another, is_empty=not has_values
     )
     return decoder, is_another
+
+
+def writes_in_another_type(recipe: Recipe, setup: Setup) -> bool:
+    """Whether a copy in bfloat16 writes for a student in float32."""
+    in_bfloat16 = recipe.writes_in(setup.loss.compute_dtype) == "bfloat16"
+    return in_bfloat16 and setup.student.model.dtype == torch.float32
 
 
 def begin(trainer: Trainer) -> Run:
