@@ -4,7 +4,7 @@ import json
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from potstill.models.character_tokenizer import CHARACTERS
 from potstill.models.language_model import LanguageModel
@@ -95,20 +95,18 @@ def reader(tokenizer, end_ids=None, context_length=None):
 def random_model(tokenizer, seed=0, name="teacher", dtype=torch.float32, spread=1.0):
     """A small model over a tokenizer, whose logits are `spread` times those of fresh weights."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    config = GPT2Config(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=256,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=256,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
         tie_word_embeddings=False,
     )
-    model = Qwen3ForCausalLM(config).to(dtype)
+    # Its norms compute in the type of the weights.
+    model = GPT2LMHeadModel(config).to(dtype)
     with torch.no_grad():
         model.lm_head.weight.mul_(spread)
     return LanguageModel(model.eval(), tokenizer, name)

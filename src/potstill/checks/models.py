@@ -61,7 +61,9 @@ def loss_tokens(subject: Subject, written: Written) -> Finding:
         rollout, subject.student.tokenizer
     )
     measured = {"num_loss_tokens": num, "num_completion_tokens": num_all}
-    if num and (rollout.trained[-1] or rollout.stop != "end"):
+    # Where the loss is of spans, metrics say how many tokens are in none.
+    is_of_spans = subject.loss.translation is not None
+    if num and (rollout.trained[-1] or rollout.stop != "end" or is_of_spans):
         return Finding(check="loss tokens", level="ok", says=says, measured=measured)
     fix = "train on the assistant's words, and on the token that ends them"
     return Finding(check="loss tokens", level="error", says=says, fix=fix, measured=measured)
@@ -216,6 +218,8 @@ def start_kl(subject: Subject, written: Written) -> Finding:
 def vocabulary(subject: Subject, written: Written) -> Finding:
     """The probability of head rows that the loss cuts off, at each model's own tokens."""
     check, size = "vocabulary", subject.loss.vocab_size
+    if subject.loss.translation is not None:
+        return Finding(check=check, level="skipped", says="each model has tokens of its own")
     masses = {}
     for who, model in subject.models().items():
         if size is not None and model.vocab_size > size:
@@ -288,7 +292,7 @@ def _student_side(subject: Subject, batch) -> tuple[Tensor, Head]:
 
 def _teacher_side(subject: Subject, batch) -> tuple[Tensor, Head] | None:
     """The teacher's hidden states and head; None where they are not known."""
-    teacher = subject.teacher
+    teacher = subject.teacher if subject.loss.translation is None else None
     can_score = teacher is not None and (teacher.can_score or _is_cached(teacher, batch.rollouts))
     if teacher is None or teacher.head is None or not can_score:
         return None

@@ -23,6 +23,11 @@ def ends(subject: Subject) -> Finding:
     if teacher is not None:
         sets["teacher"] = list(teacher.end_ids)
     shown = describe_ends(student.tokenizer, subject.ends.stop_ids)
+    translation = subject.loss.translation
+    if translation is not None:
+        theirs = describe_ends(translation.teacher.tokenizer, translation.teacher.end_ids)
+        says = f"the student's completions end on {shown}, and the teacher's own end is {theirs}"
+        return Finding(check="ends", level="ok", says=says, measured=sets)
     if teacher is None or set(student.end_ids) == set(teacher.end_ids):
         says = f"completions end on {shown}"
         return Finding(check="ends", level="ok", says=says, measured=sets)

@@ -57,7 +57,7 @@ class RecipeFields(Section):
     def rewards_tokens(self) -> bool:
         """Whether the gradient is that of drawn tokens' probabilities, at least in part."""
         objective, weights = self.objective, self.objective.weights
-        if objective.signal == "sampled" or self.reward.weight or objective.gamma:
+        if objective.signal in ("sampled", "spans") or self.reward.weight or objective.gamma:
             return True
         if weights is None:
             return False

@@ -29,8 +29,8 @@ def refuse_misfits(recipe: RecipeFields) -> None:
                 f"order, and below window.tokens = {recipe.window.tokens}, so that the second "
                 "writer has something to write"
             )
-    if recipe.objective.signal == "sampled":
-        _check_sampled_signal(recipe)
+    if recipe.objective.signal in ("sampled", "spans"):
+        _check_estimate(recipe)
     refuse_misplaced_teachers(recipe)
     _check_reward(recipe)
     _check_returns(recipe)
@@ -146,16 +146,19 @@ def _check_engine(recipe: RecipeFields) -> None:
     )
 
 
-def _check_sampled_signal(recipe: RecipeFields) -> None:
+def _check_estimate(recipe: RecipeFields) -> None:
     """Refuse what would follow the gradient of something else (the table is in
     `potstill.objectives.estimators`)."""
     objective = recipe.objective
+    signal, instead = f'objective.signal = "{objective.signal}"', ""
+    if objective.signal == "sampled":
+        instead = ' or signal = "full"'
     direction = {"k1": "reverse", "k2": "reverse", "k3": "forward"}[objective.estimator]
     if objective.prefix != "student":
         raise ValueError(
-            f'objective.signal = "sampled" on {objective.prefix} prefixes: the estimators '
+            f"{signal} on {objective.prefix} prefixes: the estimators "
             "are means over tokens that the student drew and follow another gradient on "
-            'others; use prefix = "student" or signal = "full"'
+            f'others; use prefix = "student"{instead}'
         )
     if objective.kl != direction:
         raise ValueError(
@@ -165,15 +168,15 @@ def _check_sampled_signal(recipe: RecipeFields) -> None:
         )
     if not recipe.draws_exactly:
         raise ValueError(
-            'objective.signal = "sampled" needs tokens drawn exactly from the student at '
+            f"{signal} needs tokens drawn exactly from the student at "
             f"objective.temperature = {objective.temperature:g}: set sampling.temperature to "
             "it, top_p = 1 and top_k = 0"
         )
     if recipe.rollouts.reuse > 1:
         raise ValueError(
             f"rollouts.reuse is {recipe.rollouts.reuse}: after one update the student no "
-            'longer is who drew the tokens, and signal = "sampled" has no importance '
-            'weights; use reuse = 1 or signal = "full"'
+            f"longer is who drew the tokens, and {signal} has no importance "
+            f"weights; use reuse = 1{instead}"
         )
 
 

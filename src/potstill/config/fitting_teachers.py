@@ -4,12 +4,17 @@ from potstill.config.fields import RecipeFields
 from potstill.config.values import refuse_any
 from potstill.config.weightings import WEIGHTINGS
 
+# Quantities that validation may keep the best of without a teacher.
+UNTAUGHT = ("truncation", "repetition", "score")
+
 
 def refuse_misplaced_teachers(recipe: RecipeFields) -> None:
     """Raise ValueError for teachers that are not where they would have to be, or too many."""
     _check_placement(recipe)
     if recipe.teacher.url is not None and recipe.teacher.protocol == "logprobs":
         _check_log_probs(recipe)
+    if recipe.objective.signal == "spans":
+        _check_spans(recipe)
     if recipe.teachers:
         _check_several(recipe)
 
@@ -90,6 +95,39 @@ def _check_log_probs(recipe: RecipeFields) -> None:
         (
             recipe.window.schedule == "entropy-gated" and recipe.window.reference == "teacher",
             'window.reference is "teacher", whose entropy is not known; use "first"',
+        ),
+    )
+
+
+def _check_spans(recipe: RecipeFields) -> None:
+    """Refuse what takes a teacher that knows the student's tokens, and weights of single tokens."""
+    goal, validation = recipe.validation.keep_best, recipe.validation
+    refuse_any(
+        'objective.signal is "spans", for a teacher with another tokenizer',
+        "choose a teacher with the student's",
+        (
+            recipe.teacher.cache is not None,
+            "teacher.cache is set, which has the signal on tokens of one tokenizer; remove it",
+        ),
+        (
+            recipe.objective.weights is not None,
+            f'objective.weights is "{recipe.objective.weights}", which weighs single tokens; '
+            "remove it",
+        ),
+        (
+            recipe.reward.weight > 0,
+            f"reward.weight is {recipe.reward.weight:g}, and a reward is of all tokens, where "
+            "spans leave some out; use weight = 0",
+        ),
+        (
+            recipe.window.schedule == "entropy-gated" and recipe.window.reference == "teacher",
+            'window.reference is "teacher", whose entropy on the student\'s tokens is not known; '
+            'use "first"',
+        ),
+        (
+            validation.num_prompts != 0 and goal not in (None, *UNTAUGHT),
+            f'validation.keep_best is "{goal}", which compares tokens; use "score", '
+            '"truncation" or "repetition"',
         ),
     )
 

@@ -76,6 +76,10 @@ def _unread_of_engine(recipe: RecipeFields) -> dict[str, str]:
         unread |= {
             f"engine.{name}": reason for name in ("warn_above", "stop_above", "importance_cap")
         }
+    elif recipe.objective.signal == "spans":
+        unread["engine.importance_cap"] = (
+            'objective.signal is "spans", and the ratio that it caps is that of single tokens'
+        )
     elif not recipe.rewards_tokens:
         unread["engine.importance_cap"] = (
             "the gradient is that of whole distributions, which need no weights"
@@ -156,8 +160,12 @@ def _unread_of_signal(recipe: RecipeFields) -> dict[str, str]:
         unread["objective.top_k"] = (
             f'objective.signal is "{objective.signal}" and only "topk" keeps some tokens apart'
         )
-    if objective.signal != "sampled":
-        reason = f'objective.signal is "{objective.signal}" and only "sampled" is estimated'
+    if objective.signal == "spans":
+        unread |= _unread_of_spans()
+    elif objective.signal != "sampled":
+        reason = (
+            f'objective.signal is "{objective.signal}" and only "sampled" and "spans" are estimated'
+        )
         unread |= {"objective.estimator": reason, "objective.baseline": reason}
     elif objective.estimator != "k1":
         unread["objective.baseline"] = (
@@ -192,6 +200,18 @@ def _unread_of_signal(recipe: RecipeFields) -> dict[str, str]:
         unread |= {f"objective.{field}": reason for field in fields}
         unread |= {"teacher": reason, "rollouts.end_set": reason}
     return unread
+
+
+def _unread_of_spans() -> dict[str, str]:
+    reason = 'objective.signal is "spans", where each model has end tokens of its own'
+    return {
+        "objective.end_class": reason,
+        "objective.separate_ends": reason,
+        "rollouts.end_set": reason,
+        "objective.baseline": (
+            'objective.signal is "spans", and no whole distribution over spans is known'
+        ),
+    }
 
 
 def _unread_of_reward(recipe: RecipeFields) -> dict[str, str]:

@@ -16,6 +16,7 @@ from potstill.models.distributed import World
 from potstill.objectives.reward import with_credit
 from potstill.prompts.mixture import step_places
 from potstill.rollouts.prefixes import Writing, from_one, write_rollouts
+from potstill.rollouts.spans import with_readings
 from potstill.rollouts.text import responses
 from potstill.training.controllers import first_window
 from potstill.training.setup import Setup, writing_of
@@ -81,7 +82,7 @@ def _write(
     writing = dataclasses.replace(writing, window=cap)
     tell(f"writing {num} rollouts of up to {cap} tokens")
     began = time.perf_counter()
-    step = write_rollouts(writing, prompts, seeds)
+    step = with_readings(write_rollouts(writing, prompts, seeds), setup.loss.translation)
     seconds = time.perf_counter() - began
     if setup.grader is not None:
         texts = responses(step, setup.student.tokenizer)
@@ -151,8 +152,8 @@ def _engines(recipe: Recipe, setup: Setup, stack: ExitStack) -> dict[Writer, Eng
     models: dict[Writer, Any] = {
         "student": distributed.shard(setup.student, alone, in_bfloat16=is_another)
     }
-    if setup.teacher is not None and setup.teacher.decoder is not None:
-        models["teacher"] = setup.teacher.decoder
+    if setup.compared is not None and setup.compared.decoder is not None:
+        models["teacher"] = setup.compared.decoder
     engines: dict[Writer, Engine] = {}
     for who, model in models.items():
         # As in a run: what writes no prefixes writes here.

@@ -15,7 +15,8 @@ class Batch:
 
     `target_ids_BT[b, t]` is the token that follows `input_ids_BT[b, t]`, and `loss_mask_BT[b, t]`
     is true iff that token is a loss token. The teacher's prompts may differ, so it has its own
-    inputs and mask; the loss tokens, taken row by row, are the same N.
+    inputs and mask; the loss tokens, taken row by row, are the same N. A teacher with another
+    tokenizer has loss tokens of its own.
 
     Packed, all rollouts are one sequence [1, T], whose positions start anew with each. Padded,
     there are no positions, as they are those of a row.

@@ -169,10 +169,11 @@ def training_flops(
         parts["student_backward"] += 2 * forward - num_read * student.frozen_per_token
         parts["head"] += num_loss_tokens * (3 * student.head - student.frozen_head)
         if teacher is not None:
+            completion_ids, trained = rollout.read_by("teacher")
             parts["teacher"] += teacher.backbone(
-                len(rollout.prompt.ids_of("teacher")) + num_written
+                len(rollout.prompt.ids_of("teacher")) + len(completion_ids) - 1
             )
-            parts["head"] += num_loss_tokens * teacher.head
+            parts["head"] += sum(trained) * teacher.head
         if looks_ahead and teacher is not None:
             parts["student_forward"] += forward
             parts["teacher"] += teacher.backbone(

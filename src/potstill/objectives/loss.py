@@ -23,15 +23,18 @@ from potstill.models import distributed
 from potstill.models.batch import Batch
 from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
-from potstill.objectives.estimators import estimate, slope
+from potstill.objectives.estimators import estimate, log_ratio, token_slope
 from potstill.objectives.reward import policy_gradient
+from potstill.objectives.span_loss import SpanSignal, span_loss, span_signal
 from potstill.objectives.tokens import KnownBefore, known_before, positions
 from potstill.objectives.weightings import TokenWeighting, make_weighting, weighs_together
+from potstill.rollouts.spans import Translation
 from potstill.teachers.protocol import OfWritten, Teacher
 from potstill.types import Rollout
 
-# All forms of a teacher's signal at N loss tokens.
-Signal = Tensor | TopK | OfWritten
+# All forms of what a teacher tells of its loss tokens, and of what the loss takes of that.
+Heard = Tensor | TopK | OfWritten
+Signal = Heard | SpanSignal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ class Loss:
     `vocab_size` is the number of rows both heads share. `end_class` holds the ids that count as one
     class in the divergence (`ends.find_ends`). `budget` (bytes) and `backend` are those of
     `fused_loss` and change no result. `importance_cap` is the engine's. `teacher_weight` is that of
-    the teacher's divergence, beside those of other teachers.
+    the teacher's divergence, beside those of other teachers. `translation` is there for
+    `signal = "spans"`.
     """
 
     objective: Objective
@@ -56,6 +60,7 @@ class Loss:
     forward_weight: float | None = None
     importance_cap: float | None = None
     teacher_weight: float = 1.0
+    translation: Translation | None = None
 
     def divisor(self, rollouts: list[Rollout]) -> int:
         """This rank's part of the step's one divisor: its loss tokens, or its sequences that have
@@ -80,7 +85,7 @@ class Loss:
         objective = self.objective
         if objective.signal == "labels":
             return LossTerms(cross_entropy=1.0)
-        if objective.kl == "none" or objective.signal == "sampled":
+        if objective.kl == "none" or objective.signal in ("sampled", "spans"):
             return LossTerms()
         if objective.kl == "jsd":
             return LossTerms(jsd=1.0, mixture_weight=objective.jsd_weight)
@@ -116,7 +121,7 @@ class Loss:
         """The terms of some tokens, by all that is known of each; constants of the gradient."""
         terms = self.terms()
         if self.objective.signal == "sampled":
-            terms = replace(terms, cross_entropy=-slope(stats, self.objective))
+            terms = replace(terms, cross_entropy=-token_slope(stats, self.objective))
         tokens = known.tokens(terms, stats)
         if self.weighting is not None:
             terms = self.weighting(tokens)
@@ -134,7 +139,7 @@ class Loss:
 
 
 @torch.no_grad()
-def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Signal | None:
+def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Heard | None:
     """All that is known of the teacher at a batch's N loss tokens: hidden states [N, E], or what a
     cache keeps or a server tells; None where there is no divergence from it.
     """
@@ -147,16 +152,25 @@ def known_of_teacher(teacher: Teacher | None, batch: Batch, loss: Loss) -> Signa
 @torch.no_grad()
 def teacher_signal(teacher: Teacher | None, batch: Batch, loss: Loss) -> Signal | None:
     """The teacher's signal at a batch's N loss tokens: hidden states [N, E], live or from the
-    cache, for `signal = "topk"` its likeliest tokens, or how likely the written ones are; None
-    where there is no divergence from it.
+    cache, for `signal = "topk"` its likeliest tokens, or how likely the written ones are, or the
+    spans that they are in; None where there is no divergence from it.
     """
-    return signal_of(known_of_teacher(teacher, batch, loss), teacher, loss)
+    return signal_of(known_of_teacher(teacher, batch, loss), teacher, batch, loss)
 
 
 @torch.no_grad()
-def signal_of(known: Signal | None, teacher: Teacher | None, loss: Loss) -> Signal | None:
-    """The part of `known_of_teacher` that the loss takes: all of it, or for `signal = "topk"` the
-    likeliest tokens."""
+def signal_of(
+    known: Heard | None, teacher: Teacher | None, batch: Batch, loss: Loss
+) -> Signal | None:
+    """The part of `known_of_teacher` that the loss takes: all of it, for `signal = "topk"` the
+    likeliest tokens, or for "spans" the log-probabilities of spans."""
+    if loss.translation is not None:
+        assert isinstance(known, Tensor) and teacher is not None and teacher.head is not None, (
+            "the recipe asks for a teacher's hidden states"
+        )
+        return span_signal(
+            known, teacher.head, batch, loss.translation.teacher, options=loss.shared_options()
+        )
     if known is None or loss.objective.signal != "topk":
         return known
     if isinstance(known, TopK):
@@ -191,6 +205,17 @@ def batch_loss(
     hidden_ND = student_rows(student, batch, loss) if hidden_ND is None else hidden_ND
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     weights_N = token_weights(batch, loss, dtype)
+    if isinstance(signal, SpanSignal):
+        return span_loss(
+            hidden_ND,
+            student.head,
+            signal,
+            batch.target_ids_BT[batch.loss_mask_BT],
+            loss.objective.estimator,
+            weights_N=weights_N,
+            scale=1 / divisor,
+            options=loss.shared_options() | {"budget": loss.budget},
+        )
     has_one_weight = loss.has_one_weight and return_N is None
     terms = loss.terms()
     if not has_one_weight:
@@ -229,7 +254,7 @@ def batch_loss(
         stats = replace(stats, teacher_log_prob_N=signal.log_prob_N)
     if loss.objective.signal == "sampled":
         # The estimate has another value than what is differentiated.
-        loss_N = estimate(stats, loss.objective)
+        loss_N = estimate(log_ratio(stats), loss.objective.estimator)
         value = _weighted_sum(loss_N, weights_N, divisor)
         loss_sum = loss_sum + (value - loss_sum.detach())
     return loss_sum, loss_N, stats

@@ -164,8 +164,10 @@ def as_read(
         end_ids=end_ids,
         **options,
     )
-    asks_otherwise = recipe.teacher.template is not None or any(
-        e.teacher_prompt is not None for e in examples
+    asks_otherwise = (
+        recipe.teacher.template is not None
+        or recipe.objective.signal == "spans"
+        or any(e.teacher_prompt is not None for e in examples)
     )
     if teacher is not None and asks_otherwise:
         prompts = with_teacher_prompts(

@@ -71,7 +71,10 @@ def make_batch(
     input_ids_BT, target_ids_BT, loss_mask_BT, positions_BT = _lay_out(
         rollouts, "student", device, is_packed
     )
-    has_own = any(rollout.prompt.teacher_ids is not None for rollout in rollouts)
+    has_own = any(
+        rollout.prompt.teacher_ids is not None or rollout.reading is not None
+        for rollout in rollouts
+    )
     teacher_ids_BT, teacher_mask_BT, teacher_positions_BT = input_ids_BT, loss_mask_BT, positions_BT
     if has_own:
         teacher_ids_BT, _, teacher_mask_BT, teacher_positions_BT = _lay_out(
@@ -111,10 +114,10 @@ def _lay_out(
     """Inputs, targets and loss mask [B, T] of one model; positions where they are packed."""
     inputs, targets, masks, positions = [], [], [], []
     for rollout in rollouts:
-        prompt_ids = rollout.prompt.ids_of(who)
-        ids = torch.tensor(prompt_ids + rollout.completion_ids)
+        prompt_ids, (completion_ids, trained) = rollout.prompt.ids_of(who), rollout.read_by(who)
+        ids = torch.tensor(prompt_ids + completion_ids)
         mask = torch.zeros(len(ids) - 1, dtype=torch.bool)
-        mask[len(prompt_ids) - 1 :] = torch.tensor(rollout.trained)
+        mask[len(prompt_ids) - 1 :] = torch.tensor(trained)
         inputs.append(ids[:-1])
         targets.append(ids[1:])
         masks.append(mask)
@@ -128,5 +131,6 @@ def _lay_out(
 
 def _num_inputs(rollout: Rollout) -> int:
     # The last token is predicted and predicts nothing.
-    longest = max(len(rollout.prompt.ids_of("student")), len(rollout.prompt.ids_of("teacher")))
-    return longest + len(rollout.completion_ids) - 1
+    readers: tuple[Writer, ...] = ("student", "teacher")
+    lengths = [len(rollout.prompt.ids_of(who)) + len(rollout.read_by(who)[0]) for who in readers]
+    return max(lengths) - 1

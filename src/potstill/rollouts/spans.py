@@ -82,6 +82,13 @@ class Translation:
         return dataclasses.replace(rollout, trained=trained, reading=reading)
 
 
+def with_readings(rollouts: Sequence[Rollout], translation: Translation | None) -> list[Rollout]:
+    """Rollouts as the teacher reads them, where it has a tokenizer of its own."""
+    if translation is None:
+        return list(rollouts)
+    return [translation.reading(rollout) for rollout in rollouts]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """The text of some tokens, up to the first that is none, and for each of these tokens the place

@@ -186,7 +186,17 @@ class OfWriter(TypedDict):
     estimate of KL(writer ‖ student), and the largest without sign."""
 
 
-class StepExtras(Rewards, OfWriter):
+class Spans(TypedDict):
+    """`signal = "spans"`: what stands between two places where both tokenizers cut a text."""
+
+    span_log_ratio: NotRequired[float]
+    span_tokens: NotRequired[float]
+    """Means over spans: log q - log p in nats, and the student's tokens."""
+    left_out: NotRequired[float]
+    """Share of completion tokens that are in no span and have no loss."""
+
+
+class StepExtras(Rewards, OfWriter, Spans):
     """Numbers that only some objectives or models have."""
 
     forward_weight: NotRequired[float]

@@ -45,11 +45,12 @@ def find_ends(
     """The end tokens of a distillation whose heads share `vocab_size` rows.
 
     An id without a row is never written and has no probability, so that it has no part in a class.
+    A teacher with a tokenizer of its own has ends of its own, which are none of these.
     Raises ModelError when there is no end token, RecipeError when `objective.separate_ends` names
     something else.
     """
     objective = recipe.objective
-    all_ids = end_set(student, teacher)
+    all_ids = end_set(student, None if objective.signal == "spans" else teacher)
     stop_ids = all_ids if recipe.rollouts.end_set == "union" else end_set(student)
     apart = separate_ids(student.tokenizer, all_ids, objective.separate_ends)
     with_row = tuple(i for i in all_ids if i < (vocab_size or student.vocab_size))
@@ -61,6 +62,13 @@ def find_ends(
         class_ids=members if has_class else (),
         compared_ids=with_row if len(with_row) > 1 else (),
     )
+
+
+def answer_ends(model: LanguageModel | Teacher) -> tuple[int, ...]:
+    """A model's own end ids, but for those that are known to mean something else than the end of an
+    answer, and those without a row."""
+    apart = separate_ids(model.tokenizer, model.end_ids, None)
+    return tuple(i for i in model.end_ids if i not in apart and i < model.vocab_size)
 
 
 def end_set(student: LanguageModel, teacher: Teacher | None = None) -> tuple[int, ...]:

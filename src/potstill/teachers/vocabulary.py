@@ -51,8 +51,9 @@ def shared_vocab_size(
             f"the tokenizers of student {student.name!r} and teacher {teacher.name!r} differ at "
             f"{len(differing):,} ids (student / teacher: {shown}): "
             f"{describe_difference(student.tokenizer, teacher.tokenizer, texts())}; a token-level "
-            "KL needs one vocabulary: choose models of one family, or let this teacher write texts "
-            'and train on them with objective.prefix = "dataset" and signal = "labels"'
+            'KL needs one vocabulary: set objective.signal = "spans" with prefix = "student", '
+            "choose models of one family, or let this teacher write texts and train on them with "
+            'objective.prefix = "dataset" and signal = "labels"'
         )
     size = min(student.vocab_size, teacher.vocab_size, *differing)
     if last_shared >= size:
@@ -76,7 +77,9 @@ def shared_by_all(
     recipe: Recipe, student: LanguageModel, teachers: Sequence[Teacher | None], given
 ) -> int | None:
     """The rows that the student's head shares with those of all teachers; arguments and errors are
-    those of `vocabulary_of_run`."""
+    those of `vocabulary_of_run`. With `signal = "spans"` those of the student's tokens."""
+    if recipe.objective.signal == "spans" and recipe.objective.has_divergence:
+        return num_named_rows(student)
     sizes = [vocabulary_of_run(recipe, student, each, given) for each in teachers]
     return min((size for size in sizes if size is not None), default=None)
 
@@ -178,6 +181,7 @@ def describe_cut(student: LanguageModel, teacher: Teacher, size: int) -> list[st
     return lines
 
 
-def num_named_rows(model: LanguageModel) -> int:
-    """How many rows of a head have tokens; what is drawn from a model that is not being trained."""
+def num_named_rows(model: LanguageModel | Teacher) -> int:
+    """How many rows of a head have tokens; what is drawn from a model that shares them with no
+    other."""
     return min(model.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)

@@ -38,16 +38,17 @@ from potstill.objectives.loss import (
     without_baseline,
 )
 from potstill.objectives.reward import num_clipped, reward_sums
+from potstill.objectives.span_loss import SpanSignal, span_sums
 from potstill.objectives.tokens import known_before
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.text import responses
 from potstill.runs.schema import Sample
 from potstill.teachers.remote.reach import expect
 from potstill.training.metrics import Stopwatch, before_answer, rollout_sums, token_sums
-from potstill.training.rollout_log import Scored, logged_sample
+from potstill.training.rollout_log import Scored, logged_sample, of_students_tokens
 from potstill.training.setup import Setup
 from potstill.training.step import naming_the_step
-from potstill.types import Rollout, Writer
+from potstill.types import DataError, Rollout, Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def accumulate_gradients(
         make_batch([rollouts[i] for i in places], world.device, is_packed=settings.packing)
         for places in groups
     ]
-    (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
+    divisor = _divisor(loss, rollouts, step, world)
     lessons = [lesson_of(setup.teachings, setup.teacher, batch) for batch in batches]
     _announce(setup, lessons)
     texts = responses(rollouts, student.tokenizer)
@@ -100,7 +101,7 @@ def accumulate_gradients(
         clock.doing(f"teacher, {of_all}")
         with clock("teacher_seconds"):
             known = known_of_teacher(lesson.teacher, lesson.heard, loss)
-            signal = signal_of(known, lesson.teacher, loss)
+            signal = signal_of(known, lesson.teacher, lesson.heard, loss)
         clock.doing(f"student, {of_all}")
         with clock("student_seconds"):
             hidden_ND = student_rows(student, batch, loss)
@@ -116,7 +117,12 @@ def accumulate_gradients(
             # Before the backward pass, after which a sharded head is whole no longer.
             with clock("samples_seconds"):
                 own_N = loss_N if return_N is None else token_loss(loss.terms(), stats)
-                scored = Scored(hidden_ND=hidden_ND, known=known, loss_N=own_N, stats=stats)
+                scored = Scored(
+                    hidden_ND=hidden_ND,
+                    known=of_students_tokens(known, loss),
+                    loss_N=own_N,
+                    stats=stats,
+                )
                 samples |= _samples(setup, lesson, loss, scored, places, num_samples)
         with clock("student_seconds"):
             loss_sum.backward()
@@ -131,6 +137,16 @@ def accumulate_gradients(
         samples=[samples[place] for place in sorted(samples)],
         log_probs=log_probs,
     )
+
+
+def _divisor(loss: Loss, rollouts: list[Rollout], step: int, world: World) -> float:
+    """The step's one divisor. Raises DataError where it would be 0."""
+    (divisor,) = distributed.sum_over_ranks([loss.divisor(rollouts)], world)
+    if not divisor:
+        raise DataError(
+            f"step {step + 1}: none of its completions has a token with a loss; raise window.tokens"
+        )
+    return divisor
 
 
 def _announce(setup: Setup, lessons: Sequence[Lesson]) -> None:
@@ -158,6 +174,8 @@ def _loss_of_all(
     loss_sum, loss_N, stats = batch_loss(student, lesson.teacher, *given)
     beside, sums = further_losses(lesson, student, hidden_ND, loss, divisor)
     loss_sum, sums = loss_sum + beside, sums | sums_of(lesson.name, stats)
+    if isinstance(signal, SpanSignal):
+        sums |= span_sums(signal, stats, batch)
     if setup.start is not None:
         to_start, kl_N = kl_to_start(hidden_ND, student, setup.start, batch, loss, divisor)
         loss_sum, sums = loss_sum + to_start, sums | {"start_kl": float(kl_N.double().sum())}

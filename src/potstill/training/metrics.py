@@ -15,6 +15,7 @@ from potstill.rollouts.text import num_tokens_to_answer, zlib_ratio
 from potstill.runs.schema import (
     EntropyBeforeAnswer,
     Rewards,
+    Spans,
     StepMeans,
     StepMetrics,
     TimedPart,
@@ -178,6 +179,18 @@ def reward_means(sums: Mapping[str, float]) -> Rewards:
     if "start_kl" in sums:
         rewards["start_kl"] = sums["start_kl"] / sums["num_loss_tokens"]
     return rewards
+
+
+def span_means(sums: Mapping[str, float]) -> Spans:
+    """The spans of a step, where its loss is of them."""
+    if "num_spans" not in sums:
+        return {}
+    num, num_in, num_out = (sums[name] for name in ("num_spans", "num_loss_tokens", "num_left_out"))
+    return {
+        "span_log_ratio": sums["span_log_ratio"] / num,
+        "span_tokens": num_in / num,
+        "left_out": num_out / (num_in + num_out),
+    }
 
 
 def _writer_means(sums: Mapping[str, float], suffix: str) -> WriterMeans:

@@ -103,8 +103,8 @@ def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]
     subject = subject_of(recipe, setup, world)
     lines += cautions(student.model, subject.lr, recipe.train.stochastic_rounding)
     lines += faults_at_start(subject)
-    if teacher is not None and setup.loss.vocab_size is not None:
-        lines += vocabulary.describe_cut(student, teacher, setup.loss.vocab_size)
+    if setup.compared is not None and setup.loss.vocab_size is not None:
+        lines += vocabulary.describe_cut(student, setup.compared, setup.loss.vocab_size)
     for name, flops in (("student", setup.student_flops), ("teacher", setup.teacher_flops)):
         if flops is not None and flops.per_pair is None:
             lines.append(
@@ -191,6 +191,10 @@ def _about_ends(recipe: Recipe, setup: Setup) -> list[str]:
         )
     if teacher is None:
         return lines
+    if setup.loss.translation is not None:
+        theirs = describe_ends(teacher.tokenizer, setup.loss.translation.teacher.end_ids)
+        far = vocabulary.describe_difference(tokenizer, teacher.tokenizer, ())
+        return [*lines, f"the teacher's ends: {theirs}", f"the loss is of spans of text: {far}"]
     if unknown := what_is_unknown(recipe.objective, ends):
         lines.append(unknown)
     if set(student.end_ids) != set(teacher.end_ids):

@@ -50,7 +50,7 @@ def probe_window(
     rollouts = from_one("student", writing, prompts, seeds)
     flops: float = rollout_flops(rollouts, {"student": setup.student_flops}, by_token=False)
     texts = responses(rollouts, student.tokenizer)
-    teacher = setup.teacher if recipe.window.reference == "teacher" else None
+    teacher = setup.compared if recipe.window.reference == "teacher" else None
     scorer = teacher if teacher is not None and teacher.can_score else None
     batches = batch_places(rollouts, recipe.train.tokens_per_batch)
     entropies = _entropies(setup, student, scorer, rollouts, texts, batches)
@@ -130,7 +130,7 @@ def _num_teachers_cut(
     if setup.cache is not None:
         cached = [setup.cache.rollout(prompt, writing.window) for prompt in prompts]
         return _num_cut(cached), 0
-    teacher = setup.teacher
+    teacher = setup.compared
     if teacher is None or teacher.decoder is None or setup.teacher_flops is None:
         return 0.0, 0
     written = from_one("teacher", writing, prompts, seeds)

@@ -17,8 +17,8 @@ from potstill.kl.terms import TokenStats
 from potstill.kl.topk import TopK, top_k_loss, top_k_of
 from potstill.models.language_model import LanguageModel
 from potstill.objectives.loss import (
+    Heard,
     Loss,
-    Signal,
     batch_loss,
     known_of_teacher,
     signal_of,
@@ -42,7 +42,7 @@ class Scored:
     """
 
     hidden_ND: torch.Tensor
-    known: Signal | None
+    known: Heard | None
     loss_N: torch.Tensor
     stats: TokenStats
 
@@ -51,6 +51,12 @@ class Scored:
         first = 0
         for rollout in rollouts:
             yield _rows(self, slice(first, first := first + sum(rollout.trained)))
+
+
+def of_students_tokens(known: Heard | None, loss: Loss) -> Heard | None:
+    """The part of `known_of_teacher` that is about the student's tokens: nothing where the teacher
+    has others."""
+    return known if loss.translation is None else None
 
 
 def _rows(value: Any, rows: slice) -> Any:
@@ -77,9 +83,10 @@ def scored_samples(
     batch = make_batch(rollouts, device)
     known = known_of_teacher(teacher, batch, loss)
     hidden_ND = student_rows(student, batch, loss)
-    signal = signal_of(known, teacher, loss)
+    signal = signal_of(known, teacher, batch, loss)
     _, loss_N, stats = batch_loss(student, teacher, signal, batch, loss, hidden_ND=hidden_ND)
-    each = Scored(hidden_ND=hidden_ND, known=known, loss_N=loss_N, stats=stats).each(rollouts)
+    told = of_students_tokens(known, loss)
+    each = Scored(hidden_ND=hidden_ND, known=told, loss_N=loss_N, stats=stats).each(rollouts)
     return [
         logged_sample(student, teacher, *pair, loss) for pair in zip(rollouts, each, strict=True)
     ]

@@ -32,12 +32,13 @@ from potstill.prompts.held_out import HeldOut, hold_out, task_of_data, validatio
 from potstill.prompts.mixture import Mixture, make_mixture
 from potstill.prompts.prepare import prepare_prompts
 from potstill.rollouts.prefixes import Writing
+from potstill.rollouts.spans import Spelling, make_translation
 from potstill.seeds import step_seed
 from potstill.tasks import Task, is_table, make_task
 from potstill.tasks.own import OwnJudge, own_files
 from potstill.teachers import vocabulary
 from potstill.teachers.cached import cached_once
-from potstill.teachers.ends import Ends, find_ends
+from potstill.teachers.ends import Ends, answer_ends, find_ends
 from potstill.teachers.load import load_further, load_teacher, refuse_untaught
 from potstill.teachers.protocol import Teacher, Teaching
 from potstill.teachers.remote.reach import fit_to_loss
@@ -78,6 +79,11 @@ class Setup:
     task_files: dict[str, str]
     date: str
     notes: tuple[str, ...]
+
+    @property
+    def compared(self) -> Teacher | None:
+        """The teacher, if it can be compared with the student token by token."""
+        return self.teacher if self.loss.translation is None else None
 
 
 def writing_of(
@@ -125,6 +131,10 @@ def prepare(
     ends = find_ends(recipe, student, teacher, vocab_size)
     fit_to_loss(teacher, vocab_size, ends.class_ids)
     loss = _loss_of(recipe, vocab_size, ends, compute_dtype=compute_dtype_of(recipe, world, given))
+    if recipe.objective.signal == "spans" and teacher is not None:
+        loss = dataclasses.replace(
+            loss, translation=make_translation(_spelling(student), _spelling(teacher))
+        )
     _refuse_settings(recipe, loss, world)
     # The main rank's, as midnight may come between them.
     date = str(
@@ -249,6 +259,15 @@ def _loss_of(recipe: Recipe, vocab_size: int | None, ends: Ends, *, compute_dtyp
     )
     try_weighting(loss, recipe.is_scored)
     return loss
+
+
+def _spelling(model: LanguageModel | Teacher) -> Spelling:
+    return Spelling(
+        tokenizer=model.tokenizer,
+        end_ids=answer_ends(model),
+        vocab_size=vocabulary.num_named_rows(model),
+        context_length=model.context_length,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,7 +177,7 @@ def _engines(recipe: Recipe, setup: Setup, world: World) -> dict[Writer, Engine]
             **place,
         )
     }
-    writes = None if setup.teacher is None else setup.teacher.decoder
+    writes = None if setup.compared is None else setup.compared.decoder
     if writes is None:
         return engines
     if recipe.objective.prefix in ("teacher", "mixed") and setup.cache is None:

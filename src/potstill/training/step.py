@@ -24,6 +24,7 @@ from potstill.objectives.loss import Loss
 from potstill.objectives.reward import with_credit
 from potstill.rollouts.batching import make_batch
 from potstill.rollouts.prefixes import Writing, write_rollouts
+from potstill.rollouts.spans import with_readings
 from potstill.rollouts.text import responses
 from potstill.runs.schema import (
     FLOPS_PARTS,
@@ -37,7 +38,7 @@ from potstill.runs.schema import (
 )
 from potstill.seeds import step_seed
 from potstill.training.controllers import decide, is_probe_due, scheduled_weight, scheduled_window
-from potstill.training.metrics import Stopwatch, reward_means, step_means
+from potstill.training.metrics import Stopwatch, reward_means, span_means, step_means
 from potstill.training.probing import probe_window
 from potstill.training.rates import is_extended_at, is_spent, learning_rate, planned_steps
 from potstill.training.rollout_log import scored_samples
@@ -150,7 +151,8 @@ def write_round(
     with clock("rollout_seconds"), naming_the_step(plan.step, plan.prompts):
         counter = clock.token_counter(len(plan.prompts) * plan.writing.window)
         writing = dataclasses.replace(plan.writing, on_token=counter)
-        rollouts = write_rollouts(writing, plan.prompts, plan.seeds)
+        written = write_rollouts(writing, plan.prompts, plan.seeds)
+        rollouts = with_readings(written, setup.loss.translation)
     if setup.grader is not None:
         with clock("grading_seconds"):
             texts = responses(rollouts, setup.student.tokenizer)
@@ -259,6 +261,7 @@ def step_metrics(
     if recipe.objective.kl == "mixed":
         assert plan.loss.forward_weight is not None
         extras["forward_weight"] = plan.loss.forward_weight
+    extras = {**extras, **span_means(sums)}
     if by_teacher := means_by_teacher(sums, setup.teachings):
         extras["by_teacher"] = by_teacher
     if setup.ends.compared_ids:

@@ -151,7 +151,7 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
             answer_end=held_out.answer_end,
         )
 
-    teacher = setup.teacher
+    teacher = setup.compared
     # Without a head no whole distribution is known.
     scoring = teacher if teacher and teacher.can_score and teacher.head is not None else None
     sums: list[Sums] = [{} for _ in prompts]

@@ -53,16 +53,17 @@ class Objective(Section, role=Role.OBJECTIVE):
     """Arguments of the weighting, such as {num = 50}."""
     temperature: float = Field(default=1.0, ge=COLDEST)
     """Divides both models' logits in the loss; sampling has its own."""
-    signal: Literal["full", "topk", "sampled", "labels"] = "full"
+    signal: Literal["full", "topk", "sampled", "spans", "labels"] = "full"
     """full: the exact KL over the whole vocabulary; topk: the exact KL between the teacher's top_k
     tokens and one class for the rest; sampled: an estimate from the teacher's log-probability of
-    each token that the student wrote; labels: cross-entropy on the written tokens, without a
-    teacher."""
+    each token that the student wrote; spans: the same of a teacher with another tokenizer, for what
+    stands between two places where both cut a text; labels: cross-entropy on the written tokens,
+    without a teacher."""
     top_k: int = Field(default=64, ge=1)
     """signal = topk: how many of the teacher's likeliest tokens are kept apart."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """signal = sampled: k1 = log q/p as a constant reward and k2 = (log q/p)^2 / 2 have the reverse
-    KL's gradient in expectation, k3 = p/q - 1 - log p/q has the forward KL's."""
+    """signal = sampled, spans: k1 = log q/p as a constant reward and k2 = (log q/p)^2 / 2 have the
+    reverse KL's gradient in expectation, k3 = p/q - 1 - log p/q has the forward KL's."""
     baseline: Literal["none", "exact"] = "none"
     """estimator = k1: subtract the reward's exact mean, minus the reverse KL; that needs the
     teacher's whole output."""
@@ -101,6 +102,7 @@ class Objective(Section, role=Role.OBJECTIVE):
             return f"Hard-label SFT ({self.prefix} prefix)"
         details = [f"top {self.top_k}"] if self.signal == "topk" else []
         details += [self.estimator] if self.signal == "sampled" else []
+        details += [f"spans, {self.estimator}"] if self.signal == "spans" else []
         details += [f"gamma {self.gamma:g}"] if self.gamma else []
         if self.weights is not None:
             arguments = [f"{name} {value}" for name, value in self.weighting_arguments.items()]

@@ -84,7 +84,7 @@ class RemoteTeacher:
 
 def read_by_teacher(rollout: Rollout) -> tuple[int, ...]:
     """A rollout as its teacher reads it."""
-    return (*rollout.prompt.ids_of("teacher"), *rollout.completion_ids)
+    return (*rollout.prompt.ids_of("teacher"), *rollout.read_by("teacher")[0])
 
 
 def asked_twice(teacher: RemoteTeacher) -> tuple[list[Any], list[Any]]:

@@ -72,8 +72,8 @@ class StatesTeacher(RemoteTeacher):
         rows = []
         for rollout, row_TE in zip(batch.rollouts, states, strict=True):
             # The state after an id is about the next one.
-            of_completion = row_TE[-len(rollout.completion_ids) :]
-            rows.append(of_completion[torch.tensor(rollout.trained)])
+            is_trained = torch.tensor(rollout.read_by("teacher")[1])
+            rows.append(row_TE[-len(is_trained) :][is_trained])
         return torch.cat(rows).to(self.device)
 
     def find_decoder(self, must_write: bool) -> None:
