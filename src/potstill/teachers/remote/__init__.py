@@ -1,1 +1,1 @@
-"""Teachers elsewhere: what servers of a model tell of it over HTTP."""
+"""Teachers elsewhere, over HTTP."""
