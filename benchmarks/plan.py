@@ -1,4 +1,4 @@
-"""What `potstill plan` predicts beside what real steps take: memory and operations.
+"""What `potstill plan` predicts beside what real steps take: memory, operations and seconds.
 
 Each figure is of a process of its own, which runs a whole `train` of two or three steps. Weights
 are random but for the embedded pair, so that "SmolLM2" is its architecture alone: 135 M parameters
@@ -12,15 +12,21 @@ the plan reckons; `default` is without.
 Operations are those of the second step, counted by PyTorch's FlopCounterMode on the tensors
 themselves with attention written out. It counts all pairs of a query and a key; those that
 causality leaves out are taken off by hand, as a run's log does not count them.
+
+Seconds are those of a run's log, but of the processor: medians of three steps after the first,
+beside those that are planned for "this-machine", which is measured in the same process just before.
 """
 
 import ctypes
+import dataclasses
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,13 +37,14 @@ from potstill.config import Recipe
 from potstill.models.character_tokenizer import build_tokenizer
 from potstill.models.language_model import LanguageModel, load_model
 from potstill.models.probe import probe
-from potstill.planning.devices import DEVICES
+from potstill.planning.devices import DEVICES, DeviceSpec, measured_here
 from potstill.planning.memory import Outlines
 from potstill.planning.plan import Circumstances, Needs, needs_of
 from potstill.planning.sizes import outline_of
+from potstill.runs import run_folder
 from potstill.training.loop import train
 
-Kind = Literal["freed", "default", "operations"]
+Kind = Literal["freed", "default", "operations", "seconds"]
 # Tokens of each prompt of the task that the steps are taken on.
 PROMPT_TOKENS = 8
 # The first argument of a process that measures one figure.
@@ -77,7 +84,7 @@ def main(
     rows = []
     for name in CASES:
         if name.startswith(only):
-            kinds: tuple[Kind, ...] = ("freed", "default", "operations")
+            kinds: tuple[Kind, ...] = ("freed", "default", "operations", "seconds")
             rows.append({"case": name} | {kind: in_a_process(name, kind) for kind in kinds})
             print_row(rows[-1])
     if json_file is not None:
@@ -95,9 +102,17 @@ def print_row(row: dict[str, Any]) -> None:
             f"{found['measured'] / unit:,.1f} {name}: {found['predicted'] / found['measured']:.3f}",
             flush=True,
         )
+    planned, taken = row["seconds"]["predicted"], row["seconds"]["measured"]
+    for part, seconds in taken.items():
+        print(
+            f"  {part:10} predicted {planned[part]:.3f} s, measured {seconds:.3f} s: "
+            f"{planned[part] / seconds:.2f}; shares {planned[part] / planned['step']:.2f}, "
+            f"{seconds / taken['step']:.2f}",
+            flush=True,
+        )
 
 
-def in_a_process(name: str, kind: Kind) -> dict[str, float]:
+def in_a_process(name: str, kind: Kind) -> dict[str, Any]:
     """`measure` in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (FREEING if kind == "freed" else {})
     command = [sys.executable, __file__, CHILD, name, kind]
@@ -107,11 +122,13 @@ def in_a_process(name: str, kind: Kind) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(name: str, kind: Kind) -> dict[str, float]:
+def measure(name: str, kind: Kind) -> dict[str, Any]:
     """The predicted and the measured figure of a case."""
     with tempfile.TemporaryDirectory(prefix="potstill-plan-") as folder:
         if kind == "operations":
             return measured_operations(name, Path(folder))
+        if kind == "seconds":
+            return measured_seconds(name, Path(folder))
         return measured_memory(name, Path(folder))
 
 
@@ -160,10 +177,37 @@ def measured_operations(name: str, folder: Path) -> dict[str, float]:
     return {"predicted": sum(needs.operations.values()), "measured": measured}
 
 
-def predicted(recipe: Recipe, student: LanguageModel, teacher: LanguageModel) -> Needs:
-    """What the plan says of the same recipe: a CPU, and responses as long as the window."""
-    device = DEVICES["H100-SXM"]
-    here = device.__class__(**{**vars(device), "is_cpu": True})
+def measured_seconds(name: str, folder: Path) -> dict[str, Any]:
+    """Seconds by part; the student's are those of its passes, the heads and the update."""
+    # Other programs do not lengthen these; there is one thread.
+    time.perf_counter = time.process_time
+    student, teacher = models_of(name)
+    for model in (student, teacher):
+        probe(model)
+        model.end_ids = (0,)
+    recipe = recipe_of(CASES[name], folder / "run", steps=4)
+    found = predicted(recipe, student, teacher, measured_here()).seconds
+    train(recipe, student=student, teacher=teacher, quiet=True)
+    rows: list[Any] = run_folder.read_metrics(folder / "run")[1:]
+    parts = ("rollout", "teacher", "student")
+    taken = {part: statistics.median(row[f"{part}_seconds"] for row in rows) for part in parts}
+    others = sum(found.values()) - found["rollouts"] - found["teacher"]
+    planned = {"rollout": found["rollouts"], "teacher": found["teacher"], "student": others}
+    return {
+        "predicted": planned | {"step": sum(planned.values())},
+        "measured": taken | {"step": sum(taken.values())},
+    }
+
+
+def predicted(
+    recipe: Recipe,
+    student: LanguageModel,
+    teacher: LanguageModel,
+    device: DeviceSpec | None = None,
+) -> Needs:
+    """What the plan says of the same recipe: by default a CPU, and responses as long as the
+    window."""
+    here = device or dataclasses.replace(DEVICES["H100-SXM"], is_cpu=True)
     asked = Circumstances(device=here, prompt_tokens=PROMPT_TOKENS)
     pair = Outlines(student=outline_of(student), teacher=outline_of(teacher))
     return needs_of(recipe, pair, "live", asked)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
+from potstill.config import Sampling
 from potstill.console.names import nearest
+from potstill.models.language_model import load_model
+from potstill.models.sampling import sample
 from potstill.types import DataError
 
 GIGA, TERA = 1e9, 1e12
@@ -22,8 +25,10 @@ DEVICES_PER_MACHINE = 8
 HERE = "this-machine"
 # Where a container says how much memory it may use, and uses.
 LIMIT, USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-# Rows and columns of the matrices that are multiplied, and the bytes that are read, to measure.
+# Rows and columns of the matrices that are multiplied, the bytes of weights that are read, and the
+# rows and tokens that are decoded, to measure.
 MATRIX, READ_BYTES = 1024, 2**28
+DRAWN_ROWS, DRAWN_TOKENS = 4, 16
 ROUNDS = 3
 
 
@@ -133,7 +138,7 @@ def measured_here() -> DeviceSpec:
         near=reading / 2,
         far=12.5 * GIGA,
         source=f"measured just now, {where}; its memory is what is free",
-        a_layer=0.3e-3 if is_cpu else 0.7e-3,
+        a_layer=_starting(device),
         is_cpu=is_cpu,
         is_measured=True,
     )
@@ -158,15 +163,35 @@ def free_memory(device: torch.device) -> int | None:
 
 def _multiplying(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a product of two square matrices, the best of a few rounds."""
-    size = MATRIX if device.type == "cpu" else 8 * MATRIX
+    size = _side(device)
     a = torch.ones(size, size, dtype=dtype, device=device)
     return 2 * size**3 / _seconds(lambda: a @ a, device)
 
 
+def _side(device: torch.device) -> int:
+    """The rows and columns of a matrix that is large for the device."""
+    return MATRIX if device.type == "cpu" else 8 * MATRIX
+
+
 def _reading(device: torch.device) -> float:
-    """Bytes a second of a sum over more numbers than a cache holds."""
-    numbers = torch.zeros(READ_BYTES // 4, device=device)
-    return READ_BYTES / _seconds(numbers.sum, device)
+    """Bytes a second of weights that products of a few rows read, more than a cache holds: a
+    processor reads them far slower than it sums them."""
+    size = _side(device)
+    weights = [torch.ones(size, size, device=device) for _ in range(READ_BYTES // (4 * size**2))]
+    rows = torch.ones(DRAWN_ROWS, size, device=device)
+    return READ_BYTES / _seconds(lambda: [rows @ weight.T for weight in weights], device)
+
+
+def _starting(device: torch.device) -> float:
+    """Seconds of a layer for a token where starting its operations is all that takes time: those of
+    a shipped model's layers, of width 64."""
+    model = load_model("potstill:base").to(device)
+    given = {"end_ids": (), "sampling": Sampling(), "vocab_size": None}
+
+    def write() -> None:
+        sample(model.model, [(1,)], [(0, 0, 0)], max_tokens=DRAWN_TOKENS, **given)
+
+    return _seconds(write, device) / DRAWN_TOKENS / model.model.config.num_hidden_layers
 
 
 def _seconds(work, device: torch.device) -> float:

@@ -1,9 +1,10 @@
 """Seconds of a step on a device, by part, and the bytes that devices send each other.
 
-A model, not a measurement. Products take their operations over a share of the device's peak in
-their type, and a pass at least the time to start the operations of each layer. Decoding takes, for
-each token, the longest of its products, of reading the weights and the cache, and of starting. The
-optimiser and what is sent take their bytes over a share of the bandwidth, and nothing overlaps.
+A model, not a measurement, and below what a step takes (docs/performance.md). Products take their
+operations over a share of the device's peak in their type, and a pass at least the time to start
+the operations of each layer. Decoding takes, for each token, the longest of its products, of
+reading the weights and the cache, and of starting. The optimiser and what is sent take their bytes
+over a share of the bandwidth, and nothing overlaps.
 """
 
 from dataclasses import dataclass
