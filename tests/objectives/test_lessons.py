@@ -14,6 +14,7 @@ from potstill.config import Objective
 from potstill.objectives.lessons import further_losses, kinds_of, lesson_of
 from potstill.objectives.loss import Loss, batch_loss, student_rows, teacher_signal
 from potstill.rollouts.batching import batch_places, make_batch
+from potstill.runs.run_folder import RunError
 from potstill.teachers.load import refuse_untaught
 from potstill.teachers.protocol import Teaching
 from potstill.types import DataError, Example, Prompt, Rollout
@@ -211,3 +212,19 @@ def test_a_prompt_that_nobody_teaches_is_refused(tmp_path):
     with pytest.raises(DataError, match="'a' teaches no prompt: its `only` names y, and the "):
         potstill.train(tiny_recipe(tmp_path / "run", **sections), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_levels_that_it_began_with(tmp_path):
+    """By them prompts have their teachers; where there is one teacher, they say nothing."""
+    small = [{"name": "small", "model": "potstill:teacher-small", "only": ["b"]}]
+    prompts = [{"prompt": f"{i}*3=", "level": "ab"[i % 2]} for i in range(2, 10)]
+    others = [row | {"level": "b"} for row in prompts]
+    for name, sections in {"several": {"teachers": small}, "one": {}}.items():
+        recipe = tiny_recipe(tmp_path / name, train={"steps": 2}, **sections)
+        with interrupted_at(1):
+            potstill.train(recipe, prompts=prompts, quiet=True)
+        if sections:
+            with pytest.raises(RunError, match="begun with other prompts"):
+                potstill.train(recipe, prompts=others, quiet=True)
+        else:
+            potstill.train(recipe, prompts=others, quiet=True)

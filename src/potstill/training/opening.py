@@ -66,20 +66,35 @@ def record_of(setup: Setup, world: World) -> dict[str, Any]:
     writer = None if setup.cache is None else setup.cache.manifest.student
     if writer is not None:
         identities["writer"] = {"name": writer.name, "weights": writer.parameters}
-    prompts = [
-        (p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached) for p in setup.prompts
-    ]
     return {
         "world_size": world.size,
         "device": str(world.device),
         "compute_dtype": setup.loss.compute_dtype,
         "date": setup.date,
         "task_files": setup.task_files,
-        "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+        "prompts": _digest_of_prompts(setup),
         "end_ids": list(setup.ends.stop_ids),
         "end_class": list(setup.ends.class_ids),
         "models": identities,
     }
+
+
+def _digest_of_prompts(setup: Setup) -> str:
+    """A checksum of all that a run reads of its prompts, of those that it measures on too."""
+    # A file of the user's own may change what it scores by, which is noted.
+    is_scored = setup.grader is not None and not setup.task_files
+    of_training = [
+        (
+            *(p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached),
+            p.example.source,
+            [each.is_for(p) for each in setup.teachings],
+            p.example.answer if is_scored else None,
+        )
+        for p in setup.prompts
+    ]
+    measured = [*setup.probes, *(() if setup.held_out is None else setup.held_out.prompts)]
+    of_measures = [(p.token_ids, p.teacher_ids) for p in measured]
+    return hashlib.sha256(repr((of_training, of_measures)).encode()).hexdigest()[:16]
 
 
 def opening(recipe: Recipe, setup: Setup, world: World, start: int) -> list[str]:
