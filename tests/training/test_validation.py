@@ -344,6 +344,17 @@ def test_how_many_prompts_are_held_out_is_said(tmp_path, num, steps, fields, num
     assert len(setup.prompts) == num - (num_held or 0) * ("source" not in fields)
 
 
+def test_an_extension_holds_out_what_was_held_out(tmp_path):
+    """A short run has no validation, and a longer one would have: its prompts stay."""
+    data = {"source": file_of(tmp_path, 340), "num_prompts": 340}
+    longer = {"steps": 120, "prompts_per_step": 16}
+    held_out = [
+        prepare(tiny_recipe(tmp_path, data=data, train=train), distributed.start()).held_out
+        for train in (longer, longer | {"extended": [[20, 20]]})
+    ]
+    assert held_out[0] is not None and held_out[1] is None
+
+
 def test_what_cannot_be_validated_is_refused(tmp_path):
     source = file_of(tmp_path, 24)
 

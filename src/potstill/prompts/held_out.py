@@ -97,7 +97,8 @@ def _why_not(recipe: Recipe, teacher) -> str | None:
         return "no live teacher scores what the student writes"
     if recipe.teacher.follows_every is not None:
         return "the teacher follows the student"
-    if every_steps(recipe, recipe.train.steps) is None:
+    # As it was begun: an extension leaves what is trained on as it was.
+    if every_steps(recipe, recipe.train.steps_at_first) is None:
         return "the run is so short that it would take more than a twentieth of it"
     return None
 

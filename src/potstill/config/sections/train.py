@@ -89,6 +89,11 @@ class Train(Section, role=Role.UPDATE):
     `--extend-to` adds one when a run goes on past its end."""
 
     @property
+    def steps_at_first(self) -> int:
+        """The steps that the run was begun with, before any extension."""
+        return self.extended[0][1] if self.extended else self.steps
+
+    @property
     def needs_torchao(self) -> bool:
         """Whether the optimiser is one of torchao."""
         return self.optimizer != "adamw" or self.stochastic_rounding
