@@ -86,6 +86,14 @@ def test_the_custom_task_is_solved_by_the_teacher(capsys):
     assert row["avg"][0] > 0.6
 
 
+def test_other_tokenizer(monkeypatch, capsys):
+    """The teacher writes two digits at once, and is one that the student's loss of spans takes."""
+    run(monkeypatch, capsys, "examples/other_tokenizer.py --steps 2")
+    main(["train", "examples/other_tokenizer.toml", *SMALL.split()])
+    row = json.loads(Path("runs/other-tokenizer/metrics.jsonl").read_text().splitlines()[-1])
+    assert row["span_tokens"] > 1 and row["left_out"] < 0.5
+
+
 def train_by_docstring(name: str) -> dict:
     """The last metrics of a short run by the recipe in a file's docstring."""
     docstring = ast.get_docstring(ast.parse((EXAMPLES / name).read_text()))

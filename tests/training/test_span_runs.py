@@ -23,10 +23,11 @@ QUICK = {"steps": 6, "prompts_per_step": 8, "tokens_per_batch": 512, "warmup_ste
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """The folder of a model whose tokens may have two digits."""
+    """The folder of a model whose tokens may have two digits, and that has two ends."""
     folder = tmp_path_factory.mktemp("models") / "teacher"
     model = random_model(merging_tokenizer(), seed=1, spread=20)
-    save_model(model, model.model.state_dict(), model.end_ids, folder)
+    ends = (model.tokenizer.eos_token_id, model.tokenizer.bos_token_id)
+    save_model(model, model.model.state_dict(), ends, folder)
     return folder
 
 
@@ -45,7 +46,7 @@ def test_a_student_learns_from_a_teacher_with_another_tokenizer(teacher, tmp_pat
     main(["train", str(path)])
     said = capsys.readouterr().err
     assert "OPD (spans, k1)" in said
-    assert "the teacher's ends: </s>" in said and "the teacher reads: '<s>" in said
+    assert "the teacher's ends: </s> (21), <s> (20)" in said and "the teacher reads: '<s>" in said
     assert "the loss is of spans of text: 20 of the student's 23 tokens (87%)" in said
     rows = rows_of(tmp_path / "run")
     losses = [row["loss"] for row in rows]
@@ -85,9 +86,15 @@ def test_packed_batches_and_a_teacher_elsewhere_give_the_same_steps(teacher, tmp
         recipe = recipe_of(tmp_path / name, teacher, train=QUICK | more)
         folders.append(potstill.train(recipe, quiet=True).folder)
     model = ready(str(teacher)).requires_grad_(False)
-    with served.in_a_thread(make_app(model, fingerprint(model))) as url:
-        there = recipe_of(tmp_path / "there", teacher, train=QUICK, teacher={"url": url})
-        folders.append(potstill.train(there, quiet=True).folder)
+    servers = {
+        "states": served.in_a_thread(make_app(model, fingerprint(model))),
+        "logprobs": served.that_answers(served.log_probs_of(model)),
+    }
+    for protocol, server in servers.items():
+        with server as url:
+            where = {"url": url, "protocol": protocol}
+            there = recipe_of(tmp_path / protocol, teacher, train=QUICK, teacher=where)
+            folders.append(potstill.train(there, quiet=True).folder)
     first, *others = [rows_of(folder) for folder in folders]
     for rows in others:
         for row, expected in zip(rows, first, strict=True):

@@ -1,11 +1,9 @@
 """Fields of the teachers that must fit together."""
 
 from potstill.config.fields import RecipeFields
+from potstill.config.sections.validation import WITHOUT_TEACHER
 from potstill.config.values import refuse_any
 from potstill.config.weightings import WEIGHTINGS
-
-# Quantities that validation may keep the best of without a teacher.
-UNTAUGHT = ("truncation", "repetition", "score")
 
 
 def refuse_misplaced_teachers(recipe: RecipeFields) -> None:
@@ -70,9 +68,9 @@ def _check_log_probs(recipe: RecipeFields) -> None:
             '"student" or "dataset"',
         ),
         (
-            objective.has_divergence and objective.signal not in ("sampled", "topk"),
+            objective.has_divergence and objective.signal not in ("sampled", "spans", "topk"),
             f'objective.signal is "{objective.signal}", which takes whole distributions; use '
-            '"sampled" or "topk"',
+            '"sampled", "spans" or "topk"',
         ),
         (
             objective.temperature != 1,
@@ -125,7 +123,7 @@ def _check_spans(recipe: RecipeFields) -> None:
             'use "first"',
         ),
         (
-            validation.num_prompts != 0 and goal not in (None, *UNTAUGHT),
+            validation.num_prompts != 0 and goal not in WITHOUT_TEACHER,
             f'validation.keep_best is "{goal}", which compares tokens; use "score", '
             '"truncation" or "repetition"',
         ),

@@ -25,7 +25,7 @@ from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
 from potstill.objectives.estimators import estimate, log_ratio, token_slope
 from potstill.objectives.reward import policy_gradient
-from potstill.objectives.span_loss import SpanSignal, span_loss, span_signal
+from potstill.objectives.span_loss import SpanSignal, own_log_probs, span_loss, span_signal
 from potstill.objectives.tokens import KnownBefore, known_before, positions
 from potstill.objectives.weightings import TokenWeighting, make_weighting, weighs_together
 from potstill.rollouts.spans import Translation
@@ -165,12 +165,7 @@ def signal_of(
     """The part of `known_of_teacher` that the loss takes: all of it, for `signal = "topk"` the
     likeliest tokens, or for "spans" the log-probabilities of spans."""
     if loss.translation is not None:
-        assert isinstance(known, Tensor) and teacher is not None and teacher.head is not None, (
-            "the recipe asks for a teacher's hidden states"
-        )
-        return span_signal(
-            known, teacher.head, batch, loss.translation.teacher, options=loss.shared_options()
-        )
+        return span_signal(_own_log_probs(known, teacher, batch, loss), batch)
     if known is None or loss.objective.signal != "topk":
         return known
     if isinstance(known, TopK):
@@ -180,6 +175,20 @@ def signal_of(
     options = loss.shared_options()
     given = {name: options[name] for name in ("vocab_size", "temperature", "end_ids")}
     return top_k_of(known, teacher.head, loss.objective.top_k, **given)
+
+
+def _own_log_probs(
+    known: Heard | None, teacher: Teacher | None, batch: Batch, loss: Loss
+) -> Tensor:
+    """The log-probabilities of a teacher with another tokenizer, of its own loss tokens."""
+    if isinstance(known, OfWritten):
+        return known.log_prob_N
+    assert isinstance(known, Tensor) and teacher is not None and teacher.head is not None, (
+        "the recipe asks for a teacher that is no cache"
+    )
+    assert loss.translation is not None
+    spelling, options = loss.translation.teacher, loss.shared_options()
+    return own_log_probs(known, teacher.head, batch, spelling, options=options)
 
 
 def batch_loss(

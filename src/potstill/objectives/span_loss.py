@@ -40,21 +40,24 @@ class SpanSignal:
         return self.sums(stats.student_log_prob_N) - self.teacher_log_prob_S
 
 
-@torch.no_grad()
-def span_signal(
+def own_log_probs(
     hidden_ME: Tensor, head: Head, batch: Batch, spelling: Spelling, *, options: dict[str, Any]
-) -> SpanSignal:
-    """The signal of a teacher from its hidden states [M, E] at its own M loss tokens; `options` are
-    those of the divergence, of which the vocabulary and the end tokens are its own."""
-    device = hidden_ME.device
+) -> Tensor:
+    """A teacher's log-probabilities [M] of its own M loss tokens from its hidden states there.
+    `options` are those of the divergence, of which the vocabulary and the end tokens are its
+    own."""
     read = [rollout.read_by("teacher") for rollout in batch.rollouts]
     labels = [i for ids, trained in read for i, is_in in zip(ids, trained, strict=True) if is_in]
     own = {"vocab_size": spelling.vocab_size, "end_ids": spelling.class_ids}
-    given: dict[str, Any] = {"dtype": torch.long, "device": device}
-    labels_M = torch.tensor(labels, **given)
+    labels_M = torch.tensor(labels, dtype=torch.long, device=hidden_ME.device)
     stats = fused_statistics(hidden_ME, head, labels_N=labels_M, **options | own)
-    log_prob_M = stats.student_log_prob_N
-    assert log_prob_M is not None, "labels are given"
+    assert stats.student_log_prob_N is not None, "labels are given"
+    return stats.student_log_prob_N
+
+
+def span_signal(log_prob_M: Tensor, batch: Batch) -> SpanSignal:
+    """The signal of a teacher from its log-probabilities of its own M loss tokens."""
+    given: dict[str, Any] = {"dtype": torch.long, "device": log_prob_M.device}
     student_spans, teacher_spans, num = _numbered(batch.rollouts)
     span_M = torch.tensor(teacher_spans, **given)
     return SpanSignal(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.config import Recipe, RecipeError, run_evaluation
+from potstill.config import WITHOUT_TEACHER, Recipe, RecipeError, run_evaluation
 from potstill.engines.protocol import Engine
 from potstill.evaluation.quality import Scorer
 from potstill.evaluation.scores import prepare_problems
@@ -45,9 +45,6 @@ from potstill.teachers.remote.reach import fit_to_loss
 from potstill.teachers.rope import refuse_crossing
 from potstill.teachers.store import Cache
 from potstill.types import DataError, Prompt, Writer
-
-# Goals of `validation.keep_best` that are of the student alone.
-WITHOUT_TEACHER = (None, "truncation", "repetition", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +126,13 @@ def prepare(
         refuse_unpackable(student, *teachers)
     vocab_size = vocabulary.shared_by_all(recipe, student, teachers, prompts)
     ends = find_ends(recipe, student, teacher, vocab_size)
-    fit_to_loss(teacher, vocab_size, ends.class_ids)
     loss = _loss_of(recipe, vocab_size, ends, compute_dtype=compute_dtype_of(recipe, world, given))
     if recipe.objective.signal == "spans" and teacher is not None:
-        loss = dataclasses.replace(
-            loss, translation=make_translation(_spelling(student), _spelling(teacher))
-        )
+        own = _spelling(teacher)
+        loss = dataclasses.replace(loss, translation=make_translation(_spelling(student), own))
+        fit_to_loss(teacher, own.vocab_size, own.class_ids)
+    else:
+        fit_to_loss(teacher, vocab_size, ends.class_ids)
     _refuse_settings(recipe, loss, world)
     # The main rank's, as midnight may come between them.
     date = str(

@@ -22,6 +22,8 @@ Goal = Literal[
     "repetition",
     "score",
 ]
+# Goals that are of the student alone.
+WITHOUT_TEACHER: tuple[Goal | None, ...] = (None, "truncation", "repetition", "score")
 HIGHER_IS_BETTER: tuple[Goal, ...] = ("teacher_log_prob", "score")
 
 

@@ -85,7 +85,7 @@ class LogProbTeacher(RemoteTeacher):
         other member in its place."""
         rows = [read_by_teacher(rollout) for rollout in batch.rollouts]
         others = [
-            (*read_by_teacher(rollout)[: place - len(rollout.completion_ids)], end_id)
+            (*read_by_teacher(rollout)[: place - len(rollout.read_by("teacher")[0])], end_id)
             for rollout in batch.rollouts
             for place, end_ids in self._other_ends(rollout)
             for end_id in end_ids
@@ -95,7 +95,7 @@ class LogProbTeacher(RemoteTeacher):
     def _other_ends(self, rollout: Rollout) -> Iterator[tuple[int, tuple[int, ...]]]:
         """The place in the completion of each loss token of the end class, and the class's other
         members."""
-        pairs = zip(rollout.completion_ids, rollout.trained, strict=True)
+        pairs = zip(*rollout.read_by("teacher"), strict=True)
         for place, (token_id, is_trained) in enumerate(pairs):
             if is_trained and token_id in self.end_class:
                 yield place, tuple(each for each in self.end_class if each != token_id)
@@ -124,11 +124,12 @@ class LogProbTeacher(RemoteTeacher):
         """The log-probability [N] of each loss token, or of the end class for one in it."""
         parts, left = [], iter(others)
         for rollout, each in zip(batch.rollouts, rows, strict=True):
-            own_T = each.own_T[-len(rollout.completion_ids) :].clone()
+            is_trained = torch.tensor(rollout.read_by("teacher")[1])
+            own_T = each.own_T[-len(is_trained) :].clone()
             for place, end_ids in self._other_ends(rollout):
                 ends = [next(left).own_T[-1] for _ in end_ids]
                 own_T[place] = torch.stack([own_T[place], *ends]).logsumexp(0)
-            parts.append(own_T[torch.tensor(rollout.trained)])
+            parts.append(own_T[is_trained])
         return torch.cat(parts).float().to(self.device)
 
 
