@@ -192,12 +192,22 @@ FAULTS = {
     "positive": (
         at_third(lambda values: dict.fromkeys(values, 0.3)),
         ModelError,
-        "without --logprobs-mode",
+        "up to 0.3 that are no log-probabilities",
+    ),
+    "enormous": (
+        at_third(lambda values: dict.fromkeys(values, 1e9)),
+        ModelError,
+        "no log-probabilities",
+    ),
+    "no float at all": (
+        at_third(lambda values: dict.fromkeys(values, 10**400)),
+        ModelError,
+        "gave {",
     ),
     "logits": (
         at_third(lambda values: dict.fromkeys(values, -0.1)),
         ModelError,
-        "add up to",
+        "add up to more than 1",
     ),
 }
 

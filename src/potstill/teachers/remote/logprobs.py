@@ -221,7 +221,7 @@ def _values(found: Any, url: str) -> Mapping[int, float]:
     """The log-probability of each id that is told of a position."""
     try:
         return {int(i): float(each["logprob"]) for i, each in found.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise ModelError(
             f"the teacher at {url} gave {str(found)[:100]} for the log-probabilities of a token; "
             "start it as docs/teachers.md says"
@@ -252,11 +252,11 @@ def _check(
             f"{where} the ids {min(values)} to {max(values)}, and teacher.model has {vocab_size} "
             "tokens; name the model that the server has"
         )
-    highest, total = max(values.values()), sum(map(math.exp, values.values()))
-    if highest > ABOVE_ZERO or total > 1 + ABOVE_ONE:
+    highest = max(values.values())
+    if highest > ABOVE_ZERO or sum(map(math.exp, values.values())) > 1 + ABOVE_ONE:
         raise ModelError(
-            f"{where} log-probabilities of up to {highest:.3g} whose probabilities add up to "
-            f"{total:.4g}: they are of something else, such as logits; serve it without "
+            f"{where} numbers of up to {highest:.3g} that are no log-probabilities, as they are "
+            "above 0, or their probabilities add up to more than 1; serve it without "
             "--logprobs-mode"
         )
 
