@@ -73,7 +73,7 @@ class TeacherModel(Section, role=Role.MODEL):
     protocol: Annotated[Literal["states", "logprobs"], Role.ROUNDING] = "states"
     """Content of the answers of teacher.url. states: last hidden states, for any divergence;
     logprobs: log-probabilities of prompts (`prompt_logprobs`), as any server of vLLM gives them,
-    for objective.signal = sampled or topk. Of teacher.model no weights are then read."""
+    for objective.signal = sampled, topk or spans. Of teacher.model no weights are then read."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the hidden states that teacher.url sends; bfloat16 loses nothing where the server
     computes in it."""
