@@ -68,6 +68,7 @@ def test_a_healthy_run_has_no_sign(seed):
         ("gradient", {"grad_norm": lambda at: 20.0 if round(119 * at) in (60, 63, 65) else 1.0}),
         ("loss", {"loss": lambda at: 0.5}),
         ("loss", {"loss": lambda at: 0.5 + at}),
+        ("spans", {"left_out": at_end(0.7, 0.2)}),
     ],
 )
 def test_trouble_is_seen(name, of_step):
@@ -85,6 +86,7 @@ def test_trouble_is_seen(name, of_step):
         },
         {"student_entropy_before_answer": lambda at: 0.4 * (1 - 0.3 * at)},
         {"teacher_entropy_before_answer": lambda at: None},
+        {"left_out": lambda at: 0.3},
         # Who writes is not the student; the window shrank; all were cut at first too.
         {"truncation": at_end(0.9, 0.05), "prefix": lambda at: "teacher"},
         {"truncation": at_end(0.9, 0.05), "window": at_end(32, 128)},

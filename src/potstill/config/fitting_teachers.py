@@ -102,7 +102,7 @@ def _check_spans(recipe: RecipeFields) -> None:
     goal, validation = recipe.validation.keep_best, recipe.validation
     refuse_any(
         'objective.signal is "spans", for a teacher with another tokenizer',
-        "choose a teacher with the student's",
+        "choose a teacher with the student's tokenizer and another signal",
         (
             recipe.teacher.cache is not None,
             "teacher.cache is set, which has the signal on tokens of one tokenizer; remove it",

@@ -42,7 +42,7 @@ StepNumber = (
     ]
     | Literal["total_flops", "forward_weight", "seconds"]
     | Literal["reward", "groups_with_signal", "clipped", "start_kl"]
-    | Literal["engine_mismatch_mean_abs", "engine_mismatch_max"]
+    | Literal["engine_mismatch_mean_abs", "engine_mismatch_max", "left_out"]
     | TokenMean
     | EntropyBeforeAnswer
     | TimedPart

@@ -34,6 +34,8 @@ SPIKE, NUM_SPIKES = 5.0, 3
 # The least that the loss should have fallen, as a share of what it was. It is said that it has not
 # only when the steps' spread leaves no doubt (two standard errors).
 LEAST_FALL = 0.1
+# Share of completion tokens without a loss, where that is of spans.
+MUCH_LEFT_OUT = 0.5
 # Nats a token: with less to learn a student is its teacher.
 LITTLE_LOSS = 0.005
 
@@ -152,12 +154,25 @@ def nothing_learnt(first: Rows, recent: Rows) -> str | None:
     )
 
 
+def much_left_out(first: Rows, recent: Rows) -> str | None:
+    """Most of what the student writes is in no span, and has no loss."""
+    left_out = _mean(recent[-SPAN:], "left_out")
+    if left_out is None or left_out < MUCH_LEFT_OUT:
+        return None
+    return (
+        f"{left_out:.0%} of the completion tokens of the last {SPAN} steps had no loss, as no span "
+        "is around them: the window cut it, or what is written is no text for both tokenizers. "
+        "Raise window.tokens, or begin with a student that writes text"
+    )
+
+
 SIGNS: dict[str, Sign] = {
     "entropy": fallen_entropy,
     "truncation": jumped_truncation,
     "loops": loops,
     "gradient": spiking_gradient,
     "loss": nothing_learnt,
+    "spans": much_left_out,
 }
 
 

@@ -238,6 +238,8 @@ def describe(metrics: StepMetrics) -> str:
         )
     if "teacher_entropy" in metrics:
         entropy += f" (teacher {metrics['teacher_entropy']:.3f})"
+    if "left_out" in metrics:
+        parts.append(f"left out {metrics['left_out']:.0%}")
     if "reward" in metrics:
         signal = value_in(metrics, "groups_with_signal")
         parts.append(f"reward {metrics['reward']:.3f} (groups with signal {signal:.0%})")
