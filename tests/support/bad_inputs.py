@@ -287,7 +287,7 @@ COMMANDS = [
     ("train demo --window.num_probes 3", "is set but not read"),
     ("train demo --teacher.cache nowhere --method sft", "nowhere"),
     ("train demo --teacher.cache full --method sft", "full"),
-    ("train demo --teacher.cache full", "a cache knows the teacher"),
+    ("train demo --teacher.cache full", "holds no teacher cache"),
     ("train demo --out a-file", "run folder 'a-file' is a file"),
     ("train demo --out full", "holds no run; choose another --out"),
     ("train demo --out a-file/run", "a-file"),
