@@ -397,6 +397,9 @@ def test_a_run_folder_is_a_model_wherever_one_is_named(finished, tmp_path):
         load_file(finished / "model/model.safetensors").keys()
         == weights_of(tmp_path / "next").keys()
     )
+    (newest,) = (finished / "checkpoint").iterdir()
+    with pytest.raises(ModelError, match=r"is a checkpoint, .* and no model; name the run '.*run'"):
+        load_model(str(newest))
     os.remove(finished / "DONE")
     with pytest.raises(
         ModelError, match=r"run '.*run' is not finished; run `potstill train .*` to finish it"

@@ -34,6 +34,7 @@ from potstill.models.lean.quantized import (
 )
 from potstill.models.templates import ChatTemplate, TemplateError
 from potstill.models.weights import (
+    refuse_checkpoint,
     refuse_foreign_files,
     refuse_unread_file,
     refuse_unread_settings,
@@ -299,12 +300,13 @@ def _as_folder(name: str) -> Path:
     """The folder that a name would be: of a shipped model, of a run's model, or its own. It need
     not exist.
 
-    Raises ModelError for a run that is not finished.
+    Raises ModelError for a run that is not finished, and for a checkpoint.
     """
     if name.startswith("potstill:"):
         return ASSETS / name.removeprefix("potstill:")
     folder = Path(name)
     if not is_run(folder):
+        refuse_checkpoint(folder)
         return folder
     if not (folder / "DONE").exists():
         raise ModelError(

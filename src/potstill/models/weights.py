@@ -23,6 +23,17 @@ FEW_MOVE = 0.9
 ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef")
 
 
+def refuse_checkpoint(folder: Path) -> None:
+    """Raise ModelError for a checkpoint of a run, which has weights and no model about them."""
+    run = folder.parent.parent
+    if folder.parent.name == "checkpoint" and (run / "recipe.toml").exists():
+        raise ModelError(
+            f"{str(folder)!r} is a checkpoint, from which its run goes on, and no model; name the "
+            f"run {str(run)!r} once it is finished, or let the checkpoint write a cache "
+            "(`potstill cache build --writer student --model CHECKPOINT`)"
+        )
+
+
 def refuse_foreign_files(folder: Path) -> None:
     """Raise ModelError for weights as pickle files alone, and for pointers of git-lfs."""
     paths = sorted(folder.iterdir())
