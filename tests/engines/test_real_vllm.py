@@ -207,7 +207,7 @@ def test_two_ranks_write_what_one_does(engine, tmp_path, forks, where):
             "window": {"tokens": 48},
             # So small that later rollouts are the same to the last token, and mean another version.
             "train": {"steps": 3, "prompts_per_step": 16, "lr": 1e-6},
-            "validation": {"num_prompts": 0},
+            "validation": {"num_prompts": 3, "every": 3},
             "rollouts": {"engine": "vllm"},
             "engine": there,
         }
@@ -222,6 +222,12 @@ def test_two_ranks_write_what_one_does(engine, tmp_path, forks, where):
         for name in ("loss", "reverse_kl", "student_entropy", "grad_norm", "length"):
             assert other[name] == pytest.approx(one[name], rel=1e-4), name
         assert other["engine_mismatch_max"] < 1e-3
+    one, other = (
+        run_folder.read_rows(tmp_path / f"on-{num}" / "validation.jsonl") for num in (1, 2)
+    )
+    assert len(one) == len(other) == 2
+    for name in ("teacher_prefix_forward_kl", "student_prefix_reverse_kl"):
+        assert [row[name] for row in other] == [pytest.approx(row[name], rel=1e-4) for row in one]
     assert len({row["engine_mismatch_max"] for row in found[2]}) == 3
 
 

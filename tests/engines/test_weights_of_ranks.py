@@ -159,3 +159,49 @@ def test_ranks_without_a_copy_train_as_one_does(tmp_path, forks, where):
     weights = weights_of(tmp_path / "on-2")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert not [*Path("/dev/shm").glob("potstill-weights-*")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["replicated", "sharded"])
+@pytest.mark.parametrize("num_prompts", [1, 5])
+def test_ranks_validate_the_student_that_they_share(tmp_path, forks, teacher, num_prompts):
+    """Ranks with no prompt, and with unlike numbers of batches, which are of one row. The best
+    student is kept of some, and training goes on with the same numbers, of a head that is the
+    embedding."""
+    assert load_model("potstill:stops-student").model.config.tie_word_embeddings
+    pair = {"student": {"model": "potstill:stops-student"}}
+    validation: dict[str, Any] = {"num_prompts": num_prompts, "every": 1}
+    keeps = num_prompts > 1
+    validation |= {"keep_best": "student_prefix_forward_kl"} if keeps else {}
+    with serving(tmp_path / "fake", by_model(load_model("potstill:stops-student").model)) as url:
+        for num_ranks in (1, 2):
+            where = {"placement": teacher} if num_ranks == 2 else {}
+            recipe = recipe_of(
+                tmp_path / f"on-{num_ranks}",
+                url,
+                **pair,
+                teacher={"model": "potstill:stops-teacher"} | where,
+                train={"lr": 1e-6, "tokens_per_batch": 8, "steps": 2, "checkpoint_every": 1},
+                validation=validation,
+            )
+            (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolved()))
+            argv = ["train", "recipe.toml", "--out", f"on-{num_ranks}"]
+            ended = forks.run_ranks(tmp_path, argv, num_ranks)
+            assert ended.code == 0, ended.err
+    one, two = (rows_of(tmp_path / f"on-{num}", "validation.jsonl") for num in (1, 2))
+    assert len(one) == len(two) == 3
+    for first, second in zip(one, two, strict=True):
+        assert second["num_prompts"] == num_prompts and second.keys() <= first.keys()
+        # A teacher in shards writes nothing.
+        assert ("teacher_length" in second) == (teacher == "replicated")
+        for name in second.keys() - {"step", "num_prompts", "max_tokens"}:
+            assert second[name] == pytest.approx(first[name], rel=1e-4), name
+    one, two = (rows_of(tmp_path / f"on-{num}") for num in (1, 2))
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-4)
+    kept = [tmp_path / f"on-{num}/best/model.safetensors" for num in (1, 2)]
+    assert [path.exists() for path in kept] == [keeps, keeps]
+    if keeps:
+        one, two = map(load_file, kept)
+        for name, weight in one.items():
+            torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6)

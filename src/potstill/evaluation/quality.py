@@ -5,6 +5,7 @@ The two axes of the grid give four numbers: forward and reverse KL, on completio
 and of the student.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from potstill.answers.grading import Grade
 from potstill.kl.fused import fused_statistics
+from potstill.models import distributed
+from potstill.models.distributed import World
 from potstill.models.language_model import LanguageModel
 from potstill.rollouts.batching import batch_places, make_batch
 from potstill.rollouts.text import is_loop, num_tokens_to_answer, responses
@@ -77,7 +80,8 @@ class Pair:
     """A student and what scores its text, over the vocabulary rows and with the class of end tokens
     that they share.
 
-    Without a teacher only what needs none is measured.
+    Without a teacher only what needs none is measured. `ranks` are those that share the student,
+    and pass together: all of them must call `measure`.
     """
 
     student: LanguageModel
@@ -87,6 +91,7 @@ class Pair:
     backend: str = "auto"
     tokens_per_batch: int
     answer_end: Callable[[str], int | None] = lambda text: None
+    ranks: World | None = None
 
 
 @torch.no_grad()
@@ -103,13 +108,15 @@ def measure(
 
     Raises NonFiniteError for logits that are not finite.
     """
-    texts = responses(rollouts, pair.student.tokenizer)
-    sums: list[Sums] = [{} for _ in rollouts]
-    for places in batch_places(rollouts, pair.tokens_per_batch):
+    passed, batches = _batches(pair, rollouts)
+    texts = responses(passed, pair.student.tokenizer)
+    sums: list[Sums] = [{} for _ in passed]
+    for places in batches:
         for place, found in zip(
-            places, _token_sums(pair, [rollouts[i] for i in places], texts, places), strict=True
+            places, _token_sums(pair, [passed[i] for i in places], texts, places), strict=True
         ):
             sums[place] = found
+    sums, texts = sums[: len(rollouts)], texts[: len(rollouts)]
     for found, rollout, text in zip(sums, rollouts, texts, strict=True):
         found |= {"num": 1.0, "length": float(len(rollout.completion_ids))}
         found |= {"is_cut": float(rollout.stop == "length"), "is_loop": float(is_loop(text))}
@@ -119,6 +126,21 @@ def measure(
             for found, grade in zip(sums, grades, strict=True):
                 found[name] = grade.score
     return [{f"{writer}/{name}": value for name, value in found.items()} for found in sums]
+
+
+def _batches(pair: Pair, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[list[int]]]:
+    """The rollouts to pass, and their places in each batch. Ranks that share the student have as
+    many batches: where one has fewer rollouts, others' stand behind its own."""
+    passed, ranks = list(rollouts), pair.ranks
+    if ranks is not None:
+        firsts = itertools.chain(*distributed.gather(passed[:1], ranks))
+        num_behind = distributed.max_over_ranks(len(passed), ranks) - len(passed)
+        passed += [*firsts][:1] * num_behind
+    batches = batch_places(passed, pair.tokens_per_batch)
+    if ranks is not None:
+        num_batches = distributed.max_over_ranks(len(batches), ranks)
+        batches = batch_places(passed, pair.tokens_per_batch, max(num_batches, 1))
+    return passed, batches
 
 
 def _token_sums(

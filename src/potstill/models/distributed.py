@@ -112,6 +112,15 @@ def shard_layers(model: LanguageModel) -> None:
     fully_shard(model)
 
 
+def reshard(model: LanguageModel) -> None:
+    """Let go of what a pass without gradients has gathered outside of a sharded model's layers;
+    nothing for a model that is whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def copy_buffers(source: nn.Module | None, target: nn.Module) -> None:
     """Give every rank's `target` the buffers of rank 0's `source`, those that no state has
     included."""
@@ -150,6 +159,11 @@ def fill(
                 torch.utils.swap_tensors(mine, nn.Parameter(weight, mine.requires_grad))
                 found.append(mine)
     return found
+
+
+def is_empty(copied: nn.Module) -> bool:
+    """Whether a copy has shapes and no values."""
+    return next(copied.parameters()).is_meta
 
 
 @contextmanager

@@ -172,17 +172,16 @@ def _kept(
 
 
 def _has_copy(recipe: Recipe, place: TeacherPlace, num_devices: int, *, is_another: bool) -> bool:
-    """Whether a device has a whole copy of the student: to write with, or for ranks to measure."""
+    """Whether a device has a whole copy of the student to write with, or to probe with."""
+    probes = recipe.window.schedule == "entropy-gated"
+    if recipe.rollouts.engine != "native":
+        return probes and num_devices > 1
     by_default = place in ("live", "remote") and recipe.teacher.follows_every is None
-    is_measured = (
-        recipe.window.schedule == "entropy-gated"
-        or recipe.validation.is_asked_for
-        or (recipe.validation.num_prompts != 0 and by_default)
+    is_validated = recipe.validation.is_asked_for or (
+        recipe.validation.num_prompts != 0 and by_default
     )
-    writes = recipe.student_writes or is_measured
-    if num_devices == 1:
-        return writes and is_another and recipe.rollouts.engine == "native"
-    return is_measured or (writes and recipe.rollouts.engine == "native")
+    writes = recipe.student_writes or probes or is_validated
+    return writes and (num_devices > 1 or is_another)
 
 
 def _further_bytes(spec: FurtherTeacher, sizes: Sizes) -> int:

@@ -52,12 +52,19 @@ class Trainer:
 
     @property
     def measured(self) -> LanguageModel:
-        """The student as it is measured: itself, or its whole copy where ranks, which share it,
-        would have to take as many passes."""
+        """The student as it is measured: itself, or its copy where ranks, which share it, have a
+        whole one."""
         student = self.setup.student
-        if self.world.size == 1:
+        if self.world.size == 1 or self.ranks_that_pass is not None:
             return student
         return student.around(self.decoder, "student")
+
+    @property
+    def ranks_that_pass(self) -> World | None:
+        """The ranks that share the student that is measured, and so take as many passes; None where
+        each has a whole one."""
+        is_shared = self.world.size > 1 and distributed.is_empty(self.decoder)
+        return self.world if is_shared else None
 
     @property
     def folder(self) -> Path:
@@ -65,8 +72,7 @@ class Trainer:
 
     @property
     def decoder(self) -> Any:
-        """The student's model that writes: whole on this rank, or empty where it neither writes nor
-        is measured."""
+        """The student's model that writes: whole on this rank, or empty where it does not write."""
         return self.engines["student"].model
 
     @property
@@ -190,14 +196,14 @@ def _engines(recipe: Recipe, setup: Setup, world: World) -> dict[Writer, Engine]
 
 def _decoder(recipe: Recipe, setup: Setup, world: World) -> tuple[Any, bool]:
     """The model that writes for the student, once that is sharded, and whether it is a copy in
-    another type. It is empty where this process neither writes with it nor measures it."""
-    is_measured = bool(setup.probes) or setup.held_out is not None
-    writes, is_here = recipe.student_writes or is_measured, recipe.rollouts.engine == "native"
+    another type. It is empty where this process does not write with it."""
+    writes = recipe.student_writes or bool(setup.probes) or setup.held_out is not None
+    is_here = recipe.rollouts.engine == "native"
     # A server also writes for the evaluation; by itself this process evaluates what is saved.
     is_written = writes or (not is_here and recipe.evaluation.source is not None)
     is_another = is_written and writes_in_another_type(recipe, setup)
-    # A student that is alone is measured itself.
-    has_values = (writes and is_here) or (is_measured and world.size > 1)
+    # Ranks probe with whole copies, as each has other prompts.
+    has_values = (writes and is_here) or (bool(setup.probes) and world.size > 1)
     decoder = distributed.shard(
         setup.student, world, in_bfloat16=is_another, is_empty=not has_values
     )

@@ -204,6 +204,7 @@ def samples_without_dropout(
             loss = dataclasses.replace(plan.loss, teacher_weight=lesson.weight)
             heard = lesson.heard.rollouts
             samples += scored_samples(setup.student, lesson.teacher, heard, loss, device)
+    distributed.reshard(setup.student)
     return samples
 
 

@@ -65,6 +65,7 @@ def validate_if_due(trainer: Trainer, run: Run, display: StepDisplay) -> Run:
         mine = _measured(trainer, held_out)
         wait_for_passes(trainer.setup.teacher)
         sums = _over_ranks(mine, trainer)
+    distributed.reshard(student)
     found = estimates(sums)
     row: dict[str, Any] = {
         "step": run.step,
@@ -149,6 +150,7 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
             backend=setup.loss.backend,
             tokens_per_batch=recipe.train.tokens_per_batch,
             answer_end=held_out.answer_end,
+            ranks=trainer.ranks_that_pass,
         )
 
     teacher = setup.compared
@@ -157,7 +159,8 @@ def _measured(trainer: Trainer, held_out: HeldOut) -> list[Sums]:
     sums: list[Sums] = [{} for _ in prompts]
     written = _of_teacher(trainer, writing, held_out.prompts, prompts, keys)
     taught, others = _parted(setup, prompts)
-    if written:
+    # Also where this rank has no prompts: ranks may pass together.
+    if distributed.max_over_ranks(len(written), world):
         theirs = [written[place] for place in taught]
         for place, found in zip(taught, measure(pair(setup.teacher), TEACHER, theirs), strict=True):
             sums[place] |= found
