@@ -72,27 +72,27 @@ def wrong_split(monkeypatch):
 
 def wrong_estimator(old, new):
     def mutate(monkeypatch):
-        real = loss_module.slope
+        real = loss_module.token_slope
 
         def wrong(stats, objective):
             if objective.estimator == old:
                 objective = objective.model_copy(update={"estimator": new})
             return real(stats, objective)
 
-        monkeypatch.setattr(loss_module, "slope", wrong)
+        monkeypatch.setattr(loss_module, "token_slope", wrong)
 
     return mutate
 
 
 def wrong_k1(monkeypatch):
     """k1 differentiated as a loss, which is zero in expectation."""
-    real = loss_module.slope
+    real = loss_module.token_slope
 
     def wrong(stats, objective):
         slope_N = real(stats, objective)
         return torch.ones_like(slope_N) if objective.estimator == "k1" else slope_N
 
-    monkeypatch.setattr(loss_module, "slope", wrong)
+    monkeypatch.setattr(loss_module, "token_slope", wrong)
 
 
 def wrong_terms(monkeypatch):
