@@ -83,6 +83,10 @@ def test_a_run_does_not_go_on_with_what_another_student_wrote(tmp_path):
     build(tmp_path / "cache", options=dataclasses.replace(WRITTEN, model=str(tmp_path / "other")))
     with pytest.raises(run_folder.RunError, match=r'begun with other models .*"writer"'):
         potstill.train(recipe, quiet=True)
+    shutil.rmtree(tmp_path / "cache")
+    build(tmp_path / "cache", tiny_recipe("unused", objective=STUDENT, train={"seed": 1}))
+    with pytest.raises(run_folder.RunError, match="begun with other prompts"):
+        potstill.train(recipe, quiet=True)
 
 
 def test_it_says_who_wrote_and_how_likely_each_token_was(built):

@@ -28,6 +28,7 @@ from potstill.training.controllers import first_window
 from potstill.training.rates import describe_lr, usual_lr, with_lr
 from potstill.training.setup import Setup
 from potstill.training.state import Trainer
+from potstill.types import Prompt
 
 
 def subject_of(recipe: Recipe, setup: Setup, world: World) -> Subject:
@@ -80,12 +81,19 @@ def record_of(setup: Setup, world: World) -> dict[str, Any]:
 
 
 def _digest_of_prompts(setup: Setup) -> str:
-    """A checksum of all that a run reads of its prompts, of those that it measures on too."""
+    """A checksum of all that a run reads of its prompts, of those that it measures on too, and of
+    what a cache has of them."""
     # A file of the user's own may change what it scores by, which is noted.
     is_scored = setup.grader is not None and not setup.task_files
+    shards = () if setup.cache is None else setup.cache.manifest.shards
+
+    def read(p: Prompt) -> tuple[Any, ...]:
+        cached = None if p.cached is None else (shards[p.cached[0]].sha256, p.cached[1])
+        return (p.token_ids, p.completion_ids, p.trained, p.teacher_ids, cached)
+
     of_training = [
         (
-            *(p.token_ids, p.completion_ids, p.trained, p.teacher_ids, p.cached),
+            *read(p),
             p.example.source,
             [each.is_for(p) for each in setup.teachings],
             p.example.answer if is_scored else None,
@@ -93,7 +101,7 @@ def _digest_of_prompts(setup: Setup) -> str:
         for p in setup.prompts
     ]
     measured = [*setup.probes, *(() if setup.held_out is None else setup.held_out.prompts)]
-    of_measures = [(p.token_ids, p.teacher_ids) for p in measured]
+    of_measures = [read(p) for p in measured]
     return hashlib.sha256(repr((of_training, of_measures)).encode()).hexdigest()[:16]
 
 
