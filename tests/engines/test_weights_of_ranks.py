@@ -10,15 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from fake_servers import as_program, by_model, calls, serving
+from fake_servers import as_program, by_model, calls, serving, told
 from forked import name_of
 from safetensors.torch import load_file
 from small_runs import rows_of, weights_of
 from test_engine_runs import recipe_of
 
 from potstill import load_model
-from potstill.config import Lora, to_toml
+from potstill.config import EngineSpec, Lora, Sampling, to_toml
 from potstill.engines.shared import WeightsOfRanks
+from potstill.engines.vllm import VllmEngine
 from potstill.models import distributed
 from potstill.models.adapters import attach, merged_weights
 from potstill.models.language_model import load_tokenizer
@@ -205,3 +206,41 @@ def test_ranks_validate_the_student_that_they_share(tmp_path, forks, teacher, nu
         one, two = map(load_file, kept)
         for name, weight in one.items():
             torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6)
+
+
+HOW = {"max_tokens": 6, "end_ids": (2,), "sampling": Sampling(), "vocab_size": 23}
+
+
+def dies_on_a_rank(program: str) -> None:
+    """The server of one rank dies while the other rank does nothing."""
+    world = distributed.start()
+    student = load_model("potstill:base")
+    empty = distributed.shard(student, world, is_empty=True)
+    place = Path(f"engine-{world.rank}").absolute()
+    weights = WeightsOfRanks(empty, place, student, world, is_here=distributed.is_first_here())
+    engine = VllmEngine(
+        empty,
+        EngineSpec(python=program),
+        place,
+        dtype="float32",
+        max_tokens=64,
+        weights=weights,
+    )
+    engine.update_weights(1)
+    given = ([(1, 5, 6)] * 4, [(7, 0, number) for number in range(4)])
+    written = engine.write(*given, **HOW)
+    if not world.is_main:
+        told(place, die=1)
+        assert engine.write(*given, **HOW) == written
+        assert calls(place).count("potstill_reload") == 2
+    distributed.wait_for_all(world)
+    engine.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_gets_the_weights_again_from_one_rank(tmp_path, forks):
+    argv = [name_of(dies_on_a_rank), as_program(tmp_path)]
+    ended = forks.run_ranks(tmp_path, argv, num_ranks=2)
+    assert ended.code == 0 and "the engine has died" in ended.err, ended.err
+    assert not [*Path("/dev/shm").glob("potstill-weights-*")]
