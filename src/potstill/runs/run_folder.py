@@ -146,8 +146,8 @@ def open_run(
         begun: dict[str, Any] = {}
         if (folder / "environment.json").exists():
             begun = read_json(folder / "environment.json", ("models", "prompts"))
-        for key in begun.keys() & {"models", "prompts"}:
-            if begun[key] != environment[key]:
+        for key in ("models", "prompts"):
+            if begun.get(key, environment[key]) != environment[key]:
                 raise RunError(
                     f"run folder {str(folder)!r} was begun with other {key} "
                     f"({json.dumps(begun[key])} there, {json.dumps(environment[key])} here); "
