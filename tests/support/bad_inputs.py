@@ -175,6 +175,9 @@ RECIPES = [
     ("[[teachers]]\nname = 'a'\nmodel = 'start'\ndtype = 'bfloat16'", "dtype of teacher 'a' is"),
     ("[[teachers]]\nname = 'a'\nmodel = 'm/a'\npatience = 5", "patience of teacher 'a' is set"),
     ("[[teachers]]\nname = 'a'\nmodel = 'start'\nonly = 'x'", "it is a list; write it in brackets"),
+    ("[teacher]\nurl = 'ftp://x'", "teacher.url is 'ftp://x': give a URL such as"),
+    ("[teacher]\nurl = []", "teacher.url is []"),
+    ("[student.lora]\nrank = 2\ntargets = 5", "student.lora.targets is 5: input should be"),
     ("[[teachers]]\nname = 'a'\nmodel = 'start'\nonly = []", "it is empty; name at least one"),
     (
         "[objective]\nsignal = 'topk'\n[[teachers]]\nname = 'a'\nmodel = 'start'",

@@ -101,6 +101,8 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
             f"{name} is not a field of the recipe; the nearest is "
             f"{nearest_field(name, _names_beside(schema, location))}"
         )
+    # Where a value may be of several types, pydantic names the first one that it is not.
+    name = ".".join(part for part in location if part != "str" and "[" not in part)
     if error["type"] == "missing":
         return f"{name} is missing; it has no default"
     if not location:

@@ -67,7 +67,9 @@ class TeacherModel(Section, role=Role.MODEL):
         Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None, Role.ROUNDING
     ] = None
     """As student.attention, for the teacher."""
-    url: Annotated[Url | tuple[Url, ...] | None, Role.ROUNDING] = None
+    url: Annotated[Url | Annotated[tuple[Url, ...], Field(min_length=1)] | None, Role.ROUNDING] = (
+        None
+    )
     """URL of a server that has the teacher's body, or several of the same: `potstill serve`, or a
     pooling server of vLLM (docs/teachers.md). Of teacher.model only the head is read here."""
     protocol: Annotated[Literal["states", "logprobs"], Role.ROUNDING] = "states"
