@@ -188,6 +188,10 @@ def test_which_type_writes(sections, writes_in):
             "engine.stop_above is set but not read: .*is native",
         ),
         (
+            {"engine": {"warn_above": 0.5}},
+            "engine.warn_above is 0.5 and engine.stop_above 0.5, which ends the run before",
+        ),
+        (
             {"rollouts": {"dtype": "bfloat16"}, "engine": {"timeout": 5}},
             "engine.timeout is set but not read: .*this process",
         ),

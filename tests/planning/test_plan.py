@@ -308,6 +308,13 @@ def test_changes_are_fields_that_make_it_fit():
     assert [c.peak for c in changes] == sorted((c.peak for c in changes), reverse=True)
 
 
+def test_a_student_that_is_its_own_teacher_is_here():
+    recipe = make_recipe({"teacher": {"model": "self"}, "objective": {"prefix": "student"}})
+    asked = Circumstances(device=DEVICES["H200"], prompt_tokens=8)
+    cells = cells_of(recipe, pair_of(recipe), asked)
+    assert [cell.needs.place for cell in cells] == ["live", "live"]
+
+
 def test_several_teachers_have_no_cache():
     recipe = make_recipe({"teachers": [{"name": "a", "model": "start"}]})
     asked = Circumstances(device=DEVICES["H200"], prompt_tokens=8)

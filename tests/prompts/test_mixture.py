@@ -127,6 +127,11 @@ def test_a_recipe_with_sources_is_what_its_file_says():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        ({"sources": [{"source": "a.csv", "level": ""}]}, r"data\.sources\.0\.level"),
+        (
+            {"sources": [{"source": "a.csv", "level": "a"}], "level_column": "b"},
+            r"data\.level_column is set but not read: each of data\.sources has a level",
+        ),
         ({"sources": [{"source": "a.jsonl", "weight": -1}]}, r"data\.sources\.0\.weight is -1: "),
         (
             {"sources": [{"source": "a.jsonl", "wieght": 1}]},

@@ -289,6 +289,7 @@ COMMANDS = [
     ("train demo --data.source .", "'.'"),
     ("train demo --window.num_probes 3", "is set but not read"),
     ("train demo --teacher.cache nowhere --method sft", "nowhere"),
+    ("train demo --teacher.model start", "is for tables [[teachers]]; use"),
     ("train demo --teacher.cache full --method sft", "full"),
     ("train demo --teacher.cache full", "holds no teacher cache"),
     ("train demo --out a-file", "run folder 'a-file' is a file"),

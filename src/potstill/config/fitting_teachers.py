@@ -8,6 +8,11 @@ from potstill.config.weightings import WEIGHTINGS
 
 def refuse_misplaced_teachers(recipe: RecipeFields) -> None:
     """Raise ValueError for teachers that are not where they would have to be, or too many."""
+    if recipe.teacher.model == "start":
+        raise ValueError(
+            'teacher.model is "start", which is for tables [[teachers]]; use "self", which is the '
+            "student as it was at first"
+        )
     _check_placement(recipe)
     if recipe.teacher.url is not None and recipe.teacher.protocol == "logprobs":
         _check_log_probs(recipe)

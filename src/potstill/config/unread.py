@@ -278,6 +278,8 @@ def _unread_of_data(data: Data) -> dict[str, str]:
         unread |= dict.fromkeys(
             ("data.source", "data.split", "data.config", "data.num_prompts"), reason
         )
+        if all(each.level for each in data.sources):
+            unread["data.level_column"] = "each of data.sources has a level"
     if not is_table(source):
         reason = f"data.source is the task {source!r}, which has no columns"
         unread |= dict.fromkeys(

@@ -60,11 +60,16 @@ def warned_above(recipe: Recipe, compute_dtype: str) -> float:
 def refuse_mismatch(recipe: Recipe, mean: float, step: int) -> None:
     """Raise EngineError where the engine draws from other weights than the trainer has."""
     if mean > recipe.engine.stop_above:
+        instead = 'set rollouts.dtype = "float32"'
+        if recipe.rollouts.engine != "native":
+            instead = (
+                "compare the engine's dtype and arguments with the student's, or use "
+                'rollouts.engine = "native" with rollouts.dtype = "float32"'
+            )
         raise EngineError(
             f"step {step + 1}: the engine's log-probabilities are {mean:.3g} nats a token from the "
             f"trainer's, above engine.stop_above = {recipe.engine.stop_above:g}; nothing was "
-            "updated. Compare the engine's dtype and arguments with the student's, or use "
-            'rollouts.engine = "native" with rollouts.dtype = "float32"'
+            f"updated; {instead}"
         )
 
 

@@ -152,13 +152,15 @@ def needs_of(recipe: Recipe, pair: Outlines, place: TeacherPlace, asked: Circums
 
 def cells_of(recipe: Recipe, pair: Outlines, asked: Circumstances) -> list[PlannedCell]:
     """The corners of the grid with each place of a teacher that they can have: a cache does not
-    know what a student will write, and has no room for several teachers. The direction of the KL
-    costs nothing."""
+    know what a student will write, and has no room for several teachers; a student that is its own
+    is here. The direction of the KL costs nothing."""
     if pair.teacher is None:
         return []
+    elsewhere: tuple[TeacherPlace, ...] = ("remote",) if recipe.teacher.model != "self" else ()
+    stored: tuple[TeacherPlace, ...] = ("cached",) if elsewhere and not recipe.teachers else ()
     places: dict[str, tuple[TeacherPlace, ...]] = {
-        "teacher": ("live", "remote") if recipe.teachers else ("live", "cached", "remote"),
-        "student": ("live", "remote"),
+        "teacher": ("live", *stored, *elsewhere),
+        "student": ("live", *elsewhere),
     }
     cells = []
     for prefix, of_prefix in places.items():

@@ -27,7 +27,7 @@ class DataSource(Section, role=Role.DATA):
     """As data.prompt_column, for this source."""
     prompt_template: Filled | None = None
     """As data.prompt_template, for this source."""
-    level: str | None = None
+    level: str | None = Field(default=None, min_length=1)
     """Level of all its prompts, in place of data.level_column."""
 
 

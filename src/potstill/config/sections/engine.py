@@ -3,7 +3,7 @@ off."""
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from potstill.config.roles import Role
 from potstill.config.section import Section
@@ -50,3 +50,12 @@ class EngineSpec(Section, role=Role.SPEED):
             if each.partition("=")[0].replace("_", "-") in GIVEN_ARGUMENTS:
                 raise ValueError(f"{each!r} is what potstill itself says; leave it out")
         return args
+
+    @model_validator(mode="after")
+    def _warns_first(self):
+        if self.warn_above is not None and self.warn_above >= self.stop_above:
+            raise ValueError(
+                f"engine.warn_above is {self.warn_above:g} and engine.stop_above "
+                f"{self.stop_above:g}, which ends the run before any warning; lower the first"
+            )
+        return self
