@@ -12,6 +12,7 @@ from small_runs import EVALUATION, FAST
 
 import potstill
 from potstill.cli.app import main
+from potstill.config import to_toml
 from potstill.files import write_rows
 from potstill.runs import run_folder
 from potstill.runs.card import code, fenced, write_card
@@ -35,6 +36,28 @@ def card_of(folder):
     text = (folder / "model/README.md").read_text()
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({}, "the student itself, as it was at first"),
+        (
+            {"ema": 0.95, "prompt_template": "{prompt} A solution: {answer}"},
+            "the student itself, as a moving average that keeps 0.95 of itself a step, with "
+            "prompts of its own",
+        ),
+        ({"refresh_steps": 20}, "the student itself, as it was at first and after each 20 steps"),
+    ],
+)
+def test_a_student_that_is_its_own_teacher_is_said_to_be(finished, tmp_path, teacher, said):
+    shutil.copytree(finished, tmp_path / "run")
+    sections = {"teacher": {"model": "self"} | teacher, "objective": {"prefix": "student"}}
+    sections["data"] = {"source": "prompts.jsonl"}
+    recipe = tiny_recipe(tmp_path / "run", **sections)
+    (tmp_path / "run/recipe.toml").write_text(to_toml(recipe.resolved()))
+    write_card(tmp_path / "run")
+    assert f"| teacher | {said} |" in card_of(tmp_path / "run")[1]
 
 
 def test_it_says_what_the_run_folder_holds(finished):

@@ -139,7 +139,7 @@ def _about(recipe: Recipe, models: Mapping[str, str], step: int) -> list[str]:
     ]
     if is_distilled:
         rows += [
-            ("teacher", code(models["teacher"]) if "teacher" in models else "none"),
+            ("teacher", _teacher(recipe, models)),
             *((role, code(name)) for role, name in models.items() if role.startswith("teacher ")),
             ("who wrote the prefixes", code(recipe.objective.prefix)),
             ("KL", code(recipe.objective.kl)),
@@ -152,6 +152,22 @@ def _about(recipe: Recipe, models: Mapping[str, str], step: int) -> list[str]:
     table = [f"| {name} | {value} |" for name, value in rows]
     licences = "The licences of the models and of the data that it was made from hold for it too."
     return [said, "", "| | |", "|---|---|", *table, "", licences]
+
+
+def _teacher(recipe: Recipe, models: Mapping[str, str]) -> str:
+    """The first teacher: its name, or how it follows the student that it is."""
+    spec = recipe.teacher
+    if "teacher" not in models:
+        return "none"
+    if spec.model != "self":
+        return code(models["teacher"])
+    how = "as it was at first"
+    if spec.ema is not None:
+        how = f"as a moving average that keeps {spec.ema:g} of itself a step"
+    elif spec.refresh_steps is not None:
+        how = f"as it was at first and after each {spec.refresh_steps:,} steps"
+    reads_more = spec.prompt_template is not None or spec.prompt_column is not None
+    return f"the student itself, {how}" + (", with prompts of its own" if reads_more else "")
 
 
 def _prompts(recipe: Recipe) -> str:
