@@ -19,6 +19,7 @@ from padded_heads import with_wide_heads
 from potstill import load_model, train
 from potstill.config import EngineSpec, Lora, Sampling, make_recipe, to_toml
 from potstill.engines.entropies import with_entropies
+from potstill.engines.shared import OwnWeights
 from potstill.engines.vllm import VllmEngine
 from potstill.models.adapters import attach
 from potstill.runs import run_folder
@@ -119,7 +120,7 @@ def test_draws_are_exact(student, engine):
     assert max(max(each.token_ids) for each in few) < 9
 
 
-def test_an_adapter_writes(student, engine, monkeypatch):
+def test_an_adapter_writes(student, engine, tmp_path, monkeypatch):
     """The weights that go over are merged."""
     adapted = student.around(copy.deepcopy(student.model), "adapted")
     attach(adapted.model, Lora(rank=4), seed=0)
@@ -128,7 +129,7 @@ def test_an_adapter_writes(student, engine, monkeypatch):
             if "lora_B" in name:
                 weight.normal_(std=0.1)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "model", adapted.model)
+        patch.setattr(engine, "weights", OwnWeights(adapted.model, tmp_path))
         engine.update_weights(4)
         written = engine.write(PROMPTS, SEEDS, **HOW)
     engine.update_weights(5)
