@@ -128,8 +128,10 @@ def _pieces(tokenizer, ids: Iterable[int]) -> Iterator[str | None]:
     for i in ids:
         try:
             piece = stream.step(backend, i)
-        # tokenizers has no class of its own for it.
-        except Exception:
+        except Exception as error:
+            # tokenizers has no class of its own for it.
+            if not str(error).startswith("Invalid prefix"):
+                raise
             return
         yield piece
 
